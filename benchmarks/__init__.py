@@ -1,0 +1,1 @@
+"""Training runs, comparisons and timings of the optimizers: `python -m benchmarks COMMAND`."""

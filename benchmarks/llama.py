@@ -1,0 +1,237 @@
+"""The Llama language model, in one file, for training runs that compare optimizers.
+
+Parameter names, shapes and numerics are those of `transformers.LlamaForCausalLM`, so state dicts
+interchange with `load_state_dict(strict=True)` in both directions.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of a Llama model; the field names are those of `transformers.LlamaConfig`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int = 1024
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        size, heads = self.hidden_size, self.num_attention_heads
+        if size % (2 * heads):
+            raise ValueError(f"hidden_size={size} is not a multiple of 2 x {heads} attention heads")
+
+
+# 60m to 7b are the sizes of the tables in GaLore, APOLLO and SCALE. The odd 5461 of 1b is theirs.
+CONFIGS = {
+    "nano": LlamaConfig(4096, 128, 344, 4, 4),
+    "9m": LlamaConfig(4096, 256, 768, 8, 4),
+    "20m": LlamaConfig(8192, 384, 1024, 8, 6),
+    "60m": LlamaConfig(32000, 512, 1376, 8, 8),
+    "130m": LlamaConfig(32000, 768, 2048, 12, 12),
+    "350m": LlamaConfig(32000, 1024, 2736, 24, 16),
+    "1b": LlamaConfig(32000, 2048, 5461, 24, 32),
+    "7b": LlamaConfig(32000, 4096, 11008, 32, 32),
+}
+
+
+def get_config(name: str) -> LlamaConfig:
+    """Return the named configuration; an unknown name is an error that gives the nearest ones."""
+    if name in CONFIGS:
+        return CONFIGS[name]
+    nearest = difflib.get_close_matches(name.lower(), CONFIGS, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(nearest)}? " if nearest else ""
+    raise ValueError(f"unknown model {name!r}: {hint}known models: {', '.join(CONFIGS)}")
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters, frozen ones included, a tied weight counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def flops_per_token(config: LlamaConfig, seq_len: int) -> int:
+    """Return the floating-point operations of one training step, forward and backward, per token.
+
+    flops = 6 N + 12 L d T with N = L (4 d^2 + 3 d f) + V d, for L layers, hidden size d,
+    intermediate size f, vocabulary V, sequence length T. N is the weights in a product: the head
+    counts, tied or not; the embedding, a lookup, does not. Attention is counted in full, without
+    discount for the causal mask (PaLM's convention); norms, RoPE and softmax are left out.
+    """
+    d, layers = config.hidden_size, config.num_hidden_layers
+    weights = layers * (4 * d * d + 3 * d * config.intermediate_size) + config.vocab_size * d
+    return 6 * weights + 12 * layers * d * seq_len
+
+
+class Linear(nn.Linear):
+    """No bias, and no draw from the global generator: `Llama.reset_parameters` fills the weight."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root mean square norm, rounded as Hugging Face does: before the weight and after it.
+
+    In fp32 this is `nn.RMSNorm`, which in bf16 rounds only once; the published runs round twice.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + (self.eps or 0.0))
+        return self.weight * (x32 * scale).to(x.dtype)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate dimension i with dimension i + head_dim / 2 (Hugging Face pairing; Meta's is i, i+1).
+
+    x is [batch, heads, length, head_dim]; cos and sin are [length, head_dim / 2].
+    """
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention with rotary positions."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.head_dim = size // config.num_attention_heads
+        self.q_proj, self.k_proj = Linear(size, size), Linear(size, size)
+        self.v_proj, self.o_proj = Linear(size, size), Linear(size, size)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        heads = (*x.shape[:2], -1, self.head_dim)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (project(x).view(heads).transpose(1, 2) for project in projections)
+        # Under autocast q and k are bf16 and the tables fp32, which promotes the product.
+        q, k = (apply_rope(t, cos, sin).to(v.dtype) for t in (q, k))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class Block(nn.Module):
+    """One layer: attention, then the MLP, each on a normalised residual stream."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(size, eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(size, eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return x
+
+
+class Decoder(nn.Module):
+    """Everything below the head; its own module because the state dict's names say `model.`."""
+
+    rope: Tensor  # [2, max_position_embeddings, head_dim / 2]: cosines, sines
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        shape = (config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(*shape, _weight=torch.empty(shape))  # given: draws nothing
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        half = config.hidden_size // config.num_attention_heads // 2
+        table = torch.empty(2, config.max_position_embeddings, half, dtype=torch.float32)
+        self.register_buffer("rope", table, persistent=False)
+
+    def reset_rope(self) -> None:
+        """Fill the table; the angles are fp32, because bf16 cannot tell position 257 from 256."""
+        _, limit, half = self.rope.shape
+        steps = torch.arange(half, dtype=torch.float32, device="cpu") / half
+        positions = torch.arange(limit, dtype=torch.float32, device="cpu")
+        angles = torch.outer(positions, 1.0 / self.config.rope_theta**steps)
+        self.rope.copy_(torch.stack((angles.cos(), angles.sin())))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        length, limit = input_ids.shape[1], self.config.max_position_embeddings
+        if length > limit:
+            limited = f"max_position_embeddings={limit}: shorten it, or raise that limit"
+            raise ValueError(f"sequence of {length} tokens exceeds {limited}")
+        x: Tensor = self.embed_tokens(input_ids)
+        cos, sin = self.rope[:, :length].to(x.dtype).unbind()
+        for layer in self.layers:
+            x = layer(x, cos, sin)
+        out: Tensor = self.norm(x)
+        return out
+
+
+class Llama(nn.Module):
+    """Decoder and head, initialised from `seed` alone: the global generators are left untouched.
+
+    After a build on meta, `model.to_empty(device=...)` then `model.reset_parameters(seed)`.
+    """
+
+    def __init__(self, config: LlamaConfig, *, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.reset_parameters(seed)
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int) -> None:
+        """Set matrices to N(0, initializer_range), norms to one, and fill the RoPE tables.
+
+        The draws are made on the CPU in fp32, so every device and type starts from the same model.
+        """
+        if self.config.tie_word_embeddings:  # to_empty unties what it moves off meta
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.model.reset_rope()
+        generator = torch.Generator("cpu").manual_seed(seed)
+        for parameter in self.parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+            elif not parameter.is_meta:
+                draw = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+                draw.normal_(0.0, self.config.initializer_range, generator=generator)
+                parameter.copy_(draw)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return logits [B, T, V], or with labels the mean cross-entropy, computed in fp32.
+
+        labels[:, t] is the token after input_ids[:, t]: the data shifts them, not the model.
+        """
+        logits: Tensor = self.lm_head(self.model(input_ids))
+        if labels is None:
+            return logits
+        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())

@@ -1,0 +1,145 @@
+"""What every optimizer of the zoo adds to ``torch.optim.Optimizer``: roles, and state kept as saved."""
+
+import warnings
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, StateDict
+
+from optimzoo.roles import check_role
+
+
+class RoleOptimizer(Optimizer):
+    """A torch optimizer whose groups carry a ``role`` and whose state survives a load unchanged.
+
+    State holds tensors, ints and floats only, and none is made before the first step.
+    """
+
+    _warned_bare = False
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as ``torch.optim.Optimizer`` does; the caller's dict is left alone.
+
+        Raises:
+            ValueError: an unknown role, a complex parameter, a matrix role for a vector.
+        """
+        group = dict(param_group) if isinstance(param_group, dict) else param_group
+        if isinstance(group, dict) and isinstance(group.get("params"), Iterable):
+            params = group["params"]
+            if not isinstance(params, Tensor | set):
+                group["params"] = list(params)
+            self._check_group(group)
+        super().add_param_group(group)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
+        named = [p for p in params if isinstance(p, tuple)]
+        tensors = [p[1] if isinstance(p, tuple) else p for p in params]
+        names = [p[0] for p in named] or group.get("param_names", [])
+        if not all(isinstance(t, Tensor) for t in tensors):
+            return  # torch has the error for this
+        check_role({"params": tensors, "role": group.get("role")}, names)
+        if group.get("role") is None and tensors and not self._warned_bare:
+            self._warned_bare = True
+            warnings.warn(
+                f"{type(self).__name__} was given bare parameters: those of two dimensions and up "
+                "count as hidden weights, the rest as vectors; it cannot know the embedding, the "
+                "output head or transposed weights. Use optimzoo.param_groups(model)",
+                stacklevel=5,
+            )
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load a state as ``torch.optim.Optimizer`` does, but keep every state tensor's dtype.
+
+        torch casts each state tensor to its parameter's dtype, which ruins masks, seeds, integer
+        codes and float32 moments under bfloat16 weights.
+
+        Raises:
+            ValueError: the groups differ in number, in size or in role from those of the state.
+        """
+        seen: dict[str, Any] = {}
+        # Registered now, so it runs last and sees what the caller's own hooks made of the state.
+        handle = self.register_load_state_dict_pre_hook(
+            lambda _, state: self._check_loaded(state, seen)
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        saved_ids = chain.from_iterable(group["params"] for group in seen["param_groups"])
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        for saved_id, param in zip(saved_ids, params, strict=True):
+            for key, value in seen["state"].get(saved_id, {}).items():
+                loaded = self.state[param].get(key)
+                if isinstance(value, Tensor) and isinstance(loaded, Tensor):
+                    if loaded.dtype != value.dtype:
+                        self.state[param][key] = value.detach().to(loaded.device, copy=True)
+
+    def _check_loaded(self, state_dict: StateDict, seen: dict[str, Any]) -> None:
+        seen.update(state_dict)
+        ours = [group.get("role") for group in self.param_groups]
+        saved = [group.get("role") for group in state_dict["param_groups"]]
+        if len(ours) == len(saved):
+            for i, (own, other) in enumerate(zip(ours, saved, strict=True)):
+                if own and other and own != other:
+                    raise ValueError(
+                        f"the state's group {i} has the role {other!r} and this optimizer's has "
+                        f"{own!r}; build the groups as they were when it was saved"
+                    )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # options that an older checkpoint does not know
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+
+    def _run_closure(self, closure: Any) -> Any:
+        if closure is None:
+            return None
+        with torch.enable_grad():
+            return closure()
+
+    def _refuse_sparse(self, grad: Tensor) -> None:
+        if grad.is_sparse:
+            raise RuntimeError(
+                f"{type(self).__name__} does not support sparse gradients; "
+                "build the embedding with sparse=False"
+            )
+
+
+def scalar_lr(group: dict[str, Any]) -> float | Tensor:
+    """The group's learning rate, read anew each step: a float or a 0-dim tensor."""
+    lr = group["lr"]
+    return lr.reshape(()) if isinstance(lr, Tensor) else lr
+
+
+def check_nonnegative(**values: Any) -> None:
+    """Refuse hyperparameters below zero (or not a number), in torch's words."""
+    for name, value in values.items():
+        if not 0.0 <= value:
+            raise ValueError(f"Invalid {name} value: {value}; it must be >= 0")
+
+
+def check_lr(lr: Any, name: str = "learning rate") -> None:
+    """Refuse a learning rate that is negative, not a number, or a tensor of several elements."""
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    if not 0.0 <= lr:
+        raise ValueError(f"Invalid {name}: {lr}; it must be >= 0")
+
+
+def check_betas(betas: Any, name: str = "beta parameter") -> None:
+    """Refuse betas outside [0, 1)."""
+    for i, beta in enumerate(betas):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid {name} at index {i}: {beta}; it must be in [0, 1)")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Refuse a value that is not one of ``choices``."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(f"Invalid {name}: {value!r}; it must be one of {', '.join(choices)}")

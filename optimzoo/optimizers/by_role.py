@@ -1,0 +1,88 @@
+"""One optimizer made of several: each parameter group goes to the torch optimizer of its role."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from optimzoo.optimizers.base import RoleOptimizer
+from optimzoo.roles import role_of
+
+Rule = tuple[type[Optimizer], Mapping[str, Any]]
+
+
+class ByRole(RoleOptimizer):
+    """Existing optimizers behind one ``param_groups``, one ``state`` and one ``state_dict``.
+
+    Schedulers, checkpoints and hooks see a single optimizer; the inner ones share its group dicts
+    and its state, and step one after the other. Bare parameters are split by shape.
+
+    Args:
+        params: groups from :func:`optimzoo.param_groups`, or parameters.
+        rules: for each role its optimizer class and that class's hyperparameters.
+
+    Raises:
+        ValueError: a role without a rule; whatever the inner optimizer refuses.
+    """
+
+    def __init__(self, params: ParamsT, rules: Mapping[str, Rule]) -> None:
+        self._rules = dict(rules)
+        self._inner: dict[type[Optimizer], Optimizer] = {}
+        super().__init__(params, {})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group and hand it to the optimizer of its role."""
+        group = dict(param_group)
+        if group.get("role") is None and not isinstance(group["params"], set):
+            params = group["params"] = _as_list(group["params"])
+            self._check_group(group)
+            by_shape: dict[str, list[Any]] = {}
+            for item in params:
+                tensor = item[1] if isinstance(item, tuple) else item
+                role = role_of(tensor, {}) if hasattr(tensor, "ndim") else "hidden"
+                by_shape.setdefault(role, []).append(item)
+            for role, part in by_shape.items() or [("vector", [])]:
+                self.add_param_group({**group, "params": part, "role": role})
+            return
+        if group.get("role") in self._rules:
+            cls, hyper = self._rules[group["role"]]
+            group = {**hyper, **group}
+        super().add_param_group(group)
+        group = self.param_groups[-1]
+        if group["role"] not in self._rules:
+            raise ValueError(f"{type(self).__name__} has no rule for the role {group['role']!r}")
+        self._adopt(cls, group)
+
+    def _adopt(self, cls: type[Optimizer], group: dict[str, Any]) -> None:
+        """Let the inner optimizer of class ``cls`` train ``group``: the same dict, not a copy."""
+        if cls in self._inner:
+            self._inner[cls].add_param_group(group)
+        else:
+            self._inner[cls] = cls([group])
+            self._inner[cls].state = self.state
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of each inner optimizer; returns the closure's loss, if there is a closure."""
+        loss = self._run_closure(closure)
+        for inner in self._inner.values():
+            inner.step()
+        return loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_rules": self._rules}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # A load (and a copy) brings new groups and a new state dict: link the inner ones to them.
+        self._inner = {}
+        for group in self.param_groups:
+            cls, hyper = self._rules[group["role"]]
+            for name, default in hyper.items():
+                group.setdefault(name, default)
+            self._adopt(cls, group)
+        for inner in self._inner.values():
+            inner.__setstate__({"state": self.state, "param_groups": inner.param_groups})
+
+
+def _as_list(params: Any) -> list[Any]:
+    return [params] if hasattr(params, "ndim") else list(params)

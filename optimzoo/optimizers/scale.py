@@ -1,0 +1,307 @@
+"""SCALE: column-normalised SGD with momentum on the output head alone (arXiv 2506.16659)."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import (
+    ParamsT,
+    _default_to_fused_or_foreach,
+    _use_grad_for_differentiable,
+)
+
+from optimzoo.optimizers.adam_rule import adam, init_adam_state
+from optimzoo.optimizers.base import (
+    RoleOptimizer,
+    check_betas,
+    check_choice,
+    check_lr,
+    check_nonnegative,
+    scalar_lr,
+)
+from optimzoo.roles import input_dim, matrix_view, role_of
+from optimzoo.subspace.newton_schulz import orthogonalize
+
+NORMALIZATIONS = ("column", "row", "sign", "spectral")
+
+
+class SCALE(RoleOptimizer):
+    r"""Stochastic Column-normalised Last-layer momentum (SCALE).
+
+    For a weight ``W`` with gradient ``g``, learning rate ``η`` and weight decay ``λ``::
+
+        head:      m ← β m + (1 − β) g,   g ← m          (the only momentum)
+        matrices:  s_j = max(√(mean_i g_ij²), eps)       (one per output neuron j)
+                   W ← (1 − ηλ) W − η g / s
+        vectors:   Adam, with `vector_lr`, `vector_betas`, `vector_eps`
+
+    The paper writes ``W`` as ``[d_in, d_out]`` and normalises its columns; here that reduces dim 1
+    of an ``nn.Linear`` weight and of the head, dim 0 of an ``nn.Embedding`` weight. Weights above
+    two dimensions are flattened to ``[out, -1]``; a stack of matrices is taken slice by slice.
+
+    State, in bytes a parameter of the head: its own size (``exp_avg``, in the weight's dtype). None
+    for hidden weights and the embedding. Vectors: 8 (two float32 moments), and 4 a tensor.
+
+    Args:
+        params: groups from :func:`optimzoo.param_groups`; bare parameters fall back by shape.
+        lr: step of every normalised weight: the RMS of its update. Float or 1-element tensor.
+        momentum: β of the head. A group that names its own `momentum` gets it in any role.
+        weight_decay: λ, decoupled.
+        normalize: `column`, or the paper's ablations: `row` (one scalar per input), `sign`,
+            `spectral` (Newton–Schulz; with `norm="rms"` times √max(m, n), so that its RMS is 1).
+        norm: `rms` divides by the root mean square (the authors' code, the unit of the published
+            learning rates), `l2` by the norm (the paper's formula): `lr_l2 = lr · √n_reduced`.
+        eps: floor of the divisor. A row whose gradient is zero is not moved.
+        vector_lr: `lr` of the vector groups, so that a scheduler scales both; default: `lr`.
+            Published runs: 2e-2 (60M to 350M), 1e-3 (1B, 7B).
+        vector_betas: Adam's betas for the vectors.
+        vector_eps: Adam's eps, added before the bias correction of the second moment.
+        maximize: ascend instead of descend.
+        foreach: use torch's multi-tensor operations; default: on CUDA. One gradient-sized
+            temporary, as in torch.
+        capturable: safe under CUDA graphs.
+        differentiable: let autograd run through the step.
+        fused: not available yet; `None` or `False`.
+
+    Raises:
+        ValueError: a hyperparameter out of range, groups that do not fit (see `param_groups`),
+            `vector_lr` with parameters that carry no role.
+        RuntimeError: a sparse gradient, at `step`.
+
+    Non-finite gradients propagate into the weights they touch, as in torch: skip the step
+    (`torch.amp.GradScaler` does). A skipped step leaves the state as it was.
+
+    Example:
+        >>> optimizer = optimzoo.SCALE(optimzoo.param_groups(model), lr=1e-3, vector_lr=1e-2)
+
+    Source: arXiv 2506.16659; OptimAI-Lab/Minimalist_LLM_Pretraining. Ours differs from that code in:
+    fp32 norms and fp32 Adam moments under low-precision weights; roles kept in the groups, so that
+    training goes on after a resume; weights above two dimensions; tied weights (the head's rule).
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        *,
+        normalize: str = "column",
+        norm: str = "rms",
+        eps: float = 1e-8,
+        vector_lr: float | Tensor | None = None,
+        vector_betas: tuple[float, float] = (0.9, 0.999),
+        vector_eps: float = 1e-8,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        if foreach and differentiable:
+            raise ValueError("foreach=True cannot be differentiable; choose one")
+        if vector_lr is not None:
+            check_lr(vector_lr, "vector_lr")
+        self._vector_lr = vector_lr
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "normalize": normalize,
+            "norm": norm,
+            "eps": eps,
+            "vector_betas": vector_betas,
+            "vector_eps": vector_eps,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "role": None,
+            "transposed": False,
+            "stacked": False,
+        }
+        _check_options(defaults)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its role decides its `lr` (vectors) and its `momentum` (0 off the head)."""
+        group = dict(param_group)
+        role = group.get("role")
+        if self._vector_lr is not None:
+            if role is None:
+                raise ValueError(
+                    "vector_lr needs groups that carry roles; pass optimzoo.param_groups(model)"
+                )
+            if role == "vector":
+                group.setdefault("lr", self._vector_lr)
+        if role != "head":
+            group.setdefault("momentum", 0.0)
+        _check_options({**self.defaults, **group})
+        super().add_param_group(group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_vector_lr": self._vector_lr}
+
+    def _init_group(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+        """The group's parameters that have a gradient, as matrices and vectors, state made."""
+        matrices, vectors = [], []
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            self._refuse_sparse(p.grad)
+            state = self.state.get(p, {})
+            if role_of(p, group) == "vector":
+                # float32 at least: in bfloat16 a second moment with β₂ = 0.999 would never move.
+                dtype = torch.promote_types(p.dtype, torch.float32)
+                init_adam_state(state, p, capturable=group["capturable"], dtype=dtype)
+                vectors.append(p)
+            else:
+                if group["momentum"] != 0 and "exp_avg" not in state:
+                    state["exp_avg"] = torch.zeros_like(p)
+                matrices.append(p)
+            if state:
+                self.state[p] = state
+        return matrices, vectors
+
+    @_use_grad_for_differentiable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One optimization step; returns the closure's loss, if there is a closure."""
+        self._cuda_graph_capture_health_check()
+        loss = self._run_closure(closure)
+        for group in self.param_groups:
+            matrices, vectors = self._init_group(group)
+            lr = scalar_lr(group)
+            foreach = group["foreach"]
+            if foreach is None:
+                params = matrices + vectors
+                foreach = _default_to_fused_or_foreach(params, group["differentiable"])[1]
+            scale(
+                matrices,
+                [p.grad for p in matrices if p.grad is not None],
+                [self.state.get(p, {}).get("exp_avg") for p in matrices],
+                lr=lr,
+                momentum=group["momentum"],
+                weight_decay=group["weight_decay"],
+                dim=input_dim(group["role"] or "hidden", transposed=group["transposed"]),
+                stacked=group["stacked"],
+                normalize=group["normalize"],
+                norm=group["norm"],
+                eps=group["eps"],
+                maximize=group["maximize"],
+                foreach=foreach,
+            )
+            adam(
+                vectors,
+                [p.grad for p in vectors if p.grad is not None],
+                [self.state[p]["exp_avg"] for p in vectors],
+                [self.state[p]["exp_avg_sq"] for p in vectors],
+                [self.state[p]["step"] for p in vectors],
+                lr=lr,
+                betas=group["vector_betas"],
+                eps=group["vector_eps"],
+                weight_decay=group["weight_decay"],
+                maximize=group["maximize"],
+                foreach=foreach,
+                capturable=group["capturable"],
+            )
+        return loss
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    check_lr(options["lr"])
+    if not 0.0 <= options["momentum"] < 1.0:
+        raise ValueError(f"Invalid momentum value: {options['momentum']}; it must be in [0, 1)")
+    check_nonnegative(**{k: options[k] for k in ("weight_decay", "eps", "vector_eps")})
+    check_betas(options["vector_betas"])
+    check_choice("normalize", options["normalize"], NORMALIZATIONS)
+    check_choice("norm", options["norm"], ("rms", "l2"))
+    if options["fused"]:
+        raise RuntimeError("SCALE has no fused kernels yet; leave fused=None")
+
+
+def scale(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor | None],
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    weight_decay: float,
+    dim: int,
+    stacked: bool,
+    normalize: str,
+    norm: str,
+    eps: float,
+    maximize: bool,
+    foreach: bool,
+) -> None:
+    """One SCALE step on weights of one layout, in place (see :class:`SCALE`)."""
+    rule = _multi_tensor_scale if foreach else _single_tensor_scale
+    if not params:
+        return
+    if normalize == "row":
+        normalize, dim = "column", -3 - dim
+    if maximize:
+        grads = [-g for g in grads]
+
+    def direction(grad: Tensor) -> Tensor:
+        matrix = matrix_view(grad, stacked=stacked)
+        return normalized(matrix, dim=dim, normalize=normalize, norm=norm, eps=eps).view_as(grad)
+
+    rule(params, grads, exp_avgs, direction, lr, momentum, weight_decay)
+
+
+def normalized(grad: Tensor, *, dim: int, normalize: str, norm: str, eps: float) -> Tensor:
+    """``C(g)``: the direction of a matrix ``[..., m, n]``, in at least float32."""
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    if normalize == "sign":
+        return grad.sign()
+    if normalize == "spectral":
+        size = math.sqrt(max(grad.shape[-2:])) if norm == "rms" else 1.0
+        return orthogonalize(grad).to(wide) * size
+    length = torch.linalg.vector_norm(grad, dim=dim, keepdim=True, dtype=wide)
+    if norm == "rms":
+        length = length / math.sqrt(max(grad.shape[dim], 1))
+    return grad / length.clamp_min(eps)
+
+
+def _single_tensor_scale(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor | None],
+    direction: Callable[[Tensor], Tensor],
+    lr: float | Tensor,
+    momentum: float,
+    weight_decay: float,
+) -> None:
+    for p, g, m in zip(params, grads, exp_avgs, strict=True):
+        if m is not None and momentum != 0:
+            m.lerp_(g.to(m.dtype), 1 - momentum)
+            g = m
+        if weight_decay != 0:
+            p.mul_(1 - lr * weight_decay)
+        p.sub_(direction(g) * lr)
+
+
+def _multi_tensor_scale(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor | None],
+    direction: Callable[[Tensor], Tensor],
+    lr: float | Tensor,
+    momentum: float,
+    weight_decay: float,
+) -> None:
+    buffers = [m for m in exp_avgs if m is not None]
+    if buffers and momentum != 0:
+        grads = [g.to(m.dtype) for g, m in zip(grads, buffers, strict=True)]
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        grads = buffers
+    if weight_decay != 0:
+        torch._foreach_mul_(params, 1 - lr * weight_decay)
+    updates = [direction(g) for g in grads]
+    torch._foreach_mul_(updates, lr)
+    torch._foreach_sub_(params, updates)

@@ -1,0 +1,143 @@
+"""Every optimizer by name: what it is, where it comes from, how to make it."""
+
+import difflib
+import fnmatch
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from optimzoo.optimizers.muon import Muon
+from optimzoo.optimizers.scale import SCALE
+from optimzoo.roles import MATRIX_ROLES, param_groups
+
+
+@dataclass(frozen=True)
+class OptimInfo:
+    """One optimizer of the registry.
+
+    Attributes:
+        name: the name for :func:`create_optimizer`.
+        make: the class.
+        description: one line.
+        source: paper or documentation.
+        main_roles: the roles that its own rule trains, at `lr`; the rest train at `other_lr`.
+        other_lr: the class's argument for `other_lr`; `None` sets the `lr` of those groups.
+        state: state, as text for the tables.
+        aliases: other names.
+    """
+
+    name: str
+    make: Callable[..., Optimizer]
+    description: str
+    source: str
+    main_roles: tuple[str, ...] = ("hidden",)
+    other_lr: str | None = None
+    state: str = ""
+    aliases: tuple[str, ...] = ()
+
+
+def _torch(name: str, cls: str, description: str, state: str) -> OptimInfo:
+    source = f"torch.optim.{cls}"
+    return OptimInfo(name, getattr(torch.optim, cls), description, source, state=state)
+
+
+_INFOS = [
+    OptimInfo(
+        "scale",
+        SCALE,
+        "column-normalised SGD, momentum on the output head alone",
+        "arXiv 2506.16659",
+        main_roles=MATRIX_ROLES,
+        other_lr="vector_lr",
+        state="1 x head",
+    ),
+    OptimInfo(
+        "muon",
+        Muon,
+        "orthogonalised momentum on hidden weights, AdamW on the rest",
+        "torch.optim.Muon + torch.optim.AdamW",
+        other_lr="other_lr",
+        state="1 x hidden + 2 x rest",
+    ),
+    _torch("sgd", "SGD", "stochastic gradient descent", "none (1 x with momentum)"),
+    _torch("adamw", "AdamW", "Adam with decoupled weight decay", "2 x"),
+    _torch("adam", "Adam", "adaptive moments", "2 x"),
+    _torch("nadam", "NAdam", "Adam with Nesterov momentum", "2 x"),
+    _torch("radam", "RAdam", "rectified Adam", "2 x"),
+    _torch("adamax", "Adamax", "Adam with the infinity norm", "2 x"),
+    _torch("adagrad", "Adagrad", "accumulated squared gradients", "1 x"),
+    _torch("adadelta", "Adadelta", "running averages of squares of gradients and steps", "2 x"),
+    _torch("rmsprop", "RMSprop", "running average of squared gradients", "1 x"),
+    _torch("asgd", "ASGD", "averaged SGD", "1 x"),
+    _torch("rprop", "Rprop", "sign-based steps, for full batches", "2 x"),
+    _torch("adafactor", "Adafactor", "factored second moment", "rows + columns"),
+]
+_REGISTRY = {info.name: info for info in _INFOS}
+_ALIASES = {alias: info.name for info in _INFOS for alias in info.aliases}
+
+
+def list_optimizers(pattern: str = "*") -> list[str]:
+    """The names that match a shell pattern, sorted: ``list_optimizers("ada*")``."""
+    return sorted(name for name in _REGISTRY if fnmatch.fnmatch(name, pattern))
+
+
+def get_info(name: str) -> OptimInfo:
+    """The record of one optimizer.
+
+    Raises:
+        ValueError: an unknown name; the message has the nearest ones.
+    """
+    key = name.lower().replace("-", "_")
+    key = _ALIASES.get(key, key)
+    if key not in _REGISTRY:
+        near = difflib.get_close_matches(key, [*_REGISTRY, *_ALIASES], n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see list_optimizers()"
+        raise ValueError(f"unknown optimizer {name!r}; {hint}")
+    return _REGISTRY[key]
+
+
+def create_optimizer(
+    name: str,
+    model_or_params: nn.Module | ParamsT,
+    *,
+    lr: float | None = None,
+    other_lr: float | None = None,
+    **hyper: Any,
+) -> Optimizer:
+    """Make an optimizer by name.
+
+    Args:
+        name: one of :func:`list_optimizers`.
+        model_or_params: a model (sorted by :func:`optimzoo.param_groups`), groups, or parameters.
+        lr: learning rate of the weights that the method's own rule trains (`OptimInfo.main_roles`).
+        other_lr: learning rate of the rest; default: the method's own default, or `lr`.
+        **hyper: the method's other hyperparameters.
+
+    Raises:
+        ValueError: an unknown name or hyperparameter, `other_lr` for parameters without roles.
+    """
+    info = get_info(name)
+    accepted = [p for p in inspect.signature(info.make).parameters if p != "params"]
+    for key in hyper:
+        if key not in accepted:
+            raise ValueError(
+                f"{info.name} has no hyperparameter {key!r}; it takes {', '.join(accepted)}"
+            )
+    if lr is not None:
+        hyper["lr"] = lr
+    groups: Any = model_or_params
+    if isinstance(groups, nn.Module):
+        groups = param_groups(groups)
+    if other_lr is not None and info.other_lr is not None:
+        hyper[info.other_lr] = other_lr
+    elif other_lr is not None:
+        groups = list(groups)
+        if not all(isinstance(g, dict) and g.get("role") for g in groups):
+            raise ValueError("other_lr needs roles; pass a model or optimzoo.param_groups(model)")
+        groups = [g if g["role"] in info.main_roles else {"lr": other_lr, **g} for g in groups]
+    return info.make(groups, **hyper)

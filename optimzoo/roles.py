@@ -1,0 +1,244 @@
+"""Which parameter is what: hidden weight, embedding, output head, or vector.
+
+A memory-efficient optimizer treats these four differently, and sending a parameter to the wrong
+rule is the most common mistake made with one. :func:`param_groups` sorts a model's parameters into
+ordinary ``torch.optim`` groups that carry a ``role``; :func:`describe` prints what it decided.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROLES = ("hidden", "embedding", "head", "vector")
+MATRIX_ROLES = ("hidden", "embedding", "head")
+
+Override = str | Mapping[str, Any]
+Overrides = Mapping[str, Override] | Iterable[tuple[str, Override]]
+
+# The last part of the module path of an output head, for models that do not name theirs by method
+# (`get_output_embeddings`) or by shape (one output per row of the input embedding).
+_HEAD_NAMES = re.compile(r"(^|\.)(lm_head|embed_out|unembed|output_layer|head|score|classifier)$")
+_EMBEDDING_NAMES = re.compile(r"(embed|wpe|wte|pos_emb)", re.IGNORECASE)
+
+
+def param_groups(model: nn.Module, overrides: Overrides = ()) -> list[dict[str, Any]]:
+    """Sort the trainable parameters of ``model`` into groups by role.
+
+    Roles, found by module type first and by name second:
+
+    - ``embedding``: weights of ``nn.Embedding``, shape ``[vocab, d]``;
+    - ``head``: the weight of the output layer, shape ``[vocab, d]``. A head tied to the embedding
+      is one parameter (found by identity); its role is ``head``;
+    - ``hidden``: every other parameter of two dimensions and up;
+    - ``vector``: the rest (norms, biases), and parameters their model marks ``_no_weight_decay``.
+
+    Every group also says how its weights lie: ``transposed`` for ``[in, out]`` (GPT-2's Conv1D),
+    ``stacked`` for ``[n, out, in]`` (mixture-of-experts weights; each slice is one matrix).
+
+    Args:
+        model: any module; wrappers of DDP and ``torch.compile`` are looked through.
+        overrides: ordered ``{regex: role}`` or ``{regex: {"role": ..., "lr": ..., ...}}``. The
+            regex is searched in the parameter's name (in each name, if it is tied); the first that
+            matches wins; options other than ``role`` become options of the group.
+
+    Returns:
+        Groups with ``params``, ``param_names``, ``role``, ``transposed``, ``stacked``, ``tied``,
+        for any torch optimizer. Every trainable parameter is in exactly one of them.
+
+    Raises:
+        ValueError: a pattern that matches no trainable parameter, an unknown role, a model
+            without trainable parameters.
+    """
+    rules = _compile(overrides)
+    names = _names(model)
+    if not names:
+        raise ValueError(
+            f"{type(model).__name__} has no trainable parameter; "
+            "set requires_grad before building the groups"
+        )
+    found = _find_roles(model)
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    used: set[int] = set()
+    for param, aliases in names.items():
+        group, order = dict(found[param]), -1
+        for i, (pattern, options) in enumerate(rules):
+            if any(pattern.search(name) for name in aliases):
+                group, order = {**group, **options}, i
+                used.add(i)
+                break
+        key = (ROLES.index(group["role"]), group["transposed"], group["stacked"], order)
+        group = groups.setdefault(key, {"params": [], "param_names": [], **group})
+        group["params"].append(param)
+        group["param_names"].append(aliases[0])
+    for i, (pattern, _) in enumerate(rules):
+        if i not in used:
+            raise ValueError(
+                f"override {pattern.pattern!r} decides no trainable parameter: it matches none, or "
+                f"an earlier pattern took them all; a name looks like {next(iter(names.values()))[0]!r}"
+            )
+    return [groups[key] for key in sorted(groups)]
+
+
+def role_of(param: Tensor, group: Mapping[str, Any]) -> str:
+    """The role of ``param`` in its group; by shape where the group has none."""
+    return group.get("role") or ("hidden" if param.ndim >= 2 else "vector")
+
+
+def matrix_view(tensor: Tensor, *, stacked: bool = False) -> Tensor:
+    """``tensor`` as a matrix ``[out, -1]``, or as a stack of matrices ``[..., out, in]``."""
+    return tensor if stacked or tensor.ndim == 2 else tensor.flatten(1)
+
+
+def input_dim(role: str, *, transposed: bool) -> int:
+    """The dimension along which a weight meets its input: the one a paper's column runs along.
+
+    ``nn.Linear`` and the head are ``[out, in]``; an ``nn.Embedding`` weight ``[vocab, d]`` and a
+    transposed weight are ``[in, out]``.
+    """
+    return -2 if transposed or role == "embedding" else -1
+
+
+def describe(groups: Any, *, width: int = 80) -> str:
+    """The audit of parameter groups, one line a group: role, tensors, parameters, an example.
+
+    Args:
+        groups: what :func:`param_groups` returned, an optimizer, or a model.
+        width: columns to keep within.
+    """
+    if isinstance(groups, nn.Module):
+        groups = param_groups(groups)
+    groups = getattr(groups, "param_groups", groups)
+    total = sum(p.numel() for g in groups for p in g["params"]) or 1
+    lines = [f"{'role':<10}{'tensors':>8}{'parameters':>15}{'share':>7}  example"]
+    for group in groups:
+        role = group.get("role") or "by shape"
+        count = sum(p.numel() for p in group["params"])
+        notes = [flag for flag in ("transposed", "stacked") if group.get(flag)]
+        notes += ["tied to the input embedding"] if group.get("tied") else []
+        note = f" ({', '.join(notes)})" if notes else ""
+        row = f"{role:<10}{len(group['params']):>8}{count:>15,}{count / total:>7.1%}  "
+        if group["params"]:
+            first, shape = group["params"][0], "x".join(map(str, group["params"][0].shape))
+            name = group.get("param_names", [f"{first.ndim}-D tensor"])[0]
+            row += _shorten(f"{name} [{shape}]", width - len(row) - len(note)) + note
+        lines.append(row.rstrip())
+    roles = {group.get("role") for group in groups}
+    if None not in roles and "head" not in roles:
+        lines.append("no output head was found: name it with overrides={'REGEX': 'head'}")
+    return "\n".join(lines)
+
+
+def _shorten(text: str, width: int) -> str:
+    return text if len(text) <= max(width, 8) else "…" + text[-(max(width, 8) - 1) :]
+
+
+def _compile(overrides: Overrides) -> list[tuple[re.Pattern[str], dict[str, Any]]]:
+    pairs = overrides.items() if isinstance(overrides, Mapping) else overrides
+    rules = []
+    for pattern, options in pairs:
+        options = {"role": options} if isinstance(options, str) else dict(options)
+        if "role" in options and options["role"] not in ROLES:
+            raise ValueError(
+                f"override {pattern!r} asks for the role {options['role']!r}; "
+                f"the roles are {', '.join(ROLES)}"
+            )
+        try:
+            rules.append((re.compile(pattern), options))
+        except re.error as error:
+            raise ValueError(f"override {pattern!r} is not a regular expression: {error}") from None
+    return rules
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def _names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Each trainable parameter with all its names, the checkpoint's own name first."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, param in _unwrap(model).named_parameters(remove_duplicate=False):
+        if param.requires_grad:
+            names.setdefault(param, []).append(name.replace("_orig_mod.", ""))
+    return names
+
+
+def _find_roles(model: nn.Module) -> dict[nn.Parameter, dict[str, Any]]:
+    model = _unwrap(model)
+    head = _find_head(model)
+    found: dict[nn.Parameter, dict[str, Any]] = {}
+    for path, module in model.named_modules():
+        for name, param in module.named_parameters(recurse=False):
+            full = f"{path}.{name}" if path else name
+            facts = _facts(module, full, param)
+            if param is head:
+                facts["role"] = "head"
+                facts["tied"] = facts["tied"] or isinstance(module, nn.Embedding)
+            if param in found:  # a second owner of a tied weight
+                facts["tied"] |= found[param]["tied"]
+            found[param] = facts
+    return found
+
+
+def _facts(module: nn.Module, name: str, param: nn.Parameter) -> dict[str, Any]:
+    facts = {"role": "hidden", "transposed": False, "stacked": False, "tied": False}
+    if param.ndim < 2 or getattr(param, "_no_weight_decay", False):
+        facts["role"] = "vector"
+    elif isinstance(module, nn.Embedding):
+        facts["role"] = "embedding"
+    elif _is_conv1d(module):
+        facts["transposed"] = True
+    elif isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+        pass
+    elif _EMBEDDING_NAMES.search(name.rsplit(".", 1)[-1]):
+        facts["role"] = "embedding"
+    elif param.ndim == 3:
+        facts["stacked"] = True
+        facts["transposed"] = bool(getattr(module, "is_transposed", False))
+    return facts
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's Conv1D of `transformers`: a linear layer whose weight is [in, out]."""
+    return type(module).__name__ == "Conv1D" and not isinstance(module, nn.Conv1d)
+
+
+def _find_head(model: nn.Module) -> nn.Parameter | None:
+    named = getattr(model, "get_output_embeddings", None)
+    module = named() if callable(named) else None
+    if isinstance(getattr(module, "weight", None), nn.Parameter):
+        return module.weight
+    linears = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) or _is_conv1d(module)
+    ]
+    vocabularies = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
+    by_shape = [m for _, m in linears if getattr(m, "out_features", None) in vocabularies]
+    by_name = [m for path, m in linears if _HEAD_NAMES.search(path)]
+    candidates: Sequence[nn.Module] = [m for m in by_shape if m in by_name] or by_name or by_shape
+    return candidates[-1].weight if candidates else None  # type: ignore[return-value]
+
+
+def check_role(group: Mapping[str, Any], names: Sequence[str] = ()) -> None:
+    """Refuse, at construction, a group that no role-aware optimizer can train."""
+    role = group.get("role")
+    if role is not None and role not in ROLES:
+        raise ValueError(f"unknown role {role!r}; the roles are {', '.join(ROLES)}")
+    for i, param in enumerate(group["params"]):
+        label = names[i] if i < len(names) else f"parameter {i}"
+        if torch.is_complex(param):
+            raise ValueError(f"complex parameters are not supported: {label} is {param.dtype}")
+        if role in MATRIX_ROLES and param.ndim < 2:
+            raise ValueError(
+                f"{label} has shape {tuple(param.shape)}, but the role {role!r} needs two "
+                "dimensions or more; give it the role 'vector'"
+            )

@@ -1,0 +1,1 @@
+"""Subspaces and spectra: what the matrix methods compute on a gradient."""

@@ -1,0 +1,26 @@
+"""Orthogonalisation by Newton–Schulz iteration."""
+
+import torch
+from torch import Tensor
+
+# Quintic coefficients of Keller Jordan's Muon: steep at zero, singular values end in about 0.7-1.2.
+_A, _B, _C = 3.4445, -4.7750, 2.0315
+
+
+def orthogonalize(matrix: Tensor, *, steps: int = 5, eps: float = 1e-7) -> Tensor:
+    """Approximately ``U Vᵀ`` of ``matrix = U S Vᵀ``, for ``[..., m, n]``.
+
+    ``X ← X/‖X‖_F``, then ``steps`` times ``X ← aX + b(XXᵀ)X + c(XXᵀ)²X``, on the shorter side.
+    bfloat16 on CUDA as in Muon; elsewhere at least float32, where bfloat16 is not faster. A zero
+    matrix stays zero.
+    """
+    dtype = torch.bfloat16 if matrix.is_cuda else torch.promote_types(matrix.dtype, torch.float32)
+    x = matrix.to(dtype)
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = _A * x + (_B * gram + _C * gram @ gram) @ x
+    return x.mT if tall else x

@@ -1,0 +1,1 @@
+"""Straight float64 transcriptions of the methods, independent of the library."""
