@@ -1,36 +1,28 @@
-"""Where text comes from: the standard library, text files or C4, as documents that know their split.
+"""Text as documents that know their split: of the standard library, of C4, of any source.
 
 A source can be read any number of times and never holds more than one document in memory.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
-import json
-import lzma
 import os
-import re
 import sysconfig
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import NamedTuple
 
 SPLITS = ("train", "valid", "test")
 HELD_OUT_PERCENT = 5  # each of valid and test
-BLOCK_CHARS = 10_000  # the size of a document cut from a .txt file
-TEXT_SUFFIXES = (".txt", ".jsonl")
-PACKED_SUFFIXES = ("", ".gz", ".xz", ".zst")
-NAMED_SPLITS = {"valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
 EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
 class Document(NamedTuple):
+    """One text of one split."""
+
     split: str
     text: str
     path: str = ""  # only where the path, not the text, decides the split
@@ -38,13 +30,15 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
+    """A name, and a function that starts a new reading of the documents."""
+
     name: str
     documents: Callable[[], Iterator[Document]]
 
 
 @dataclass
 class Survey:
-    """One reading of a source: its sha256, its size, and which split owns each held-out text."""
+    """What one reading of a source found: its sha256, its sizes, the owner of a held-out text."""
 
     sha256: str = ""
     characters: Counter[str] = field(default_factory=Counter)
@@ -150,32 +144,6 @@ def stdlib_source(root: Path | None = None) -> Source:
     return Source("stdlib", documents)
 
 
-def file_source(paths: Sequence[str | Path]) -> Source:
-    """Documents of .txt and .jsonl files (key `text`), plain or .gz, .xz or .zst.
-
-    A file with `valid`, `val` or `test` as a part of its name is that split. A split that no file
-    is named for is drawn from the other files by the sha256 of each document's text.
-    """
-    files = [Path(path) for path in paths]
-    if not files:
-        raise ValueError("no source files given; give .txt or .jsonl files, 'stdlib' or 'c4'")
-    for path in files:
-        _check_file(path)
-    named = {path: _named_split(path) for path in files}
-    claimed = set(named.values())
-
-    def documents() -> Iterator[Document]:
-        for path in files:
-            for text in _read_texts(path):
-                split = named[path] or split_of(text)
-                if named[path] is None and split in claimed:
-                    split = "train"
-                yield Document(split, text)
-
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", files[0].name.split(".")[0])[:40] or "text"
-    return Source(stem if len(files) == 1 else f"{stem}+{len(files) - 1}", documents)
-
-
 def c4_source(dataset: str, full: Callable[[str], bool]) -> Source:
     """C4 'en' streamed from the Hugging Face hub, each split until `full(split)` says stop.
 
@@ -210,7 +178,7 @@ def hub_error(what: str, error: Exception) -> OSError:
     )
 
 
-def _stream(dataset: str, split: str) -> Iterator[str]:
+def _stream(dataset: str, split: str) -> Generator[str, None, None]:
     try:
         from datasets import load_dataset
 
@@ -219,127 +187,3 @@ def _stream(dataset: str, split: str) -> Iterator[str]:
                 yield row["text"]
     except Exception as error:
         raise hub_error(f"split {split!r} of dataset {dataset!r}", error) from error
-
-
-def _check_file(path: Path) -> None:
-    stem, packed = os.path.splitext(path.name)
-    kind = packed if packed in TEXT_SUFFIXES else os.path.splitext(stem)[1]
-    if kind not in TEXT_SUFFIXES or (packed != kind and packed not in PACKED_SUFFIXES):
-        raise ValueError(f"{path}: unknown suffix; give .txt or .jsonl, plain or .gz, .xz, .zst")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give the files in it")
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; check the path")
-
-
-def _named_split(path: Path) -> str | None:
-    parts = re.split(r"[^a-z]+", path.name.lower())
-    return next((NAMED_SPLITS[part] for part in parts if part in NAMED_SPLITS), None)
-
-
-def _read_texts(path: Path) -> Iterator[str]:
-    """The non-empty documents of one file; whatever is wrong with it is one line with its name."""
-    number = 0
-    try:
-        with _open_binary(path) as binary:
-            # newline="\n" keeps the text exact; utf-8-sig drops the mark that some editors add.
-            handle = io.TextIOWrapper(binary, encoding="utf-8-sig", newline="\n")
-            if ".jsonl" not in path.suffixes[-2:]:
-                yield from _blocks(handle)
-                return
-            for number, line in enumerate(handle, start=1):
-                if line.strip():
-                    text = _parse_line(line)
-                    if text:
-                        yield text
-    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is truncated or damaged ({error}); fetch it again") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason}); convert it") from error
-    except _BadLineError as error:
-        raise ValueError(f"{path}:{number}: {error}") from error
-
-
-class _BadLineError(Exception):
-    pass
-
-
-def _parse_line(line: str) -> str:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise _BadLineError(f"not a JSON line ({error}); write one object a line") from error
-    text = row.get("text") if isinstance(row, dict) else None
-    if not isinstance(text, str):
-        raise _BadLineError("no string under the key 'text'; write one in every line")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise _BadLineError("the text has a lone surrogate, which UTF-8 cannot hold") from error
-    return text
-
-
-def _blocks(handle: IO[str]) -> Iterator[str]:
-    """Documents of BLOCK_CHARS or a little more, cut at line ends (or inside a longer line)."""
-    lines: list[str] = []
-    size = 0
-    while line := handle.readline(BLOCK_CHARS):
-        lines.append(line)
-        size += len(line)
-        if size >= BLOCK_CHARS:
-            yield "".join(lines)
-            lines, size = [], 0
-    if lines:
-        yield "".join(lines)
-
-
-def _open_binary(path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")
-    if path.suffix == ".xz":
-        return lzma.open(path, "rb")
-    if path.suffix == ".zst":
-        return io.BufferedReader(_ZstdReader(path))
-    return path.open("rb")
-
-
-class _ZstdReader(io.RawIOBase):
-    """Reads .zst frames and, unlike zstandard's own stream reader, refuses a truncated file."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            import zstandard
-        except ImportError as error:
-            raise ImportError(f"{path} needs the zstandard package: pip install zstandard") from error
-        self._new_frame: Callable[[], Any] = zstandard.ZstdDecompressor().decompressobj
-        self._error = zstandard.ZstdError
-        self._file = path.open("rb")
-        self._frame: Any = None
-        self._ready = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            packed = self._frame.unused_data if self._frame and self._frame.eof else b""
-            packed = packed or self._file.read(1 << 16)
-            if not packed:
-                if self._frame and not self._frame.eof:
-                    raise EOFError("the last frame is not complete")
-                return 0
-            if self._frame is None or self._frame.eof:
-                self._frame = self._new_frame()
-            try:
-                self._ready = self._frame.decompress(packed)
-            except self._error as error:
-                raise EOFError(str(error)) from error
-        size = min(len(buffer), len(self._ready))
-        buffer[:size] = self._ready[:size]
-        self._ready = self._ready[size:]
-        return size
-
-    def close(self) -> None:
-        if hasattr(self, "_file"):
-            self._file.close()
-        super().close()

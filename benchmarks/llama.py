@@ -1,7 +1,6 @@
 """The Llama language model, in one file, for training runs that compare optimizers.
 
-Parameter names, shapes and numerics are those of `transformers.LlamaForCausalLM`, so state dicts
-interchange with `load_state_dict(strict=True)` in both directions.
+Parameter names and numerics are those of `transformers.LlamaForCausalLM`; state dicts interchange.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ class LlamaConfig:
             raise ValueError(f"hidden_size={size} is not a multiple of 2 x {heads} attention heads")
 
 
-# 60m to 7b are the sizes of the tables in GaLore, APOLLO and SCALE. The odd 5461 of 1b is theirs.
+# 60m to 7b are the sizes in the tables of GaLore, APOLLO and SCALE; the odd 5461 of 1b is theirs.
 CONFIGS = {
-    "nano": LlamaConfig(4096, 128, 344, 4, 4),
+    "nano": LlamaConfig(2048, 128, 344, 4, 4),
     "9m": LlamaConfig(4096, 256, 768, 8, 4),
     "20m": LlamaConfig(8192, 384, 1024, 8, 6),
     "60m": LlamaConfig(32000, 512, 1376, 8, 8),
@@ -86,10 +85,7 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.RMSNorm):
-    """Root mean square norm, rounded as Hugging Face does: before the weight and after it.
-
-    In fp32 this is `nn.RMSNorm`, which in bf16 rounds only once; the published runs round twice.
-    """
+    """In bf16, round before the weight and after it, as Hugging Face does; torch rounds once."""
 
     def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()
@@ -97,11 +93,16 @@ class RMSNorm(nn.RMSNorm):
         return self.weight * (x32 * scale).to(x.dtype)
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate dimension i with dimension i + head_dim / 2 (Hugging Face pairing; Meta's is i, i+1).
+def rope_table(config: LlamaConfig) -> Tensor:
+    """Return fp32 cosines and sines, [2, max_position_embeddings, head_dim / 2]."""
+    half = config.hidden_size // config.num_attention_heads // 2
+    frequencies = 1.0 / config.rope_theta ** (torch.arange(half).float() / half)
+    angles = torch.outer(torch.arange(config.max_position_embeddings).float(), frequencies)
+    return torch.stack((angles.cos(), angles.sin()))
 
-    x is [batch, heads, length, head_dim]; cos and sin are [length, head_dim / 2].
-    """
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate dimension i with i + head_dim / 2, as Hugging Face does (Meta pairs neighbours)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
@@ -117,14 +118,12 @@ class Attention(nn.Module):
         self.v_proj, self.o_proj = Linear(size, size), Linear(size, size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        heads = (*x.shape[:2], -1, self.head_dim)
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (project(x).view(heads).transpose(1, 2) for project in projections)
-        # Under autocast q and k are bf16 and the tables fp32, which promotes the product.
-        q, k = (apply_rope(t, cos, sin).to(v.dtype) for t in (q, k))
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
-        return out
+        projections = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q, k, v = (y.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for y in projections)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = self.o_proj(x.transpose(1, 2).flatten(2))
+        return x
 
 
 class MLP(nn.Module):
@@ -137,8 +136,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return out
+        x = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return x
 
 
 class Block(nn.Module):
@@ -146,10 +145,9 @@ class Block(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        size, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = RMSNorm(size, eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(size, eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -161,45 +159,29 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Everything below the head; its own module because the state dict's names say `model.`."""
 
-    rope: Tensor  # [2, max_position_embeddings, head_dim / 2]: cosines, sines
-
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.config = config
         shape = (config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding(*shape, _weight=torch.empty(shape))  # given: draws nothing
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        half = config.hidden_size // config.num_attention_heads // 2
-        table = torch.empty(2, config.max_position_embeddings, half, dtype=torch.float32)
-        self.register_buffer("rope", table, persistent=False)
-
-    def reset_rope(self) -> None:
-        """Fill the table; the angles are fp32, because bf16 cannot tell position 257 from 256."""
-        _, limit, half = self.rope.shape
-        steps = torch.arange(half, dtype=torch.float32, device="cpu") / half
-        positions = torch.arange(limit, dtype=torch.float32, device="cpu")
-        angles = torch.outer(positions, 1.0 / self.config.rope_theta**steps)
-        self.rope.copy_(torch.stack((angles.cos(), angles.sin())))
+        self.rope = nn.Buffer(rope_table(config), persistent=False)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        length, limit = input_ids.shape[1], self.config.max_position_embeddings
+        length, limit = input_ids.shape[1], self.rope.shape[1]
         if length > limit:
-            limited = f"max_position_embeddings={limit}: shorten it, or raise that limit"
-            raise ValueError(f"sequence of {length} tokens exceeds {limited}")
+            way_out = "shorten it or raise the limit in LlamaConfig"
+            raise ValueError(f"{length} tokens exceed max_position_embeddings={limit}: {way_out}")
         x: Tensor = self.embed_tokens(input_ids)
         cos, sin = self.rope[:, :length].to(x.dtype).unbind()
         for layer in self.layers:
             x = layer(x, cos, sin)
-        out: Tensor = self.norm(x)
-        return out
+        x = self.norm(x)
+        return x
 
 
 class Llama(nn.Module):
-    """Decoder and head, initialised from `seed` alone: the global generators are left untouched.
-
-    After a build on meta, `model.to_empty(device=...)` then `model.reset_parameters(seed)`.
-    """
+    """Decoder and head, initialised from `seed` alone: the global generators are left untouched."""
 
     def __init__(self, config: LlamaConfig, *, seed: int = 0) -> None:
         super().__init__()
@@ -210,13 +192,13 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
-        """Set matrices to N(0, initializer_range), norms to one, and fill the RoPE tables.
+        """Set matrices to N(0, initializer_range), norms to one; a must after meta and `to_empty`.
 
         The draws are made on the CPU in fp32, so every device and type starts from the same model.
         """
         if self.config.tie_word_embeddings:  # to_empty unties what it moves off meta
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.model.reset_rope()
+        self.model.rope.copy_(rope_table(self.config))
         generator = torch.Generator("cpu").manual_seed(seed)
         for parameter in self.parameters():
             if parameter.dim() == 1:
@@ -231,7 +213,5 @@ class Llama(nn.Module):
 
         labels[:, t] is the token after input_ids[:, t]: the data shifts them, not the model.
         """
-        logits: Tensor = self.lm_head(self.model(input_ids))
-        if labels is None:
-            return logits
-        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+        x: Tensor = self.lm_head(self.model(input_ids))
+        return x if labels is None else F.cross_entropy(x.float().flatten(0, 1), labels.flatten())

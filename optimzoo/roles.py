@@ -77,7 +77,7 @@ def param_groups(model: nn.Module, overrides: Overrides = ()) -> list[dict[str, 
         if i not in used:
             raise ValueError(
                 f"override {pattern.pattern!r} decides no trainable parameter: it matches none, or "
-                f"an earlier pattern took them all; a name looks like {next(iter(names.values()))[0]!r}"
+                f"an earlier one took them all; a name looks like {next(iter(names.values()))[0]!r}"
             )
     return [groups[key] for key in sorted(groups)]
 
@@ -214,8 +214,9 @@ def _is_conv1d(module: nn.Module) -> bool:
 def _find_head(model: nn.Module) -> nn.Parameter | None:
     named = getattr(model, "get_output_embeddings", None)
     module = named() if callable(named) else None
-    if isinstance(getattr(module, "weight", None), nn.Parameter):
-        return module.weight
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, nn.Parameter):
+        return weight
     linears = [
         (path, module)
         for path, module in model.named_modules()

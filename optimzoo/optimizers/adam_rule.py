@@ -17,10 +17,17 @@ def init_adam_state(
 ) -> None:
     """Make ``step``, ``exp_avg``, ``exp_avg_sq`` (zeros, like ``param``) where they are missing."""
     if "step" not in state:
-        device = param.device if capturable else "cpu"
-        state["step"] = torch.zeros((), dtype=_get_scalar_dtype(), device=device)
+        state["step"] = 0
+        step_as_tensor(state, param, capturable=capturable)
         state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
         state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
+
+
+def step_as_tensor(state: dict[str, Any], param: Tensor, *, capturable: bool) -> None:
+    """Turn a ``step`` that is a number into a tensor, on the CPU unless ``capturable``."""
+    if isinstance(state.get("step"), int | float):
+        device = param.device if capturable else "cpu"
+        state["step"] = torch.tensor(state["step"], dtype=_get_scalar_dtype(), device=device)
 
 
 def adam(
@@ -55,13 +62,11 @@ def adam(
     rule(params, grads, exp_avgs, exp_avg_sqs, steps, lr, betas, eps, weight_decay, capturable)
 
 
-def _step_size(
-    step: Tensor, lr: float | Tensor, betas: tuple[float, float], capturable: bool
-) -> float | Tensor:
+def _correction(step: Tensor, betas: tuple[float, float], capturable: bool) -> float | Tensor:
     if capturable:
-        return lr * (1 - betas[1] ** step).sqrt() / (1 - betas[0] ** step)
+        return (1 - betas[1] ** step).sqrt() / (1 - betas[0] ** step)
     t = step.item()
-    return lr * (math.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t))
+    return math.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t)
 
 
 def _single_tensor_adam(
@@ -81,9 +86,13 @@ def _single_tensor_adam(
         step += 1
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        # With `differentiable` autograd keeps m for the backward, and the next step changes it.
+        mean = m.clone() if m.requires_grad else m
+        update = mean / (v.sqrt() + eps) * _correction(step, betas, capturable)
         if weight_decay != 0:
-            p.mul_(1 - lr * weight_decay)
-        p.sub_(m / (v.sqrt() + eps) * _step_size(step, lr, betas, capturable))
+            # Inside the update, so that a low-precision weight is rounded once a step, not twice.
+            update = update.add(p, alpha=weight_decay)
+        p.sub_(update * lr)
 
 
 def _multi_tensor_adam(
@@ -103,12 +112,13 @@ def _multi_tensor_adam(
     torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
     torch._foreach_mul_(exp_avg_sqs, beta2)
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, value=1 - beta2)
-    if weight_decay != 0:
-        torch._foreach_mul_(params, 1 - lr * weight_decay)
     update = torch._foreach_sqrt(exp_avg_sqs)
     torch._foreach_add_(update, eps)
     torch._foreach_reciprocal_(update)
     torch._foreach_mul_(update, exp_avgs)
-    sizes = [_step_size(step, lr, betas, capturable) for step in steps]
-    torch._foreach_mul_(update, sizes)
+    corrections: Any = [_correction(step, betas, capturable) for step in steps]
+    torch._foreach_mul_(update, corrections)
+    if weight_decay != 0:
+        torch._foreach_add_(update, params, alpha=weight_decay)
+    torch._foreach_mul_(update, lr)
     torch._foreach_sub_(params, update)

@@ -1,4 +1,4 @@
-"""What every optimizer of the zoo adds to ``torch.optim.Optimizer``: roles, and state kept as saved."""
+"""What the zoo adds to ``torch.optim.Optimizer``: roles, and state that is kept as saved."""
 
 import warnings
 from collections.abc import Iterable
@@ -19,6 +19,7 @@ class RoleOptimizer(Optimizer):
     """
 
     _warned_bare = False
+    _keeps_state_dtype = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as ``torch.optim.Optimizer`` does; the caller's dict is left alone.
@@ -26,8 +27,8 @@ class RoleOptimizer(Optimizer):
         Raises:
             ValueError: an unknown role, a complex parameter, a matrix role for a vector.
         """
-        group = dict(param_group) if isinstance(param_group, dict) else param_group
-        if isinstance(group, dict) and isinstance(group.get("params"), Iterable):
+        group = copy_group(param_group)
+        if isinstance(group.get("params"), Iterable):
             params = group["params"]
             if not isinstance(params, Tensor | set):
                 group["params"] = list(params)
@@ -61,25 +62,31 @@ class RoleOptimizer(Optimizer):
             ValueError: the groups differ in number, in size or in role from those of the state.
         """
         seen: dict[str, Any] = {}
-        # Registered now, so it runs last and sees what the caller's own hooks made of the state.
-        handle = self.register_load_state_dict_pre_hook(
-            lambda _, state: self._check_loaded(state, seen)
-        )
+        # Registered now, the one runs after the caller's own hooks, on what they made of the state,
+        # and the other before them, so that they see the state as it stays.
+        handles = [
+            self.register_load_state_dict_pre_hook(lambda _, state: self._check_loaded(state, seen)),
+            self.register_load_state_dict_post_hook(lambda _: self._restore(seen), prepend=True),
+        ]
         try:
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
+
+    def _restore(self, seen: dict[str, Any]) -> None:
+        if not self._keeps_state_dtype:
+            return
         saved_ids = chain.from_iterable(group["params"] for group in seen["param_groups"])
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         for saved_id, param in zip(saved_ids, params, strict=True):
             for key, value in seen["state"].get(saved_id, {}).items():
                 loaded = self.state[param].get(key)
-                if isinstance(value, Tensor) and isinstance(loaded, Tensor):
-                    if loaded.dtype != value.dtype:
-                        self.state[param][key] = value.detach().to(loaded.device, copy=True)
+                both = isinstance(value, Tensor) and isinstance(loaded, Tensor)
+                if both and loaded.dtype != value.dtype:
+                    self.state[param][key] = value.detach().to(loaded.device, copy=True)
 
-    def _check_loaded(self, state_dict: StateDict, seen: dict[str, Any]) -> None:
-        seen.update(state_dict)
+    def _check_loaded(self, state_dict: StateDict, seen: dict[str, Any]) -> StateDict:
         ours = [group.get("role") for group in self.param_groups]
         saved = [group.get("role") for group in state_dict["param_groups"]]
         if len(ours) == len(saved):
@@ -89,6 +96,15 @@ class RoleOptimizer(Optimizer):
                         f"the state's group {i} has the role {other!r} and this optimizer's has "
                         f"{own!r}; build the groups as they were when it was saved"
                     )
+            # Options that an older state does not know, roles among them, stay as they are here.
+            pairs = zip(self.param_groups, state_dict["param_groups"], strict=True)
+            groups = [
+                {k: v for k, v in own.items() if k not in ("params", "param_names")} | dict(other)
+                for own, other in pairs
+            ]
+            state_dict = {**state_dict, "param_groups": groups}
+        seen.update(state_dict)
+        return state_dict
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -102,12 +118,24 @@ class RoleOptimizer(Optimizer):
         with torch.enable_grad():
             return closure()
 
+    def _check_graph_capture(self) -> None:
+        """Torch's check of `capturable` under graph capture; newer torch has renamed it."""
+        check = getattr(self, "_accelerator_graph_capture_health_check", None)
+        (check or self._cuda_graph_capture_health_check)()
+
     def _refuse_sparse(self, grad: Tensor) -> None:
         if grad.is_sparse:
             raise RuntimeError(
                 f"{type(self).__name__} does not support sparse gradients; "
                 "build the embedding with sparse=False"
             )
+
+
+def copy_group(param_group: Any) -> dict[str, Any]:
+    """A copy of a parameter group, to be filled in; torch's error for what is none."""
+    if not isinstance(param_group, dict):
+        raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+    return dict(param_group)
 
 
 def scalar_lr(group: dict[str, Any]) -> float | Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from optimzoo.optimizers.base import RoleOptimizer
+from optimzoo.optimizers.base import RoleOptimizer, copy_group
 from optimzoo.roles import role_of
 
 Rule = tuple[type[Optimizer], Mapping[str, Any]]
@@ -25,14 +25,18 @@ class ByRole(RoleOptimizer):
         ValueError: a role without a rule; whatever the inner optimizer refuses.
     """
 
+    # torch's rules compute in the dtype of the weight: they need a loaded state cast to it.
+    _keeps_state_dtype = False
+
     def __init__(self, params: ParamsT, rules: Mapping[str, Rule]) -> None:
         self._rules = dict(rules)
         self._inner: dict[type[Optimizer], Optimizer] = {}
-        super().__init__(params, {})
+        # torch adds this default on a load; there from the start, a load leaves the groups alike.
+        super().__init__(params, {"differentiable": False})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group and hand it to the optimizer of its role."""
-        group = dict(param_group)
+        group = copy_group(param_group)
         if group.get("role") is None and not isinstance(group["params"], set):
             params = group["params"] = _as_list(group["params"])
             self._check_group(group)
@@ -49,16 +53,24 @@ class ByRole(RoleOptimizer):
             group = {**hyper, **group}
         super().add_param_group(group)
         group = self.param_groups[-1]
-        if group["role"] not in self._rules:
-            raise ValueError(f"{type(self).__name__} has no rule for the role {group['role']!r}")
-        self._adopt(cls, group)
+        try:
+            if group["role"] not in self._rules:
+                raise ValueError(
+                    f"{type(self).__name__} has no rule for the role {group['role']!r}"
+                )
+            self._adopt(cls, group)
+        except Exception:
+            self.param_groups.pop()  # a refused group leaves the optimizer as it was
+            raise
 
     def _adopt(self, cls: type[Optimizer], group: dict[str, Any]) -> None:
         """Let the inner optimizer of class ``cls`` train ``group``: the same dict, not a copy."""
+        # Made for every group: torch's Muon looks at the shapes when it is made, and only then.
+        alone = cls([group])  # type: ignore[call-arg]
         if cls in self._inner:
             self._inner[cls].add_param_group(group)
         else:
-            self._inner[cls] = cls([group])
+            self._inner[cls] = alone
             self._inner[cls].state = self.state
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -74,5 +74,6 @@ class Muon(ByRole):
             "weight_decay": other_weight_decay,
         }
         torch.optim.Muon([torch.zeros(1, 1)], **muon)  # torch checks the hyperparameters
+        AdamW([torch.zeros(1)], **adamw)
         rules = {r: (torch.optim.Muon, muon) if r in roles else (AdamW, adamw) for r in ROLES}
         super().__init__(params, rules)

@@ -12,13 +12,14 @@ from torch.optim.optimizer import (
     _use_grad_for_differentiable,
 )
 
-from optimzoo.optimizers.adam_rule import adam, init_adam_state
+from optimzoo.optimizers.adam_rule import adam, init_adam_state, step_as_tensor
 from optimzoo.optimizers.base import (
     RoleOptimizer,
     check_betas,
     check_choice,
     check_lr,
     check_nonnegative,
+    copy_group,
     scalar_lr,
 )
 from optimzoo.roles import input_dim, matrix_view, role_of
@@ -76,7 +77,7 @@ class SCALE(RoleOptimizer):
     Example:
         >>> optimizer = optimzoo.SCALE(optimzoo.param_groups(model), lr=1e-3, vector_lr=1e-2)
 
-    Source: arXiv 2506.16659; OptimAI-Lab/Minimalist_LLM_Pretraining. Ours differs from that code in:
+    Source: arXiv 2506.16659; OptimAI-Lab/Minimalist_LLM_Pretraining. Ours differs from that code:
     fp32 norms and fp32 Adam moments under low-precision weights; roles kept in the groups, so that
     training goes on after a resume; weights above two dimensions; tied weights (the head's rule).
     """
@@ -128,7 +129,7 @@ class SCALE(RoleOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its role decides its `lr` (vectors) and its `momentum` (0 off the head)."""
-        group = dict(param_group)
+        group = copy_group(param_group)
         role = group.get("role")
         if self._vector_lr is not None:
             if role is None:
@@ -144,6 +145,12 @@ class SCALE(RoleOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_vector_lr": self._vector_lr}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for p in group["params"]:  # a converted checkpoint may count the steps with a number
+                step_as_tensor(self.state.get(p, {}), p, capturable=group["capturable"])
 
     def _init_group(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
         """The group's parameters that have a gradient, as matrices and vectors, state made."""
@@ -169,7 +176,7 @@ class SCALE(RoleOptimizer):
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimization step; returns the closure's loss, if there is a closure."""
-        self._cuda_graph_capture_health_check()
+        self._check_graph_capture()
         loss = self._run_closure(closure)
         for group in self.param_groups:
             matrices, vectors = self._init_group(group)
@@ -258,7 +265,7 @@ def normalized(grad: Tensor, *, dim: int, normalize: str, norm: str, eps: float)
     """``C(g)``: the direction of a matrix ``[..., m, n]``, in at least float32."""
     wide = torch.promote_types(grad.dtype, torch.float32)
     if normalize == "sign":
-        return grad.sign()
+        return grad.sign().to(wide)
     if normalize == "spectral":
         size = math.sqrt(max(grad.shape[-2:])) if norm == "rms" else 1.0
         return orthogonalize(grad).to(wide) * size
@@ -280,10 +287,14 @@ def _single_tensor_scale(
     for p, g, m in zip(params, grads, exp_avgs, strict=True):
         if m is not None and momentum != 0:
             m.lerp_(g.to(m.dtype), 1 - momentum)
-            g = m
+            # With `differentiable` autograd keeps m for the backward, and the next step changes it.
+            g = m.clone() if m.requires_grad else m
+        update = direction(g)
         if weight_decay != 0:
-            p.mul_(1 - lr * weight_decay)
-        p.sub_(direction(g) * lr)
+            # Decay inside the update: a low-precision weight is then rounded once a step, not twice
+            # (bfloat16 would lose every decay factor above 0.998).
+            update = update.add(p, alpha=weight_decay)
+        p.sub_(update * lr)
 
 
 def _multi_tensor_scale(
@@ -300,8 +311,8 @@ def _multi_tensor_scale(
         grads = [g.to(m.dtype) for g, m in zip(grads, buffers, strict=True)]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         grads = buffers
-    if weight_decay != 0:
-        torch._foreach_mul_(params, 1 - lr * weight_decay)
     updates = [direction(g) for g in grads]
+    if weight_decay != 0:
+        torch._foreach_add_(updates, params, alpha=weight_decay)
     torch._foreach_mul_(updates, lr)
     torch._foreach_sub_(params, updates)

@@ -1,0 +1,57 @@
+# Every target makes what it needs: `make test` and `make compare` work in a fresh clone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := setup.cfg pyproject.toml constraints.txt
+
+.PHONY: help test compare tune lint type fmt memory-table clean
+
+help:
+	@echo "make compare   train a small Llama with SGD, AdamW, Muon and SCALE; print the table"
+	@echo "make test      the tests"
+	@echo "make lint type fmt    ruff, mypy, ruff format"
+	@echo "make tune      the learning-rate grids behind 'make compare' (about an hour)"
+	@echo "make memory-table     the published memory column beside ours"
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "optimzoo needs Python 3.10 or newer; say which with: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Stamps are made last, so an interrupted install is done again.
+$(VENV)/.bench: $(VENV)/bin/python $(SOURCES)
+	@echo "installing into $(VENV) (about a minute)"
+	$(PIP) install -q -c constraints.txt -e '.[bench]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.bench
+	$(PIP) install -q -c constraints.txt -e '.[bench,dev]'
+	@touch $@
+
+compare: $(VENV)/.bench
+	$(BIN)/python -m benchmarks compare
+
+tune: $(VENV)/.bench
+	$(BIN)/python -m benchmarks compare --tune --jobs 2 --out runs/tune
+
+memory-table: $(VENV)/.bench
+	$(BIN)/python -m benchmarks reproduce scale-main --memory-only
+
+# One thread a worker: the tests are many and small.
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(VENV)/.dev
+	$(BIN)/mypy
+
+fmt: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .cache runs build *.egg-info

@@ -1,0 +1,33 @@
+"""`python -m benchmarks COMMAND`: train, compare, reproduce."""
+
+import argparse
+import sys
+
+from benchmarks import compare, reproduce, train
+
+COMMANDS = {
+    "train": (train, "train one model with one optimizer"),
+    "compare": (compare, "train the same model with several optimizers and print the table"),
+    "reproduce": (reproduce, "a paper's table beside ours"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; bad input is one line on stderr and exit status 2."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (module, text) in COMMANDS.items():
+        module.add_arguments(commands.add_parser(name, help=text, description=text))
+    args = parser.parse_args(argv)
+    try:
+        return COMMANDS[args.command][0].main(args)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

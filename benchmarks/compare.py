@@ -1,0 +1,141 @@
+"""Train the same model with several optimizers on the same batches; print and write the table."""
+
+import argparse
+import contextlib
+import multiprocessing
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import tables
+from benchmarks.data import Corpus
+from benchmarks.plan import PROTOCOLS, Entry, Plan, Row, on_edge, perplexity
+from benchmarks.progress import RunProgress
+from benchmarks.provenance import write_json
+from benchmarks.train import add_corpus_arguments, corpus_from, train
+
+Pairs = Iterator[tuple[Entry, Row]]
+
+
+class Session:
+    """Runs entries, one after the other or in several processes, and collects their rows."""
+
+    def __init__(self, args: argparse.Namespace, plan: Plan, corpus: Corpus) -> None:
+        self.args, self.plan, self.corpus = args, plan, corpus
+        self.rows: list[Row] = []
+
+    def run(self, entries: list[Entry], *, test: bool) -> list[Row]:
+        """The rows of ``entries``; finished ones are read, unfinished ones go on."""
+        steps = sum(entry.config.steps for entry in entries)
+        with RunProgress(steps) as bar:
+            runs = self._many if self.args.jobs > 1 else self._each
+            for done, (entry, row) in enumerate(runs(entries, bar, test), start=1):
+                row = {"method": entry.method, "protocol": entry.protocol, **row}
+                self.rows.append(row)
+                c, loss = entry.config, row["test_loss"] if test else row["valid_loss"]
+                other = "" if c.other_lr is None else f" / {c.other_lr:g}"
+                bar.finish(
+                    f"[{done}/{len(entries)}] {self.plan.label(entry.method)} {entry.protocol}"
+                    f" lr {c.lr:g}{other} clip {c.clip:g} seed {c.seed}:"
+                    f" {'test' if test else 'validation'} perplexity {perplexity(loss):.2f}"
+                )
+        return self.rows
+
+    def _folder(self, entry: Entry) -> Path:
+        return Path(self.args.out) / "runs" / entry.key
+
+    def _each(self, entries: list[Entry], bar: RunProgress, test: bool) -> Pairs:
+        for number, entry in enumerate(entries, start=1):
+            name = f"{number}/{len(entries)} {self.plan.label(entry.method)} {entry.protocol}"
+            report = bar.start(name, entry.config.steps)
+            folder = self._folder(entry)
+            row = train(entry.config, self.corpus, out=folder, progress=report, test=test)
+            yield entry, row
+
+    def _many(self, entries: list[Entry], bar: RunProgress, test: bool) -> Pairs:
+        jobs = self.args.jobs
+        threads = max(1, torch.get_num_threads() // jobs)
+        # spawn: a forked child would inherit torch's thread pool without its threads.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
+            futures: dict[Future[Row], Entry] = {}
+            for entry in entries:
+                future = pool.submit(_train_in_worker, self.args, entry, self._folder(entry), test)
+                futures[future] = entry
+            try:
+                for future in as_completed(futures):
+                    bar.start(self.plan.name, futures[future].config.steps)
+                    yield futures[future], future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+def _train_in_worker(args: argparse.Namespace, entry: Entry, folder: Path, test: bool) -> Row:
+    return train(entry.config, corpus_from(args, entry.config.model), out=folder, test=test)
+
+
+def tune(session: Session, methods: list[str], protocols: list[str]) -> int:
+    """Run the grids; write every row, and with them the values that `compare` trains at."""
+    plan = session.plan
+    pairs = [(method, protocol) for method in methods for protocol in protocols]
+    session.run([e for pair in pairs for e in plan.grid(*pair)], test=False)
+    session.run([e for pair in pairs for e in plan.second(*pair, session.rows)], test=False)
+    kept = tables.read_rows(plan.tune_path) if plan.tune_path.exists() else []
+    kept = [r for r in kept if (r["method"], r["protocol"]) not in pairs]
+    rows = kept + [{k: v for k, v in row.items() if k != "curve"} for row in session.rows]
+    rows.sort(key=lambda r: (r["method"], r["protocol"], r["valid_loss"] or float("inf")))
+    write_json(plan.tune_path, {"rows": rows})
+    print(tables.tuning_text(plan, rows))
+    for method, protocol in pairs:
+        for axis in on_edge(rows, plan, method, protocol):
+            print(f"note: {method} ({protocol}) is best at the edge of its {axis} grid")
+    return 0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m benchmarks compare`."""
+    parser.add_argument("--plan", default="nano", help="a file of benchmarks/configs, by name")
+    parser.add_argument("--optimizers", nargs="+", metavar="NAME", help="default: the plan's, all")
+    parser.add_argument("--protocol", choices=[*PROTOCOLS, "both"], default="both")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1")
+    parser.add_argument("--tune", action="store_true", help="run the grids and store their rows")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, in processes")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"))
+    parser.add_argument("--fresh", action="store_true", help="forget the finished runs in --out")
+    add_corpus_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run what is missing, print the table, write results.json, table.md and the pictures."""
+    if args.seeds < 1 or args.jobs < 1:
+        raise ValueError("--seeds and --jobs must be at least 1")
+    plan = Plan(args.plan)
+    methods = plan.select(args.optimizers)
+    protocols = list(PROTOCOLS) if args.protocol == "both" else [args.protocol]
+    if args.fresh:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(args.out / "runs")
+    corpus = corpus_from(args, plan.values["model"])
+    session = Session(args, plan, corpus)
+    if args.tune:
+        return tune(session, methods, protocols)
+    entries: list[Any] = [
+        plan.chosen(method, protocol, seed)
+        for seed in range(args.seeds)
+        for protocol in protocols
+        for method in methods
+    ]
+    rows = session.run(entries, test=True)
+    write_json(args.out / "results.json", {"plan": plan.values, "rows": rows})
+    tables.write_report(plan, rows, args.out)
+    tables.print_table(plan, rows)
+    print(
+        f"written: {args.out}/results.json, table.md, loss.png, memory.png\n"
+        f"curves: tensorboard --logdir {args.out}/runs"
+    )
+    return 0

@@ -1,0 +1,147 @@
+"""What a comparison runs: methods, protocols, grids of hyperparameters, and the values chosen."""
+
+import difflib
+import itertools
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.run import RunConfig
+
+PROTOCOLS = ("tuned", "paper")
+_CONFIGS = Path(__file__).with_name("configs")
+_RESULTS = Path(__file__).with_name("results")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run of a comparison: a method under a protocol, with its configuration."""
+
+    method: str
+    protocol: str
+    config: RunConfig
+
+    @property
+    def key(self) -> str:
+        """A folder name that is this run's own."""
+        c = self.config
+        other = "" if c.other_lr is None else f"-other{c.other_lr:g}"
+        return f"{self.method}-{self.protocol}-lr{c.lr:g}{other}-clip{c.clip:g}-seed{c.seed}"
+
+
+class Plan:
+    """A comparison as a JSON file describes it.
+
+    The file names the model, the steps and the batch, and for each method the optimizer's fixed
+    hyperparameters and, for each protocol, a grid. `tuned`: a learning rate for the method's own
+    weights and one for the rest, with clipping, then without at the best point. `paper`: one
+    learning rate, no clipping (SCALE's vectors at the 2e-2 of its published scripts).
+    """
+
+    def __init__(self, name: str) -> None:
+        names = sorted(path.stem for path in _CONFIGS.glob("*.json"))
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=3, cutoff=0.3)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            raise ValueError(f"unknown plan {name!r}: {hint}there are {', '.join(names)}")
+        self.name = name
+        self.values: Row = json.loads((_CONFIGS / f"{name}.json").read_text(encoding="utf-8"))
+        self.methods: Row = self.values["methods"]
+        self.tune_path = _RESULTS / f"{name}-tune.json"
+        self.results_path = _RESULTS / f"{name}-compare.json"
+
+    def label(self, method: str) -> str:
+        """The method's name in tables."""
+        return str(self.methods[method]["label"])
+
+    def select(self, methods: Iterable[str] | None) -> list[str]:
+        """The methods asked for, or all.
+
+        Raises:
+            ValueError: a method that the plan does not have, with the nearest names.
+        """
+        chosen = list(methods or self.methods)
+        if chosen == ["all"]:
+            chosen = list(self.methods)
+        for method in chosen:
+            if method not in self.methods:
+                near = difflib.get_close_matches(method, self.methods, n=3, cutoff=0.3)
+                hint = f"did you mean {' or '.join(near)}? " if near else ""
+                known = ", ".join(self.methods)
+                raise ValueError(f"unknown method {method!r}: {hint}plan {self.name} has {known}")
+        return chosen
+
+    def entry(self, method: str, protocol: str, seed: int, **values: Any) -> Entry:
+        """One run; ``values`` are its learning rates and clipping."""
+        record = self.methods[method]
+        rules = record[protocol]
+        if rules.get("same_lr"):
+            values["other_lr"] = values["lr"]
+        sizes = {k: v for k, v in self.values.items() if k != "methods"}
+        hyper = {**record.get("hyper", {}), **rules.get("hyper", {})}
+        name = record.get("optimizer", method)
+        config = RunConfig(optimizer=name, hyper=hyper, seed=seed, **sizes, **values)
+        return Entry(method, protocol, config)
+
+    def grid(self, method: str, protocol: str) -> list[Entry]:
+        """The first stage of tuning: the product of the grid."""
+        rules = self.methods[method][protocol]
+        names, axes = list(rules["grid"]), list(rules["grid"].values())
+        points = [dict(zip(names, point, strict=True)) for point in itertools.product(*axes)]
+        return [self.entry(method, protocol, 0, **point, **rules["fixed"]) for point in points]
+
+    def second(self, method: str, protocol: str, rows: list[Row]) -> list[Entry]:
+        """The second stage: what the plan varies at the best point of the first."""
+        rules = self.methods[method][protocol]
+        best = settings(choose(rows, method, protocol))
+        return [
+            self.entry(method, protocol, 0, **{**best, name: value})
+            for name, values in rules.get("then", {}).items()
+            for value in values
+        ]
+
+    def chosen(self, method: str, protocol: str, seed: int) -> Entry:
+        """The run at the committed values: the best validation loss of the tuning rows.
+
+        Raises:
+            ValueError: the plan has not been tuned.
+        """
+        if not self.tune_path.exists():
+            raise ValueError(f"plan {self.name} has no tuned values; run compare --tune first")
+        rows = json.loads(self.tune_path.read_text(encoding="utf-8"))["rows"]
+        return self.entry(method, protocol, seed, **settings(choose(rows, method, protocol)))
+
+
+def settings(row: Row) -> Row:
+    """A row's tuned values."""
+    return {name: row["config"][name] for name in ("lr", "other_lr", "clip")}
+
+
+def choose(rows: list[Row], method: str, protocol: str) -> Row:
+    """The row of a method and protocol with the lowest validation loss.
+
+    Raises:
+        ValueError: there is none, or all diverged.
+    """
+    mine = [r for r in rows if r["method"] == method and r["protocol"] == protocol]
+    finite = [r for r in mine if r["valid_loss"] is not None]
+    if not finite:
+        what = "diverged everywhere" if mine else "has no tuning row"
+        raise ValueError(f"{method} ({protocol}) {what}; run compare --tune, or lower its grid")
+    return min(finite, key=lambda r: float(r["valid_loss"]))
+
+
+def on_edge(rows: list[Row], plan: Plan, method: str, protocol: str) -> list[str]:
+    """The axes along which the best point lies on the edge of its grid."""
+    best = settings(choose(rows, method, protocol))
+    axes = plan.methods[method][protocol]["grid"]
+    return [name for name, values in axes.items() if best[name] in (min(values), max(values))]
+
+
+def perplexity(loss: float | None) -> float:
+    """exp of a mean loss; infinite for a run that diverged."""
+    return math.inf if loss is None else math.exp(loss)

@@ -1,0 +1,54 @@
+"""The progress of training runs: a bar with loss, speed and time left; else a line a run."""
+
+from collections.abc import Callable
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class RunProgress:
+    """One bar over the steps of all runs; it also says which run, its loss and its speed."""
+
+    def __init__(self, total_steps: int) -> None:
+        self.console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=total_steps, status="")
+        self._base = 0
+
+    def __enter__(self) -> "RunProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def start(self, name: str, steps: int) -> Callable[[int, float, float], None]:
+        """Begin a run; what it returns is to be called with (step, loss, tokens per second)."""
+        base = self._base
+        self._base += steps
+        self._bar.update(self._task, description=name, completed=base, status="")
+
+        def report(step: int, loss: float, speed: float) -> None:
+            status = f"loss {loss:.3f}  {speed:,.0f} tok/s"
+            self._bar.update(self._task, completed=base + step, status=status)
+
+        return report
+
+    def finish(self, text: str) -> None:
+        """A line for a finished run."""
+        self._bar.update(self._task, completed=self._base)
+        self.console.print(text, highlight=False)

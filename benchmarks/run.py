@@ -1,0 +1,209 @@
+"""One training run: its configuration, its step, its evaluation, its checkpoint."""
+
+import io
+import json
+import math
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+import optimzoo
+from benchmarks.data import Batches, Corpus, iterate_eval
+from benchmarks.llama import Llama, get_config
+from benchmarks.provenance import write_atomic
+from benchmarks.telemetry import UpdateRatios
+
+PRECISIONS = ("auto", "fp32", "bf16-autocast", "bf16")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run's numbers, beside the corpus.
+
+    `lr` trains the weights of the method's own rule, `other_lr` the rest (see
+    `optimzoo.create_optimizer`); `clip` bounds the gradient's global norm, 0 leaves it alone.
+    Learning rates warm up linearly over `warmup` of the steps, then follow a cosine to
+    `min_lr_ratio`. `precision="auto"` is fp32 on a CPU and bf16-autocast on a GPU.
+    """
+
+    optimizer: str
+    lr: float
+    other_lr: float | None = None
+    hyper: dict[str, Any] = field(default_factory=dict)
+    model: str = "nano"
+    steps: int = 240
+    batch_size: int = 8
+    seq_len: int = 256
+    accumulate: int = 1
+    warmup: float = 0.1
+    min_lr_ratio: float = 0.1
+    clip: float = 0.0
+    precision: str = "auto"
+    compile: bool = False
+    seed: int = 0
+    eval_tokens: int = 65536
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "seq_len", "accumulate", "eval_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup is {self.warmup}; it is a share of the steps, from 0 to 1")
+        if self.clip < 0:
+            raise ValueError(f"clip is {self.clip}; it must be >= 0 (0: no clipping)")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
+
+
+def resolve_precision(config: RunConfig) -> str:
+    """The precision a run uses on this machine."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16-autocast" if torch.cuda.is_available() else "fp32"
+
+
+def fingerprint(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
+    """What a checkpoint or a finished row must agree on to be continued or reused."""
+    values = {**asdict(config), "precision": resolve_precision(config), "corpus": corpus.sha256}
+    return json.loads(json.dumps(values))  # type: ignore[no-any-return]
+
+
+def lr_factor(step: int, config: RunConfig) -> float:
+    """The share of the peak learning rate at ``step``: linear warm-up, cosine to the floor."""
+    warmup = round(config.warmup * config.steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, config.steps - warmup)
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class Run:
+    """One training run: model, optimizer, schedule, data, and how far it is."""
+
+    def __init__(self, config: RunConfig, corpus: Corpus, out: Path | None = None) -> None:
+        self.config, self.corpus, self.out = config, corpus, out
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.precision = resolve_precision(config)
+        shape = replace(get_config(config.model), vocab_size=corpus.vocab_size)
+        self.model = Llama(shape)
+        self.model.reset_parameters(config.seed)
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        self.model.to(self.device, dtype)
+        self.forward: nn.Module = torch.compile(self.model) if config.compile else self.model
+        self.optimizer = optimzoo.create_optimizer(
+            config.optimizer, self.model, lr=config.lr, other_lr=config.other_lr, **config.hyper
+        )
+        self.scheduler = LambdaLR(self.optimizer, lambda step: lr_factor(step, config))
+        size = config.batch_size * config.accumulate
+        self.batches = Batches(corpus.train, size, config.seq_len, seed=config.seed)
+        self.step = 0
+        self.seconds = 0.0
+        self.curve: list[tuple[int, float]] = []
+        self.valid_curve: list[tuple[int, float]] = []
+
+    def autocast(self) -> Any:
+        """The autocast context of this run's precision."""
+        if self.precision != "bf16-autocast":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def accumulate_gradients(self) -> Tensor:
+        """Forward and backward over one step's batch; the mean loss."""
+        inputs, labels = self.batches[self.step]
+        total = torch.zeros((), device=self.device)
+        parts = self.config.accumulate
+        for x, y in zip(inputs.chunk(parts), labels.chunk(parts), strict=True):
+            with self.autocast():
+                loss = self.forward(x.to(self.device), y.to(self.device)) / parts
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def train_step(self, log: bool) -> tuple[float, dict[str, float]]:
+        """One optimizer step; the loss, and the scalars to log where ``log`` asks for them."""
+        loss = self.accumulate_gradients()
+        params = list(self.model.parameters())
+        scalars: dict[str, float] = {}
+        if self.config.clip > 0:
+            norm = nn.utils.clip_grad_norm_(params, self.config.clip)
+        elif log:
+            norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        ratios = UpdateRatios(self.optimizer)
+        with ratios.around_step() if log else nullcontext():
+            self.optimizer.step()
+        if log:
+            scalars = {"train/gradient_norm": norm.item()}
+            scalars |= {f"update_ratio/{k}": v for k, v in ratios.ratios.items()}
+            for group in self.optimizer.param_groups:
+                scalars[f"lr/{group.get('role', 'all')}"] = float(group["lr"])
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return loss.item(), scalars
+
+    @torch.no_grad()
+    def evaluate(self, split: str) -> float:
+        """Mean loss a token over ``eval_tokens`` of a split (``valid`` or ``test``)."""
+        config, total, count = self.config, 0.0, 0
+        tokens = getattr(self.corpus, split)
+        for x, y in iterate_eval(tokens, config.batch_size, config.seq_len, config.eval_tokens):
+            with self.autocast():
+                loss = self.forward(x.to(self.device), y.to(self.device))
+            total += loss.item() * y.numel()
+            count += y.numel()
+        return total / count
+
+    def state_bytes(self) -> tuple[int, int]:
+        """Bytes of the parameters and of the optimizer's state tensors, as they are held."""
+        params = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        tensors = [t for s in self.optimizer.state.values() for t in s.values()]
+        state = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+        return params, state
+
+    def save(self) -> None:
+        """Write the checkpoint, if this run has a folder."""
+        if self.out is None:
+            return
+        buffer = io.BytesIO()
+        state = {
+            "fingerprint": json.dumps(fingerprint(self.config, self.corpus)),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": {"last_epoch": self.scheduler.last_epoch},
+            "progress": json.dumps([self.step, self.seconds, self.curve, self.valid_curve]),
+        }
+        torch.save(state, buffer)
+        write_atomic(self.out / "checkpoint.pt", buffer.getvalue())
+
+    def resume(self) -> bool:
+        """Continue from the folder's checkpoint, if there is one.
+
+        Raises:
+            ValueError: the checkpoint is damaged, or of a run with other settings.
+        """
+        path = self.out / "checkpoint.pt" if self.out is not None else None
+        if path is None or not path.exists():
+            return False
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            saved = json.loads(state["fingerprint"])
+        except Exception as error:
+            reason = str(error).split("\n", 1)[0]
+            raise ValueError(f"{path} cannot be read ({reason}); delete it to start over") from None
+        ours = fingerprint(self.config, self.corpus)
+        differ = [f"{k}={saved.get(k)!r}, not {v!r}" for k, v in ours.items() if saved.get(k) != v]
+        if differ:
+            raise ValueError(
+                f"{path} belongs to a run with {'; '.join(differ)}; use another --out, or delete it"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
+        self.step, self.seconds, curve, valid = json.loads(state["progress"])
+        self.curve, self.valid_curve = [tuple(x) for x in curve], [tuple(x) for x in valid]
+        return True

@@ -1,0 +1,216 @@
+"""Train one Llama with one optimizer: the loop that every comparison runs."""
+
+import argparse
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.data import Corpus, load_corpus
+from benchmarks.llama import get_config
+from benchmarks.progress import RunProgress
+from benchmarks.provenance import provenance, write_json
+from benchmarks.run import PRECISIONS, Run, RunConfig, fingerprint
+from benchmarks.telemetry import Scalars, peak_memory, reset_peak_memory
+
+LOG_EVERY = 10
+
+Progress = Callable[[int, float, float], None]  # step, loss, tokens per second
+
+
+def train(
+    config: RunConfig,
+    corpus: Corpus,
+    *,
+    out: Path | None = None,
+    progress: Progress | None = None,
+    save_every: int = 0,
+    eval_every: int = 0,
+    test: bool = True,
+) -> dict[str, Any]:
+    """Train, and return the run's row: configuration, losses, bytes, times, provenance.
+
+    With ``out`` the run writes ``checkpoint.pt``, TensorBoard events and ``row.json`` there; a
+    finished run is not run again, an unfinished one goes on where it was saved, to the same bits.
+    A run whose loss is not finite stops there, with ``diverged`` in its row.
+    """
+    if out is not None and (out / "row.json").exists():
+        row = json.loads((out / "row.json").read_text())
+        if row["fingerprint"] == fingerprint(config, corpus):
+            return row
+    run = Run(config, corpus, out)
+    run.resume()
+    scalars = Scalars(out, first_step=run.step)
+    reset_peak_memory()
+    loss = math.nan
+    tokens_per_step = config.batch_size * config.accumulate * config.seq_len
+    optimizer_seconds = _time_steps(run.optimizer)
+    with _terminate_as_interrupt():
+        try:
+            while run.step < config.steps:
+                start = time.perf_counter()
+                log = run.step % LOG_EVERY == 0 or run.step + 1 == config.steps
+                loss, values = run.train_step(log and out is not None)
+                took = time.perf_counter() - start
+                run.seconds += took
+                if not math.isfinite(loss):
+                    break
+                if log:
+                    run.curve.append((run.step, loss))
+                    values["train/loss"] = loss
+                    values["train/tokens_per_second"] = tokens_per_step / took
+                    values["memory/peak_bytes"] = peak_memory()
+                    scalars.add(run.step, values)
+                if eval_every and run.step % eval_every == 0:
+                    run.valid_curve.append((run.step, run.evaluate("valid")))
+                    scalars.add(run.step, {"valid/loss": run.valid_curve[-1][1]})
+                if save_every and run.step % save_every == 0:
+                    run.save()
+                if progress is not None:
+                    progress(run.step, loss, run.step * tokens_per_step / run.seconds)
+        except KeyboardInterrupt:
+            run.save()
+            raise
+    diverged = not math.isfinite(loss)
+    valid = math.inf if diverged else run.evaluate("valid")
+    tested = run.evaluate("test") if test and not diverged else math.inf
+    params, state = run.state_bytes()
+    times = sorted(optimizer_seconds)
+    row = {
+        "config": asdict(config),
+        "fingerprint": fingerprint(config, corpus),
+        "corpus": {"name": corpus.name, "sha256": corpus.sha256, "vocab_size": corpus.vocab_size},
+        "provenance": provenance(),
+        "precision": run.precision,
+        "tokens": config.steps * tokens_per_step,
+        "diverged": diverged,
+        "valid_loss": _finite(valid),
+        "test_loss": _finite(tested),
+        "parameter_bytes": params,
+        "state_bytes": state,
+        "peak_bytes": peak_memory(),
+        "optimizer_ms": 1000 * times[len(times) // 2] if times else None,
+        "tokens_per_second": run.step * tokens_per_step / run.seconds if run.seconds else None,
+        "curve": run.curve,
+        "valid_curve": run.valid_curve,
+    }
+    scalars.close({**asdict(config)}, **{"hparam/valid_loss": valid})
+    if out is not None:
+        write_json(out / "row.json", row)
+        (out / "checkpoint.pt").unlink(missing_ok=True)
+    return row
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _time_steps(optimizer: torch.optim.Optimizer) -> list[float]:
+    """A list that fills with the seconds of each optimizer step (device work waited for)."""
+    seconds: list[float] = []
+    start = [0.0]
+
+    def now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    optimizer.register_step_pre_hook(lambda *_: start.__setitem__(0, now()))
+    optimizer.register_step_post_hook(lambda *_: seconds.append(now() - start[0]))
+    return seconds
+
+
+@contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM save and leave, as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that choose the text."""
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        default=["stdlib"],
+        metavar="SOURCE",
+        help="stdlib (this Python's own sources), c4, or .txt and .jsonl files (.gz, .xz, .zst)",
+    )
+    parser.add_argument("--max-chars", type=int, help="take at most this much training text")
+    parser.add_argument("--cache-dir", type=Path, default=Path(".cache/optimzoo"))
+
+
+def corpus_from(args: argparse.Namespace, model: str) -> Corpus:
+    """The corpus that the options ask for, tokenised for a model."""
+    source = args.data[0] if args.data in (["stdlib"], ["c4"]) else args.data
+    return load_corpus(
+        source,
+        vocab_size=get_config(model).vocab_size,
+        cache_dir=args.cache_dir,
+        max_chars=args.max_chars,
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m benchmarks train`: those of `RunConfig`, and where to write."""
+    parser.add_argument("--optimizer", required=True, help="a name of optimzoo.list_optimizers()")
+    parser.add_argument("--lr", type=float, required=True, help="of the method's own weights")
+    parser.add_argument("--hyper", type=json.loads, default={}, help="JSON, e.g. '{\"eps\": 1e-6}'")
+    known = {"optimizer", "lr", "hyper"}
+    for option in fields(RunConfig):
+        if option.name in known:
+            continue
+        name = "--" + option.name.replace("_", "-")
+        if option.name == "compile":
+            parser.add_argument(name, action="store_true", help="torch.compile the model")
+        elif option.name == "other_lr":
+            parser.add_argument(name, type=float, help="of the rest (see optimzoo.get_info)")
+        else:
+            choices = PRECISIONS if option.name == "precision" else None
+            kind = type(option.default)
+            parser.add_argument(name, type=kind, default=option.default, choices=choices)
+    add_corpus_arguments(parser)
+    parser.add_argument("--out", type=Path, help="folder of checkpoint, TensorBoard and row.json")
+    parser.add_argument("--save-every", type=int, default=100, metavar="STEPS")
+    parser.add_argument("--eval-every", type=int, default=0, metavar="STEPS")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Train with a progress bar, and print the result."""
+    config = RunConfig(**{f.name: getattr(args, f.name) for f in fields(RunConfig)})
+    corpus = corpus_from(args, config.model)
+    with RunProgress(config.steps) as bar:
+        row = train(
+            config,
+            corpus,
+            out=args.out,
+            progress=bar.start(config.optimizer, config.steps),
+            save_every=args.save_every,
+            eval_every=args.eval_every,
+        )
+    if row["diverged"]:
+        print(f"{config.optimizer} diverged; try a smaller --lr than {config.lr:g}")
+        return 1
+    print(
+        f"{config.optimizer}: validation perplexity {math.exp(row['valid_loss']):.2f}, "
+        f"test {math.exp(row['test_loss']):.2f}, {row['tokens_per_second']:,.0f} tokens/s"
+    )
+    return 0

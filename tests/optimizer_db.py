@@ -1,0 +1,232 @@
+"""The optimizers as records for PyTorch's own test machinery, and a model with every role.
+
+`OptimizerInfo`, `OptimizerInput` and `ErrorOptimizerInput` ship in the torch wheel.
+"""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    ExponentialLR,
+    LinearLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+    StepLR,
+)
+from torch.testing._internal.common_optimizers import (
+    ErrorOptimizerInput,
+    OptimizerErrorEnum,
+    OptimizerInfo,
+    OptimizerInput,
+    get_error_inputs_for_all_optims,
+)
+
+from optimzoo import SCALE, Muon, param_groups
+
+VOCAB = 13
+LR = 2**-10  # exact in every dtype, so that a float and a tensor are the same number
+
+
+class Tiny(nn.Module):
+    """Embedding, hidden weight, vector, head: the four roles, and no square weight."""
+
+    def __init__(self, device="cpu", dtype=torch.float32, *, contiguous=True, seed=0):
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, 5)
+        self.hidden = nn.Linear(5, 7)
+        self.lm_head = nn.Linear(7, VOCAB, bias=False)
+        generator = torch.Generator().manual_seed(seed)
+        for module in self.modules():
+            for name, param in module.named_parameters(recurse=False):
+                value = torch.randn(param.shape, generator=generator, dtype=torch.float64) / 2
+                value = value.to(device, dtype)
+                if not contiguous:
+                    value = torch.stack([value, value], -1)[..., 0]
+                setattr(module, name, nn.Parameter(value))
+        ids = torch.randint(VOCAB, (2, 64), generator=generator)
+        self.ids, self.labels = ids.to(device)
+
+    def forward(self):
+        logits = self.lm_head(self.hidden(self.embed(self.ids)))
+        return nn.functional.cross_entropy(logits, self.labels)
+
+
+def train(model, optimizer, steps, schedulers=()) -> list[float]:
+    """`steps` full-batch steps; the losses before each."""
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        for scheduler in schedulers:
+            scheduler.step(*[losses[-1]] * isinstance(scheduler, ReduceLROnPlateau))
+    return losses
+
+
+def configurations(info: OptimizerInfo, device, *, flag: str = "foreach") -> Iterator[Any]:
+    """(description, hyperparameters) of every input, with `flag` off and, if supported, on."""
+    for entry in info.optim_inputs_func(device=device):
+        yield entry.desc, copy.deepcopy(entry.kwargs)
+        if flag in info.supported_impls:
+            yield f"{entry.desc} & {flag}", {**copy.deepcopy(entry.kwargs), flag: True}
+
+
+def build(info: OptimizerInfo, model: nn.Module, **kwargs) -> torch.optim.Optimizer:
+    """The optimizer over the model's roles."""
+    return info.optim_cls(param_groups(model), **kwargs)
+
+
+def _inputs(**named: dict[str, Any]) -> list[OptimizerInput]:
+    return [
+        OptimizerInput(params=None, kwargs=kwargs, desc=desc.replace("_", " "))
+        for desc, kwargs in named.items()
+    ]
+
+
+def scale_inputs(device, dtype=None) -> list[OptimizerInput]:
+    return _inputs(
+        default={},
+        lr={"lr": 2**-8},
+        Tensor_lr={"lr": torch.tensor(LR)},
+        Tensor_lr_of_one_dimension={"lr": torch.tensor([LR], device=device)},
+        vector_lr={"vector_lr": 2**-7},
+        norm_l2={"norm": "l2"},
+        row={"normalize": "row"},
+        sign={"normalize": "sign"},
+        spectral={"normalize": "spectral"},
+        spectral_l2={"normalize": "spectral", "norm": "l2"},
+        weight_decay={"weight_decay": 0.1},
+        weight_decay_and_Tensor_lr={"weight_decay": 0.1, "lr": torch.tensor(LR)},
+        maximize={"maximize": True},
+        maximize_and_weight_decay={"maximize": True, "weight_decay": 0.1},
+        no_momentum={"momentum": 0.0},
+        epsilons={"eps": 1e-6, "vector_eps": 1e-6, "vector_betas": (0.5, 0.75)},
+        capturable={"capturable": True},
+        capturable_and_Tensor_lr={"capturable": True, "lr": torch.tensor(LR, device=device)},
+    )
+
+
+def muon_inputs(device, dtype=None) -> list[OptimizerInput]:
+    return _inputs(
+        default={},
+        lr={"lr": 2**-8},
+        Tensor_lr={"lr": torch.tensor(LR), "other_lr": torch.tensor(LR)},
+        momentum={"momentum": 0.5},
+        no_nesterov={"nesterov": False},
+        weight_decay={"weight_decay": 0.1, "other_weight_decay": 0.2},
+        more_iterations={"ns_steps": 6},
+        match_rms_adamw={"adjust_lr_fn": "match_rms_adamw"},
+        AdamW={"other_lr": 2**-8, "other_betas": (0.5, 0.75), "other_eps": 1e-6},
+        all_matrices={"roles": ("hidden", "embedding", "head")},
+    )
+
+
+def _refusals(cases) -> list[ErrorOptimizerInput]:
+    return [
+        ErrorOptimizerInput(
+            OptimizerInput(params=params, kwargs=kwargs, desc=regex),
+            error_type=error,
+            error_regex=regex,
+        )
+        for params, kwargs, error, regex in cases
+    ]
+
+
+def _common_refusals(device, dtype) -> list[ErrorOptimizerInput]:
+    matrix = nn.Parameter(torch.randn(3, 2, device=device, dtype=dtype))
+    vector = nn.Parameter(torch.randn(2, device=device, dtype=dtype))
+    complex_matrix = nn.Parameter(torch.randn(3, 2, device=device, dtype=torch.complex64))
+    sparse = nn.Parameter(torch.randn(3, 2, device=device, dtype=dtype))
+    sparse.grad = torch.ones_like(sparse).to_sparse()
+    cases = [
+        (None, {"lr": -1.0}, ValueError, "[Ll]earning rate.*-1.0"),
+        (None, {"lr": float("nan")}, ValueError, "[Ll]earning rate.*nan"),
+        (None, {"momentum": -0.5}, ValueError, "momentum.*-0.5"),
+        (None, {"weight_decay": -1.0}, ValueError, "weight.decay.*-1.0"),
+        ([], {}, ValueError, "empty parameter list"),
+        ([7.0], {}, TypeError, "can only optimize Tensors"),
+        ([matrix * 2], {}, ValueError, "can't optimize a non-leaf Tensor"),
+        ([{"params": {matrix}}], {}, TypeError, "ordered collections"),
+        ([complex_matrix], {}, ValueError, "complex parameters are not supported: parameter 0"),
+        ([{"params": [matrix], "role": "body"}], {}, ValueError, "unknown role 'body'"),
+        ([{"params": [vector], "role": "head"}], {}, ValueError, r"\(2,\).*give it the role 'vec"),
+        ([{"params": [("v", vector)], "role": "hidden"}], {}, ValueError, r"^v has shape \(2,\)"),
+    ]
+    at_step = ErrorOptimizerInput(
+        OptimizerInput(params=[sparse], kwargs={}, desc="sparse gradient"),
+        error_on=OptimizerErrorEnum.STEP_ERROR,
+        error_regex="does not support sparse gradients",
+    )
+    return [*get_error_inputs_for_all_optims(device, dtype), *_refusals(cases), at_step]
+
+
+def scale_error_inputs(device, dtype) -> list[ErrorOptimizerInput]:
+    matrix = nn.Parameter(torch.randn(3, 2, device=device, dtype=dtype))
+    cases = [
+        (None, {"momentum": 1.0}, ValueError, r"Invalid momentum value: 1.0; .* \[0, 1\)"),
+        (None, {"eps": -1e-8}, ValueError, "Invalid eps value: -1e-08"),
+        (None, {"vector_eps": -1.0}, ValueError, "Invalid vector_eps value: -1.0"),
+        (None, {"vector_betas": (0.9, 1.0)}, ValueError, "beta parameter at index 1: 1.0"),
+        (None, {"vector_betas": (-0.1, 0.9)}, ValueError, "beta parameter at index 0: -0.1"),
+        (None, {"normalize": "rows"}, ValueError, "Invalid normalize: 'rows'.*column, row"),
+        (None, {"norm": "l1"}, ValueError, "Invalid norm: 'l1'.*rms, l2"),
+        (None, {"fused": True}, RuntimeError, "no fused kernels"),
+        (None, {"foreach": True, "differentiable": True}, ValueError, "foreach=True cannot be"),
+        (None, {"vector_lr": 1e-3}, ValueError, "vector_lr needs groups that carry roles"),
+        (None, {"vector_lr": -1.0}, ValueError, "Invalid vector_lr: -1.0"),
+        (None, {"vector_lr": torch.ones(2)}, ValueError, "Tensor lr must be 1-element"),
+        ([{"params": [matrix], "momentum": 2.0}], {}, ValueError, "Invalid momentum value: 2.0"),
+        ([{"params": [matrix], "lr": -2.0}], {}, ValueError, "Invalid learning rate: -2.0"),
+    ]
+    return _common_refusals(device, dtype) + _refusals(cases)
+
+
+def muon_error_inputs(device, dtype) -> list[ErrorOptimizerInput]:
+    convolution = nn.Parameter(torch.randn(4, 3, 2, 2, device=device, dtype=dtype))
+    cases = [
+        ([convolution], {}, ValueError, "only supports 2D parameters.*4, 3, 2, 2"),
+        (None, {"adjust_lr_fn": "max"}, ValueError, "function max is not supported"),
+        (None, {"other_lr": -1.0}, ValueError, "Invalid other_lr: -1.0"),
+        (None, {"other_lr": torch.ones(2)}, ValueError, "Tensor lr must be 1-element"),
+        (None, {"other_betas": (0.9, 1.0)}, ValueError, "beta parameter at index 1: 1.0"),
+        (None, {"other_eps": -1.0}, ValueError, "epsilon value: -1.0"),
+        (None, {"other_weight_decay": -1.0}, ValueError, "weight_decay value: -1.0"),
+        (None, {"roles": ("hidden", "tail")}, ValueError, "unknown role 'tail'"),
+    ]
+    return _common_refusals(device, dtype) + _refusals(cases)
+
+
+SCHEDULERS = (
+    [],
+    [lambda o: LinearLR(o, start_factor=0.5, total_iters=4)],
+    [lambda o: CosineAnnealingLR(o, T_max=6)],
+    [lambda o: ReduceLROnPlateau(o, patience=0)],
+    [lambda o: StepLR(o, 3, 0.9), lambda o: ExponentialLR(o, 0.99), ReduceLROnPlateau],
+    [lambda o: SequentialLR(o, [LinearLR(o, 0.5, total_iters=3), CosineAnnealingLR(o, 5)], [3])],
+)
+
+SCALE_INFO = OptimizerInfo(
+    SCALE,
+    optim_inputs_func=scale_inputs,
+    optim_error_inputs_func=scale_error_inputs,
+    scheduler_inputs=SCHEDULERS,
+    supported_impls=("foreach", "differentiable"),
+    has_capturable_arg=True,
+    supports_complex=False,
+)
+MUON_INFO = OptimizerInfo(
+    Muon,
+    optim_inputs_func=muon_inputs,
+    optim_error_inputs_func=muon_error_inputs,
+    scheduler_inputs=SCHEDULERS,
+    supported_impls=(),
+    supports_complex=False,
+)
+# torch has Muon from 2.9 on.
+OPTIM_DB = [SCALE_INFO, *([MUON_INFO] if hasattr(torch.optim, "Muon") else [])]
