@@ -1,13 +1,14 @@
-"""`python -m benchmarks COMMAND`: train, compare, reproduce."""
+"""`python -m benchmarks COMMAND`: train, compare, reproduce, report."""
 
 import argparse
 import sys
 
-from benchmarks import compare, reproduce, train
+from benchmarks import compare, report, reproduce, train
 
 COMMANDS = {
     "train": (train, "train one model with one optimizer"),
     "compare": (compare, "train the same model with several optimizers and print the table"),
+    "report": (report, "write the README's tables from the committed results"),
     "reproduce": (reproduce, "a paper's table beside ours"),
 }
 

@@ -106,6 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tune", action="store_true", help="run the grids and store their rows")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, in processes")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
+    parser.add_argument("--store", action="store_true", help="also keep the rows in the repository")
     parser.add_argument("--fresh", action="store_true", help="forget the finished runs in --out")
     add_corpus_arguments(parser)
 
@@ -132,6 +133,8 @@ def main(args: argparse.Namespace) -> int:
     ]
     rows = session.run(entries, test=True)
     write_json(args.out / "results.json", {"plan": plan.values, "rows": rows})
+    if args.store:
+        write_json(plan.results_path, {"plan": plan.values, "rows": rows})
     tables.write_report(plan, rows, args.out)
     tables.print_table(plan, rows)
     print(

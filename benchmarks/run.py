@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -70,7 +71,7 @@ def resolve_precision(config: RunConfig) -> str:
 def fingerprint(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
     """What a checkpoint or a finished row must agree on to be continued or reused."""
     values = {**asdict(config), "precision": resolve_precision(config), "corpus": corpus.sha256}
-    return json.loads(json.dumps(values))  # type: ignore[no-any-return]
+    return json.loads(json.dumps(values))
 
 
 def lr_factor(step: int, config: RunConfig) -> float:
@@ -94,7 +95,9 @@ class Run:
         self.model.reset_parameters(config.seed)
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         self.model.to(self.device, dtype)
-        self.forward: nn.Module = torch.compile(self.model) if config.compile else self.model
+        self.forward: Callable[..., Tensor] = self.model
+        if config.compile:
+            self.forward = torch.compile(self.model)
         self.optimizer = optimzoo.create_optimizer(
             config.optimizer, self.model, lr=config.lr, other_lr=config.other_lr, **config.hyper
         )

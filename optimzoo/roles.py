@@ -22,6 +22,8 @@ Overrides = Mapping[str, Override] | Iterable[tuple[str, Override]]
 # (`get_output_embeddings`) or by shape (one output per row of the input embedding).
 _HEAD_NAMES = re.compile(r"(^|\.)(lm_head|embed_out|unembed|output_layer|head|score|classifier)$")
 _EMBEDDING_NAMES = re.compile(r"(embed|wpe|wte|pos_emb)", re.IGNORECASE)
+# Vectors in spite of their two dimensions: biases of stacked experts, Mamba's A.
+_VECTOR_NAMES = re.compile(r"(bias|A_log)")
 
 
 def param_groups(model: nn.Module, overrides: Overrides = ()) -> list[dict[str, Any]]:
@@ -123,7 +125,8 @@ def describe(groups: Any, *, width: int = 80) -> str:
         if group["params"]:
             first, shape = group["params"][0], "x".join(map(str, group["params"][0].shape))
             name = group.get("param_names", [f"{first.ndim}-D tensor"])[0]
-            row += _shorten(f"{name} [{shape}]", width - len(row) - len(note)) + note
+            example = _shorten(f"{name} [{shape}]", width - len(row) - len(note)) + note
+            row += _shorten(example, width - len(row))
         lines.append(row.rstrip())
     roles = {group.get("role") for group in groups}
     if None not in roles and "head" not in roles:
@@ -190,16 +193,22 @@ def _find_roles(model: nn.Module) -> dict[nn.Parameter, dict[str, Any]]:
 
 def _facts(module: nn.Module, name: str, param: nn.Parameter) -> dict[str, Any]:
     facts = {"role": "hidden", "transposed": False, "stacked": False, "tied": False}
+    own_name = name.rsplit(".", 1)[-1]
     if param.ndim < 2 or getattr(param, "_no_weight_decay", False):
         facts["role"] = "vector"
-    elif isinstance(module, nn.Embedding):
+    elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
         facts["role"] = "embedding"
     elif _is_conv1d(module):
         facts["transposed"] = True
     elif isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
         pass
-    elif _EMBEDDING_NAMES.search(name.rsplit(".", 1)[-1]):
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm) or _VECTOR_NAMES.search(own_name):
+        facts["role"] = "vector"
+    elif param.numel() == max(param.shape):  # one line, such as a class token [1, 1, d]
+        facts["role"] = "vector"
+    elif _EMBEDDING_NAMES.search(own_name):
         facts["role"] = "embedding"
+        facts["stacked"] = param.ndim == 3  # [1, positions, d]
     elif param.ndim == 3:
         facts["stacked"] = True
         facts["transposed"] = bool(getattr(module, "is_transposed", False))
@@ -222,8 +231,9 @@ def _find_head(model: nn.Module) -> nn.Parameter | None:
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear) or _is_conv1d(module)
     ]
-    vocabularies = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
-    by_shape = [m for _, m in linears if getattr(m, "out_features", None) in vocabularies]
+    tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
+    vocabulary = max(tables, default=0)  # the others are positions, token types
+    by_shape = [m for _, m in linears if getattr(m, "out_features", None) == vocabulary]
     by_name = [m for path, m in linears if _HEAD_NAMES.search(path)]
     candidates: Sequence[nn.Module] = [m for m in by_shape if m in by_name] or by_name or by_shape
     return candidates[-1].weight if candidates else None  # type: ignore[return-value]

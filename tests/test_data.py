@@ -109,13 +109,26 @@ def test_sha256_is_of_text_and_split(tmp_path: Path, cache: Path) -> None:
     assert load(together, cache).sha256 == sums[0]
 
 
-def test_no_text_in_two_splits(tmp_path: Path, cache: Path) -> None:
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_no_text_in_two_splits(tmp_path: Path, cache: Path, order: tuple[int, ...]) -> None:
     texts = make_texts()
     train = write_jsonl(tmp_path / "train.jsonl", texts[:190])
     valid = write_jsonl(tmp_path / "x.val.jsonl", texts[100:180])
     test = write_jsonl(tmp_path / "x-test.jsonl", texts[170:])
-    found = documents_of(load([train, valid, test], cache), cache)
+    files = [train, valid, test]
+    found = documents_of(load([files[i] for i in order], cache), cache)
     assert found == {"train": texts[:100], "valid": texts[100:170], "test": texts[170:]}
+
+
+def test_tokenizer_learns_from_train_alone(tmp_path: Path, cache: Path) -> None:
+    train = write_jsonl(tmp_path / "train.jsonl", make_texts())
+    test = write_jsonl(tmp_path / "test.jsonl", ["zq" * 30])
+    learnt = []
+    for held_out in ("xyz " * 5_000, "wvu " * 5_000):
+        valid = write_jsonl(tmp_path / "valid.jsonl", [held_out])
+        load([train, valid, test], cache / held_out[:3])
+        learnt.append((entries(cache / held_out[:3])[0] / "tokenizer.json").read_text())
+    assert learnt[0] == learnt[1]
 
 
 def test_a_split_without_a_file_is_drawn_from_the_others(tmp_path: Path, cache: Path) -> None:

@@ -216,7 +216,7 @@ def gaussian(*shape, rank=None):
         gaussian(1, 7),
         gaussian(7, 1),
         gaussian(1, 1),
-        gaussian(3, 19, 33),
+        gaussian(3, 19, 33) * [[[1e-3]], [[1.0]], [[1e3]]],
         gaussian(2, 3, 33, 19),
         gaussian(40, 29, rank=5),
         gaussian(29, 40, rank=1),

@@ -115,9 +115,7 @@ class TestState(TestCase):
     @parametrize("saved_names", [False, True])
     @parametrize("own_names", [False, True])
     @optims(OPTIM_DB)
-    def test_named_and_unnamed_states_load(
-        self, device, dtype, optim_info, saved_names, own_names
-    ):
+    def test_named_and_unnamed_states_load(self, device, dtype, optim_info, saved_names, own_names):
         def make(model, named):
             return optim_info.optim_cls(model.named_parameters() if named else model.parameters())
 

@@ -65,7 +65,9 @@ class RoleOptimizer(Optimizer):
         # Registered now, the one runs after the caller's own hooks, on what they made of the state,
         # and the other before them, so that they see the state as it stays.
         handles = [
-            self.register_load_state_dict_pre_hook(lambda _, state: self._check_loaded(state, seen)),
+            self.register_load_state_dict_pre_hook(
+                lambda _, state: self._check_loaded(state, seen)
+            ),
             self.register_load_state_dict_post_hook(lambda _: self._restore(seen), prepend=True),
         ]
         try:

@@ -1,0 +1,44 @@
+"""The README's figures come from the committed results, and its examples run."""
+
+import re
+from pathlib import Path
+
+import torch
+
+import optimzoo
+from benchmarks.llama import Llama, LlamaConfig, get_config
+from benchmarks.report import README, filled
+
+TEXT = README.read_text(encoding="utf-8")
+
+
+def test_tables_are_made_from_the_committed_rows():
+    assert filled(TEXT) == TEXT
+
+
+def test_the_one_line_example_runs():
+    model = Llama(LlamaConfig(64, 16, 24, 1, 2))
+    [code] = [c for c in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL) if "SCALE" in c]
+    scope = {"model": model, "torch": torch}
+    exec(code, scope)
+    assert type(scope["optimizer"]) is optimzoo.SCALE
+
+
+def test_the_audit_shown_is_the_audit_printed():
+    with torch.device("meta"):
+        model = Llama(get_config("60m"))
+    assert optimzoo.describe(model) in TEXT
+
+
+def test_every_method_called_ready_is_registered():
+    for line in TEXT.splitlines():
+        if line.startswith("| `") and line.endswith("ready |"):
+            for name in re.findall(r"`(\w+)`", line.split("|")[1]):
+                assert name in optimzoo.list_optimizers()
+
+
+def test_no_path_named_in_the_contributing_guide_is_missing():
+    root = Path(README).parent
+    guide = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for path in re.findall(r"`([\w./]+/[\w./]*)`", guide):
+        assert (root / path).exists(), path
