@@ -3,7 +3,10 @@
 import argparse
 import contextlib
 import multiprocessing
+import os
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -61,7 +64,7 @@ class Session:
         threads = max(1, torch.get_num_threads() // jobs)
         # spawn: a forked child would inherit torch's thread pool without its threads.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
+        with ProcessPoolExecutor(jobs, context, _start_worker, (threads,)) as pool:
             futures: dict[Future[Row], Entry] = {}
             for entry in entries:
                 future = pool.submit(_train_in_worker, self.args, entry, self._folder(entry), test)
@@ -73,6 +76,18 @@ class Session:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+
+
+def _start_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        if parent is not None:
+            parent.join()
+            os.kill(os.getpid(), signal.SIGTERM)  # the run saves and leaves
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _train_in_worker(args: argparse.Namespace, entry: Entry, folder: Path, test: bool) -> Row:

@@ -155,6 +155,7 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
         help="stdlib (this Python's own sources), c4, or .txt and .jsonl files (.gz, .xz, .zst)",
     )
     parser.add_argument("--max-chars", type=int, help="take at most this much training text")
+    parser.add_argument("--max-tokens", type=int, help="c4: stream this many training tokens")
     parser.add_argument("--cache-dir", type=Path, default=Path(".cache/optimzoo"))
 
 
@@ -166,6 +167,7 @@ def corpus_from(args: argparse.Namespace, model: str) -> Corpus:
         vocab_size=get_config(model).vocab_size,
         cache_dir=args.cache_dir,
         max_chars=args.max_chars,
+        max_tokens=args.max_tokens,
     )
 
 

@@ -1,15 +1,28 @@
 """optimzoo: memory-efficient optimizers for language-model training, as torch.optim drop-ins."""
 
 from optimzoo._version import __version__
+from optimzoo.optimizers.apollo import APOLLO, APOLLOMini
+from optimzoo.optimizers.fira import Fira
+from optimzoo.optimizers.galore import GaLore
 from optimzoo.optimizers.muon import Muon
+from optimzoo.optimizers.natural_galore import NaturalGaLore
 from optimzoo.optimizers.scale import SCALE
+from optimzoo.optimizers.stable_spam import StableSPAM
+from optimzoo.optimizers.swan import SWAN
 from optimzoo.registry import OptimInfo, create_optimizer, get_info, list_optimizers
 from optimzoo.roles import describe, param_groups
 
 __all__ = [
+    "APOLLO",
     "SCALE",
+    "SWAN",
+    "APOLLOMini",
+    "Fira",
+    "GaLore",
     "Muon",
+    "NaturalGaLore",
     "OptimInfo",
+    "StableSPAM",
     "__version__",
     "create_optimizer",
     "describe",

@@ -11,8 +11,14 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from optimzoo.optimizers.apollo import APOLLO, APOLLOMini
+from optimzoo.optimizers.fira import Fira
+from optimzoo.optimizers.galore import GaLore
 from optimzoo.optimizers.muon import Muon
+from optimzoo.optimizers.natural_galore import NaturalGaLore
 from optimzoo.optimizers.scale import SCALE
+from optimzoo.optimizers.stable_spam import StableSPAM
+from optimzoo.optimizers.swan import SWAN
 from optimzoo.roles import MATRIX_ROLES, param_groups
 
 
@@ -63,6 +69,55 @@ _INFOS = [
         "torch.optim.Muon + torch.optim.AdamW",
         other_lr="other_lr",
         state="1 x hidden + 2 x rest",
+    ),
+    OptimInfo(
+        "natural_galore",
+        NaturalGaLore,
+        "GaLore on natural gradients (Woodbury)",
+        "arXiv 2410.16029",
+        state="low rank: (2 + s) r x longer side + r x shorter side; 2 x rest",
+    ),
+    OptimInfo(
+        "galore",
+        GaLore,
+        "Adam in the gradient's leading subspace",
+        "arXiv 2403.03507",
+        state="low rank: 2 r x longer side + r x shorter side; 2 x rest",
+    ),
+    OptimInfo(
+        "fira",
+        Fira,
+        "GaLore plus the scaled residual",
+        "arXiv 2410.01623",
+        state="low rank: 2 r x longer side + r x shorter side; 2 x rest",
+    ),
+    OptimInfo(
+        "apollo",
+        APOLLO,
+        "Adam's channel scaling, estimated in a random subspace",
+        "arXiv 2412.05270",
+        state="low rank: 2 r x longer side; 2 x rest",
+    ),
+    OptimInfo(
+        "apollo_mini",
+        APOLLOMini,
+        "APOLLO at rank 1 with one scale a tensor",
+        "arXiv 2412.05270",
+        state="2 x longer side; 2 x rest",
+    ),
+    OptimInfo(
+        "swan",
+        SWAN,
+        "stateless row normalisation and whitening",
+        "arXiv 2412.13148",
+        state="none; 2 x rest",
+    ),
+    OptimInfo(
+        "stable_spam",
+        StableSPAM,
+        "Adam with adaptive clipping and momentum reset",
+        "arXiv 2502.17055",
+        state="2 x",
     ),
     _torch("sgd", "SGD", "stochastic gradient descent", "none (1 x with momentum)"),
     _torch("adamw", "AdamW", "Adam with decoupled weight decay", "2 x"),
@@ -119,7 +174,8 @@ def create_optimizer(
         **hyper: the method's other hyperparameters.
 
     Raises:
-        ValueError: an unknown name or hyperparameter, `other_lr` for parameters without roles.
+        ValueError: an unknown name or hyperparameter, `other_lr` for parameters without roles
+            (Muon alone splits those by shape).
     """
     info = get_info(name)
     accepted = [p for p in inspect.signature(info.make).parameters if p != "params"]
@@ -133,6 +189,8 @@ def create_optimizer(
     groups: Any = model_or_params
     if isinstance(groups, nn.Module):
         groups = param_groups(groups)
+    elif not isinstance(groups, torch.Tensor):  # copied, because torch writes into the groups
+        groups = [dict(g) if isinstance(g, dict) else g for g in groups]
     if other_lr is not None and info.other_lr is not None:
         hyper[info.other_lr] = other_lr
     elif other_lr is not None:

@@ -35,7 +35,8 @@ def param_groups(model: nn.Module, overrides: Overrides = ()) -> list[dict[str, 
     - ``head``: the weight of the output layer, shape ``[vocab, d]``. A head tied to the embedding
       is one parameter (found by identity); its role is ``head``;
     - ``hidden``: every other parameter of two dimensions and up;
-    - ``vector``: the rest (norms, biases), and parameters their model marks ``_no_weight_decay``.
+    - ``vector``: the rest (norms and biases of any shape, a lone row such as a class token), and
+      parameters their model marks ``_no_weight_decay``.
 
     Every group also says how its weights lie: ``transposed`` for ``[in, out]`` (GPT-2's Conv1D),
     ``stacked`` for ``[n, out, in]`` (mixture-of-experts weights; each slice is one matrix).
@@ -119,7 +120,7 @@ def describe(groups: Any, *, width: int = 80) -> str:
         role = group.get("role") or "by shape"
         count = sum(p.numel() for p in group["params"])
         notes = [flag for flag in ("transposed", "stacked") if group.get(flag)]
-        notes += ["tied to the input embedding"] if group.get("tied") else []
+        notes += ["tied"] if group.get("tied") else []
         note = f" ({', '.join(notes)})" if notes else ""
         row = f"{role:<10}{len(group['params']):>8}{count:>15,}{count / total:>7.1%}  "
         if group["params"]:
@@ -202,9 +203,11 @@ def _facts(module: nn.Module, name: str, param: nn.Parameter) -> dict[str, Any]:
         facts["transposed"] = True
     elif isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
         pass
-    elif isinstance(module, nn.LayerNorm | nn.RMSNorm) or _VECTOR_NAMES.search(own_name):
-        facts["role"] = "vector"
-    elif param.numel() == max(param.shape):  # one line, such as a class token [1, 1, d]
+    elif (
+        isinstance(module, nn.LayerNorm | nn.RMSNorm)
+        or _VECTOR_NAMES.search(own_name)
+        or param.numel() == max(param.shape)  # one line, such as a class token [1, 1, d]
+    ):
         facts["role"] = "vector"
     elif _EMBEDDING_NAMES.search(own_name):
         facts["role"] = "embedding"

@@ -170,7 +170,7 @@ def scale_error_inputs(device, dtype) -> list[ErrorOptimizerInput]:
     matrix = nn.Parameter(torch.randn(3, 2, device=device, dtype=dtype))
     cases = [
         (None, {"momentum": 1.0}, ValueError, r"Invalid momentum value: 1.0; .* \[0, 1\)"),
-        (None, {"eps": -1e-8}, ValueError, "Invalid eps value: -1e-08"),
+        (None, {"eps": 0.0}, ValueError, "Invalid eps value: 0.0; it must be > 0"),
         (None, {"vector_eps": -1.0}, ValueError, "Invalid vector_eps value: -1.0"),
         (None, {"vector_betas": (0.9, 1.0)}, ValueError, "beta parameter at index 1: 1.0"),
         (None, {"vector_betas": (-0.1, 0.9)}, ValueError, "beta parameter at index 0: -0.1"),

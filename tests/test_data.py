@@ -217,7 +217,9 @@ def test_eval_covers_the_split_in_order() -> None:
     pairs = list(iterate_eval(tokens, batch_size=4, seq_len=30))
     assert windows_of(pairs) == list(range(0, 990, 30))
     assert [len(inputs) for inputs, _ in pairs] == [4] * 8 + [1]
-    assert windows_of(iterate_eval(tokens, 4, 30, max_tokens=179)) == [0, 30, 60, 90, 120]
+    some = windows_of(iterate_eval(tokens, 4, 30, max_tokens=179))  # spread over the split
+    assert some == [0, 180, 390, 570, 780]
+    assert windows_of(iterate_eval(tokens, 2, 30, max_tokens=150)) == some
     assert windows_of(iterate_eval(tokens, 4, 30, max_tokens=10**9)) == windows_of(pairs)
     assert windows_of(iterate_eval(tokens[:31], 4, 30)) == [0]
 

@@ -61,7 +61,7 @@ def names(groups, role=None, **facts):
     return {
         name
         for group in groups
-        if role in (None, group["role"]) and all(group[k] == v for k, v in facts.items())
+        if role in (None, group["role"]) and all(group.get(k) == v for k, v in facts.items())
         for name in group["param_names"]
     }
 
@@ -89,7 +89,7 @@ def test_roles_of_every_layout():
     assert order == ["hidden", "hidden", "embedding", "embedding", "head", "vector"]
 
 
-def test_groups_train_every_parameter_but_the_unused():
+def test_every_parameter_moves_at_its_rate():
     model = Model()
     optimizer = SCALE(param_groups(model), lr=0.1)
     before = copy.deepcopy(model.state_dict())
@@ -107,7 +107,7 @@ def test_a_tied_head_is_one_parameter_with_the_role_head():
     assert_complete(groups, model)
     assert names(groups, "head") == {"embed.weight"} == names(groups, tied=True)
     assert names(groups, "embedding") == {"positions.weight", "pos_embed"}
-    assert "tied to the input embedding" in describe(groups)
+    assert "(tied)" in describe(groups)
     assert "tied" not in describe(Model())
 
 
@@ -140,6 +140,7 @@ def test_a_head_without_a_telling_name_is_found_by_the_vocabulary():
     assert "no output head was found" in describe(headless)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile's own
 def test_wrappers_are_looked_through():
     plain = Model(tied=True)
     expected = [group["param_names"] for group in param_groups(plain)]
@@ -217,7 +218,7 @@ def test_a_tied_weight_answers_to_each_of_its_names():
     model = Model(tied=True)
     for pattern in (r"^embed\.weight$", r"^lm_head\.weight$"):
         groups = param_groups(model, {pattern: {"lr": 0.5}})
-        assert names(groups, "head", lr=0.5) == {"embed.weight"} if "lr" in groups[-2] else False
+        assert names(groups, "head") == {"embed.weight"} == names(groups, lr=0.5)
         assert names(param_groups(model, {pattern: "embedding"}), "head") == set()
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _get_scalar_dtype
+from torch.optim.adamw import adamw
+from torch.optim.optimizer import _default_to_fused_or_foreach, _get_scalar_dtype
 
 
 def init_adam_state(
@@ -42,8 +43,9 @@ def adam(
     eps: float,
     weight_decay: float,
     maximize: bool,
-    foreach: bool,
+    foreach: bool | None,
     capturable: bool,
+    differentiable: bool = False,
 ) -> None:
     """One step of Adam with decoupled weight decay, in place.
 
@@ -55,7 +57,12 @@ def adam(
     """
     if not params:
         return
-    rule = _multi_tensor_adam if foreach else _single_tensor_adam
+    if foreach is None and not capturable and not differentiable and _can_fuse(params, exp_avgs):
+        rule = _fused_adam
+    else:
+        if foreach is None:
+            foreach = _default_to_fused_or_foreach(params, differentiable)[1]
+        rule = _multi_tensor_adam if foreach else _single_tensor_adam
     grads = [g.to(m.dtype) for g, m in zip(grads, exp_avgs, strict=True)]
     if maximize:
         grads = [-g for g in grads]
@@ -122,3 +129,49 @@ def _multi_tensor_adam(
         torch._foreach_add_(update, params, alpha=weight_decay)
     torch._foreach_mul_(update, lr)
     torch._foreach_sub_(params, update)
+
+
+def _can_fuse(params: list[Tensor], exp_avgs: list[Tensor]) -> bool:
+    """Torch's fused CPU kernel takes dense tensors of one dtype."""
+    return all(
+        p.device.type == "cpu"
+        and p.is_contiguous()
+        and p.dtype == m.dtype
+        and type(p.data) is Tensor
+        for p, m in zip(params, exp_avgs, strict=True)
+    )
+
+
+def _fused_adam(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    capturable: bool,
+) -> None:
+    """Torch's fused AdamW; its eps comes after the bias correction, so ours is given corrected."""
+    by_step: dict[float, list[int]] = {}
+    for i, step in enumerate(steps):
+        by_step.setdefault(step.item(), []).append(i)
+    for done, chosen in by_step.items():
+        adamw(
+            [params[i] for i in chosen],
+            [grads[i].contiguous() for i in chosen],
+            [exp_avgs[i] for i in chosen],
+            [exp_avg_sqs[i] for i in chosen],
+            [],
+            [steps[i] for i in chosen],
+            fused=True,
+            amsgrad=False,
+            beta1=betas[0],
+            beta2=betas[1],
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=eps / math.sqrt(1 - betas[1] ** (done + 1)),
+            maximize=False,
+        )

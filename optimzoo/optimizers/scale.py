@@ -128,7 +128,7 @@ class SCALE(RoleOptimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its role decides its `lr` (vectors) and its `momentum` (0 off the head)."""
+        """Add a group; its role decides its `lr` (vectors) and whether it has momentum (head)."""
         group = copy_group(param_group)
         role = group.get("role")
         if self._vector_lr is not None:
@@ -138,8 +138,8 @@ class SCALE(RoleOptimizer):
                 )
             if role == "vector":
                 group.setdefault("lr", self._vector_lr)
-        if role != "head":
-            group.setdefault("momentum", 0.0)
+        # Kept apart from `momentum`, which schedulers such as OneCycleLR write into every group.
+        group.setdefault("averaged", role == "head" or "momentum" in group)
         _check_options({**self.defaults, **group})
         super().add_param_group(group)
 
@@ -166,7 +166,7 @@ class SCALE(RoleOptimizer):
                 init_adam_state(state, p, capturable=group["capturable"], dtype=dtype)
                 vectors.append(p)
             else:
-                if group["momentum"] != 0 and "exp_avg" not in state:
+                if group["averaged"] and group["momentum"] != 0 and "exp_avg" not in state:
                     state["exp_avg"] = torch.zeros_like(p)
                 matrices.append(p)
             if state:
@@ -183,8 +183,7 @@ class SCALE(RoleOptimizer):
             lr = scalar_lr(group)
             foreach = group["foreach"]
             if foreach is None:
-                params = matrices + vectors
-                foreach = _default_to_fused_or_foreach(params, group["differentiable"])[1]
+                foreach = _default_to_fused_or_foreach(matrices, group["differentiable"])[1]
             scale(
                 matrices,
                 [p.grad for p in matrices if p.grad is not None],
@@ -211,8 +210,9 @@ class SCALE(RoleOptimizer):
                 eps=group["vector_eps"],
                 weight_decay=group["weight_decay"],
                 maximize=group["maximize"],
-                foreach=foreach,
+                foreach=group["foreach"],
                 capturable=group["capturable"],
+                differentiable=group["differentiable"],
             )
         return loss
 
@@ -221,7 +221,9 @@ def _check_options(options: dict[str, Any]) -> None:
     check_lr(options["lr"])
     if not 0.0 <= options["momentum"] < 1.0:
         raise ValueError(f"Invalid momentum value: {options['momentum']}; it must be in [0, 1)")
-    check_nonnegative(**{k: options[k] for k in ("weight_decay", "eps", "vector_eps")})
+    check_nonnegative(**{k: options[k] for k in ("weight_decay", "vector_eps")})
+    if not options["eps"] > 0:  # a zero gradient would be divided by it
+        raise ValueError(f"Invalid eps value: {options['eps']}; it must be > 0")
     check_betas(options["vector_betas"])
     check_choice("normalize", options["normalize"], NORMALIZATIONS)
     check_choice("norm", options["norm"], ("rms", "l2"))

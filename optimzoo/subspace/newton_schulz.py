@@ -24,3 +24,24 @@ def orthogonalize(matrix: Tensor, *, steps: int = 5, eps: float = 1e-7) -> Tenso
         gram = x @ x.mT
         x = _A * x + (_B * gram + _C * gram @ gram) @ x
     return x.mT if tall else x
+
+
+def whiten(matrix: Tensor, *, steps: int, beta: float = 0.5) -> Tensor:
+    """``(X Xᵀ)^(−1/2) X`` on the shorter side of ``X`` ``[..., m, n]``, by Newton–Schulz.
+
+    With ``A = X Xᵀ / ‖X Xᵀ‖_F``, ``Y = A``, ``Z = I``, ``steps`` times::
+
+        T = 3 I − Z Y,   Y ← β Y T,   Z ← β T Z
+
+    ``Z`` tends to ``A^(−1/2)`` for β = ½. A zero matrix stays zero.
+    """
+    x = matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix
+    gram = x @ x.mT
+    size = torch.linalg.matrix_norm(gram, keepdim=True).clamp_min(torch.finfo(gram.dtype).tiny)
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    y, z = gram / size, eye.expand_as(gram)
+    for _ in range(steps):
+        t = 3 * eye - z @ y
+        y, z = beta * y @ t, beta * t @ z
+    white = z @ x / size.sqrt()
+    return white.mT if matrix.shape[-2] > matrix.shape[-1] else white

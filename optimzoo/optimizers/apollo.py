@@ -1,0 +1,179 @@
+"""APOLLO and APOLLO-Mini: Adam's scaling, estimated in a random subspace (arXiv 2412.05270)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from optimzoo.optimizers.base import check_choice, scalar_lr
+from optimzoo.optimizers.fira import check_limiter
+from optimzoo.optimizers.hidden_rule import (
+    REST_DEFAULTS,
+    HiddenRule,
+    NormGrowthLimiter,
+    adam_direction,
+    bias_correction,
+    channel_ratio,
+    count_step,
+    subtract_,
+)
+from optimzoo.subspace.projector import gaussian, resolve_side
+
+
+class APOLLO(HiddenRule):
+    r"""Approximated Gradient Scaling (APOLLO).
+
+    With ``Ω`` of N(0, 1/r) entries, drawn anew from a seed every `update_proj_gap` steps and never
+    stored, for a hidden weight ``W`` ``[m, n]`` with gradient ``G``::
+
+        R = ΩᵀG  (m < n)  or  G Ω                the random projection of the shorter dimension
+        N = M / (√V + eps)                       Adam's moments of R
+        s = ‖N_j‖ / (‖R_j‖ + 1e-8)               a channel of the longer dimension, or a tensor
+        U = √scale · limit(G · s)                (`scale_front`: the factor before the limit)
+        W ← (1 − ηλ) W − η √(1 − β₂ᵗ)/(1 − β₁ᵗ) · U
+
+    ``limit`` lets the norm grow by a factor of at most `limiter` a step. All other parameters take
+    Adam.
+
+    State of a hidden weight, in elements: ``2 r max(m, n)``, a seed and one number; APOLLO-Mini
+    (`rank=1`): ``2 max(m, n)``.
+
+    Args:
+        params: groups from :func:`optimzoo.param_groups`; bare parameters fall back by shape.
+        lr: learning rate; a group may carry its own.
+        betas: Adam's betas.
+        eps: Adam's eps, before the bias correction.
+        weight_decay: λ, decoupled.
+        rank: rows of the projection; a quarter of the hidden size in the paper.
+        update_proj_gap: steps between two draws of Ω.
+        scale: enters as its square root. 1, or 128 for APOLLO-Mini.
+        scale_type: `channel`, or `tensor` for one number a weight (APOLLO-Mini).
+        scale_front: scale before the limiter instead of after it.
+        limiter: the largest growth of the update's norm from one step to the next.
+        seed: of Ω.
+        maximize: ascend.
+        foreach: multi-tensor operations for the rest; `None` chooses.
+
+    Raises:
+        ValueError: a hyperparameter out of range.
+        RuntimeError: a sparse gradient, at `step`.
+
+    APOLLO-Mini is :class:`APOLLOMini`.
+
+    Source: arXiv 2412.05270, from the paper: the authors' code is licensed for non-commercial use
+    and was not used.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        rank: int = 128,
+        update_proj_gap: int = 200,
+        scale: float = 1.0,
+        scale_type: str = "channel",
+        scale_front: bool = False,
+        limiter: float = 1.01,
+        seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "rank": rank,
+            "update_proj_gap": update_proj_gap,
+            "scale": scale,
+            "scale_type": scale_type,
+            "scale_front": scale_front,
+            "limiter": limiter,
+            "seed": seed,
+            "maximize": maximize,
+            "foreach": foreach,
+            **REST_DEFAULTS,
+        }
+        super().__init__(params, defaults)
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        for name in ("rank", "update_proj_gap"):
+            if options[name] < 1:
+                raise ValueError(f"Invalid {name}: {options[name]}; it must be at least 1")
+        if not options["scale"] > 0:
+            raise ValueError(f"Invalid scale: {options['scale']}; it must be > 0")
+        check_choice("scale_type", options["scale_type"], ("channel", "tensor"))
+        check_limiter(options["limiter"])
+
+    def _step_hidden(
+        self, weight: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any], index: int
+    ) -> None:
+        step = count_step(state, weight)
+        if "projector_seed" not in state or (step - 1) % group["update_proj_gap"] == 0:
+            # Kept, not derived from the step, so that a run continued with another gap is the same.
+            seed = group["seed"] + 7919 * index + step
+            state["projector_seed"] = torch.tensor(seed, dtype=torch.int64)
+        left = resolve_side("auto", grad.shape) == "left"
+        omega = gaussian(
+            int(state["projector_seed"]), grad.shape[-2 if left else -1], group["rank"], grad
+        )
+        low = omega.mT @ grad if left else grad @ omega
+        direction = adam_direction(state, low, group)
+        if group["scale_type"] == "channel":
+            ratio = channel_ratio(direction, low, dim=-2 if left else -1)
+        else:
+            ratio = channel_ratio(direction.flatten(-2), low.flatten(-2), dim=-1).unsqueeze(-1)
+        factor = group["scale"] ** 0.5
+        update = grad * (ratio * (factor if group["scale_front"] else 1.0)).to(grad.dtype)
+        update = NormGrowthLimiter(group["limiter"])(update, state)
+        lr = float(scalar_lr(group))
+        size = lr * bias_correction(step, group["betas"])
+        size *= 1.0 if group["scale_front"] else factor
+        subtract_(weight, update, size=size, keep=1 - lr * group["weight_decay"])
+
+
+class APOLLOMini(APOLLO):
+    """APOLLO at rank 1, with one scale a tensor: state of SGD's size (arXiv 2412.05270).
+
+    The rule, the arguments and the errors are those of :class:`APOLLO`; other defaults.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        rank: int = 1,
+        update_proj_gap: int = 200,
+        scale: float = 128.0,
+        scale_type: str = "tensor",
+        scale_front: bool = False,
+        limiter: float = 1.01,
+        seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            rank=rank,
+            update_proj_gap=update_proj_gap,
+            scale=scale,
+            scale_type=scale_type,
+            scale_front=scale_front,
+            limiter=limiter,
+            seed=seed,
+            maximize=maximize,
+            foreach=foreach,
+        )

@@ -1,0 +1,129 @@
+"""Fira: GaLore plus the scaled residual outside its subspace (arXiv 2410.01623)."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from optimzoo.optimizers.base import check_choice, scalar_lr
+from optimzoo.optimizers.galore import Projected
+from optimzoo.optimizers.hidden_rule import (
+    REST_DEFAULTS,
+    NormGrowthLimiter,
+    adam_direction,
+    bias_correction,
+    channel_ratio,
+    count_step,
+    subtract_,
+)
+from optimzoo.subspace.projector import back, resolve_side
+
+
+class Fira(Projected):
+    r"""Full-rank training under low-rank state (Fira).
+
+    With GaLore's ``R``, ``N = M / (√V + eps)`` and ``P``, and ``s_j`` one number for each channel
+    ``j`` of the dimension that is not projected::
+
+        s_j = ‖N_j‖ / (‖R_j‖ + 1e-8)
+        S = limit((G − c P R) · s)               c = α, or 1 with `residual_scale="one"`
+        W ← (1 − ηλ) W − η √(1 − β₂ᵗ)/(1 − β₁ᵗ) · (α P N + S)
+
+    ``limit`` lets the norm of ``S`` grow by a factor of at most `limiter` a step.
+
+    State of a hidden weight: GaLore's, and one number.
+
+    Args:
+        params: groups from :func:`optimzoo.param_groups`; bare parameters fall back by shape.
+        lr: learning rate; a group may carry its own.
+        betas: Adam's betas.
+        eps: Adam's eps, before the bias correction.
+        weight_decay: λ, decoupled.
+        rank: of the subspace.
+        update_proj_gap: steps between two refreshes.
+        scale: α.
+        limiter: the largest growth of the residual's norm from one step to the next.
+        residual_scale: `alpha`, the authors' code, which subtracts α P R; or `one`, the paper's
+            formula, which subtracts P R.
+        projector: `randomized` (ours), `svd` (published) or `power`.
+        side: `auto` (published), `left` or `right`.
+        rotate: at a refresh, rotate the moments (ours); `False` is the published behaviour.
+        seed: of the range finder.
+        maximize: ascend.
+        foreach: multi-tensor operations for the rest; `None` chooses.
+
+    Raises:
+        ValueError: a hyperparameter out of range; `side="both"`.
+        RuntimeError: a sparse gradient, at `step`.
+
+    Source: arXiv 2410.01623; xichen-fy/Fira.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        rank: int = 128,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        limiter: float = 1.01,
+        residual_scale: str = "alpha",
+        projector: str = "randomized",
+        side: str = "auto",
+        rotate: bool = True,
+        seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "rank": rank,
+            "update_proj_gap": update_proj_gap,
+            "scale": scale,
+            "limiter": limiter,
+            "residual_scale": residual_scale,
+            "projector": projector,
+            "side": side,
+            "rotate": rotate,
+            "seed": seed,
+            "maximize": maximize,
+            "foreach": foreach,
+            **REST_DEFAULTS,
+        }
+        super().__init__(params, defaults)
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        super()._check_options(options)
+        check_choice("side", options["side"], ("auto", "left", "right"))
+        check_choice("residual_scale", options["residual_scale"], ("alpha", "one"))
+        check_limiter(options["limiter"])
+
+    def _step_hidden(
+        self, weight: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any], index: int
+    ) -> None:
+        step = count_step(state, weight)
+        low = self._project(state, grad, group, step, index)
+        direction = adam_direction(state, low, group)
+        dim = -2 if resolve_side(group["side"], grad.shape) == "left" else -1
+        alpha = group["scale"]
+        subtracted = alpha if group["residual_scale"] == "alpha" else 1.0
+        ratio = channel_ratio(direction, low, dim=dim).to(grad.dtype)
+        residual = (grad - subtracted * back(state, low)) * ratio
+        residual = NormGrowthLimiter(group["limiter"])(residual, state)
+        lr = float(scalar_lr(group))
+        size = lr * bias_correction(step, group["betas"])
+        update = alpha * back(state, direction) + residual
+        subtract_(weight, update, size=size, keep=1 - lr * group["weight_decay"])
+
+
+def check_limiter(limiter: float) -> None:
+    """Refuse a limiter below 1, which would shrink every update to nothing."""
+    if not limiter >= 1.0:
+        raise ValueError(f"Invalid limiter: {limiter}; it must be >= 1")

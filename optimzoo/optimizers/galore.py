@@ -1,0 +1,149 @@
+"""GaLore: Adam in the leading low-rank subspace of each gradient (arXiv 2403.03507)."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from optimzoo.optimizers.base import check_choice, scalar_lr
+from optimzoo.optimizers.hidden_rule import (
+    REST_DEFAULTS,
+    HiddenRule,
+    adam_direction,
+    bias_correction,
+    count_step,
+)
+from optimzoo.subspace.bases import KINDS
+from optimzoo.subspace.natural import rotate_history
+from optimzoo.subspace.projector import (
+    SIDES,
+    has_projector,
+    project,
+    refresh,
+    subtract_back_,
+)
+
+
+class Projected(HiddenRule):
+    """Base of the methods that keep their state in the gradient's leading subspace."""
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        for name in ("rank", "update_proj_gap"):
+            if options[name] < 1:
+                raise ValueError(f"Invalid {name}: {options[name]}; it must be at least 1")
+        check_choice("projector", options["projector"], KINDS)
+        check_choice("side", options["side"], SIDES)
+
+    def _project(
+        self, state: dict[str, Any], grad: Tensor, group: dict[str, Any], step: int, index: int
+    ) -> Tensor:
+        """The low-rank gradient, after a refresh of the subspace where one is due."""
+        if not has_projector(state) or (step - 1) % group["update_proj_gap"] == 0:
+            seed = (
+                group["seed"] + 7919 * index + step
+            )  # another sketch each time, the same on resume
+            rotation = refresh(
+                state,
+                grad,
+                rank=group["rank"],
+                kind=group["projector"],
+                side=group["side"],
+                seed=seed,
+            )
+            if rotation is not None and group["rotate"] and "exp_avg" in state:
+                state["exp_avg"].copy_(rotation(state["exp_avg"]))
+                state["exp_avg_sq"].copy_(rotation.of_squares(state["exp_avg_sq"]))
+                if "history" in state:
+                    rotate_history(state, rotation, state["exp_avg"].shape)
+        return project(state, grad)
+
+
+class GaLore(Projected):
+    r"""Gradient Low-Rank Projection (GaLore).
+
+    For a hidden weight ``W`` ``[m, n]`` with gradient ``G``, every `update_proj_gap` steps the
+    projector ``P`` becomes the leading `rank` left (right, for ``m >= n``) directions of ``G``::
+
+        R = PᵀG                                  (right side: G Q)
+        M ← β₁ M + (1 − β₁) R,   V ← β₂ V + (1 − β₂) R²
+        W ← (1 − ηλ) W − η √(1 − β₂ᵗ)/(1 − β₁ᵗ) · scale · P (M / (√V + eps))
+
+    All other parameters take Adam with the same betas, eps (before the bias correction) and decay.
+
+    State of a hidden weight, in elements of its dtype: ``2 r max(m, n) + r min(m, n)``. The rest:
+    two of their own size.
+
+    Args:
+        params: groups from :func:`optimzoo.param_groups`; bare parameters fall back by shape.
+        lr: learning rate; a group (the rest, say) may carry its own.
+        betas: Adam's betas.
+        eps: 1e-6 in the authors' code, 1e-8 in the paper.
+        weight_decay: λ, decoupled.
+        rank: of the subspace; weights with a smaller dimension use that.
+        update_proj_gap: steps between two refreshes of the subspace.
+        scale: the paper's α.
+        projector: `randomized` (a warm-started range finder, ours), `svd` (published) or `power`.
+        side: `auto` projects the shorter dimension (published), or `left`, `right`, `both`.
+        rotate: at a refresh, rotate the moments into the new subspace (ours); `False`, published,
+            reads them in the new one as they are.
+        seed: of the range finder.
+        maximize: ascend.
+        foreach: multi-tensor operations for the rest; `None` chooses.
+
+    Raises:
+        ValueError: a hyperparameter out of range.
+        RuntimeError: a sparse gradient, at `step`.
+
+    A gradient for which the SVD does not converge takes the range finder; one that is zero or not
+    finite leaves the subspace as it was. The published runs: ``projector="svd", rotate=False``.
+
+    Source: arXiv 2403.03507; jiaweizzhao/GaLore. Ours differs from that code: decay before the
+    step, as torch's AdamW; n-D weights are flattened, stacks of matrices taken slice by slice.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        rank: int = 128,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        projector: str = "randomized",
+        side: str = "auto",
+        rotate: bool = True,
+        seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "rank": rank,
+            "update_proj_gap": update_proj_gap,
+            "scale": scale,
+            "projector": projector,
+            "side": side,
+            "rotate": rotate,
+            "seed": seed,
+            "maximize": maximize,
+            "foreach": foreach,
+            **REST_DEFAULTS,
+        }
+        super().__init__(params, defaults)
+
+    def _step_hidden(
+        self, weight: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any], index: int
+    ) -> None:
+        step = count_step(state, weight)
+        low = self._project(state, grad, group, step, index)
+        direction = adam_direction(state, low, group)
+        lr = float(scalar_lr(group))
+        size = lr * bias_correction(step, group["betas"]) * group["scale"]
+        keep = 1 - lr * group["weight_decay"]
+        subtract_back_(weight, state, direction, size=size, keep=keep)

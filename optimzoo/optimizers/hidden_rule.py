@@ -1,0 +1,161 @@
+"""Optimizers with a rule of their own for the hidden weights; Adam trains the rest."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from optimzoo.optimizers.adam_rule import adam, init_adam_state, step_as_tensor
+from optimzoo.optimizers.base import (
+    RoleOptimizer,
+    check_betas,
+    check_lr,
+    check_nonnegative,
+    scalar_lr,
+)
+from optimzoo.roles import matrix_view, role_of
+
+REST_DEFAULTS: dict[str, Any] = {
+    "role": None,
+    "transposed": False,
+    "stacked": False,
+}
+
+
+class HiddenRule(RoleOptimizer):
+    """Base of the matrix methods: a subclass says how one hidden weight is stepped.
+
+    Subclasses define :meth:`_step_hidden` and list their own options' checks in
+    :meth:`_check_options`. Groups hold `lr`, `betas`, `eps`, `weight_decay`, `maximize`, `foreach`.
+    """
+
+    _own_roles: ClassVar[tuple[str, ...]] = ("hidden",)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, its options checked."""
+        group = dict(param_group) if isinstance(param_group, dict) else param_group
+        if isinstance(group, dict):
+            options = {**self.defaults, **group}
+            check_lr(options["lr"])
+            check_betas(options["betas"])
+            check_nonnegative(eps=options["eps"], weight_decay=options["weight_decay"])
+            self._check_options(options)
+        super().add_param_group(group)
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        """Refuse the subclass's own options where they are out of range."""
+
+    def _step_hidden(
+        self, weight: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any], index: int
+    ) -> None:
+        """One step of the method on a hidden weight; ``grad`` is a matrix ``[..., m, n]``."""
+        raise NotImplementedError
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for p in group["params"]:
+                step_as_tensor(self.state.get(p, {}), p, capturable=False)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One optimization step; returns the closure's loss, if there is a closure."""
+        loss = self._run_closure(closure)
+        index = -1
+        for group in self.param_groups:
+            rest = []
+            for p in group["params"]:
+                index += 1
+                if p.grad is None:
+                    continue
+                self._refuse_sparse(p.grad)
+                if role_of(p, group) not in self._own_roles:
+                    init_adam_state(self.state[p], p, capturable=False)
+                    rest.append(p)
+                elif p.numel() > 0:
+                    grad = p.grad if p.ndim < 2 else matrix_view(p.grad, stacked=group["stacked"])
+                    grad = -grad if group["maximize"] else grad
+                    self._step_hidden(p, grad, self.state[p], group, index)
+            self._step_rest(rest, group)
+        return loss
+
+    def _step_rest(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        adam(
+            params,
+            [p.grad for p in params if p.grad is not None],
+            [self.state[p]["exp_avg"] for p in params],
+            [self.state[p]["exp_avg_sq"] for p in params],
+            [self.state[p]["step"] for p in params],
+            lr=scalar_lr(group),
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            maximize=group["maximize"],
+            foreach=group["foreach"],
+            capturable=False,
+        )
+
+
+def count_step(state: dict[str, Any], param: Tensor) -> int:
+    """Count one step in ``state`` and return its number, from 1."""
+    if "step" not in state:
+        state["step"] = 0
+        step_as_tensor(state, param, capturable=False)
+    state["step"] += 1
+    return int(state["step"].item())
+
+
+def adam_direction(state: dict[str, Any], grad: Tensor, group: dict[str, Any]) -> Tensor:
+    """``m / (√v + eps)`` after the moments in ``state`` have taken ``grad`` in."""
+    beta1, beta2 = group["betas"]
+    if "exp_avg" not in state:
+        state["exp_avg"] = torch.zeros_like(grad)
+        state["exp_avg_sq"] = torch.zeros_like(grad)
+    m, v = state["exp_avg"], state["exp_avg_sq"]
+    grad = grad.to(m.dtype)
+    m.lerp_(grad, 1 - beta1)
+    v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    return m / (v.sqrt() + group["eps"])
+
+
+def bias_correction(step: int, betas: tuple[float, float]) -> float:
+    """``√(1 − β₂ᵗ) / (1 − β₁ᵗ)``."""
+    return float((1 - betas[1] ** step) ** 0.5 / (1 - betas[0] ** step))
+
+
+def subtract_(weight: Tensor, update: Tensor, *, size: float, keep: float) -> None:
+    """``W ← keep · W − size · U``, rounded once where the weight is of low precision."""
+    update = update.reshape(weight.shape)
+    if keep != 1.0:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        update = update.to(wide) * size + weight.to(wide) * (1.0 - keep)
+        weight.sub_(update)
+    else:
+        weight.sub_(update, alpha=size)
+
+
+class NormGrowthLimiter:
+    """Fira's limiter: a norm may grow by a factor of at most ``limit`` a step."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+
+    def __call__(self, update: Tensor, state: dict[str, Any]) -> Tensor:
+        """``update``, limited; its norm is kept in ``state["update_norm"]``."""
+        norm = torch.linalg.vector_norm(update)
+        if "update_norm" in state:
+            growth = norm / (state["update_norm"] + 1e-8)
+            excess = growth.clamp_min(self.limit) / self.limit
+            update, norm = update / excess, norm / excess
+        state["update_norm"] = norm
+        return update
+
+
+def channel_ratio(direction: Tensor, low: Tensor, *, dim: int) -> Tensor:
+    """How much Adam scaled each channel: ``‖N‖ / (‖R‖ + 1e-8)`` along ``dim``."""
+    wide = torch.promote_types(low.dtype, torch.float32)
+    norms = [
+        torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=wide) for x in (direction, low)
+    ]
+    return norms[0] / (norms[1] + 1e-8)

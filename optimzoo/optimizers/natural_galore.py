@@ -1,0 +1,151 @@
+"""Natural GaLore: GaLore on natural gradients, by Woodbury's formula (arXiv 2410.16029)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from optimzoo.optimizers.base import check_choice, check_nonnegative, scalar_lr
+from optimzoo.optimizers.galore import Projected
+from optimzoo.optimizers.hidden_rule import (
+    REST_DEFAULTS,
+    adam_direction,
+    bias_correction,
+    count_step,
+)
+from optimzoo.subspace.natural import natural_gradient
+from optimzoo.subspace.projector import subtract_back_
+
+HISTORY_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+
+class NaturalGaLore(Projected):
+    r"""GaLore, with the low-rank gradient preconditioned by an empirical Fisher matrix.
+
+    With ``g = vec(R)`` the low-rank gradient of GaLore, of ``k`` elements, and ``h_j`` the last
+    `history` of them, the current one included::
+
+        F = λ I + Σ_j h_j h_jᵀ
+        n = F⁻¹ g                                (k × k never formed: s × s by Woodbury)
+        M, V ← Adam's moments of n
+        W ← (1 − ηλ') W − η √(1 − β₂ᵗ)/(1 − β₁ᵗ) · scale · P (M / (√V + eps))
+
+    All other parameters take Adam. The history is a ring of ``[s, k]``; its Gram matrix ``[s, s]``
+    is kept and updated, so the solve costs two passes over the history and one Cholesky.
+
+    State of a hidden weight, in elements: GaLore's ``2 r max(m, n) + r min(m, n)`` and the
+    history's ``s r max(m, n) + s²``. At s = 20 that is ten times the moments: the paper's memory
+    column, equal to GaLore's, leaves it out. `history_dtype="bfloat16"` halves it under float32.
+
+    Args:
+        params: groups from :func:`optimzoo.param_groups`; bare parameters fall back by shape.
+        lr: learning rate; a group may carry its own.
+        betas: Adam's betas.
+        eps: Adam's eps, before the bias correction.
+        weight_decay: λ', decoupled.
+        rank: of the subspace.
+        update_proj_gap: steps between two refreshes.
+        scale: the paper's α.
+        history: s, gradients in the Fisher matrix. 20 in the authors' code; the paper names none.
+        damping: λ. 1e-3 in the authors' code; the paper names none.
+        relative_damping: λ in units of the mean squared norm of the history (ours): without it the
+            transform fades away where ‖g‖² is far below λ.
+        history_dtype: `auto` (the gradient's), `float32`, `bfloat16`, `float16`, `float64`.
+        projector: `randomized` (ours), `svd` or `power`.
+        side: `auto` (the paper, one-sided) or `both` (the authors' code: r × r), `left`, `right`.
+        rotate: at a refresh, rotate moments and history into the new subspace (ours); `False`, the
+            authors' code, reads them as they are.
+        seed: of the range finder.
+        maximize: ascend.
+        foreach: multi-tensor operations for the rest; `None` chooses.
+
+    Raises:
+        ValueError: a hyperparameter out of range.
+        RuntimeError: a sparse gradient; a Fisher matrix that no jitter makes positive definite.
+
+    The authors' code: ``projector="svd", side="both", rotate=False``.
+
+    Source: arXiv 2410.16029; selfsupervised-ai/Natural-GaLore. That code projects both sides by a
+    Tucker decomposition; for a matrix its best subspaces are those of the SVD, used here.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        rank: int = 128,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        history: int = 20,
+        damping: float = 1e-3,
+        relative_damping: bool = False,
+        history_dtype: str = "auto",
+        projector: str = "randomized",
+        side: str = "auto",
+        rotate: bool = True,
+        seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "rank": rank,
+            "update_proj_gap": update_proj_gap,
+            "scale": scale,
+            "history": history,
+            "damping": damping,
+            "relative_damping": relative_damping,
+            "history_dtype": history_dtype,
+            "projector": projector,
+            "side": side,
+            "rotate": rotate,
+            "seed": seed,
+            "maximize": maximize,
+            "foreach": foreach,
+            **REST_DEFAULTS,
+        }
+        super().__init__(params, defaults)
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        super()._check_options(options)
+        if options["history"] < 1:
+            raise ValueError(f"Invalid history: {options['history']}; it must be at least 1")
+        check_nonnegative(damping=options["damping"])
+        check_choice("history_dtype", options["history_dtype"], HISTORY_DTYPES)
+
+    def _step_hidden(
+        self, weight: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any], index: int
+    ) -> None:
+        step = count_step(state, weight)
+        low = self._project(state, grad, group, step, index)
+        if "history" not in state:
+            _init_history(state, low, group)
+        natural = natural_gradient(
+            state,
+            low,
+            (step - 1) % state["history"].shape[-2],
+            damping=group["damping"],
+            relative=group["relative_damping"],
+        )
+        direction = adam_direction(state, natural, group)
+        lr = float(scalar_lr(group))
+        size = lr * bias_correction(step, group["betas"]) * group["scale"]
+        keep = 1 - lr * group["weight_decay"]
+        subtract_back_(weight, state, direction, size=size, keep=keep)
+
+
+def _init_history(state: dict[str, Any], low: Tensor, group: dict[str, Any]) -> None:
+    size, name = group["history"], group["history_dtype"]
+    batch, k = low.shape[:-2], low.shape[-2] * low.shape[-1]
+    dtype = low.dtype if name == "auto" else getattr(torch, name)
+    gram = torch.promote_types(low.dtype, torch.float32)
+    state["history"] = torch.zeros(*batch, size, k, dtype=dtype, device=low.device)
+    state["gram"] = torch.zeros(*batch, size, size, dtype=gram, device=low.device)

@@ -1,0 +1,159 @@
+"""Stable-SPAM: Adam with adaptive clipping and momentum reset (arXiv 2502.17055)."""
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from optimzoo.optimizers.base import check_betas, check_choice, scalar_lr
+from optimzoo.optimizers.hidden_rule import REST_DEFAULTS, HiddenRule, count_step, subtract_
+from optimzoo.roles import ROLES
+
+
+class StableSPAM(HiddenRule):
+    r"""Stable Spike-Aware Adam with Momentum Reset (Stable-SPAM).
+
+    For every parameter, with step count ``t`` from 1::
+
+        c ← γ₃ c + (1 − γ₃) max|g|,    ĉ = c / (1 − γ₃ᵗ)
+        g_i ← g_i / max|g| · ĉ         where |g_i| > ĉ                       (clip the spikes)
+        a ← γ₁ s a + (1 − γ₁ s) ‖g‖,   b ← γ₂ b + (1 − γ₂) ‖g‖²
+        g ← g / ‖g‖ · â / (√b̂ + eps)   â, b̂ bias-corrected                   (clip the norm)
+        Adam with β₁ s; every `update_proj_gap` steps its moments and its count start anew
+
+    ``s`` falls along a cosine from 1 to `eta_min` over `total_steps`; it is 1 where that is None.
+
+    State, in elements a parameter: two moments, and three numbers and two counts a tensor.
+
+    Args:
+        params: groups from :func:`optimzoo.param_groups`, or bare parameters.
+        lr: learning rate; a group may carry its own.
+        betas: Adam's betas.
+        eps: Adam's eps (after the bias correction, as in torch), and the norm clip's.
+        weight_decay: decoupled.
+        gamma1: of the norm's mean. 0.7; the authors' bf16 script has 0.85.
+        gamma2: of the norm's second moment. 0.9; the bf16 script has 0.99999.
+        gamma3: of the largest entry, θ in the paper. 0.999.
+        update_proj_gap: steps between two resets of the moments, the authors' name; 0: never.
+        total_steps: length of the cosine of β₁ and γ₁.
+        eta_min: the cosine's end.
+        reset_step: `clean` starts the moments anew before the step (ours); `authors` makes that one
+            step with the old moments under a fresh bias correction, as their code does.
+        maximize: ascend.
+
+    Raises:
+        ValueError: a hyperparameter out of range.
+        RuntimeError: a sparse gradient, at `step`.
+
+    Source: arXiv 2502.17055; TianjinYellow/StableSPAM.
+    """
+
+    _own_roles: ClassVar[tuple[str, ...]] = ROLES
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        gamma1: float = 0.7,
+        gamma2: float = 0.9,
+        gamma3: float = 0.999,
+        update_proj_gap: int = 1000,
+        total_steps: int | None = None,
+        eta_min: float = 0.5,
+        reset_step: str = "clean",
+        maximize: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "gamma1": gamma1,
+            "gamma2": gamma2,
+            "gamma3": gamma3,
+            "update_proj_gap": update_proj_gap,
+            "total_steps": total_steps,
+            "eta_min": eta_min,
+            "reset_step": reset_step,
+            "maximize": maximize,
+            "foreach": None,
+            **REST_DEFAULTS,
+        }
+        super().__init__(params, defaults)
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        check_betas((options["gamma1"], options["gamma2"], options["gamma3"]), "gamma")
+        if options["update_proj_gap"] < 0:
+            gap = options["update_proj_gap"]
+            raise ValueError(f"Invalid update_proj_gap: {gap}; it must be >= 0 (0: no reset)")
+        if options["total_steps"] is not None and options["total_steps"] < 1:
+            raise ValueError(f"Invalid total_steps: {options['total_steps']}; it must be >= 1")
+        if not 0.0 < options["eta_min"] <= 1.0:
+            raise ValueError(f"Invalid eta_min: {options['eta_min']}; it must be in (0, 1]")
+        check_choice("reset_step", options["reset_step"], ("clean", "authors"))
+
+    def _step_hidden(
+        self, weight: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any], index: int
+    ) -> None:
+        step = count_step(state, weight)
+        shrink = cosine_factor(step, group["total_steps"], group["eta_min"])
+        grad = clip_spikes(grad, state, step, group["gamma3"])
+        grad = clip_norm(grad, state, step, shrink, group)
+        beta1, beta2 = group["betas"][0] * shrink, group["betas"][1]
+        if "exp_avg" not in state:
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(grad), torch.zeros_like(grad)
+            state["moment_step"] = torch.zeros_like(state["step"])
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+        gap = group["update_proj_gap"]
+        if gap and step > 1 and step % gap == 0:
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(m), torch.zeros_like(v)
+            state["moment_step"].zero_()
+            if group["reset_step"] == "clean":
+                m, v = state["exp_avg"], state["exp_avg_sq"]
+        state["moment_step"] += 1
+        k = int(state["moment_step"].item())
+        grad = grad.to(m.dtype)
+        m.lerp_(grad, 1 - beta1)
+        v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        denominator = (v / (1 - beta2**k)).sqrt_().add_(group["eps"])
+        lr = float(scalar_lr(group))
+        size = lr / (1 - beta1**k)
+        subtract_(weight, m / denominator, size=size, keep=1 - lr * group["weight_decay"])
+
+
+def cosine_factor(step: int, total: int | None, low: float) -> float:
+    """``s``: 1 at the start, ``low`` from ``total`` on."""
+    if total is None:
+        return 1.0
+    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(step, total) / total))
+
+
+def clip_spikes(grad: Tensor, state: dict[str, Any], step: int, gamma: float) -> Tensor:
+    """Scale entries beyond the running largest entry down to it."""
+    largest = grad.abs().max()
+    if "max_avg" not in state:
+        state["max_avg"] = torch.zeros_like(largest)
+    average = state["max_avg"].mul_(gamma).add_(largest, alpha=1 - gamma)
+    bound = average / (1 - gamma**step)
+    tiny = torch.finfo(grad.dtype).tiny
+    return torch.where(grad.abs() > bound, grad / largest.clamp_min(tiny) * bound, grad)
+
+
+def clip_norm(
+    grad: Tensor, state: dict[str, Any], step: int, shrink: float, group: dict[str, Any]
+) -> Tensor:
+    """Give the gradient the running norm in place of its own."""
+    norm = torch.linalg.vector_norm(grad)
+    if "norm_avg" not in state:
+        state["norm_avg"], state["norm_avg_sq"] = torch.zeros_like(norm), torch.zeros_like(norm)
+    gamma1, gamma2 = group["gamma1"] * shrink, group["gamma2"]
+    mean = state["norm_avg"].mul_(gamma1).add_(norm, alpha=1 - gamma1)
+    square = state["norm_avg_sq"].mul_(gamma2).add_(norm.square(), alpha=1 - gamma2)
+    target = mean / (1 - gamma1**step) / ((square / (1 - gamma2**step)).sqrt() + group["eps"])
+    return grad * (target / norm.clamp_min(torch.finfo(grad.dtype).tiny))

@@ -1,0 +1,100 @@
+"""SWAN: stateless SGD with row normalisation and whitening (arXiv 2412.13148)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from optimzoo.optimizers.base import scalar_lr
+from optimzoo.optimizers.hidden_rule import REST_DEFAULTS, HiddenRule, subtract_
+from optimzoo.subspace.newton_schulz import whiten
+
+
+class SWAN(HiddenRule):
+    r"""SGD with Whitening And Normalisation (SWAN).
+
+    For a hidden weight ``W`` ``[m, n]`` with gradient ``G``, keeping nothing between steps::
+
+        Ĝ_i = (G_i − mean(G_i)) / std(G_i)       each row i over its n entries
+        U = (Ĝ Ĝᵀ)^(−1/2) Ĝ                      by Newton–Schulz iteration, on the shorter side
+        U ← U · ‖Ĝ‖_F / ‖U‖_F                    (`rescale`: the entries of U have RMS 1)
+        W ← (1 − ηλ) W − η U
+
+    All other parameters (the embedding and the head among them, as in the paper) take Adam.
+
+    State of a hidden weight: none. The rest: two of their own size.
+
+    Args:
+        params: groups from :func:`optimzoo.param_groups`; bare parameters fall back by shape.
+        lr: step of the hidden weights, the RMS of their update with `rescale`. A group may carry
+            its own.
+        betas: Adam's betas, of the rest.
+        eps: Adam's eps (before the bias correction), and the floor of the rows' deviation.
+        weight_decay: λ, decoupled.
+        steps: Newton–Schulz iterations. Re-implementations differ (6, 10); ours is 10.
+        beta: the iteration's factor. 0.5 is Newton–Schulz and converges to the whitening; another
+            value in use, 0.8, does not.
+        rescale: give U the norm of Ĝ.
+        maximize: ascend.
+        foreach: multi-tensor operations for the rest; `None` chooses.
+
+    Raises:
+        ValueError: a hyperparameter out of range.
+        RuntimeError: a sparse gradient, at `step`.
+
+    Source: arXiv 2412.13148. There is no public code of the authors: a re-implementation; `steps`,
+    `beta` and the unit of `lr` are our choices.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        steps: int = 10,
+        beta: float = 0.5,
+        rescale: bool = True,
+        maximize: bool = False,
+        foreach: bool | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "steps": steps,
+            "beta": beta,
+            "rescale": rescale,
+            "maximize": maximize,
+            "foreach": foreach,
+            **REST_DEFAULTS,
+        }
+        super().__init__(params, defaults)
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        if options["steps"] < 1:
+            raise ValueError(f"Invalid steps: {options['steps']}; it must be at least 1")
+        if not 0.0 < options["beta"] <= 1.0:
+            raise ValueError(f"Invalid beta: {options['beta']}; it must be in (0, 1]")
+
+    def _step_hidden(
+        self, weight: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any], index: int
+    ) -> None:
+        rows = normalize_rows(grad, group["eps"])
+        update = whiten(rows, steps=group["steps"], beta=group["beta"])
+        if group["rescale"]:
+            norms = [torch.linalg.matrix_norm(x, keepdim=True) for x in (rows, update)]
+            update = update * (norms[0] / norms[1].clamp_min(group["eps"]))
+        lr = float(scalar_lr(group))
+        subtract_(weight, update, size=lr, keep=1 - lr * group["weight_decay"])
+
+
+def normalize_rows(grad: Tensor, eps: float) -> Tensor:
+    """Each row less its mean, over its standard deviation, in at least float32."""
+    grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
+    centred = grad - grad.mean(-1, keepdim=True)
+    return centred / centred.square().mean(-1, keepdim=True).sqrt().clamp_min(eps)

@@ -1,0 +1,110 @@
+"""A low-rank projector, held as plain tensors in an optimizer's per-parameter state.
+
+The state's keys are ``projector_left`` ``[m, r]`` and ``projector_right`` ``[n, r]``, one or both;
+or ``projector_seed`` for a Gaussian projector, which is drawn anew at each use and never stored.
+"""
+
+import math
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optimzoo.subspace.bases import leading_basis
+
+State = MutableMapping[str, Any]
+SIDES = ("auto", "left", "right", "both")
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """How coordinates of the last subspace become those of the new: ``x → L x Rᵀ``."""
+
+    left: Tensor | None
+    right: Tensor | None
+
+    def __call__(self, low: Tensor) -> Tensor:
+        """Rotate low-rank matrices ``[..., a, b]``."""
+        low = low if self.left is None else self.left.to(low.dtype) @ low
+        return low if self.right is None else low @ self.right.to(low.dtype).mT
+
+    def of_squares(self, low: Tensor) -> Tensor:
+        """Rotate second moments, as if coordinates were uncorrelated: by the squared entries."""
+        left = None if self.left is None else self.left.square()
+        right = None if self.right is None else self.right.square()
+        return Rotation(left, right)(low)
+
+
+def resolve_side(side: str, shape: torch.Size) -> str:
+    """`auto` projects the shorter dimension: `right` for ``m >= n``, else `left`."""
+    if side != "auto":
+        return side
+    return "right" if shape[-2] >= shape[-1] else "left"
+
+
+def refresh(
+    state: State, grad: Tensor, *, rank: int, kind: str, side: str, seed: int
+) -> Rotation | None:
+    """Put the leading subspace of ``grad`` ``[..., m, n]`` into ``state``.
+
+    Returns the rotation from the last subspace to this one; None where there was none.
+    """
+    side = resolve_side(side, grad.shape)
+    rotations: dict[str, Tensor | None] = {"left": None, "right": None}
+    rotated = False
+    for name, matrix in (("left", grad), ("right", grad.mT)):
+        if side not in (name, "both"):
+            continue
+        key = f"projector_{name}"
+        old = state.get(key)
+        new = leading_basis(matrix, rank, kind=kind, previous=old, seed=seed)
+        if old is not None:
+            rotations[name] = new.mT @ old.to(new.dtype)
+            rotated = True
+        state[key] = new.to(grad.dtype)
+    return Rotation(**rotations) if rotated else None
+
+
+def has_projector(state: State) -> bool:
+    """Whether ``state`` holds a projector."""
+    return any(key.startswith("projector_") for key in state)
+
+
+def project(state: State, grad: Tensor) -> Tensor:
+    """``PᵀG``, ``G Q`` or ``PᵀG Q``."""
+    left, right = state.get("projector_left"), state.get("projector_right")
+    low = grad if left is None else left.mT @ grad
+    return low if right is None else low @ right
+
+
+def subtract_back_(weight: Tensor, state: State, low: Tensor, *, size: float, keep: float) -> None:
+    """``W ← keep · W − size · back(low)`` in place, without a full-size temporary where 2-D.
+
+    ``back`` is ``P low``, ``low Qᵀ`` or ``P low Qᵀ``.
+    """
+    left, right = state.get("projector_left"), state.get("projector_right")
+    if left is not None and right is not None:
+        first, second = left @ low, right.mT
+    else:
+        first, second = (left, low) if left is not None else (low, right.mT)  # type: ignore[union-attr]
+    if weight.ndim == 2:
+        weight.addmm_(first, second, beta=keep, alpha=-size)
+    else:
+        weight.mul_(keep).sub_((first @ second).reshape(weight.shape), alpha=size)
+
+
+def back(state: State, low: Tensor) -> Tensor:
+    """``P low``, ``low Qᵀ`` or ``P low Qᵀ``."""
+    left, right = state.get("projector_left"), state.get("projector_right")
+    full = low if left is None else left @ low
+    return full if right is None else full @ right.mT
+
+
+def gaussian(seed: int, rows: int, rank: int, like: Tensor) -> Tensor:
+    """``[rows, rank]`` of N(0, 1/rank), the same for the same seed on the same kind of device."""
+    generator = torch.Generator(like.device).manual_seed(seed)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    omega = torch.randn(rows, rank, generator=generator, device=like.device, dtype=dtype)
+    return (omega / math.sqrt(rank)).to(like.dtype)
