@@ -3,11 +3,12 @@
 import argparse
 import sys
 
-from benchmarks import compare, report, reproduce, train
+from benchmarks import compare, report, reproduce, step_time, train
 
 COMMANDS = {
     "train": (train, "train one model with one optimizer"),
     "compare": (compare, "train the same model with several optimizers and print the table"),
+    "step-time": (step_time, "what one optimizer step costs, as ratios in one process"),
     "report": (report, "write the README's tables from the committed results"),
     "reproduce": (reproduce, "a paper's table beside ours"),
 }

@@ -19,7 +19,7 @@ from optimzoo.optimizers.natural_galore import NaturalGaLore
 from optimzoo.optimizers.scale import SCALE
 from optimzoo.optimizers.stable_spam import StableSPAM
 from optimzoo.optimizers.swan import SWAN
-from optimzoo.roles import MATRIX_ROLES, param_groups
+from optimzoo.roles import param_groups
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class OptimInfo:
         make: the class.
         description: one line.
         source: paper or documentation.
-        main_roles: the roles that its own rule trains, at `lr`; the rest train at `other_lr`.
+        main_roles: the roles that train at `lr`; the rest train at `other_lr`.
         other_lr: the class's argument for `other_lr`; `None` sets the `lr` of those groups.
         state: state, as text for the tables.
         aliases: other names.
@@ -58,8 +58,6 @@ _INFOS = [
         SCALE,
         "column-normalised SGD, momentum on the output head alone",
         "arXiv 2506.16659",
-        main_roles=MATRIX_ROLES,
-        other_lr="vector_lr",
         state="1 x head",
     ),
     OptimInfo(
@@ -169,8 +167,9 @@ def create_optimizer(
     Args:
         name: one of :func:`list_optimizers`.
         model_or_params: a model (sorted by :func:`optimzoo.param_groups`), groups, or parameters.
-        lr: learning rate of the weights that the method's own rule trains (`OptimInfo.main_roles`).
-        other_lr: learning rate of the rest; default: the method's own default, or `lr`.
+        lr: learning rate of the hidden weights (`OptimInfo.main_roles`).
+        other_lr: learning rate of the rest (SCALE's vectors, if `vector_lr` is given, take that);
+            default: the method's own default, or `lr`.
         **hyper: the method's other hyperparameters.
 
     Raises:
@@ -197,5 +196,6 @@ def create_optimizer(
         groups = list(groups)
         if not all(isinstance(g, dict) and g.get("role") for g in groups):
             raise ValueError("other_lr needs roles; pass a model or optimzoo.param_groups(model)")
-        groups = [g if g["role"] in info.main_roles else {"lr": other_lr, **g} for g in groups]
+        own = {*info.main_roles, *(["vector"] if hyper.get("vector_lr") is not None else [])}
+        groups = [g if g["role"] in own else {"lr": other_lr, **g} for g in groups]
     return info.make(groups, **hyper)

@@ -128,10 +128,11 @@ def test_lr_alone_is_everyones_but_for_the_rest_of_muon():
 
 
 def test_other_lr_is_that_of_the_roles_the_rule_leaves():
-    assert rates(create_optimizer("scale", Tiny(), lr=0.5, other_lr=0.25)) == {
-        "hidden": 0.5, "embedding": 0.5, "head": 0.5, "vector": 0.25,
+    found = create_optimizer("scale", Tiny(), lr=0.5, other_lr=0.25, vector_lr=0.125)
+    assert rates(found) == {
+        "hidden": 0.5, "embedding": 0.25, "head": 0.25, "vector": 0.125,
     }  # fmt: skip
-    for name in ("muon", *TORCH_NAMES):
+    for name in NAMES:
         assert rates(create_optimizer(name, Tiny(), lr=0.5, other_lr=0.25)) == {
             "hidden": 0.5, "embedding": 0.25, "head": 0.25, "vector": 0.25,
         }, name  # fmt: skip
@@ -156,8 +157,7 @@ def test_a_groups_own_lr_wins():
         groups = param_groups(Tiny(), {"lm_head": {"lr": 0.125}, "bias": {"lr": 0.0625}})
         given = copy.deepcopy([{k: v for k, v in g.items() if k != "params"} for g in groups])
         found = rates(create_optimizer(name, groups, lr=0.5, other_lr=0.25))
-        embedding = 0.5 if name == "scale" else 0.25
-        expected = {"hidden": 0.5, "embedding": embedding, "head": 0.125, "vector": 0.0625}
+        expected = {"hidden": 0.5, "embedding": 0.25, "head": 0.125, "vector": 0.0625}
         assert found == expected, name
         assert [{k: v for k, v in g.items() if k != "params"} for g in groups] == given
 

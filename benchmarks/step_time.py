@@ -1,0 +1,221 @@
+"""What one optimizer step costs: all methods in one process, taking turns, as ratios.
+
+Machines drift, so absolute times mean little: every repeat times each method once, one after the
+other, and the table gives medians and their ratios to the first method.
+"""
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import optimzoo
+from benchmarks.llama import Llama, get_config
+from benchmarks.progress import RunProgress
+from benchmarks.provenance import provenance, write_json
+from optimzoo.subspace.bases import leading_basis
+
+DEFAULT = ("sgd", "adamw", "scale", "galore", "natural_galore", "fira", "apollo", "apollo_mini")
+FUSED = ("sgd", "adamw", "adam")
+LOW_RANK = ("galore", "natural_galore", "fira", "apollo")
+REFRESH_SHAPES = ((1376, 512), (4096, 1376))
+Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+
+
+def ours(name: str, rank: int, gap: int) -> Make:
+    """A method of the registry, at the given rank, fused where it is torch's."""
+    options: dict[str, Any] = {"fused": True} if name in FUSED else {}
+    if name in LOW_RANK:
+        options = {"rank": rank, "update_proj_gap": gap}
+    return lambda groups: optimzoo.create_optimizer(name, groups, lr=1e-4, **options)
+
+
+def peers(rank: int, gap: int) -> dict[str, Make]:
+    """The authors' packages that are installed here: galore-torch and apollo-torch."""
+    found: dict[str, Make] = {}
+
+    def low_rank(groups: list[dict[str, Any]], extra: dict[str, Any]) -> list[dict[str, Any]]:
+        hidden = [{"params": g["params"], **extra} for g in groups if g["role"] == "hidden"]
+        rest = [p for g in groups if g["role"] != "hidden" for p in g["params"]]
+        return [*hidden, {"params": rest}]
+
+    try:
+        from galore_torch import GaLoreAdamW  # type: ignore[import-not-found]
+
+        extra = {"rank": rank, "update_proj_gap": gap, "scale": 0.25, "proj_type": "std"}
+        found["galore-torch"] = lambda groups: GaLoreAdamW(
+            low_rank(groups, extra), lr=1e-4, no_deprecation_warning=True
+        )
+    except ImportError:
+        pass
+    try:
+        from apollo_torch import APOLLOAdamW  # type: ignore[import-not-found]
+
+        apollo = {
+            "rank": rank,
+            "proj": "random",
+            "scale_type": "channel",
+            "scale": 1,
+            "update_proj_gap": gap,
+            "proj_type": "std",
+        }
+        found["apollo-torch"] = lambda groups: APOLLOAdamW(low_rank(groups, apollo), lr=1e-4)
+    except ImportError:
+        pass
+    return found
+
+
+class Subject:
+    """One method with weights of its own, and the gradients that all share."""
+
+    def __init__(self, name: str, make: Make, model: nn.Module, grads: list[torch.Tensor]) -> None:
+        self.name = name
+        groups = optimzoo.param_groups(model)
+        gradient = dict(zip(model.parameters(), grads, strict=True))
+        for group in groups:
+            group["params"] = [nn.Parameter(p.detach().clone()) for p in group["params"]]
+        for group, source in zip(groups, optimzoo.param_groups(model), strict=True):
+            for p, original in zip(group["params"], source["params"], strict=True):
+                p.grad = gradient[original]
+        self.optimizer = make(groups)
+        self.first = self.timed()  # makes the state and, for projected methods, the first subspace
+        self.times: list[float] = []
+
+    def timed(self) -> float:
+        """Milliseconds of one step."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        self.optimizer.step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return 1000 * (time.perf_counter() - start)
+
+
+def measure_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of median milliseconds: a plain step, the first step, and both amortised."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = Llama(get_config(args.model)).to(device, getattr(torch, args.dtype))
+    generator = torch.Generator().manual_seed(0)
+    grads = [(torch.randn(p.shape, generator=generator) * 1e-3).to(p) for p in model.parameters()]
+    makers = {name: ours(name, args.rank, args.gap) for name in args.optimizers}
+    makers |= {} if args.no_peers else peers(args.rank, args.gap)
+    with RunProgress(len(makers) + args.repeats) as bar:
+        subjects = []
+        for name, make in makers.items():
+            bar.start(f"first step of {name}", 1)
+            subjects.append(Subject(name, make, model, grads))
+        gc.collect()
+        for _ in range(args.repeats):
+            bar.start("steps in turn", 1)
+            for subject in subjects:
+                subject.times.append(subject.timed())
+    rows = []
+    for subject in subjects:
+        plain = statistics.median(subject.times)
+        rows.append(
+            {
+                "method": subject.name,
+                "step_ms": plain,
+                "first_ms": subject.first,
+                # a refresh every `gap` steps, counted at the cost of the first step
+                "amortised_ms": (subject.first + (args.gap - 1) * plain) / args.gap,
+            }
+        )
+    return rows
+
+
+def measure_refresh(rank: int, repeats: int) -> list[dict[str, Any]]:
+    """A projector refresh against ``torch.linalg.svd``, in turn, and the energy it captures."""
+    rows = []
+    for m, n in REFRESH_SHAPES:
+        generator = torch.Generator().manual_seed(0)
+        # singular values k^-1: a power law, as gradients have
+        left = torch.linalg.qr(torch.randn(m, n, generator=generator))[0]
+        right = torch.linalg.qr(torch.randn(n, n, generator=generator))[0]
+        values = torch.arange(1, n + 1).float().reciprocal()
+        grad = (left * values) @ right.mT
+        best = values[:rank].square().sum()
+        previous = leading_basis(grad + 1e-3 * torch.randn(m, n, generator=generator), rank)
+        times: dict[str, list[float]] = {"svd": [], "cold": [], "warm": []}
+        captured = {}
+        for _ in range(repeats):
+            for kind in times:
+                start = time.perf_counter()
+                if kind == "svd":
+                    torch.linalg.svd(grad, full_matrices=False)
+                    basis = None
+                else:
+                    basis = leading_basis(grad, rank, previous=previous if kind == "warm" else None)
+                times[kind].append(1000 * (time.perf_counter() - start))
+                if basis is not None:
+                    captured[kind] = float((basis.mT @ grad).square().sum() / best)
+        medians = {kind: statistics.median(values) for kind, values in times.items()}
+        rows.append({"shape": [m, n], "rank": rank, "ms": medians, "captured": captured})
+    return rows
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m benchmarks step-time`."""
+    parser.add_argument("--model", default="60m")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--optimizers", nargs="+", default=list(DEFAULT), metavar="NAME")
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--gap", type=int, default=200, help="steps between two refreshes")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--no-peers", action="store_true", help="leave out installed peers")
+    parser.add_argument("--out", type=Path, help="a JSON file for the rows")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print both tables, and write the rows where asked to."""
+    for name in args.optimizers:
+        optimzoo.get_info(name)
+    steps = measure_steps(args)
+    console = Console()
+    table = Table(box=box.SIMPLE_HEAD, title=f"{args.model}, {args.dtype}, rank {args.rank}")
+    for name in ("method", "step ms", "ratio", "first ms", "amortised ms", "ratio"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    base = steps[0]
+    for row in steps:
+        table.add_row(
+            row["method"],
+            f"{row['step_ms']:.1f}",
+            f"{row['step_ms'] / base['step_ms']:.2f}",
+            f"{row['first_ms']:.0f}",
+            f"{row['amortised_ms']:.1f}",
+            f"{row['amortised_ms'] / base['step_ms']:.2f}",
+        )
+    console.print(table)
+    refreshes = measure_refresh(args.rank, min(args.repeats, 5))
+    for row in refreshes:
+        ms = row["ms"]
+        m, n = row["shape"]
+        console.print(
+            f"refresh {m} x {n}, rank {args.rank}: svd {ms['svd']:.0f} ms; "
+            + "; ".join(
+                f"{k} {ms[k]:.1f} ms ({ms['svd'] / ms[k]:.1f}x faster, "
+                f"{100 * row['captured'][k]:.2f} % of the best energy)"
+                for k in ("cold", "warm")
+            ),
+            highlight=False,
+        )
+    if args.out:
+        write_json(
+            args.out,
+            {"rows": steps, "refresh": refreshes, "provenance": provenance(), "args": _plain(args)},
+        )
+    return 0
+
+
+def _plain(args: argparse.Namespace) -> dict[str, Any]:
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
