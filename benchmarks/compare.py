@@ -10,7 +10,6 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -66,20 +65,24 @@ class Session:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(jobs, context, _start_worker, (threads,)) as pool:
             futures: dict[Future[Row], Entry] = {}
-            for entry in entries:
-                future = pool.submit(_train_in_worker, self.args, entry, self._folder(entry), test)
-                futures[future] = entry
             try:
+                for entry in entries:
+                    folder = self._folder(entry)
+                    future = pool.submit(_train_in_worker, self.args, entry, folder, test)
+                    futures[future] = entry
                 for future in as_completed(futures):
                     bar.start(self.plan.name, futures[future].config.steps)
                     yield futures[future], future.result()
             except BaseException:
+                for worker in multiprocessing.active_children():
+                    worker.terminate()  # a run saves and leaves
                 pool.shutdown(cancel_futures=True)
                 raise
 
 
 def _start_worker(threads: int) -> None:
     torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; it ends the workers
     parent = multiprocessing.parent_process()
 
     def follow() -> None:
@@ -91,13 +94,16 @@ def _start_worker(threads: int) -> None:
 
 
 def _train_in_worker(args: argparse.Namespace, entry: Entry, folder: Path, test: bool) -> Row:
-    return train(entry.config, corpus_from(args, entry.config.model), out=folder, test=test)
+    try:
+        return train(entry.config, corpus_from(args, entry.config.model), out=folder, test=test)
+    except KeyboardInterrupt:
+        os._exit(130)  # else the pool would give this worker the next run
 
 
 def tune(session: Session, methods: list[str], protocols: list[str]) -> int:
     """Run the grids; write every row, and with them the values that `compare` trains at."""
     plan = session.plan
-    pairs = [(method, protocol) for method in methods for protocol in protocols]
+    pairs = plan.pairs(methods, protocols)
     session.run([e for pair in pairs for e in plan.grid(*pair)], test=False)
     session.run([e for pair in pairs for e in plan.second(*pair, session.rows)], test=False)
     kept = tables.read_rows(plan.tune_path) if plan.tune_path.exists() else []
@@ -115,7 +121,9 @@ def tune(session: Session, methods: list[str], protocols: list[str]) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m benchmarks compare`."""
     parser.add_argument("--plan", default="nano", help="a file of benchmarks/configs, by name")
-    parser.add_argument("--optimizers", nargs="+", metavar="NAME", help="default: the plan's, all")
+    parser.add_argument(
+        "--optimizers", nargs="+", metavar="NAME", help="of the plan, or all; default: its four"
+    )
     parser.add_argument("--protocol", choices=[*PROTOCOLS, "both"], default="both")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1")
     parser.add_argument("--tune", action="store_true", help="run the grids and store their rows")
@@ -140,12 +148,8 @@ def main(args: argparse.Namespace) -> int:
     session = Session(args, plan, corpus)
     if args.tune:
         return tune(session, methods, protocols)
-    entries: list[Any] = [
-        plan.chosen(method, protocol, seed)
-        for seed in range(args.seeds)
-        for protocol in protocols
-        for method in methods
-    ]
+    pairs = plan.pairs(methods, protocols)
+    entries = [plan.chosen(*pair, seed) for seed in range(args.seeds) for pair in pairs]
     rows = session.run(entries, test=True)
     write_json(args.out / "results.json", {"plan": plan.values, "rows": rows})
     if args.store:

@@ -59,12 +59,12 @@ class Plan:
         return str(self.methods[method]["label"])
 
     def select(self, methods: Iterable[str] | None) -> list[str]:
-        """The methods asked for, or all.
+        """The methods asked for (`all`: every one), or the plan's default ones.
 
         Raises:
             ValueError: a method that the plan does not have, with the nearest names.
         """
-        chosen = list(methods or self.methods)
+        chosen = list(methods or self.values.get("default", self.methods))
         if chosen == ["all"]:
             chosen = list(self.methods)
         for method in chosen:
@@ -75,13 +75,18 @@ class Plan:
                 raise ValueError(f"unknown method {method!r}: {hint}plan {self.name} has {known}")
         return chosen
 
+    def pairs(self, methods: Iterable[str], protocols: Iterable[str]) -> list[tuple[str, str]]:
+        """The methods with those of the protocols that the plan has for them."""
+        protocols = list(protocols)
+        return [(m, p) for p in protocols for m in methods if p in self.methods[m]]
+
     def entry(self, method: str, protocol: str, seed: int, **values: Any) -> Entry:
         """One run; ``values`` are its learning rates and clipping."""
         record = self.methods[method]
         rules = record[protocol]
         if rules.get("same_lr"):
             values["other_lr"] = values["lr"]
-        sizes = {k: v for k, v in self.values.items() if k != "methods"}
+        sizes = {k: v for k, v in self.values.items() if k not in ("methods", "default")}
         hyper = {**record.get("hyper", {}), **rules.get("hyper", {})}
         name = record.get("optimizer", method)
         config = RunConfig(optimizer=name, hyper=hyper, seed=seed, **sizes, **values)
@@ -143,5 +148,5 @@ def on_edge(rows: list[Row], plan: Plan, method: str, protocol: str) -> list[str
 
 
 def perplexity(loss: float | None) -> float:
-    """exp of a mean loss; infinite for a run that diverged."""
-    return math.inf if loss is None else math.exp(loss)
+    """exp of a mean loss; infinite for a run that diverged, or nearly did."""
+    return math.inf if loss is None or loss > 700 else math.exp(loss)
