@@ -1,6 +1,7 @@
 """`python -m benchmarks COMMAND`: train, compare, reproduce, report."""
 
 import argparse
+import signal
 import sys
 
 from benchmarks import compare, report, reproduce, step_time, train
@@ -32,4 +33,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

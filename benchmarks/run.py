@@ -3,7 +3,7 @@
 import io
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import optimzoo
 from benchmarks.data import Batches, Corpus, iterate_eval
 from benchmarks.llama import Llama, get_config
-from benchmarks.provenance import write_atomic
+from benchmarks.provenance import remove_unfinished, write_atomic
 from benchmarks.telemetry import UpdateRatios
 
 PRECISIONS = ("auto", "fp32", "bf16-autocast", "bf16")
@@ -55,10 +55,21 @@ class RunConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup is {self.warmup}; it is a share of the steps, from 0 to 1")
-        if self.clip < 0:
+        if self.eval_tokens < self.seq_len:
+            raise ValueError(
+                f"eval_tokens is {self.eval_tokens}, less than one window of seq_len {self.seq_len}"
+            )
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise ValueError(f"min_lr_ratio is {self.min_lr_ratio}; it must be from 0 to 1")
+        if not self.clip >= 0:
             raise ValueError(f"clip is {self.clip}; it must be >= 0 (0: no clipping)")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.batch_size * self.accumulate * self.seq_len
 
 
 def resolve_precision(config: RunConfig) -> str:
@@ -104,6 +115,8 @@ class Run:
         self.scheduler = LambdaLR(self.optimizer, lambda step: lr_factor(step, config))
         size = config.batch_size * config.accumulate
         self.batches = Batches(corpus.train, size, config.seq_len, seed=config.seed)
+        for split in ("valid", "test"):
+            self._windows(split)  # a split that is too short is refused before the training
         self.step = 0
         self.seconds = 0.0
         self.curve: list[tuple[int, float]] = []
@@ -152,14 +165,17 @@ class Run:
     @torch.no_grad()
     def evaluate(self, split: str) -> float:
         """Mean loss a token over ``eval_tokens`` of a split (``valid`` or ``test``)."""
-        config, total, count = self.config, 0.0, 0
-        tokens = getattr(self.corpus, split)
-        for x, y in iterate_eval(tokens, config.batch_size, config.seq_len, config.eval_tokens):
+        total, count = 0.0, 0
+        for x, y in self._windows(split):
             with self.autocast():
                 loss = self.forward(x.to(self.device), y.to(self.device))
             total += loss.item() * y.numel()
             count += y.numel()
         return total / count
+
+    def _windows(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
+        config, tokens = self.config, getattr(self.corpus, split)
+        return iterate_eval(tokens, config.batch_size, config.seq_len, config.eval_tokens)
 
     def state_bytes(self) -> tuple[int, int]:
         """Bytes of the parameters and of the optimizer's state tensors, as they are held."""
@@ -190,10 +206,13 @@ class Run:
             ValueError: the checkpoint is damaged, or of a run with other settings.
         """
         path = self.out / "checkpoint.pt" if self.out is not None else None
-        if path is None or not path.exists():
+        if path is None:
+            return False
+        remove_unfinished(path)
+        if not path.exists():
             return False
         try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
             saved = json.loads(state["fingerprint"])
         except Exception as error:
             reason = str(error).split("\n", 1)[0]

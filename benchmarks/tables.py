@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import statistics
 from functools import cache
 from pathlib import Path
@@ -41,6 +42,8 @@ def summarise(plan: Plan, rows: list[Row]) -> list[Row]:
     for method, protocol in pairs:
         mine = [r for r in rows if (r["method"], r["protocol"]) == (method, protocol)]
         losses = [perplexity(r["test_loss"]) for r in mine]
+        finite = all(map(math.isfinite, losses))
+        times = [r["optimizer_ms"] for r in mine if r["optimizer_ms"] is not None]
         first = mine[0]["config"]
         records.append(
             {
@@ -49,12 +52,12 @@ def summarise(plan: Plan, rows: list[Row]) -> list[Row]:
                 "protocol": protocol,
                 **settings(mine[0]),
                 "perplexity": statistics.fmean(losses),
-                "spread": statistics.stdev(losses) if len(losses) > 1 else None,
+                "spread": statistics.stdev(losses) if len(losses) > 1 and finite else None,
                 "seeds": len(mine),
                 "held_bytes": mine[0]["parameter_bytes"] + mine[0]["state_bytes"],
                 "bytes_60m": bytes_at("60m", first["optimizer"], json.dumps(first["hyper"])),
                 "peak_bytes": statistics.median(r["peak_bytes"] for r in mine),
-                "optimizer_ms": statistics.median(r["optimizer_ms"] for r in mine),
+                "optimizer_ms": statistics.median(times) if times else math.nan,
                 "tokens_per_second": statistics.median(r["tokens_per_second"] for r in mine),
             }
         )
@@ -119,7 +122,11 @@ def print_table(plan: Plan, rows: list[Row]) -> None:
     """The comparison on the terminal."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name, side in HEADERS:
-        table.add_column(name.replace(" ", "\n"), justify=side, no_wrap=True)  # type: ignore[arg-type]
+        table.add_column(
+            name.replace(" ", "\n"),
+            justify=side,  # type: ignore[arg-type]
+            no_wrap=name != "method",
+        )
     for record in summarise(plan, rows):
         table.add_row(*cells(record))
     console = Console()

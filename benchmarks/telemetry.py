@@ -69,13 +69,18 @@ class Scalars:
             from torch.utils.tensorboard.writer import SummaryWriter
 
             # A resumed run goes on from its checkpoint: drop what was logged beyond it.
-            self._writer = SummaryWriter(str(folder), purge_step=first_step)
+            self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
 
     def add(self, step: int, values: dict[str, float]) -> None:
         """Record ``values`` at ``step``."""
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Put on disk what was recorded so far."""
+        if self._writer is not None:
+            self._writer.flush()
 
     def close(self, hparams: dict[str, Any] | None = None, **metrics: float) -> None:
         """Record the hyperparameters with their final metrics, and close."""

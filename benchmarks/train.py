@@ -3,11 +3,8 @@
 import argparse
 import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -16,9 +13,11 @@ import torch
 
 from benchmarks.data import Corpus, load_corpus
 from benchmarks.llama import get_config
+from benchmarks.plan import perplexity
 from benchmarks.progress import RunProgress
 from benchmarks.provenance import provenance, write_json
 from benchmarks.run import PRECISIONS, Run, RunConfig, fingerprint
+from benchmarks.signals import HeldSignals
 from benchmarks.telemetry import Scalars, peak_memory, reset_peak_memory
 
 LOG_EVERY = 10
@@ -42,71 +41,102 @@ def train(
     finished run is not run again, an unfinished one goes on where it was saved, to the same bits.
     A run whose loss is not finite stops there, with ``diverged`` in its row.
     """
-    if out is not None and (out / "row.json").exists():
-        row = json.loads((out / "row.json").read_text())
-        if row["fingerprint"] == fingerprint(config, corpus):
-            return row
+    row = _finished_row(out) if out is not None else {}
+    complete = not test or row.get("diverged") or row.get("test_loss") is not None
+    if complete and row.get("fingerprint") == fingerprint(config, corpus):
+        return row
     run = Run(config, corpus, out)
     run.resume()
     scalars = Scalars(out, first_step=run.step)
     reset_peak_memory()
-    loss = math.nan
-    tokens_per_step = config.batch_size * config.accumulate * config.seq_len
     optimizer_seconds = _time_steps(run.optimizer)
-    with _terminate_as_interrupt():
+    with HeldSignals() as signals:
         try:
-            while run.step < config.steps:
-                start = time.perf_counter()
-                log = run.step % LOG_EVERY == 0 or run.step + 1 == config.steps
-                loss, values = run.train_step(log and out is not None)
-                took = time.perf_counter() - start
-                run.seconds += took
-                if not math.isfinite(loss):
-                    break
-                if log:
-                    run.curve.append((run.step, loss))
-                    values["train/loss"] = loss
-                    values["train/tokens_per_second"] = tokens_per_step / took
-                    values["memory/peak_bytes"] = peak_memory()
-                    scalars.add(run.step, values)
-                if eval_every and run.step % eval_every == 0:
-                    run.valid_curve.append((run.step, run.evaluate("valid")))
-                    scalars.add(run.step, {"valid/loss": run.valid_curve[-1][1]})
-                if save_every and run.step % save_every == 0:
-                    run.save()
-                if progress is not None:
-                    progress(run.step, loss, run.step * tokens_per_step / run.seconds)
+            finite = _take_steps(run, scalars, signals, progress, save_every, eval_every)
+            valid = run.evaluate("valid") if finite else math.nan
+            tested = run.evaluate("test") if test and math.isfinite(valid) else math.nan
         except KeyboardInterrupt:
-            run.save()
+            scalars.close()
+            if not signals.urgent:
+                run.save()
             raise
-    diverged = not math.isfinite(loss)
-    valid = math.inf if diverged else run.evaluate("valid")
-    tested = run.evaluate("test") if test and not diverged else math.inf
+        row = _row(run, valid, tested, optimizer_seconds)
+        scalars.close(row["config"], **{"hparam/valid_loss": valid})
+        if out is not None:
+            write_json(out / "row.json", row)
+            (out / "checkpoint.pt").unlink(missing_ok=True)
+    return row
+
+
+def _take_steps(
+    run: Run,
+    scalars: Scalars,
+    signals: HeldSignals,
+    progress: Progress | None,
+    save_every: int,
+    eval_every: int,
+) -> bool:
+    """Train to the last step; False where a loss is not finite, and there it stops."""
+    config = run.config
+    while run.step < config.steps:
+        start = time.perf_counter()
+        log = run.step % LOG_EVERY == 0 or run.step + 1 == config.steps
+        loss, values = run.train_step(log and run.out is not None)
+        took = time.perf_counter() - start
+        run.seconds += took
+        if not math.isfinite(loss):
+            return False
+        if log:
+            run.curve.append((run.step, loss))
+            values["train/loss"] = loss
+            values["train/tokens_per_second"] = config.tokens_per_step / took
+            values["memory/peak_bytes"] = peak_memory()
+            scalars.add(run.step, values)
+        if eval_every and run.step % eval_every == 0:
+            run.valid_curve.append((run.step, run.evaluate("valid")))
+            scalars.add(run.step, {"valid/loss": run.valid_curve[-1][1]})
+        if save_every and run.step % save_every == 0:
+            scalars.flush()
+            run.save()
+        if progress is not None:
+            progress(run.step, loss, run.step * config.tokens_per_step / run.seconds)
+        signals.check()
+    return True
+
+
+def _row(run: Run, valid: float, tested: float, optimizer_seconds: list[float]) -> dict[str, Any]:
+    config, corpus = run.config, run.corpus
     params, state = run.state_bytes()
     times = sorted(optimizer_seconds)
-    row = {
+    return {
         "config": asdict(config),
         "fingerprint": fingerprint(config, corpus),
         "corpus": {"name": corpus.name, "sha256": corpus.sha256, "vocab_size": corpus.vocab_size},
         "provenance": provenance(),
         "precision": run.precision,
-        "tokens": config.steps * tokens_per_step,
-        "diverged": diverged,
+        "tokens": config.steps * config.tokens_per_step,
+        "diverged": not math.isfinite(valid),
         "valid_loss": _finite(valid),
         "test_loss": _finite(tested),
         "parameter_bytes": params,
         "state_bytes": state,
         "peak_bytes": peak_memory(),
         "optimizer_ms": 1000 * times[len(times) // 2] if times else None,
-        "tokens_per_second": run.step * tokens_per_step / run.seconds if run.seconds else None,
+        "tokens_per_second": run.step * config.tokens_per_step / run.seconds,
         "curve": run.curve,
         "valid_curve": run.valid_curve,
     }
-    scalars.close({**asdict(config)}, **{"hparam/valid_loss": valid})
-    if out is not None:
-        write_json(out / "row.json", row)
-        (out / "checkpoint.pt").unlink(missing_ok=True)
-    return row
+
+
+def _finished_row(out: Path) -> dict[str, Any]:
+    path = out / "row.json"
+    if not path.exists():
+        return {}
+    try:
+        row = json.loads(path.read_text(encoding="utf-8"))
+        return row if isinstance(row["fingerprint"], dict) else {}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); delete it to run again") from None
 
 
 def _finite(value: float) -> float | None:
@@ -126,23 +156,6 @@ def _time_steps(optimizer: torch.optim.Optimizer) -> list[float]:
     optimizer.register_step_pre_hook(lambda *_: start.__setitem__(0, now()))
     optimizer.register_step_post_hook(lambda *_: seconds.append(now() - start[0]))
     return seconds
-
-
-@contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM save and leave, as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
@@ -212,7 +225,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"{config.optimizer} diverged; try a smaller --lr than {config.lr:g}")
         return 1
     print(
-        f"{config.optimizer}: validation perplexity {math.exp(row['valid_loss']):.2f}, "
-        f"test {math.exp(row['test_loss']):.2f}, {row['tokens_per_second']:,.0f} tokens/s"
+        f"{config.optimizer}: validation perplexity {perplexity(row['valid_loss']):.2f}, "
+        f"test {perplexity(row['test_loss']):.2f}, {row['tokens_per_second']:,.0f} tokens/s"
     )
     return 0

@@ -25,7 +25,18 @@ from torch.testing._internal.common_optimizers import (
     get_error_inputs_for_all_optims,
 )
 
-from optimzoo import SCALE, Muon, param_groups
+from optimzoo import (
+    APOLLO,
+    SCALE,
+    SWAN,
+    APOLLOMini,
+    Fira,
+    GaLore,
+    Muon,
+    NaturalGaLore,
+    StableSPAM,
+    param_groups,
+)
 
 VOCAB = 13
 LR = 2**-10  # exact in every dtype, so that a float and a tensor are the same number
@@ -127,6 +138,33 @@ def muon_inputs(device, dtype=None) -> list[OptimizerInput]:
     )
 
 
+def zoo_inputs(**own: dict[str, Any]):
+    """The inputs that all methods with Adam beside them share, and a method's own."""
+
+    def inputs(device, dtype=None) -> list[OptimizerInput]:
+        return _inputs(
+            default={},
+            Tensor_lr={"lr": torch.tensor(LR)},
+            Tensor_lr_of_one_dimension={"lr": torch.tensor([LR], device=device)},
+            betas={"betas": (0.5, 0.75), "eps": 1e-5},
+            weight_decay={"weight_decay": 0.1},
+            weight_decay_and_Tensor_lr={"weight_decay": 0.1, "lr": torch.tensor(LR)},
+            maximize_and_weight_decay={"maximize": True, "weight_decay": 0.1},
+            **own,
+        )
+
+    return inputs
+
+
+LOW = {"rank": 2, "update_proj_gap": 2}
+SUBSPACES = {
+    "low_rank": LOW,
+    "published": {**LOW, "projector": "svd", "rotate": False},
+    "left_and_weight_decay": {**LOW, "side": "left", "projector": "power", "weight_decay": 0.1},
+}
+BOTH_SIDES = {"both_sides": {**LOW, "side": "both"}}
+
+
 def _refusals(cases) -> list[ErrorOptimizerInput]:
     return [
         ErrorOptimizerInput(
@@ -147,7 +185,6 @@ def _common_refusals(device, dtype) -> list[ErrorOptimizerInput]:
     cases = [
         (None, {"lr": -1.0}, ValueError, "[Ll]earning rate.*-1.0"),
         (None, {"lr": float("nan")}, ValueError, "[Ll]earning rate.*nan"),
-        (None, {"momentum": -0.5}, ValueError, "momentum.*-0.5"),
         (None, {"weight_decay": -1.0}, ValueError, "weight.decay.*-1.0"),
         ([], {}, ValueError, "empty parameter list"),
         ([7.0], {}, TypeError, "can only optimize Tensors"),
@@ -169,6 +206,7 @@ def _common_refusals(device, dtype) -> list[ErrorOptimizerInput]:
 def scale_error_inputs(device, dtype) -> list[ErrorOptimizerInput]:
     matrix = nn.Parameter(torch.randn(3, 2, device=device, dtype=dtype))
     cases = [
+        (None, {"momentum": -0.5}, ValueError, "momentum.*-0.5"),
         (None, {"momentum": 1.0}, ValueError, r"Invalid momentum value: 1.0; .* \[0, 1\)"),
         (None, {"eps": 0.0}, ValueError, "Invalid eps value: 0.0; it must be > 0"),
         (None, {"vector_eps": -1.0}, ValueError, "Invalid vector_eps value: -1.0"),
@@ -191,6 +229,7 @@ def muon_error_inputs(device, dtype) -> list[ErrorOptimizerInput]:
     convolution = nn.Parameter(torch.randn(4, 3, 2, 2, device=device, dtype=dtype))
     cases = [
         ([convolution], {}, ValueError, "only supports 2D parameters.*4, 3, 2, 2"),
+        (None, {"momentum": -0.5}, ValueError, "momentum.*-0.5"),
         (None, {"adjust_lr_fn": "max"}, ValueError, "function max is not supported"),
         (None, {"other_lr": -1.0}, ValueError, "Invalid other_lr: -1.0"),
         (None, {"other_lr": torch.ones(2)}, ValueError, "Tensor lr must be 1-element"),
@@ -201,6 +240,35 @@ def muon_error_inputs(device, dtype) -> list[ErrorOptimizerInput]:
     ]
     return _common_refusals(device, dtype) + _refusals(cases)
 
+
+def zoo_error_inputs(**own: tuple[Any, str]):
+    """The refusals that those methods share, and a method's own: option = (value, message)."""
+
+    def inputs(device, dtype) -> list[ErrorOptimizerInput]:
+        matrix = nn.Parameter(torch.randn(3, 2, device=device, dtype=dtype))
+        cases = [
+            (None, {"betas": (0.9, 1.0)}, ValueError, r"parameter at index 1: 1.0; .* \[0, 1\)"),
+            (None, {"betas": (-0.1, 0.9)}, ValueError, "beta parameter at index 0: -0.1"),
+            (None, {"eps": -1.0}, ValueError, "Invalid eps value: -1.0; it must be >= 0"),
+            (None, {"lr": torch.ones(2)}, ValueError, "Tensor lr must be 1-element"),
+            ([{"params": [matrix], "lr": -2.0}], {}, ValueError, "Invalid learning rate: -2.0"),
+            ([{"params": [matrix], "eps": -2.0}], {}, ValueError, "Invalid eps value: -2.0"),
+        ]
+        cases += [
+            (None, {name.rstrip("_"): v}, ValueError, text) for name, (v, text) in own.items()
+        ]
+        return _common_refusals(device, dtype) + _refusals(cases)
+
+    return inputs
+
+
+NO_RANK = {"rank": (0, "rank: 0; .*at least 1"), "update_proj_gap": (0, "update_proj_gap: 0")}
+NO_SUBSPACE = {
+    **NO_RANK,
+    "projector": ("qr", "Invalid projector: 'qr'.*randomized, svd, power"),
+    "side": ("top", "Invalid side: 'top'.*auto, left, right"),
+}
+NO_LIMITER = {"limiter": (0.5, "Invalid limiter: 0.5; it must be >= 1")}
 
 SCHEDULERS = (
     [],
@@ -228,5 +296,84 @@ MUON_INFO = OptimizerInfo(
     supported_impls=(),
     supports_complex=False,
 )
+
+
+def _zoo_info(cls, inputs, refusals, *, foreach=True) -> OptimizerInfo:
+    return OptimizerInfo(
+        cls,
+        optim_inputs_func=zoo_inputs(**inputs),
+        optim_error_inputs_func=zoo_error_inputs(**refusals),
+        scheduler_inputs=SCHEDULERS,
+        supported_impls=("foreach",) if foreach else (),
+        supports_complex=False,
+    )
+
+
+ZOO = [
+    _zoo_info(GaLore, {**SUBSPACES, **BOTH_SIDES}, NO_SUBSPACE),
+    _zoo_info(
+        NaturalGaLore,
+        {
+            **{name: {**kwargs, "history": 3} for name, kwargs in SUBSPACES.items()},
+            "authors": {**LOW, "projector": "svd", "rotate": False, "side": "both"},
+            "relative_damping": {**LOW, "relative_damping": True, "history_dtype": "bfloat16"},
+        },
+        {
+            **NO_SUBSPACE,
+            "history": (0, "Invalid history: 0; it must be at least 1"),
+            "damping": (-1.0, "Invalid damping value: -1.0"),
+            "history_dtype": ("int8", "Invalid history_dtype: 'int8'"),
+        },
+    ),
+    _zoo_info(
+        Fira,
+        {**SUBSPACES, "paper": {**LOW, "residual_scale": "one", "limiter": 1.5}},
+        {
+            **NO_SUBSPACE,
+            **NO_LIMITER,
+            "side_": ("both", "Invalid side: 'both'.*auto, left, right$"),
+            "residual_scale": ("two", "Invalid residual_scale: 'two'.*alpha, one"),
+        },
+    ),
+    *[
+        _zoo_info(
+            cls,
+            {
+                "low_rank": {**LOW, "scale": 4.0},
+                "tensor_in_front": {**LOW, "scale_type": "tensor", "scale_front": True},
+                "channel": {**LOW, "scale_type": "channel", "limiter": 2.0, "seed": 3},
+            },
+            {
+                **NO_RANK,
+                **NO_LIMITER,
+                "scale": (0.0, "Invalid scale: 0.0; it must be > 0"),
+                "scale_type": ("row", "Invalid scale_type: 'row'.*channel, tensor"),
+            },
+        )
+        for cls in (APOLLO, APOLLOMini)
+    ],
+    _zoo_info(
+        SWAN,
+        {"raw": {"rescale": False, "steps": 3}, "other_beta": {"beta": 0.8, "steps": 6}},
+        {"steps": (0, "Invalid steps: 0"), "beta": (0.0, r"Invalid beta: 0.0; .* \(0, 1\]")},
+    ),
+    _zoo_info(
+        StableSPAM,
+        {
+            "resets": {"update_proj_gap": 2},
+            "authors": {"update_proj_gap": 2, "reset_step": "authors"},
+            "cosine": {"total_steps": 4, "gamma1": 0.85, "gamma2": 0.99999},
+        },
+        {
+            "gamma1": (1.0, "Invalid gamma at index 0: 1.0"),
+            "gamma3": (-0.5, "Invalid gamma at index 2: -0.5"),
+            "update_proj_gap": (-1, "Invalid update_proj_gap: -1; .*0: no reset"),
+            "total_steps": (0, "Invalid total_steps: 0"),
+            "eta_min": (0.0, "Invalid eta_min: 0.0"),
+            "reset_step": ("both", "Invalid reset_step: 'both'.*clean, authors"),
+        },
+        foreach=False,
+    ),
+]
 # torch has Muon from 2.9 on.
-OPTIM_DB = [SCALE_INFO, *([MUON_INFO] if hasattr(torch.optim, "Muon") else [])]
+OPTIM_DB = [SCALE_INFO, *([MUON_INFO] if hasattr(torch.optim, "Muon") else []), *ZOO]

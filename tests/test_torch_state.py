@@ -5,7 +5,7 @@ import io
 import pickle
 
 import torch
-from optimizer_db import OPTIM_DB, SCALE_INFO, Tiny, build, configurations, train
+from optimizer_db import MUON_INFO, OPTIM_DB, SCALE_INFO, Tiny, build, configurations, train
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.testing._internal.common_device_type import instantiate_device_type_tests
@@ -333,7 +333,7 @@ class TestState(TestCase):
             ({"params": [matrix], "role": "tail"}, ValueError, "unknown role 'tail'"),
             ({"params": [model.hidden.bias], "role": "vector"}, ValueError, "more than one"),
         ]
-        if optim_info is not SCALE_INFO:
+        if optim_info is MUON_INFO:
             refused.append(({"params": [cube], "role": "hidden"}, ValueError, "only supports 2D"))
         for group, error, regex in refused:
             if isinstance(group, dict):

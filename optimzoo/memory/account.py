@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from optimzoo.registry import create_optimizer
 from optimzoo.roles import param_groups, role_of
@@ -45,28 +46,59 @@ def account(
         dtype: parameters and gradients in this dtype; default: as the model has them.
         **hyper: hyperparameters, where ``optimizer`` is a name.
     """
+    named = isinstance(optimizer, str)
     groups = param_groups(model)
+    copies: dict[Tensor, int] = {}
     for group in groups:
-        group["params"] = [_on_meta(p, dtype) for p in group["params"]]
+        # The registry's optimizers hold the same for tensors alike; of others one cannot know.
+        shadows = _on_meta(group["params"], dtype, merge=named)
+        group["params"] = list(shadows)
+        copies |= shadows
+        if named:
+            del group["param_names"]
     if isinstance(optimizer, str):
         made = create_optimizer(optimizer, groups, **hyper)
     else:
         made = optimizer(groups)
-    made.step()
+    with _ZeroForValues():
+        made.step()
     frozen = [p for p in model.parameters() if not p.requires_grad]
-    result = Account(params=sum(p.numel() * (dtype or p.dtype).itemsize for p in frozen))
+    result = Account(params=sum(p.numel() * _itemsize(p, dtype) for p in frozen))
     for group in made.param_groups:
         for p in group["params"]:
-            result.params += p.numel() * p.element_size()
-            result.grads += p.numel() * p.element_size()
+            result.params += copies[p] * p.numel() * p.element_size()
+            result.grads += copies[p] * p.numel() * p.element_size()
             for name, value in made.state.get(p, {}).items():
                 if isinstance(value, Tensor):
                     bytes_ = value.numel() * value.element_size()
-                    result.state[role_of(p, group), name] += bytes_
+                    result.state[role_of(p, group), name] += copies[p] * bytes_
     return result
 
 
-def _on_meta(param: nn.Parameter, dtype: torch.dtype | None) -> nn.Parameter:
-    shadow = nn.Parameter(torch.empty_like(param, device="meta", dtype=dtype))
-    shadow.grad = torch.empty_like(shadow)
-    return shadow
+def _on_meta(params: list[Tensor], dtype: torch.dtype | None, *, merge: bool) -> dict[Tensor, int]:
+    """Parameters without data, with gradients, and how many of ``params`` each stands for."""
+    kinds: dict[Any, list[Tensor]] = {}
+    for index, p in enumerate(params):
+        kinds.setdefault((p.shape, p.stride(), p.dtype) if merge else index, []).append(p)
+    shadows: dict[Tensor, int] = {}
+    for alike in kinds.values():
+        shadow = nn.Parameter(torch.empty_like(alike[0], device="meta", dtype=dtype))
+        shadow.grad = torch.empty_like(shadow)
+        shadows[shadow] = len(alike)
+    return shadows
+
+
+def _itemsize(param: Tensor, dtype: torch.dtype | None) -> int:
+    # As `model.to(dtype)`: quantised weights keep their integers.
+    return (dtype if dtype and param.is_floating_point() else param.dtype).itemsize
+
+
+class _ZeroForValues(TorchDispatchMode):
+    """Let a step that looks at a value see zero: a meta tensor has shapes, and they decide."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return torch.zeros((), dtype=args[0].dtype).item()
+        return func(*args, **(kwargs or {}))

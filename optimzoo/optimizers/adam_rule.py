@@ -57,7 +57,8 @@ def adam(
     """
     if not params:
         return
-    if foreach is None and not capturable and not differentiable and _can_fuse(params, exp_avgs):
+    may_fuse = foreach is None and not capturable and not differentiable
+    if may_fuse and _can_fuse(params, exp_avgs, exp_avg_sqs):
         rule = _fused_adam
     else:
         if foreach is None:
@@ -131,14 +132,17 @@ def _multi_tensor_adam(
     torch._foreach_sub_(params, update)
 
 
-def _can_fuse(params: list[Tensor], exp_avgs: list[Tensor]) -> bool:
-    """Torch's fused CPU kernel takes dense tensors of one dtype."""
+def _can_fuse(params: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor]) -> bool:
+    """Torch's fused CPU kernel takes dense tensors of one dtype, and walks them in memory order."""
     return all(
         p.device.type == "cpu"
         and p.is_contiguous()
+        # A state saved from a weight of another layout keeps that layout.
+        and m.is_contiguous()
+        and v.is_contiguous()
         and p.dtype == m.dtype
         and type(p.data) is Tensor
-        for p, m in zip(params, exp_avgs, strict=True)
+        for p, m, v in zip(params, exp_avgs, exp_avg_sqs, strict=True)
     )
 
 

@@ -20,6 +20,8 @@ REST_DEFAULTS: dict[str, Any] = {
     "role": None,
     "transposed": False,
     "stacked": False,
+    # torch adds this default on a load; there from the start, a load leaves the groups alike.
+    "differentiable": False,
 }
 
 
@@ -74,9 +76,13 @@ class HiddenRule(RoleOptimizer):
                     init_adam_state(self.state[p], p, capturable=False)
                     rest.append(p)
                 elif p.numel() > 0:
-                    grad = p.grad if p.ndim < 2 else matrix_view(p.grad, stacked=group["stacked"])
+                    weight, grad = p, p.grad
+                    if p.ndim >= 2:
+                        grad = matrix_view(grad, stacked=group["stacked"])
+                        if group["transposed"] and grad.ndim == p.ndim:  # the rules want [out, in]
+                            weight, grad = p.mT, grad.mT
                     grad = -grad if group["maximize"] else grad
-                    self._step_hidden(p, grad, self.state[p], group, index)
+                    self._step_hidden(weight, grad, self.state[p], group, index)
             self._step_rest(rest, group)
         return loss
 
@@ -136,14 +142,16 @@ def subtract_(weight: Tensor, update: Tensor, *, size: float, keep: float) -> No
 
 
 class NormGrowthLimiter:
-    """Fira's limiter: a norm may grow by a factor of at most ``limit`` a step."""
+    """Fira's limiter: a matrix's norm may grow by a factor of at most ``limit`` a step."""
 
     def __init__(self, limit: float) -> None:
         self.limit = limit
 
     def __call__(self, update: Tensor, state: dict[str, Any]) -> Tensor:
         """``update``, limited; its norm is kept in ``state["update_norm"]``."""
-        norm = torch.linalg.vector_norm(update)
+        # In float32 at least: bfloat16 has no number between 1 and 1.0078.
+        wide = torch.promote_types(update.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(update, dim=(-2, -1), keepdim=update.ndim > 2, dtype=wide)
         if "update_norm" in state:
             growth = norm / (state["update_norm"] + 1e-8)
             excess = growth.clamp_min(self.limit) / self.limit

@@ -146,6 +146,6 @@ def _init_history(state: dict[str, Any], low: Tensor, group: dict[str, Any]) -> 
     size, name = group["history"], group["history_dtype"]
     batch, k = low.shape[:-2], low.shape[-2] * low.shape[-1]
     dtype = low.dtype if name == "auto" else getattr(torch, name)
-    gram = torch.promote_types(low.dtype, torch.float32)
+    gram = torch.promote_types(dtype, torch.promote_types(low.dtype, torch.float32))
     state["history"] = torch.zeros(*batch, size, k, dtype=dtype, device=low.device)
     state["gram"] = torch.zeros(*batch, size, size, dtype=gram, device=low.device)

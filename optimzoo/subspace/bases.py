@@ -2,8 +2,11 @@
 
 All take ``[..., m, n]`` and return ``[..., m, r]`` with orthonormal columns, in at least float32;
 for the right side hand in the transpose. A gradient that is zero or not finite gives no direction:
-the previous basis stays, and without one the first ``r`` coordinates serve.
+the previous basis stays, and without one the first ``r`` coordinates serve. In a stack each matrix
+is taken by itself.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -27,8 +30,9 @@ def leading_basis(
         grad: ``[..., m, n]``.
         rank: columns asked for.
         kind: `svd`, exact; `randomized`, a range finder started from ``previous`` and
-            ``oversample`` random directions, with ``power_iterations`` further passes; `power`, one
-            block power step from ``previous``: ``qr(G Gᵀ B)``.
+            ``oversample`` random directions, with ``power_iterations`` further passes (two more
+            where there is no ``previous``); `power`, one block power step from ``previous``:
+            ``qr(G Gᵀ B)``.
         previous: the last basis, ``[..., m, r]``.
         seed: of the random directions.
         power_iterations: two products with ``grad`` each.
@@ -39,16 +43,25 @@ def leading_basis(
     rank = min(rank, *grad.shape[-2:])
     if previous is not None:
         previous = previous.to(wide)
-    size = torch.linalg.vector_norm(grad)
-    if not (size > 0 and torch.isfinite(size)):
+    # The largest entry, not the norm: its square may overflow or vanish.
+    size = torch.linalg.vector_norm(grad, ord=math.inf, dim=(-2, -1), keepdim=True)
+    usable = (size > 0) & torch.isfinite(size)
+    if not usable.any():
         return _coordinates(grad, rank) if previous is None else previous
     grad = grad / size  # so that squares neither overflow nor vanish
+    if not usable.all():
+        grad = torch.where(usable, grad, 0.0)
     if kind == "svd":
-        return _svd(grad, rank, seed)
-    if kind == "power":
+        basis = _svd(grad, rank, seed)
+    elif kind == "power":
         start = _random_like(grad, rank, seed) if previous is None else previous
-        return torch.linalg.qr(grad @ (grad.mT @ start))[0]
-    return _randomized(grad, rank, previous, seed, power_iterations, oversample)
+        basis = torch.linalg.qr(grad @ (grad.mT @ start))[0]
+    else:
+        basis = _randomized(grad, rank, previous, seed, power_iterations, oversample)
+    if not usable.all():
+        kept = _coordinates(grad, rank) if previous is None else previous
+        basis = torch.where(usable, basis, kept)
+    return basis
 
 
 def _svd(grad: Tensor, rank: int, seed: int) -> Tensor:
@@ -56,7 +69,7 @@ def _svd(grad: Tensor, rank: int, seed: int) -> Tensor:
         return torch.linalg.svd(grad, full_matrices=False)[0][..., :rank]
     except torch.linalg.LinAlgError:
         # Ill-conditioned gradients can keep LAPACK's SVD from converging; training goes on.
-        return _randomized(grad, rank, None, seed, power_iterations=3, oversample=16)
+        return _randomized(grad, rank, None, seed, power_iterations=1, oversample=16)
 
 
 def _randomized(
@@ -71,6 +84,7 @@ def _randomized(
     width = min(rank + oversample, m, n)
     if previous is None:
         sketch = grad @ _random_like(grad.mT, width, seed)
+        power_iterations += 2  # one basis a run is made from nothing: let it be a good one
     else:
         extra = _random_like(grad, max(0, width - previous.shape[-1]), seed)
         sketch = grad @ (grad.mT @ torch.cat([previous, extra], dim=-1))

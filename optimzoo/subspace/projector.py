@@ -74,7 +74,7 @@ def has_projector(state: State) -> bool:
 
 def project(state: State, grad: Tensor) -> Tensor:
     """``PᵀG``, ``G Q`` or ``PᵀG Q``."""
-    left, right = state.get("projector_left"), state.get("projector_right")
+    left, right = _factors(state, grad)
     low = grad if left is None else left.mT @ grad
     return low if right is None else low @ right
 
@@ -84,27 +84,40 @@ def subtract_back_(weight: Tensor, state: State, low: Tensor, *, size: float, ke
 
     ``back`` is ``P low``, ``low Qᵀ`` or ``P low Qᵀ``.
     """
-    left, right = state.get("projector_left"), state.get("projector_right")
+    if weight.ndim != 2:
+        update = back(state, low).reshape(weight.shape)
+        # One sum, so that a low-precision weight is rounded once.
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        weight.sub_(update.to(wide) * size + weight.to(wide) * (1 - keep))
+        return
+    left, right = _factors(state, low)
     if left is not None and right is not None:
         first, second = left @ low, right.mT
     else:
         first, second = (left, low) if left is not None else (low, right.mT)  # type: ignore[union-attr]
-    if weight.ndim == 2:
-        weight.addmm_(first, second, beta=keep, alpha=-size)
-    else:
-        weight.mul_(keep).sub_((first @ second).reshape(weight.shape), alpha=size)
+    weight.addmm_(first.to(weight.dtype), second.to(weight.dtype), beta=keep, alpha=-size)
 
 
 def back(state: State, low: Tensor) -> Tensor:
     """``P low``, ``low Qᵀ`` or ``P low Qᵀ``."""
-    left, right = state.get("projector_left"), state.get("projector_right")
+    left, right = _factors(state, low)
     full = low if left is None else left @ low
     return full if right is None else full @ right.mT
 
 
+def _factors(state: State, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """``P`` and ``Q`` in the dtype of ``like``: a loaded state may have another than the weight."""
+    left, right = state.get("projector_left"), state.get("projector_right")
+    return (
+        None if left is None else left.to(like.dtype),
+        None if right is None else right.to(like.dtype),
+    )
+
+
 def gaussian(seed: int, rows: int, rank: int, like: Tensor) -> Tensor:
     """``[rows, rank]`` of N(0, 1/rank), the same for the same seed on the same kind of device."""
-    generator = torch.Generator(like.device).manual_seed(seed)
+    # There is no generator for shapes alone, which is all the memory account asks for.
+    generator = None if like.is_meta else torch.Generator(like.device).manual_seed(seed)
     dtype = torch.promote_types(like.dtype, torch.float32)
     omega = torch.randn(rows, rank, generator=generator, device=like.device, dtype=dtype)
     return (omega / math.sqrt(rank)).to(like.dtype)

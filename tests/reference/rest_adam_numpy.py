@@ -55,7 +55,7 @@ class Reference(ABC):
             if g.shape != self.params[name].shape:
                 raise ValueError(f"{name}: the gradient has shape {g.shape}, not the parameter's")
             if self.maximize:
-                g = -g
+                g = np.asarray(-g)  # a negated 0-d array is no array
             self.steps[name] += 1
             lr = lr_factor * (self.lr if name in self.hidden else self.other_lr)
             update = self.update(name, g, self.steps[name])

@@ -1,0 +1,48 @@
+"""Ctrl-C and SIGTERM during training: stop between two steps, never inside one."""
+
+import signal
+import threading
+from types import TracebackType
+from typing import Any
+
+
+class HeldSignals:
+    """Holds Ctrl-C and SIGTERM back until `check`, and raises them there as KeyboardInterrupt.
+
+    A step that is cut in two leaves weights from which no run can go on to the same bits. A second
+    signal is raised at once, and makes `urgent` true: what there is then is not worth saving.
+    """
+
+    def __init__(self) -> None:
+        self._previous: dict[int, Any] = {}
+        self._held = False
+        self.urgent = False
+
+    def __enter__(self) -> "HeldSignals":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        if error is None:
+            self.check()
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if a signal has come."""
+        if self._held:
+            raise KeyboardInterrupt
+
+    def _receive(self, *_: Any) -> None:
+        self.urgent = self._held
+        self._held = True
+        if self.urgent:
+            raise KeyboardInterrupt

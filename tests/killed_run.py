@@ -1,0 +1,70 @@
+"""A training run that is killed again and again while it writes a checkpoint every step.
+
+`python killed_run.py FOLDER SEED KILLS` trains a tiny model in FOLDER/killed, ends that process
+with SIGKILL at random moments, goes on each time, and prints what came of it as JSON.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils.tensorboard  # once here, not in every child
+from tiny_benchmarks import TINY, tiny_corpus
+
+from benchmarks import llama
+from benchmarks.run import RunConfig
+from benchmarks.train import train
+
+CONFIG = RunConfig("scale", 1e-2, model="tiny", steps=100, batch_size=2, seq_len=16)
+
+
+def written(checkpoint: Path) -> int:
+    try:
+        return checkpoint.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def steps_done(checkpoint: Path) -> int:
+    return int(json.loads(torch.load(checkpoint, weights_only=True)["progress"])[0])
+
+
+def main(folder: Path, seed: int, kills: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    llama.CONFIGS["tiny"] = TINY
+    corpus, rng = tiny_corpus(folder), random.Random(seed)
+    out, steps = folder / "killed", [0]
+    checkpoint = out / "checkpoint.pt"
+    for _ in range(kills):
+        child = os.fork()
+        if child == 0:
+            train(CONFIG, corpus, out=out, save_every=1)
+            os._exit(0)
+        # Its first checkpoint replaces the one that the last process has left.
+        before = written(checkpoint)
+        while written(checkpoint) == before and not (out / "row.json").exists():
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.02))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if (out / "row.json").exists():
+            break
+        steps.append(steps_done(checkpoint))
+    row = train(CONFIG, corpus, out=out, save_every=1)
+    straight = train(CONFIG, corpus)
+    keys = ("curve", "valid_loss", "test_loss")
+    return {
+        "steps": steps,
+        "same": {key: row[key] == straight[key] for key in keys},
+        "files": sorted(path.name for path in out.iterdir() if "tfevents" not in path.name),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]), *map(int, sys.argv[2:]))))

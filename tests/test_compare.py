@@ -1,0 +1,300 @@
+"""The comparison: tuning, the table, what it writes, what it refuses."""
+
+import copy
+import json
+import math
+import shutil
+import statistics
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import tiny_benchmarks
+from tiny_benchmarks import PLAN
+
+from benchmarks import compare, plan, report, tables
+from benchmarks.__main__ import main
+from benchmarks.llama import CONFIGS
+from benchmarks.plan import Plan, perplexity
+from benchmarks.run import Run
+from optimzoo import get_info
+
+PAIRS = [(m, p) for m in ("adamw", "scale") for p in ("tuned", "paper")]
+
+
+def run(folder: Path, *options: object) -> int:
+    text = [folder / f"{name}.txt" for name in ("valid", "test", "train")]
+    words = ["compare", "--plan=tiny", "--out=out", *options]
+    return main([*map(str, [*words, "--data", *text, "--cache-dir", folder / "cache"])])
+
+
+def patched(monkeypatch, folder: Path) -> Path:
+    monkeypatch.setitem(CONFIGS, "tiny", tiny_benchmarks.TINY)
+    monkeypatch.setattr(plan, "_CONFIGS", folder / "configs")
+    monkeypatch.setattr(plan, "_RESULTS", folder / "results")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "80")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A folder in which the tiny plan is tuned and compared, made once."""
+    folder = tmp_path_factory.mktemp("tuned")
+    tiny_benchmarks.write_text(folder)
+    tiny_benchmarks.write_plan(folder)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        patched(monkeypatch, folder)
+        assert run(folder, "--tune") == 0
+        assert run(folder, "--store") == 0  # in the folder of the tuning runs: not confused
+    return folder
+
+
+@pytest.fixture
+def folder(monkeypatch, tmp_path, tuned):
+    """The tuned plan, its texts and tokens, without any run."""
+    shutil.copytree(tuned, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("out"))
+    return patched(monkeypatch, tmp_path)
+
+
+def tuning_rows(folder: Path) -> list[dict]:
+    return json.loads((folder / "results" / "tiny-tune.json").read_text())["rows"]
+
+
+def results(folder: Path) -> list[dict]:
+    return json.loads((folder / "out" / "results.json").read_text())["rows"]
+
+
+def point(row: dict) -> tuple:
+    return tuple(row["config"][name] for name in ("lr", "other_lr", "clip"))
+
+
+def test_tuning_writes_the_grid_and_the_second_stage(folder):
+    rows = tuning_rows(folder)
+    assert len(rows) == 2 * (4 + 1 + 3)
+    assert not any("curve" in row for row in rows) and all("provenance" in row for row in rows)
+    for method, protocol in PAIRS:
+        mine = [r for r in rows if (r["method"], r["protocol"]) == (method, protocol)]
+        assert all(r["config"]["seed"] == 0 and r["test_loss"] is None for r in mine)
+        points = {point(row) for row in mine}
+        if protocol == "tuned":
+            grid = {(lr, other, 1.0) for lr in (1e-3, 1e-2) for other in (3e-3, 3e-2)}
+            first = min((r for r in mine if point(r) in grid), key=lambda r: r["valid_loss"])
+            assert points == grid | {(*point(first)[:2], 0.0)}
+        else:
+            other = 0.02 if method == "scale" else None
+            assert points == {(lr, other, 0.0) for lr in (1e-3, 1e-2, 3e-2)}
+        best = min(mine, key=lambda r: r["valid_loss"])
+        chosen = Plan("tiny").chosen(method, protocol, 7).config
+        assert (chosen.lr, chosen.other_lr, chosen.clip) == point(best)
+        assert (chosen.seed, chosen.steps, chosen.model) == (7, 6, "tiny")
+
+
+def test_tuning_one_method_keeps_the_rows_of_the_others(folder, capsys):
+    before = tuning_rows(folder)
+    values = copy.deepcopy(PLAN)
+    values["methods"]["scale"]["paper"]["grid"]["lr"] = [1e-3, 2e-3]
+    tiny_benchmarks.write_plan(folder, values)
+    assert run(folder, "--tune", "--optimizers", "scale", "--protocol", "paper") == 0
+    after = tuning_rows(folder)
+    other = [r for r in before if (r["method"], r["protocol"]) != ("scale", "paper")]
+    assert [r for r in after if r in other] == other and len(after) == len(other) + 2
+    printed = capsys.readouterr().out
+    assert "note: scale (paper) is best at the edge of its lr grid" in printed
+    assert "(best of 2)" in printed and printed.count("(best of 5)") == 2
+
+
+def test_the_committed_plan_gives_every_method_the_same_budget():
+    nano = Plan("nano")
+    assert set(nano.select(None)) == {"sgd", "adamw", "muon", "scale"} <= set(nano.methods)
+    row = {"valid_loss": 1.0, "config": {"lr": 1.0, "other_lr": None, "clip": 1.0}}
+    configs = []
+    for protocol, axes in (("tuned", {"lr", "other_lr"}), ("paper", {"lr"})):
+        budgets = set()
+        pairs = nano.pairs(nano.methods, [protocol])
+        for method, _ in pairs:
+            rules, grid = nano.methods[method][protocol], nano.grid(method, protocol)
+            assert len({entry.key for entry in grid}) == len(grid)
+            assert set(rules["grid"]) == axes
+            assert rules["fixed"]["clip"] == (1.0 if protocol == "tuned" else 0.0)
+            second = nano.second(
+                method, protocol, [{"method": method, "protocol": protocol, **row}]
+            )
+            assert [e.config.clip for e in second] == ([0.0] if protocol == "tuned" else [])
+            budgets.add((*(len(values) for values in rules["grid"].values()), len(second)))
+            configs += [entry.config for entry in grid]
+        assert len(budgets) == 1
+        assert {m for m, _ in pairs} >= set(nano.select(None))
+    assert [m for m, _ in nano.pairs(nano.methods, ["tuned"])] == list(nano.methods)
+    for config in configs:
+        get_info(config.optimizer)
+    common = ("model", "steps", "batch_size", "seq_len", "accumulate", "eval_tokens", "seed")
+    assert len({tuple(getattr(config, name) for name in common) for config in configs}) == 1
+
+
+def test_compare_prints_the_table_and_writes_the_files(tuned, folder, capsys):
+    assert run(folder) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert max(map(len, printed)) <= 80 and "…" not in "".join(printed)
+    rows = results(folder)
+    assert [(r["method"], r["protocol"]) for r in rows] == [
+        (m, p) for p in ("tuned", "paper") for m in ("adamw", "scale")
+    ]
+    for row in rows:
+        assert point(row) == point(
+            min(
+                (
+                    r
+                    for r in tuning_rows(folder)
+                    if r["method"] == row["method"] and r["protocol"] == row["protocol"]
+                ),
+                key=lambda r: r["valid_loss"],
+            )
+        )
+        label = PLAN["methods"][row["method"]]["label"]
+        cell = f"{math.exp(row['test_loss']):.2f}"
+        assert any(
+            line.split()[:2] == [label, row["protocol"]] and line.split()[3] == cell
+            for line in printed
+        )
+    markdown = (folder / "out" / "table.md").read_text()
+    assert markdown.startswith("# tiny\n\n| method | protocol |")
+    assert sum(line.startswith(("| AdamW", "| SCALE")) for line in markdown.splitlines()) == 4
+    for name in ("loss.png", "memory.png"):
+        pixels = matplotlib.image.imread(folder / "out" / name)
+        assert pixels.shape[0] > 300 and pixels.shape[1] > 500
+        assert pixels[..., :3].std() > 0.02 and len({p.tobytes() for p in pixels[::7, ::7]}) > 5
+    # The run of a tuning, which has no test loss, did not pass for one of the comparison:
+    for ours, stored in zip(rows, results(tuned), strict=True):
+        assert stored["test_loss"] == ours["test_loss"] > 0
+        assert stored["curve"] == ours["curve"]
+    kept = json.loads((tuned / "results" / "tiny-compare.json").read_text())
+    assert kept["rows"] == results(tuned) and kept["plan"] == PLAN
+
+
+def test_interrupted_in_the_middle_it_goes_on(folder, monkeypatch, capsys, tuned):
+    train, started = compare.train, []
+
+    def interrupted(config, corpus, *, progress, **options):
+        started.append((config.optimizer, config.lr))
+
+        def stop(step, loss, speed):
+            if len(started) == 3 and step == 4:
+                raise KeyboardInterrupt
+
+        return train(config, corpus, progress=stop, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "train", interrupted)
+        assert run(folder) == 130
+    assert capsys.readouterr().err.endswith("stopped; the same command goes on from here\n")
+    assert not (folder / "out" / "results.json").exists()
+    assert len(list((folder / "out" / "runs").glob("*/row.json"))) == 2
+    assert len(list((folder / "out" / "runs").glob("*/checkpoint.pt"))) == 1
+
+    steps = []
+    train_step = Run.train_step
+
+    def counted(self, log):
+        steps.append(self.step)
+        return train_step(self, log)
+
+    monkeypatch.setattr(Run, "train_step", counted)
+    assert run(folder) == 0
+    assert steps == [4, 5, *range(6)]  # the rest of the third run, and the fourth
+    for ours, straight in zip(results(folder), results(tuned), strict=True):
+        assert ours["test_loss"] == straight["test_loss"] and ours["curve"] == straight["curve"]
+    steps.clear()
+    assert run(folder) == 0 and steps == []
+    assert run(folder, "--fresh", "--optimizers", "scale", "--protocol", "tuned") == 0
+    assert steps == list(range(6))
+
+
+def test_seeds_give_a_spread(folder, capsys):
+    assert run(folder, "--seeds", 2, "--optimizers", "scale") == 0
+    rows = results(folder)
+    assert [(r["protocol"], r["config"]["seed"]) for r in rows] == [
+        *[("tuned", 0), ("paper", 0), ("tuned", 1), ("paper", 1)]
+    ]
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    for protocol in ("tuned", "paper"):
+        values = [math.exp(r["test_loss"]) for r in rows if r["protocol"] == protocol]
+        assert values[0] != values[1]
+        text = f"{statistics.fmean(values):.2f} ±{abs(values[0] - values[1]) / math.sqrt(2):.2f}"
+        assert text in printed and text in (folder / "out" / "table.md").read_text()
+    assert "2 seeds" in printed.replace("\n", " ")
+
+
+def test_runs_that_diverge_or_only_ended_here_have_their_row(folder, tuned, capsys):
+    rows = results(tuned)
+    rows += [{**row, "config": {**row["config"], "seed": 1}} for row in copy.deepcopy(rows)]
+    rows[-1].update(test_loss=None, valid_loss=None, diverged=True)
+    for row in rows:
+        if row["method"] == "adamw":
+            row["optimizer_ms"] = None
+    rows[0]["test_loss"] = 1e5  # finite, and its exponential is not
+    labels = copy.deepcopy(Plan("tiny"))
+    labels.methods["scale"]["label"] = "Natural GaLore"
+    tables.write_report(labels, rows, folder / "out")
+    tables.print_table(labels, rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and "…" not in "".join(lines)
+    markdown = (folder / "out" / "table.md").read_text().splitlines()
+    assert [("inf" in line, "±" in line) for line in markdown if line.startswith(("| A", "| N"))]
+    records = tables.summarise(labels, rows)
+    assert [r["perplexity"] == math.inf for r in records] == [False, True, False, True]
+    assert [r["spread"] is None for r in records] == [False, True, False, True]
+    assert perplexity(None) == perplexity(1e5) == math.inf
+
+
+def test_compare_needs_tuned_values(folder, capsys):
+    (folder / "results" / "tiny-tune.json").unlink()
+    capsys.readouterr()
+    assert run(folder) == 2
+    lines = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("reading")]
+    assert lines == ["error: plan tiny has no tuned values; run compare --tune first"]
+
+
+REFUSED = [
+    (["--optimizers", "adamv"], "unknown method 'adamv': did you mean adamw"),
+    (["--optimizers", "scale", "xyz"], "unknown method 'xyz': plan tiny has adamw, scale"),
+    (["--plan", "tini"], "unknown plan 'tini': did you mean tiny? there are tiny"),
+    (["--seeds", "0"], "--seeds and --jobs must be at least 1"),
+    (["--jobs", "-1"], "--seeds and --jobs must be at least 1"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=str)
+def test_bad_input_is_one_line(options, message, folder, capsys):
+    assert run(folder, *options) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1
+    assert printed.err.startswith("error: ") and message in printed.err
+
+
+@pytest.mark.parametrize("options", [["--seeds", "two"], ["--protocol", "fair"], ["--tunes"]])
+def test_bad_words_are_a_usage_error(options, folder, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(folder, *options)
+    assert caught.value.code == 2
+    assert options[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_report_writes_and_checks_the_readme(folder, monkeypatch, capsys):
+    readme = folder / "README.md"
+    old = "# zoo\n\n<!-- table: tiny -->\nold\n<!-- end -->\n\nrest <!-- end -->\n"
+    readme.write_text(old)
+    monkeypatch.setattr(report, "README", readme)
+    assert main(["report", "--check"]) == 1
+    assert capsys.readouterr().out.count("\n") == 1 and readme.read_text() == old
+    assert main(["report"]) == 0
+    new = readme.read_text()
+    stored = json.loads((folder / "results" / "tiny-compare.json").read_text())["rows"]
+    assert tables.markdown_table(Plan("tiny"), stored) in new
+    assert new.startswith("# zoo\n") and new.endswith("<!-- end -->\n\nrest <!-- end -->\n")
+    assert main(["report", "--check"]) == 0
+    (folder / "results" / "tiny-compare.json").unlink()
+    capsys.readouterr()
+    assert main(["report", "--check"]) == 2
+    assert "is missing; run compare --store first\n" in capsys.readouterr().err

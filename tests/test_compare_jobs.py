@@ -1,0 +1,119 @@
+"""Comparisons in several processes: the same numbers, and nothing left behind."""
+
+import copy
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import tiny_benchmarks
+import torch
+from tiny_benchmarks import start
+
+from benchmarks import plan
+from benchmarks.__main__ import main
+from benchmarks.llama import CONFIGS
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The tiny text and plan, and tuning rows made up for it."""
+    tiny_benchmarks.tiny_corpus(tmp_path)
+    write_plan(tmp_path, steps=6)
+    rows = [
+        {
+            "method": method,
+            "protocol": "tuned",
+            "valid_loss": 1.0,
+            "config": {"lr": 1e-2, "other_lr": 2e-2, "clip": 1.0},
+        }
+        for method in ("adamw", "scale")
+    ]
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "tiny-tune.json").write_text(json.dumps({"rows": rows}))
+    return tmp_path
+
+
+def write_plan(folder: Path, *, steps: int) -> None:
+    values = copy.deepcopy(tiny_benchmarks.PLAN)
+    values["steps"] = steps
+    tiny_benchmarks.write_plan(folder, values)
+
+
+def compare(folder: Path, jobs: int, out: str, *options: str) -> list[str]:
+    words = ["compare", "--plan=tiny", "--protocol=tuned", f"--jobs={jobs}", f"--out={out}"]
+    text = [str(folder / f"{name}.txt") for name in ("valid", "test", "train")]
+    return [*words, *options, "--data", *text, "--cache-dir", str(folder / "cache")]
+
+
+def session_of(leader: int) -> list[str]:
+    """The names of the processes of a session that are alive."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, rest = path.read_text().rpartition(")")
+        except OSError:
+            continue  # it has just ended
+        state, _, _, session = rest.split()[:4]
+        if int(session) == leader and state != "Z":
+            found.append(name)
+    return found
+
+
+def rows_of(out: Path) -> dict[tuple[str, int], dict]:
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    return {(row["method"], row["config"]["seed"]): row for row in rows}
+
+
+def test_two_jobs_give_the_rows_of_one(folder, monkeypatch):
+    process = start(folder, compare(folder, 2, "two", "--seeds=2"))
+    monkeypatch.setitem(CONFIGS, "tiny", tiny_benchmarks.TINY)
+    monkeypatch.setattr(plan, "_CONFIGS", folder / "configs")
+    monkeypatch.setattr(plan, "_RESULTS", folder / "results")
+    monkeypatch.chdir(folder)
+    assert main(compare(folder, 1, "one", "--seeds=2")) == 0
+    printed, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert "Traceback" not in error and "AdamW" in printed
+    one, two = rows_of(folder / "one"), rows_of(folder / "two")
+    assert len(one) == 4 and one.keys() == two.keys()
+    for key, row in one.items():
+        assert two[key]["config"] == row["config"]
+        assert two[key]["state_bytes"] == row["state_bytes"]
+        for name in ("valid_loss", "test_loss"):
+            assert two[key][name] == pytest.approx(row[name], rel=1e-5)
+
+
+@pytest.mark.parametrize("how", ["SIGTERM to the parent", "SIGKILL to the parent", "Ctrl-C"])
+def test_no_process_outlives_the_comparison(how, folder):
+    write_plan(folder, steps=1_000_000)
+    process = start(folder, compare(folder, 2, "out"))
+    try:
+        while process.poll() is None and len(list(folder.glob("out/runs/*/events*"))) < 2:
+            time.sleep(0.01)
+        time.sleep(0.3)  # both are about to train
+        assert len(session_of(process.pid)) >= 3
+        if how == "Ctrl-C":  # a terminal sends it to all of them
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.send_signal(signal.SIGTERM if "TERM" in how else signal.SIGKILL)
+        _, error = process.communicate(timeout=60)
+        deadline = time.monotonic() + 30
+        while session_of(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert session_of(process.pid) == []
+    finally:
+        if session_of(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+    if "KILL" not in how:
+        assert process.returncode == 130
+        assert error.splitlines()[-1] == "stopped; the same command goes on from here"
+    assert "Traceback" not in error
+    checkpoints = sorted(folder.glob("out/runs/*/checkpoint.pt"))
+    assert len(checkpoints) == 2  # both runs were saved, and can go on
+    for path in checkpoints:
+        assert json.loads(torch.load(path, weights_only=True)["progress"])[0] >= 1

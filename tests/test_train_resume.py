@@ -1,0 +1,312 @@
+"""Training that is interrupted, terminated or killed, and goes on to the same bits."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import tiny_benchmarks
+import torch
+from data_helpers import ROOT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import benchmarks.train as train_module
+from benchmarks.__main__ import main
+from benchmarks.llama import CONFIGS
+from benchmarks.provenance import write_atomic
+from benchmarks.run import Run, RunConfig
+from benchmarks.train import train
+
+LOW_RANK = {"rank": 4, "update_proj_gap": 3}
+HYPER = {
+    "adamw": {"lr": 1e-2},
+    "muon": {"lr": 2e-2, "other_lr": 1e-2},
+    "scale": {"lr": 1e-2, "other_lr": 2e-2},
+    "galore": {"lr": 1e-2, "hyper": LOW_RANK},
+    "natural_galore": {"lr": 1e-2, "hyper": {**LOW_RANK, "history": 4}},
+    "apollo": {"lr": 1e-2, "hyper": LOW_RANK},
+    "stable_spam": {"lr": 1e-2, "hyper": {"update_proj_gap": 3}},
+}
+SGD = RunConfig("sgd", 0.5, model="tiny", steps=9, batch_size=4, seq_len=16, eval_tokens=256)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return tiny_benchmarks.tiny_corpus(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch, tmp_path):
+    monkeypatch.setitem(CONFIGS, "tiny", tiny_benchmarks.TINY)
+    monkeypatch.chdir(tmp_path)
+
+
+def stop_at(last: int):
+    """A progress callback that interrupts after step `last`."""
+
+    def progress(step: int, loss: float, speed: float) -> None:
+        if step == last:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def saved_step(out: Path) -> int:
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    return json.loads(state["progress"])[0]
+
+
+def assert_same_bits(row, straight) -> None:
+    for key in ("curve", "valid_curve", "valid_loss", "test_loss", "state_bytes", "diverged"):
+        assert row[key] == straight[key], key
+    assert not row["diverged"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", HYPER)
+def test_an_interrupted_run_goes_on_to_the_same_bits(name, precision, corpus, tmp_path):
+    if name == "muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch has no Muon")
+    config = replace(
+        SGD, optimizer=name, accumulate=2, clip=0.5, precision=precision, **HYPER[name]
+    )
+    straight = train(config, corpus, eval_every=2)
+    out = tmp_path / "run"
+    for last in (4, 8):
+        with pytest.raises(KeyboardInterrupt):
+            train(config, corpus, out=out, eval_every=2, progress=stop_at(last))
+        assert saved_step(out) == last
+    assert_same_bits(train(config, corpus, out=out, eval_every=2), straight)
+    assert not (out / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("moment", ["after the last step", "while it evaluates"])
+def test_interrupted_at_the_end(moment, corpus, tmp_path, monkeypatch):
+    straight = train(SGD, corpus)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if moment == "while it evaluates":
+            patch.setattr(Run, "evaluate", interrupt)
+        train(SGD, corpus, out=tmp_path / "run", progress=stop_at(9) if "last" in moment else None)
+    assert saved_step(tmp_path / "run") == 9
+    row = train(SGD, corpus, out=tmp_path / "run")
+    assert_same_bits(row, straight)
+    assert row["optimizer_ms"] is None and row["tokens_per_second"] > 0
+
+
+def send_in_step(run_step: int, *signals: int):
+    """A `train_step` that gets signals in its middle: weights moved, step not counted."""
+    train_step = Run.train_step
+
+    def stepped(self, log):
+        if self.step == run_step:
+            handle = self.optimizer.register_step_post_hook(
+                lambda *_: [os.kill(os.getpid(), number) for number in signals]
+            )
+            try:
+                return train_step(self, log)
+            finally:
+                handle.remove()
+        return train_step(self, log)
+
+    return stepped
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_waits_for_the_end_of_the_step(number, corpus, tmp_path, monkeypatch):
+    config = replace(SGD, optimizer="adamw", lr=1e-2)
+    straight = train(config, corpus)
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "train_step", send_in_step(3, number))
+        train(config, corpus, out=tmp_path / "run")
+    assert saved_step(tmp_path / "run") == 4
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert_same_bits(train(config, corpus, out=tmp_path / "run"), straight)
+
+
+def test_a_second_signal_does_not_wait_and_keeps_the_last_checkpoint(corpus, tmp_path, monkeypatch):
+    straight = train(SGD, corpus)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "train_step", send_in_step(3, signal.SIGINT, signal.SIGINT))
+        train(SGD, corpus, out=tmp_path / "run", save_every=2)
+    assert saved_step(tmp_path / "run") == 2
+    assert_same_bits(train(SGD, corpus, out=tmp_path / "run"), straight)
+
+
+def test_a_signal_during_the_last_evaluation_is_not_lost(corpus, tmp_path, monkeypatch):
+    evaluate = Run.evaluate
+
+    def signalled(self, split):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, split)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "evaluate", signalled)
+        train(SGD, corpus, out=tmp_path / "run", test=False)
+    monkeypatch.setattr(train_module, "Run", None)  # finished: nothing is run again
+    assert not train(SGD, corpus, out=tmp_path / "run", test=False)["diverged"]
+
+
+def test_sigterm_saves_and_leaves_with_one_line(tmp_path):
+    tiny_benchmarks.tiny_corpus(tmp_path)  # so that the process has only to open it
+    out = tmp_path / "run"
+    words = ["train", "--optimizer=scale", "--lr=1e-3", "--model=tiny", "--steps=1000000"]
+    words += ["--batch-size=2", "--seq-len=16", "--save-every=1", f"--out={out}"]
+    text = [str(tmp_path / f"{name}.txt") for name in ("valid", "test", "train")]
+    words += ["--data", *text, f"--cache-dir={tmp_path / 'cache'}"]
+    process = tiny_benchmarks.start(tmp_path, words)
+    try:
+        while process.poll() is None and not (out / "checkpoint.pt").exists():
+            time.sleep(0.01)
+        process.terminate()
+        printed, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    lines = [line for line in error.splitlines() if not line.startswith("reading")]
+    assert lines == ["stopped; the same command goes on from here"]
+    assert "Traceback" not in printed
+    assert saved_step(out) >= 1
+    assert not list(out.glob(".*"))
+
+
+def test_killed_again_and_again(tmp_path):
+    words = [sys.executable, str(ROOT / "tests" / "killed_run.py"), str(tmp_path), "0", "6"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        words, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    steps = found["steps"]  # after each kill that met a run at work
+    assert len(steps) > 3 and all(a < b for a, b in pairwise(steps)), steps
+    assert found["same"] == {"curve": True, "valid_loss": True, "test_loss": True}
+    assert found["files"] == ["row.json"]
+
+
+def test_a_finished_run_is_not_run_again(corpus, tmp_path, monkeypatch):
+    row = train(SGD, corpus, out=tmp_path, test=False)
+    assert row["test_loss"] is None
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "Run", None)
+        again = train(SGD, corpus, out=tmp_path, test=False)
+        assert again == json.loads(json.dumps(row))
+    tested = train(SGD, corpus, out=tmp_path)  # a row without what is asked for does not do
+    assert tested["test_loss"] > 0 and tested["valid_loss"] == row["valid_loss"]
+    assert train(replace(SGD, lr=0.1), corpus, out=tmp_path)["valid_loss"] != row["valid_loss"]
+    (tmp_path / "row.json").write_text("{")
+    with pytest.raises(ValueError, match=r"row\.json cannot be read .*delete it") as caught:
+        train(SGD, corpus, out=tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def checkpoint(corpus, tmp_path) -> Path:
+    with pytest.raises(KeyboardInterrupt):
+        train(SGD, corpus, out=tmp_path / "run", progress=stop_at(4))
+    return tmp_path / "run" / "checkpoint.pt"
+
+
+def test_a_checkpoint_of_other_settings_is_refused(checkpoint, corpus):
+    saved = checkpoint.read_bytes()
+    others = {"lr": 0.25, "clip": 1.0, "seed": 3, "optimizer": "adamw", "hyper": {"momentum": 0.5}}
+    for name, value in others.items():
+        message = f"{name}={getattr(SGD, name)!r}, not {value!r}; use another --out"
+        with pytest.raises(ValueError, match=re.escape(message)) as caught:
+            train(replace(SGD, **{name: value}), corpus, out=checkpoint.parent)
+        assert str(checkpoint) in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"lr=0.5, not 0.25; seed=0, not 3") as caught:
+        train(replace(SGD, lr=0.25, seed=3), corpus, out=checkpoint.parent)
+    with pytest.raises(ValueError, match=r"corpus='\w+', not 'other'"):
+        train(SGD, replace(corpus, sha256="other"), out=checkpoint.parent)
+    assert checkpoint.read_bytes() == saved
+    assert_same_bits(train(SGD, corpus, out=checkpoint.parent), train(SGD, corpus))
+
+
+def as_file(value) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("damage", ["half", "short", "empty", "garbage", "list", "keys", "object"])
+def test_a_damaged_checkpoint_is_refused(damage, checkpoint, corpus, capsys):
+    whole = checkpoint.read_bytes()
+    content = {
+        "half": whole[: len(whole) // 2],
+        "short": whole[:-1],
+        "empty": b"",
+        "garbage": os.urandom(1000),
+        "list": as_file([1, 2]),
+        "keys": as_file({"model": {}}),
+        "object": as_file(SGD),
+    }
+    checkpoint.write_bytes(content[damage])
+    with pytest.raises(ValueError, match=r"cannot be read .*; delete it to start over") as caught:
+        train(SGD, corpus, out=checkpoint.parent)
+    assert str(caught.value).startswith(str(checkpoint)) and "\n" not in str(caught.value)
+    checkpoint.unlink()
+    assert not train(SGD, corpus, out=checkpoint.parent)["diverged"]
+
+
+def test_the_command_refuses_in_one_line(checkpoint, corpus, tmp_path, capsys):
+    checkpoint.write_bytes(b"no checkpoint")
+    text = map(str, tiny_benchmarks.write_text(tmp_path))
+    words = ["train", "--optimizer=sgd", "--lr=0.5", "--model=tiny", "--steps=9", "--seq-len=16"]
+    words += ["--data", *text, "--cache-dir", str(tmp_path / "cache")]
+    assert main([*words, "--out", str(checkpoint.parent)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {checkpoint} cannot be read")
+
+
+def test_no_scalar_is_doubled_or_lost_by_going_on(corpus, tmp_path):
+    config = replace(SGD, steps=45)
+    straight = train(config, corpus, out=tmp_path / "straight", eval_every=7)
+    out = tmp_path / "run"
+    checkpoints = []
+    for last in (21, 37):  # at 21 both are logged
+        with pytest.raises(KeyboardInterrupt):
+            train(config, corpus, out=out, eval_every=7, progress=stop_at(last))
+        checkpoints.append((out / "checkpoint.pt").read_bytes())
+        time.sleep(1.1)  # the files of one second are read in any order
+    # As after a kill: more is logged than the checkpoint knows.
+    (out / "checkpoint.pt").write_bytes(checkpoints[0])
+    assert_same_bits(train(config, corpus, out=out, eval_every=7), straight)
+    for name, steps in (("train/loss", [1, 11, 21, 31, 41, 45]), ("valid/loss", range(7, 46, 7))):
+        events = [
+            EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload().Scalars(name)
+            for folder in (out, tmp_path / "straight")
+        ]
+        assert [e.step for e in events[0]] == list(steps)
+        assert [e.value for e in events[0]] == [e.value for e in events[1]]
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "folder" / "file"
+    write_atomic(path, "first")
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode  # as the umask has it
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+            patch.setattr(os, name, fail)
+            write_atomic(path, b"second")
+        assert path.read_bytes() == b"first" and list(path.parent.iterdir()) == [path]
+    write_atomic(path, b"second")
+    assert path.read_bytes() == b"second" and list(path.parent.iterdir()) == [path]

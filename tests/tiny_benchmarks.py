@@ -1,0 +1,93 @@
+"""The benchmarks at a size for tests: a tiny model, a tiny text, a tiny plan.
+
+`python tiny_benchmarks.py FOLDER COMMAND ...` is `python -m benchmarks COMMAND ...` with the model
+`tiny`, and with the plan `tiny` and its results in FOLDER.
+"""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from data_helpers import ROOT, load, make_texts
+
+from benchmarks import llama, plan
+from benchmarks.data import Corpus
+from benchmarks.llama import LlamaConfig
+
+VOCAB = 320
+TINY = LlamaConfig(VOCAB, 16, 24, 2, 2)
+PLAN: dict[str, Any] = {
+    "model": "tiny",
+    "steps": 6,
+    "batch_size": 2,
+    "seq_len": 16,
+    "eval_tokens": 64,
+    "methods": {
+        "adamw": {
+            "label": "AdamW",
+            "hyper": {"weight_decay": 0.0},
+            "tuned": {
+                "grid": {"lr": [1e-3, 1e-2], "other_lr": [3e-3, 3e-2]},
+                "fixed": {"clip": 1.0},
+                "then": {"clip": [0.0]},
+            },
+            "paper": {"grid": {"lr": [1e-3, 1e-2, 3e-2]}, "fixed": {"clip": 0.0}},
+        },
+        "scale": {
+            "label": "SCALE",
+            "tuned": {
+                "grid": {"lr": [1e-3, 1e-2], "other_lr": [3e-3, 3e-2]},
+                "fixed": {"clip": 1.0},
+                "then": {"clip": [0.0]},
+            },
+            "paper": {
+                "grid": {"lr": [1e-3, 1e-2, 3e-2]},
+                "fixed": {"clip": 0.0, "other_lr": 0.02},
+            },
+        },
+    },
+}
+
+
+def write_text(folder: Path) -> list[Path]:
+    """Files of words, some thousand tokens in each split."""
+    texts = make_texts(60)
+    cuts = {"valid.txt": texts[:8], "test.txt": texts[8:16], "train.txt": texts[16:]}
+    for name, part in cuts.items():
+        (folder / name).write_text("\n".join(part), encoding="utf-8")
+    return [folder / name for name in cuts]
+
+
+def tiny_corpus(folder: Path) -> Corpus:
+    return load(write_text(folder), folder / "cache", vocab_size=VOCAB)
+
+
+def write_plan(folder: Path, values: dict[str, Any] = PLAN) -> None:
+    (folder / "configs").mkdir(exist_ok=True)
+    (folder / "configs" / "tiny.json").write_text(json.dumps(values))
+
+
+def start(folder: Path, words: list[str]) -> subprocess.Popen[str]:
+    """A process, and session, of its own that runs a command of the benchmarks."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, __file__, str(folder), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+if __name__ in ("__main__", "__mp_main__"):  # the second: a worker process of the first
+    llama.CONFIGS["tiny"] = TINY
+if __name__ == "__main__":
+    plan._CONFIGS, plan._RESULTS = (Path(sys.argv[1]) / name for name in ("configs", "results"))
+    sys.argv = ["python -m benchmarks", *sys.argv[2:]]
+    runpy.run_module("benchmarks", run_name="__main__")
