@@ -74,10 +74,10 @@ class PaperTable:
 
 _ESTIMATE = (
     "?: the estimates of GaLore's Table 2, repeated by the Natural GaLore and APOLLO papers, "
-    "follow no one rule that we could find. Their weights (a third of Full-Rank: 0.12, 0.25, 0.69, 2.60) "
-    "are 2 bytes a parameter in GiB at 130M and 350M, but not at 60M and 1B; their GaLore state at "
-    "60M (0.12) is less than Adam's on the embedding and the head (0.13). Ours are what the "
-    "methods hold, in GB.",
+    "follow no one rule that we could find. Their weights (a third of Full-Rank: 0.12, 0.25, "
+    "0.69, 2.60) are 2 bytes a parameter in GiB at 130M and 350M, but not at 60M and 1B; their "
+    "GaLore state at 60M (0.12) is less than Adam's on the embedding and the head (0.13). Ours are "
+    "what the methods hold, in GB.",
 )
 _SCALE_OPEN = frozenset(
     [(method, "350M") for method in ("GaLore", "Fira", "APOLLO")]

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.utils.tensorboard  # once here, not in every child
+import torch._dynamo  # imported by the first step: once here, not in every child
+import torch.utils.tensorboard
 from tiny_benchmarks import TINY, tiny_corpus
 
 from benchmarks import llama
