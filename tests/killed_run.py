@@ -48,9 +48,12 @@ def main(folder: Path, seed: int, kills: int) -> dict[str, Any]:
             train(CONFIG, corpus, out=out, save_every=1)
             os._exit(0)
         # Its first checkpoint replaces the one that the last process has left.
-        before = written(checkpoint)
-        while written(checkpoint) == before and not (out / "row.json").exists():
+        before, ended = written(checkpoint), (0, 0)
+        while written(checkpoint) == before and ended == (0, 0):
             time.sleep(0.001)
+            ended = os.waitpid(child, os.WNOHANG)
+        if ended != (0, 0):  # it failed, which the run below shows, or has come to its end
+            break
         time.sleep(rng.uniform(0, 0.02))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

@@ -75,8 +75,9 @@ def test_two_jobs_give_the_rows_of_one(folder, monkeypatch):
     monkeypatch.setattr(plan, "_CONFIGS", folder / "configs")
     monkeypatch.setattr(plan, "_RESULTS", folder / "results")
     monkeypatch.chdir(folder)
-    assert main(compare(folder, 1, "one", "--seeds=2")) == 0
-    printed, error = process.communicate(timeout=120)
+    status = main(compare(folder, 1, "one", "--seeds=2"))
+    printed, error = process.communicate(timeout=600)
+    assert status == 0
     assert process.returncode == 0, error
     assert "Traceback" not in error and "AdamW" in printed
     one, two = rows_of(folder / "one"), rows_of(folder / "two")
@@ -101,8 +102,8 @@ def test_no_process_outlives_the_comparison(how, folder):
             os.killpg(process.pid, signal.SIGINT)
         else:
             process.send_signal(signal.SIGTERM if "TERM" in how else signal.SIGKILL)
-        _, error = process.communicate(timeout=60)
-        deadline = time.monotonic() + 30
+        _, error = process.communicate(timeout=600)
+        deadline = time.monotonic() + 120
         while session_of(process.pid) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert session_of(process.pid) == []

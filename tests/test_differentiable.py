@@ -62,7 +62,7 @@ def test_the_result_is_that_of_an_ordinary_step():
     for kind, group in GROUPS.items():
         weight, *grads = inputs(SHAPES.get(kind, (3, 2)))
         expected = torch.nn.Parameter(weight.detach().clone())
-        optimizer = SCALE([{"params": [expected], **group}], lr=0.3)
+        optimizer = SCALE([{"params": [expected], **group}], lr=0.3, foreach=False)
         for grad in grads:
             expected.grad = grad.detach()
             optimizer.step()

@@ -171,9 +171,10 @@ def test_sigterm_saves_and_leaves_with_one_line(tmp_path):
         while process.poll() is None and not (out / "checkpoint.pt").exists():
             time.sleep(0.01)
         process.terminate()
-        printed, error = process.communicate(timeout=60)
+        printed, error = process.communicate(timeout=600)
     finally:
         process.kill()
+        process.wait()
     assert process.returncode == 130
     lines = [line for line in error.splitlines() if not line.startswith("reading")]
     assert lines == ["stopped; the same command goes on from here"]
@@ -186,7 +187,7 @@ def test_killed_again_and_again(tmp_path):
     words = [sys.executable, str(ROOT / "tests" / "killed_run.py"), str(tmp_path), "0", "6"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        words, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+        words, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
