@@ -162,7 +162,7 @@ def test_a_signal_during_the_last_evaluation_is_not_lost(corpus, tmp_path, monke
 def test_sigterm_saves_and_leaves_with_one_line(tmp_path):
     tiny_benchmarks.tiny_corpus(tmp_path)  # so that the process has only to open it
     out = tmp_path / "run"
-    words = ["train", "--optimizer=scale", "--lr=1e-3", "--model=tiny", "--steps=1000000"]
+    words = ["train", "--optimizer=scale", "--lr=1e-3", "--model=tiny", "--steps=30000"]
     words += ["--batch-size=2", "--seq-len=16", "--save-every=1", f"--out={out}"]
     text = [str(tmp_path / f"{name}.txt") for name in ("valid", "test", "train")]
     words += ["--data", *text, f"--cache-dir={tmp_path / 'cache'}"]
