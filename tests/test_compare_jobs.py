@@ -92,7 +92,7 @@ def test_two_jobs_give_the_rows_of_one(folder, monkeypatch):
 @pytest.mark.parametrize("how", ["SIGTERM to the parent", "SIGKILL to the parent", "Ctrl-C"])
 def test_no_process_outlives_the_comparison(how, folder):
     write_plan(folder, steps=30_000)
-    process = start(folder, compare(folder, 2, "out"))
+    process = start(folder, compare(folder, 2, "out", "--seeds=2"))  # more runs than jobs
     try:
         while process.poll() is None and len(list(folder.glob("out/runs/*/events*"))) < 2:
             time.sleep(0.01)
