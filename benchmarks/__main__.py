@@ -25,7 +25,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return COMMANDS[args.command][0].main(args)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        kept = getattr(args, "out", None) is not None
+        text = "the same command goes on from here" if kept else "nothing is saved without --out"
+        print(f"stopped; {text}", file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)

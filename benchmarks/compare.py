@@ -141,15 +141,15 @@ def main(args: argparse.Namespace) -> int:
     plan = Plan(args.plan)
     methods = plan.select(args.optimizers)
     protocols = list(PROTOCOLS) if args.protocol == "both" else [args.protocol]
+    pairs = plan.pairs(methods, protocols)
+    seeds = range(0 if args.tune else args.seeds)
+    entries = [plan.chosen(*pair, seed) for seed in seeds for pair in pairs]
     if args.fresh:
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(args.out / "runs")
-    corpus = corpus_from(args, plan.values["model"])
-    session = Session(args, plan, corpus)
+    session = Session(args, plan, corpus_from(args, plan.values["model"]))
     if args.tune:
         return tune(session, methods, protocols)
-    pairs = plan.pairs(methods, protocols)
-    entries = [plan.chosen(*pair, seed) for seed in range(args.seeds) for pair in pairs]
     rows = session.run(entries, test=True)
     write_json(args.out / "results.json", {"plan": plan.values, "rows": rows})
     if args.store:

@@ -65,6 +65,8 @@ class RunConfig:
             raise ValueError(f"clip is {self.clip}; it must be >= 0 (0: no clipping)")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
+        if not isinstance(self.hyper, dict):
+            raise ValueError(f"hyper is {self.hyper!r}; it must be an object, as {{'eps': 1e-6}}")
 
     @property
     def tokens_per_step(self) -> int:
@@ -109,9 +111,13 @@ class Run:
         self.forward: Callable[..., Tensor] = self.model
         if config.compile:
             self.forward = torch.compile(self.model)
-        self.optimizer = optimzoo.create_optimizer(
-            config.optimizer, self.model, lr=config.lr, other_lr=config.other_lr, **config.hyper
-        )
+        rates = {"lr": config.lr, "other_lr": config.other_lr}
+        try:
+            self.optimizer = optimzoo.create_optimizer(
+                config.optimizer, self.model, **rates, **config.hyper
+            )
+        except TypeError as error:
+            raise ValueError(f"hyper {config.hyper} does not fit: {error}") from error
         self.scheduler = LambdaLR(self.optimizer, lambda step: lr_factor(step, config))
         size = config.batch_size * config.accumulate
         self.batches = Batches(corpus.train, size, config.seq_len, seed=config.seed)

@@ -10,7 +10,8 @@ class HeldSignals:
     """Holds Ctrl-C and SIGTERM back until `check`, and raises them there as KeyboardInterrupt.
 
     A step that is cut in two leaves weights from which no run can go on to the same bits. A second
-    signal is raised at once, and makes `urgent` true: what there is then is not worth saving.
+    Ctrl-C is raised at once, and makes `urgent` true: what there is then is not worth saving. A
+    second SIGTERM is held too: a pool of processes that ends sends one more to each.
     """
 
     def __init__(self) -> None:
@@ -41,8 +42,8 @@ class HeldSignals:
         if self._held:
             raise KeyboardInterrupt
 
-    def _receive(self, *_: Any) -> None:
-        self.urgent = self._held
+    def _receive(self, number: int, _: Any) -> None:
+        self.urgent = self._held and number == signal.SIGINT
         self._held = True
         if self.urgent:
             raise KeyboardInterrupt

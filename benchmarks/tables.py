@@ -120,7 +120,7 @@ def caption(rows: list[Row]) -> str:
 
 def print_table(plan: Plan, rows: list[Row]) -> None:
     """The comparison on the terminal."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     for name, side in HEADERS:
         table.add_column(
             name.replace(" ", "\n"),

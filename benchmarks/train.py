@@ -115,7 +115,7 @@ def _row(run: Run, valid: float, tested: float, optimizer_seconds: list[float]) 
         "provenance": provenance(),
         "precision": run.precision,
         "tokens": config.steps * config.tokens_per_step,
-        "diverged": not math.isfinite(valid),
+        "diverged": not math.isfinite(perplexity(valid)),
         "valid_loss": _finite(valid),
         "test_loss": _finite(tested),
         "parameter_bytes": params,

@@ -1,0 +1,145 @@
+"""Benchmarks at their edges: a loss beyond exp, wrong words, a slow worker, a wide table."""
+
+import copy
+import json
+import math
+import time
+
+import pytest
+import tiny_benchmarks
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from benchmarks import compare, plan, tables
+from benchmarks.__main__ import main
+from benchmarks.compare import _train_in_worker as run_job
+from benchmarks.llama import CONFIGS
+from benchmarks.run import Run
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The tiny text, model and plan, and an empty folder of results."""
+    monkeypatch.setitem(CONFIGS, "tiny", tiny_benchmarks.TINY)
+    monkeypatch.setattr(plan, "_CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr(plan, "_RESULTS", tmp_path / "results")
+    monkeypatch.chdir(tmp_path)
+    tiny_benchmarks.tiny_corpus(tmp_path)
+    return tmp_path
+
+
+def text(folder) -> list[str]:
+    names = [str(folder / f"{split}.txt") for split in ("valid", "test", "train")]
+    return ["--data", *names, "--cache-dir", str(folder / "cache")]
+
+
+def train_words(folder, **options) -> list[str]:
+    sizes = {"model": "tiny", "steps": 4, "batch-size": 4, "seq-len": 16, "eval-tokens": 256}
+    values = {"optimizer": "sgd", "lr": 0.1, **sizes, **options}
+    return ["train", *(f"--{name}={value}" for name, value in values.items()), *text(folder)]
+
+
+def test_a_loss_beyond_exp_has_diverged(folder, capsys):
+    assert main([*train_words(folder, steps=1, lr=1e6), "--out", "run"]) == 1
+    row = json.loads((folder / "run" / "row.json").read_text())
+    assert row["diverged"] and 700 < row["valid_loss"] < math.inf
+    assert capsys.readouterr().out == "sgd diverged; try a smaller --lr than 1e+06\n"
+
+
+@pytest.mark.parametrize(
+    ("hyper", "reason"),
+    [
+        ("[1]", "hyper is [1]; it must be an object"),
+        ("3", "hyper is 3; it must be an object"),
+        ('{"momentum": "x"}', "hyper {'momentum': 'x'} does not fit: '<' not supported"),
+        ('{"lr": 1}', "hyper {'lr': 1} does not fit: "),
+    ],
+)
+def test_hyperparameters_that_do_not_fit_are_one_line(folder, capsys, hyper, reason):
+    assert main(train_words(folder, hyper=hyper)) == 2
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-1].startswith(f"error: {reason}")
+    assert "Traceback" not in captured.err and captured.out == ""
+
+
+def test_without_a_folder_it_does_not_promise_to_go_on(folder, monkeypatch, capsys):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "train_step", stopped)
+    assert main(train_words(folder)) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped; nothing is saved without --out"
+    assert main([*train_words(folder), "--out", "run"]) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "stopped; the same command goes on from here"
+
+
+def test_missing_values_are_found_before_anything_is_read_or_deleted(folder, capsys):
+    tiny_benchmarks.write_plan(folder)
+    kept = folder / "out" / "runs" / "some" / "row.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("{}")
+    words = ["compare", "--plan=tiny", "--fresh", "--out=out", *text(folder)]
+    assert main(words) == 2
+    error = "error: plan tiny has no tuned values; run compare --tune first\n"
+    assert capsys.readouterr().err == error
+    assert kept.exists()
+
+
+def slow_worker(args, entry, folder, test):
+    """A worker that says when it has begun to train; at one learning rate its steps take long."""
+    CONFIGS["tiny"] = tiny_benchmarks.TINY
+
+    def hook(*_):
+        (folder / "begun").touch()
+        time.sleep(1 if entry.config.lr == 1e-2 else 0)
+
+    register_optimizer_step_post_hook(hook)
+    return run_job(args, entry, folder, test)
+
+
+def test_every_worker_saves_however_long_its_step(folder, monkeypatch, capsys):
+    """Of the one that is done first the pool makes a SIGTERM more for the others."""
+    values = copy.deepcopy(tiny_benchmarks.PLAN)
+    values["steps"] = 10_000
+    tiny_benchmarks.write_plan(folder, values)
+    monkeypatch.setattr(compare, "_train_in_worker", slow_worker)
+    runs = folder / "out" / "runs"
+
+    def stopped(*_, **__):
+        while len([*runs.glob("*/begun")]) < 2:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "as_completed", stopped)
+    only = ["--optimizers", "scale", "--protocol", "paper", "--jobs=2", "--out=out"]
+    assert main(["compare", "--plan=tiny", "--tune", *only, *text(folder)]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+    saved = sorted(runs.glob("*/checkpoint.pt"))
+    assert ["lr0.001-" in str(saved[0]), "lr0.01-" in str(saved[1])] == [True, True]
+    for path in saved:
+        assert json.loads(torch.load(path, weights_only=True)["progress"])[0] >= 1
+    assert len([*runs.iterdir()]) == 2, "another run was begun"
+
+
+def test_the_widest_table_fits(monkeypatch, capsys):
+    """Every method of the committed plan, at long values of everything."""
+    monkeypatch.setenv("COLUMNS", "80")
+    nano = plan.Plan("nano")
+    rows = []
+    for method in nano.methods:
+        for seed in (0, 1):
+            entry = nano.entry(method, "tuned", seed, lr=2.5e-4, other_lr=0.016, clip=0.0)
+            row = {"method": method, "protocol": "tuned", "config": vars(entry.config)}
+            row |= {"test_loss": 5.0 + seed / 10, "optimizer_ms": 123.4, "tokens": 10**7}
+            row |= {"parameter_bytes": 60 << 20, "state_bytes": 70 << 20, "peak_bytes": 1 << 30}
+            row |= {"tokens_per_second": 12_345.0, "precision": "bf16-autocast"}
+            row["corpus"] = {"name": "stdlib", "sha256": "f" * 64}
+            row["provenance"] = {"device": "x" * 50, "threads": 16, "torch": "2.13.0+cpu"}
+            row["provenance"]["commit"] = "0123456789-dirty"
+            rows.append(row)
+    tables.print_table(nano, rows)
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80 and "…" not in out
+    for cell in ("0.00025/0.016/0", "156.22 ±11.04", "130.0", "1024", "123.4", "12,345"):
+        assert out.count(cell) == len(nano.methods), cell
