@@ -49,8 +49,9 @@ class NaturalGaLore(Projected):
         scale: the paper's α.
         history: s, gradients in the Fisher matrix. 20 in the authors' code; the paper names none.
         damping: λ. 1e-3 in the authors' code; the paper names none.
-        relative_damping: λ in units of the mean squared norm of the history (ours): without it the
-            transform fades away where ‖g‖² is far below λ.
+        relative_damping: λ in units of μ, the mean squared norm of the history, and
+            ``n = (1 + λ) μ F⁻¹ g`` (ours): without it the transform fades away where ‖g‖² is far
+            below λ. Strong damping then gives GaLore: ``n → g``.
         history_dtype: `auto` (the gradient's), `float32`, `bfloat16`, `float16`, `float64`.
         projector: `randomized` (ours), `svd` or `power`.
         side: `auto` (the paper, one-sided) or `both` (the authors' code: r × r), `left`, `right`.

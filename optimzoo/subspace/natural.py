@@ -34,7 +34,8 @@ def natural_gradient(
         low: the low-rank gradient ``[..., a, b]``, flattened to ``k``.
         index: the row to replace.
         damping: λ.
-        relative: λ in units of the mean squared norm of the rows that are filled.
+        relative: λ in units of the mean squared norm μ of the rows that are filled, and the result
+            times ``(1 + λ) μ``: strong damping then gives back ``g``, whatever its size.
 
     Raises:
         RuntimeError: the damped Gram matrix is not positive definite, even with jitter.
@@ -81,6 +82,8 @@ def _solve_unit(gram: Tensor, index: int, damping: float, relative: bool) -> Ten
         bad = (info != 0) | (pivots <= precision * diagonal).any(-1)
         if not bad.any():
             weights = torch.cholesky_solve(unit, factor).squeeze(-1)
+            if relative:
+                weights = weights * ((1 + damping) * mean).unsqueeze(-1)
             # As torch: what is not finite goes into the weights that it touches.
             return torch.where(finite.unsqueeze(-1), weights, torch.nan)
     raise RuntimeError(
@@ -101,3 +104,5 @@ def rotate_history(state: State, rotation: Any, shape: torch.Size) -> None:
     gram.zero_()
     for h in _widened(history, gram.dtype):
         gram += h @ h.mT
+    # Not every BLAS gives a symmetric product to the bit, and a later update writes row and column.
+    gram.copy_((gram + gram.mT) / 2)

@@ -58,11 +58,12 @@ class NaturalGaLoreReference(GaLoreReference):
             self.history[key] = np.zeros((self.size, low.size))
         # The current gradient is part of F, in the basis of this step.
         self.history[key][(t - 1) % self.size] = low.reshape(-1)
-        damping = self.damping
+        damping, unit = self.damping, 1.0
         if self.relative_damping:
             rows = self.history[key]
-            damping = damping * float(np.trace(rows @ rows.T)) / min(t, self.size)
-        natural = self.solve(low, self.history[key], damping)
+            mean = float(np.trace(rows @ rows.T)) / min(t, self.size)
+            damping, unit = damping * mean, (1 + damping) * mean
+        natural = unit * self.solve(low, self.history[key], damping)
         n = self.normalized(key, natural, self.betas, self.eps)
         return correction(self.betas, t) * self.scale * self.projectors[key].back(n)
 
