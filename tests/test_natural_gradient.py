@@ -180,7 +180,7 @@ def test_a_bfloat16_gradient_gives_the_inverse_of_its_own_history(noise, damping
         known = gradients[max(0, t - 19) : t + 1]
         mean = sum(g.double().square().sum().item() for g in known) / len(known)
         expected = expectation(known, damping, mean if relative else None)
-        # The Gram matrix's float32 rounding, whatever order the machine sums in, beside the damping.
+        # Of the float32 Gram matrix, whatever order the machine sums in, beside the damping.
         rounding = 0.0 if relative else 2**-24 * mean / damping
         assert distance(natural, expected) < 2e-2 + rounding, t
 
