@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SOURCES := setup.cfg pyproject.toml constraints.txt
+SOURCES := setup.cfg pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 
 .PHONY: help test compare tune lint type fmt memory-table clean
 

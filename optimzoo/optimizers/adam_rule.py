@@ -5,12 +5,14 @@ bias correction; ``torch.optim.Adam`` adds it after. For whole models with plain
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 from torch.optim.optimizer import _default_to_fused_or_foreach, _get_scalar_dtype
+
+from optimzoo.kernels import dispatch
 
 
 def init_adam_state(
@@ -29,6 +31,12 @@ def step_as_tensor(state: dict[str, Any], param: Tensor, *, capturable: bool) ->
     if isinstance(state.get("step"), int | float):
         device = param.device if capturable else "cpu"
         state["step"] = torch.tensor(state["step"], dtype=_get_scalar_dtype(), device=device)
+
+
+def adam_step(params: list[Tensor], states: Mapping[Tensor, dict[str, Any]], **rule: Any) -> None:
+    """:func:`adam` on parameters that have a gradient and, in ``states``, their Adam state."""
+    held = [[states[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step")]
+    adam(params, [p.grad for p in params if p.grad is not None], *held, **rule)
 
 
 def adam(
@@ -57,13 +65,25 @@ def adam(
     """
     if not params:
         return
-    may_fuse = foreach is None and not capturable and not differentiable
-    if may_fuse and _can_fuse(params, exp_avgs, exp_avg_sqs):
-        rule = _fused_adam
-    else:
-        if foreach is None:
-            foreach = _default_to_fused_or_foreach(params, differentiable)[1]
-        rule = _multi_tensor_adam if foreach else _single_tensor_adam
+    if foreach is None and not differentiable:
+        items = map(dispatch.vector, params, grads, exp_avgs, exp_avg_sqs, steps)
+        runs, rest = dispatch.split(items, None)
+        for kernels, chosen in runs:
+            p, g, m, v, t, *_ = dispatch.columns(chosen)
+            kernels.adam_(
+                *(p, g, m, v, t),
+                lr=dispatch.scalar(lr, p[0].device),
+                betas=betas,
+                eps=eps,
+                weight_decay=weight_decay,
+                maximize=maximize,
+                eps_before=True,
+            )
+        if not rest:
+            return
+        params, grads, exp_avgs, exp_avg_sqs, steps = map(list, list(zip(*rest, strict=True))[:5])
+        foreach = _default_to_fused_or_foreach(params, differentiable)[1]
+    rule = _multi_tensor_adam if foreach else _single_tensor_adam
     grads = [g.to(m.dtype) for g, m in zip(grads, exp_avgs, strict=True)]
     if maximize:
         grads = [-g for g in grads]
@@ -130,52 +150,3 @@ def _multi_tensor_adam(
         torch._foreach_add_(update, params, alpha=weight_decay)
     torch._foreach_mul_(update, lr)
     torch._foreach_sub_(params, update)
-
-
-def _can_fuse(params: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor]) -> bool:
-    """Torch's fused CPU kernel takes dense tensors of one dtype, and walks them in memory order."""
-    return all(
-        p.device.type == "cpu"
-        and p.is_contiguous()
-        # A state saved from a weight of another layout keeps that layout.
-        and m.is_contiguous()
-        and v.is_contiguous()
-        and p.dtype == m.dtype
-        and type(p.data) is Tensor
-        for p, m, v in zip(params, exp_avgs, exp_avg_sqs, strict=True)
-    )
-
-
-def _fused_adam(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    capturable: bool,
-) -> None:
-    """Torch's fused AdamW; its eps comes after the bias correction, so ours is given corrected."""
-    by_step: dict[float, list[int]] = {}
-    for i, step in enumerate(steps):
-        by_step.setdefault(step.item(), []).append(i)
-    for done, chosen in by_step.items():
-        adamw(
-            [params[i] for i in chosen],
-            [grads[i].contiguous() for i in chosen],
-            [exp_avgs[i] for i in chosen],
-            [exp_avg_sqs[i] for i in chosen],
-            [],
-            [steps[i] for i in chosen],
-            fused=True,
-            amsgrad=False,
-            beta1=betas[0],
-            beta2=betas[1],
-            lr=lr,
-            weight_decay=weight_decay,
-            eps=eps / math.sqrt(1 - betas[1] ** (done + 1)),
-            maximize=False,
-        )

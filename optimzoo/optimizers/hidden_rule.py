@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from optimzoo.optimizers.adam_rule import adam, init_adam_state, step_as_tensor
+from optimzoo.optimizers.adam_rule import adam_step, init_adam_state, step_as_tensor
 from optimzoo.optimizers.base import (
     RoleOptimizer,
     check_betas,
@@ -87,12 +87,9 @@ class HiddenRule(RoleOptimizer):
         return loss
 
     def _step_rest(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        adam(
+        adam_step(
             params,
-            [p.grad for p in params if p.grad is not None],
-            [self.state[p]["exp_avg"] for p in params],
-            [self.state[p]["exp_avg_sq"] for p in params],
-            [self.state[p]["step"] for p in params],
+            self.state,
             lr=scalar_lr(group),
             betas=group["betas"],
             eps=group["eps"],

@@ -12,7 +12,8 @@ from torch.optim.optimizer import (
     _use_grad_for_differentiable,
 )
 
-from optimzoo.optimizers.adam_rule import adam, init_adam_state, step_as_tensor
+from optimzoo.kernels import dispatch
+from optimzoo.optimizers.adam_rule import adam_step, init_adam_state, step_as_tensor
 from optimzoo.optimizers.base import (
     RoleOptimizer,
     check_betas,
@@ -64,7 +65,8 @@ class SCALE(RoleOptimizer):
             temporary, as in torch.
         capturable: safe under CUDA graphs.
         differentiable: let autograd run through the step.
-        fused: not available yet; `None` or `False`.
+        fused: one pass over the weights by compiled kernels; `None`: where there are any, unless
+            `foreach=True` or `differentiable` (``optimzoo doctor`` tells); `True`: all or an error.
 
     Raises:
         ValueError: a hyperparameter out of range, groups that do not fit (see `param_groups`),
@@ -180,6 +182,8 @@ class SCALE(RoleOptimizer):
         loss = self._run_closure(closure)
         for group in self.param_groups:
             matrices, vectors = self._init_group(group)
+            if _may_fuse(group):
+                matrices, vectors = self._step_fused(group, matrices, vectors)
             lr = scalar_lr(group)
             foreach = group["foreach"]
             if foreach is None:
@@ -199,22 +203,47 @@ class SCALE(RoleOptimizer):
                 maximize=group["maximize"],
                 foreach=foreach,
             )
-            adam(
+            adam_step(
                 vectors,
-                [p.grad for p in vectors if p.grad is not None],
-                [self.state[p]["exp_avg"] for p in vectors],
-                [self.state[p]["exp_avg_sq"] for p in vectors],
-                [self.state[p]["step"] for p in vectors],
+                self.state,
                 lr=lr,
                 betas=group["vector_betas"],
                 eps=group["vector_eps"],
                 weight_decay=group["weight_decay"],
                 maximize=group["maximize"],
-                foreach=group["foreach"],
+                foreach=foreach,
                 capturable=group["capturable"],
                 differentiable=group["differentiable"],
             )
         return loss
+
+    def _step_fused(
+        self, group: dict[str, Any], matrices: list[Tensor], vectors: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Step what the kernels take, in one call a device; returns the rest."""
+        kind = dispatch.SIGN
+        if group["normalize"] != "sign":
+            dim = input_dim(group["role"] or "hidden", transposed=group["transposed"])
+            along_rows = (dim == -1) == (group["normalize"] == "column")
+            kind = dispatch.ROWS if along_rows else dispatch.COLUMNS
+        averaged = group["averaged"] and group["momentum"] != 0
+        items = []
+        for p in matrices:
+            m = self.state[p]["exp_avg"] if averaged else None
+            items += dispatch.matrices(p, p.grad, m, kind, stacked=group["stacked"])
+        for p in vectors:
+            moments = [self.state[p][key] for key in ("exp_avg", "exp_avg_sq", "step")]
+            items.append(dispatch.vector(p, p.grad, *moments))
+        runs, rest = dispatch.split(items, group["fused"])
+        for kernels, chosen in runs:
+            _fused_scale(kernels, chosen, group)
+        left = {id(item.whole) for item in rest}
+        return [p for p in matrices if id(p) in left], [p for p in vectors if id(p) in left]
+
+
+def _may_fuse(group: dict[str, Any]) -> bool:
+    eager = group["foreach"] or group["differentiable"] or group["normalize"] == "spectral"
+    return bool(group["fused"] or (group["fused"] is None and not eager))
 
 
 def _check_options(options: dict[str, Any]) -> None:
@@ -227,8 +256,10 @@ def _check_options(options: dict[str, Any]) -> None:
     check_betas(options["vector_betas"])
     check_choice("normalize", options["normalize"], NORMALIZATIONS)
     check_choice("norm", options["norm"], ("rms", "l2"))
-    if options["fused"]:
-        raise RuntimeError("SCALE has no fused kernels yet; leave fused=None")
+    if options["fused"] and options["normalize"] == "spectral":
+        raise ValueError("normalize='spectral' has no fused kernel; leave fused=None")
+    if options["fused"] and (options["foreach"] or options["differentiable"]):
+        raise ValueError("fused=True excludes foreach=True and differentiable=True; choose one")
 
 
 def scale(
@@ -318,3 +349,17 @@ def _multi_tensor_scale(
         torch._foreach_add_(updates, params, alpha=weight_decay)
     torch._foreach_mul_(updates, lr)
     torch._foreach_sub_(params, updates)
+
+
+def _fused_scale(kernels: Any, items: list[dispatch.Item], group: dict[str, Any]) -> None:
+    kernels.scale_(
+        *dispatch.columns(items),
+        lr=dispatch.scalar(group["lr"], items[0].param.device),
+        momentum=group["momentum"],
+        weight_decay=group["weight_decay"],
+        l2=group["norm"] == "l2",
+        eps=group["eps"],
+        betas=group["vector_betas"],
+        adam_eps=group["vector_eps"],
+        maximize=group["maximize"],
+    )

@@ -1,0 +1,122 @@
+"""Builds the native kernel libraries: ``python csrc/build.py [--require]``; setup.py calls it too.
+
+The libraries are plain C, found by ctypes, so nothing but a compiler is needed: no torch, and no
+Python headers. Without g++ (or nvcc) that library is left out, and ``optimzoo doctor`` says so;
+``OPTIMZOO_BUILD=require`` makes that an error. ``OPTIMZOO_CUDA=0`` leaves the CUDA library out.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ROOT / "csrc"
+OBJECTS = ROOT / "build" / "kernels"
+TARGET = ROOT / "optimzoo" / "kernels"
+OPERATIONS = ("scale", "adam", "reduce", "apply", "center")
+X86 = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": [
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
+        "-mprefer-vector-width=512",
+    ],
+}
+# Not -ffast-math: NaN and infinity must go through.
+CPU_FLAGS = [
+    *("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
+    *("-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra", "-Wno-psabi"),
+]
+CUDA_FLAGS = [
+    *("-std=c++17", "-O3", "--compiler-options", "-fPIC,-fvisibility=hidden", "--cudart=static"),
+    *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 90, 100)),
+    "-gencode=arch=compute_100,code=compute_100",
+]
+
+
+def fresh(target: Path, folder: Path) -> bool:
+    """Whether ``target`` is newer than all that it is made from."""
+    sources = [*folder.iterdir(), *(SOURCES / "include").iterdir(), Path(__file__)]
+    return target.exists() and all(s.stat().st_mtime <= target.stat().st_mtime for s in sources)
+
+
+def run_all(commands: list[list[str]]) -> None:
+    """Run compilers side by side; the first error ends it with the compiler's own words."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = list(
+            pool.map(lambda c: subprocess.run(c, capture_output=True, text=True), commands)
+        )
+    for command, result in zip(commands, results, strict=True):
+        if result.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{result.stderr.strip()}")
+
+
+def link(command: list[str], target: Path) -> None:
+    """Link beside the target and move it there whole: a process may have the old one open."""
+    unfinished = target.with_suffix(".so.unfinished")
+    run_all([[*command, "-o", str(unfinished)]])
+    unfinished.replace(target)
+
+
+def build_cpu() -> None:
+    """``_cpu.so``: every operation once for each instruction set."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise RuntimeError("no g++ or clang++")
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    sets = X86 if x86 else {"baseline": []}
+    common = [compiler, *CPU_FLAGS, f"-I{SOURCES / 'include'}", *(["-DOZ_X86"] if x86 else [])]
+    OBJECTS.mkdir(parents=True, exist_ok=True)
+    jobs = {OBJECTS / "library.o": [*common, "-c", str(SOURCES / "cpu" / "library.cpp")]}
+    for name, flags in sets.items():
+        for operation in OPERATIONS:
+            source = str(SOURCES / "cpu" / f"{operation}.cpp")
+            jobs[OBJECTS / f"{operation}-{name}.o"] = [
+                *common,
+                *flags,
+                f"-DOZ_ISA={name}",
+                "-c",
+                source,
+            ]
+    run_all([[*command, "-o", str(place)] for place, command in jobs.items()])
+    link([compiler, "-shared", "-fopenmp", *map(str, jobs)], TARGET / "_cpu.so")
+
+
+def build_cuda() -> None:
+    """``_cuda.so``, for sm_80, sm_90, sm_100 and what comes after."""
+    compiler = shutil.which("nvcc")
+    if compiler is None:
+        raise RuntimeError("no nvcc")
+    sources = sorted((SOURCES / "cuda").glob("*.cu"))
+    OBJECTS.mkdir(parents=True, exist_ok=True)
+    common = [compiler, *CUDA_FLAGS, f"-I{SOURCES / 'include'}"]
+    jobs = {OBJECTS / f"{s.stem}-cuda.o": [*common, "-c", str(s)] for s in sources}
+    run_all([[*command, "-o", str(place)] for place, command in jobs.items()])
+    link([compiler, "-shared", "--cudart=static", *map(str, jobs)], TARGET / "_cuda.so")
+
+
+def main() -> None:
+    """Build what is not fresh."""
+    required = "--require" in sys.argv or os.environ.get("OPTIMZOO_BUILD") == "require"
+    for kind, build in (("cpu", build_cpu), ("cuda", build_cuda)):
+        folder = SOURCES / kind
+        if kind == "cuda" and (
+            os.environ.get("OPTIMZOO_CUDA") == "0" or not any(folder.glob("*.cu"))
+        ):
+            continue
+        if not fresh(TARGET / f"_{kind}.so", folder):
+            try:
+                build()
+            except RuntimeError as error:
+                needed = required and (kind == "cpu" or shutil.which("nvcc"))
+                print(f"the {kind} kernels were not built: {error}", file=sys.stderr)
+                if needed:
+                    sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+/* The library's entry points: each takes the build for the best instruction set of this machine,
+ * or the one that OPTIMZOO_CPU_ISA names (baseline, avx2, avx512), if the machine has it. */
+#include <cstdlib>
+#include <cstring>
+
+#pragma GCC visibility push(default)
+#include "optimzoo.h"
+#pragma GCC visibility pop
+
+#define OZ_DECLARE(op)                                             \
+  int op##_baseline(const oz_tensor *, int64_t, const oz_options *); \
+  int op##_avx2(const oz_tensor *, int64_t, const oz_options *);     \
+  int op##_avx512(const oz_tensor *, int64_t, const oz_options *);
+
+OZ_DECLARE(scale)
+OZ_DECLARE(adam)
+OZ_DECLARE(reduce)
+OZ_DECLARE(apply)
+OZ_DECLARE(center)
+
+namespace {
+
+int best_isa() {
+#ifdef OZ_X86
+  int best = 0;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = 1;
+  if (best && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    best = 2;
+  return best;
+#else
+  return 0;
+#endif
+}
+
+const char *const names[] = {"baseline", "avx2", "avx512"};
+
+int chosen_isa() {
+  const char *asked = std::getenv("OPTIMZOO_CPU_ISA");
+  int best = best_isa();
+  for (int i = 0; asked && i < best; ++i)
+    if (!std::strcmp(asked, names[i])) return i;
+  return best;
+}
+
+const int isa = chosen_isa();
+
+}  // namespace
+
+#ifdef OZ_X86
+#define OZ_CHOOSE(op)                                                  \
+  isa == 2   ? op##_avx512(tensors, count, options)                    \
+  : isa == 1 ? op##_avx2(tensors, count, options)                      \
+             : op##_baseline(tensors, count, options)
+#else
+#define OZ_CHOOSE(op) op##_baseline(tensors, count, options)
+#endif
+
+#define OZ_EXPORT(op)                                                              \
+  int oz_cpu_##op(const oz_tensor *tensors, int64_t count, const oz_options *options, \
+                  void *) {                                                        \
+    return OZ_CHOOSE(op);                                                          \
+  }
+
+extern "C" {
+int oz_cpu_abi(void) { return OZ_ABI; }
+__attribute__((visibility("default"))) const char *oz_cpu_isa(void) { return names[isa]; }
+OZ_EXPORT(scale)
+OZ_EXPORT(adam)
+OZ_EXPORT(reduce)
+OZ_EXPORT(apply)
+OZ_EXPORT(center)
+}

@@ -1,0 +1,239 @@
+/* SCALE: see optimzoo.h. Rows, signs and vectors take one pass; columns take two, with the second
+ * from the end, where the cache still holds what the first read last. */
+#include <cmath>
+#include <vector>
+
+#include "adam_block.h"
+#include "vectors.h"
+
+namespace {
+
+struct Rule {
+  float sign, lr, decay, rest, eps;
+  bool l2;
+};
+
+/* The factor that takes the place of g / s, from the sum of the squares of g before its scale. */
+inline float factor(float sum, int64_t n, const Rule &r, float scale) {
+  float length = std::sqrt(r.l2 ? sum : sum / static_cast<float>(n)) * std::fabs(scale);
+  return scale / (length < r.eps ? r.eps : length); /* a NaN stays one */
+}
+
+/* What is normalised is the gradient, whose sign and scale come with the factor, or the momentum,
+ * which has them already. */
+inline float scale_of(const oz_tensor &t, const Rule &r) { return t.exp_avg ? 1.0f : r.sign; }
+
+/* ---- Tensors of one type, rounded to nearest: loops over the memory itself. ---- */
+
+template <int TYPE>
+struct Plain {
+  using raw = typename Element<TYPE>::raw;
+  const oz_tensor &t;
+  const Rule &r;
+
+  /* The gradient, or the momentum once it has taken the gradient in. */
+  const raw *direction(int64_t at, int64_t n, bool update) const {
+    const raw *g = static_cast<const raw *>(t.grad) + at;
+    if (!t.exp_avg) return g;
+    raw *m = static_cast<raw *>(t.exp_avg) + at;
+    if (update) average<TYPE, TYPE>(m, g, n, r.sign, r.rest);
+    return m;
+  }
+
+  void rows(int64_t from, int64_t to) const {
+    for (int64_t row = from; row < to; ++row) {
+      raw *p = static_cast<raw *>(t.param) + row * t.cols;
+      const raw *x = direction(row * t.cols, t.cols, true);
+      const float sum = sum_of_squares<TYPE>(x, t.cols, p);
+      subtract<TYPE, TYPE>(p, x, t.cols, r.lr, factor(sum, t.cols, r, scale_of(t, r)), r.decay);
+    }
+  }
+
+  void column_sums(int64_t from, int64_t to, float *sums) const {
+    constexpr int64_t AHEAD = 8192; /* bytes: a pure read outruns the hardware's prefetching */
+    for (int64_t row = from; row < to; ++row) {
+      const raw *x = direction(row * t.cols, t.cols, true);
+      const char *ahead = reinterpret_cast<const char *>(x) + AHEAD;
+      for (int64_t line = 0; line < t.cols * int64_t{sizeof(raw)}; line += 64)
+        __builtin_prefetch(ahead + line);
+      add_squares<TYPE>(sums, x, t.cols);
+    }
+  }
+
+  void column_update(int64_t row, const float *by) const {
+    const int64_t at = row * t.cols;
+    raw *p = static_cast<raw *>(t.param) + at;
+    subtract_each<TYPE, TYPE>(p, direction(at, t.cols, false), t.cols, r.lr, by, r.decay);
+  }
+};
+
+/* ---- Any types and roundings: blocks of floats. ---- */
+
+struct Mixed {
+  const oz_tensor &t;
+  const Rule &r;
+  const oz_options &o;
+  uint32_t key;
+
+  const float *direction(int64_t at, int64_t n, bool update, float *buffer) const {
+    if (!t.exp_avg) return load(t.grad, at, n, t.grad_type, buffer);
+    const float *m0 = load(t.exp_avg, at, n, t.state_type, buffer);
+    if (!update) return m0;
+    float other[BLOCK];
+    const float *g = load(t.grad, at, n, t.grad_type, other);
+    float *m = target(t.exp_avg, at, t.state_type, buffer);
+    if (m != m0) std::memcpy(m, m0, n * sizeof(float));
+    average<OZ_F32, OZ_F32>(m, g, n, r.sign, r.rest);
+    store(m, t.exp_avg, at, n, t.state_type);
+    return load(t.exp_avg, at, n, t.state_type, buffer); /* as it is stored */
+  }
+
+  template <typename Change>
+  void change(int64_t at, int64_t n, Change step) const {
+    float buffer[BLOCK];
+    const float *p0 = load(t.param, at, n, t.param_type, buffer);
+    float *p = target(t.param, at, t.param_type, buffer);
+    if (p != p0) std::memcpy(p, p0, n * sizeof(float));
+    step(p);
+    put(p, t, at, n, o, key);
+  }
+
+  void rows(int64_t from, int64_t to) const {
+    float buffer[BLOCK];
+    for (int64_t row = from; row < to; ++row) {
+      const int64_t begin = row * t.cols, end = begin + t.cols;
+      float sum = 0.0f;
+      for (int64_t at = begin; at < end; at += BLOCK) {
+        const int64_t n = std::min(BLOCK, end - at);
+        const float *x = direction(at, n, true, buffer);
+        sum += sum_of_squares<OZ_F32>(x, n, x);
+      }
+      const float by = factor(sum, t.cols, r, scale_of(t, r));
+      for (int64_t at = begin; at < end; at += BLOCK) {
+        const int64_t n = std::min(BLOCK, end - at);
+        const float *x = direction(at, n, false, buffer);
+        change(at, n, [&](float *p) { subtract<OZ_F32, OZ_F32>(p, x, n, r.lr, by, r.decay); });
+      }
+    }
+  }
+
+  void signs(int64_t from, int64_t to) const {
+    float buffer[BLOCK], signs[BLOCK];
+    const float scale = scale_of(t, r);
+    for (int64_t at = from; at < to; at += BLOCK) {
+      const int64_t n = std::min(BLOCK, to - at);
+      const float *x = direction(at, n, true, buffer);
+      for (int64_t i = 0; i < n; ++i) {
+        const float y = scale * x[i];
+        signs[i] = y > 0 ? 1.0f : y < 0 ? -1.0f : y; /* zero and NaN stay */
+      }
+      change(at, n, [&](float *p) { subtract<OZ_F32, OZ_F32>(p, signs, n, r.lr, 1.0f, r.decay); });
+    }
+  }
+
+  void column_sums(int64_t from, int64_t to, float *sums) const {
+    float buffer[BLOCK];
+    for (int64_t row = from; row < to; ++row)
+      for (int64_t col = 0; col < t.cols; col += BLOCK) {
+        const int64_t at = row * t.cols + col, n = std::min(BLOCK, t.cols - col);
+        add_squares<OZ_F32>(sums + col, direction(at, n, true, buffer), n);
+      }
+  }
+
+  void column_update(int64_t row, const float *by) const {
+    float buffer[BLOCK];
+    for (int64_t col = 0; col < t.cols; col += BLOCK) {
+      const int64_t at = row * t.cols + col, n = std::min(BLOCK, t.cols - col);
+      const float *x = direction(at, n, false, buffer);
+      change(at, n, [&](float *p) {
+        subtract_each<OZ_F32, OZ_F32>(p, x, n, r.lr, by + col, r.decay);
+      });
+    }
+  }
+};
+
+/* `run` on the loops that fit the tensor. */
+template <typename Run>
+inline void with_loops(const oz_tensor &t, int64_t index, const Rule &r, const oz_options &o,
+                       Run run) {
+  const bool plain = o.rounding == OZ_NEAREST && t.grad_type == t.param_type &&
+                     (!t.exp_avg || t.state_type == t.param_type);
+  if (!plain)
+    run(Mixed{t, r, o, rounding_key(o, index)});
+  else if (t.param_type == OZ_F32)
+    run(Plain<OZ_F32>{t, r});
+  else if (t.param_type == OZ_BF16)
+    run(Plain<OZ_BF16>{t, r});
+  else
+    run(Plain<OZ_F16>{t, r});
+}
+
+/* Whole chunks of rows backwards, each forwards, so that the hardware prefetches within them. */
+template <typename Loops>
+inline void column_updates(const Loops &loops, int64_t from, int64_t to, const float *by) {
+  constexpr int64_t CHUNK = 512;
+  for (int64_t last = to; last > from; last -= CHUNK)
+    for (int64_t row = std::max(from, last - CHUNK); row < last; ++row)
+      loops.column_update(row, by);
+}
+
+inline bool by_rows(const oz_tensor &t) { return t.kind == OZ_ROWS || t.kind == OZ_COLUMNS; }
+
+inline int64_t units_of(const oz_tensor &t) { return by_rows(t) ? t.rows : blocks_of(t); }
+
+inline int64_t size_of(const oz_tensor &t) { return by_rows(t) ? t.cols : BLOCK; }
+
+}  // namespace
+
+OZ_FUNCTION(scale) {
+  const oz_options &o = *options;
+  const Scalars s = scalars_of(o);
+  if (s.skip) return 0;
+  const Rule r = {s.sign, s.lr, static_cast<float>(o.weight_decay),
+                  static_cast<float>(1.0 - o.momentum), static_cast<float>(o.eps), o.l2 != 0};
+  std::vector<int64_t> offset(count + 1, 0); /* of a tensor's columns among those of all */
+  for (int64_t i = 0; i < count; ++i)
+    offset[i + 1] = offset[i] + (tensors[i].kind == OZ_COLUMNS ? tensors[i].cols : 0);
+  const int64_t columns = offset[count];
+  const int most = threads_of(o);
+  std::vector<float> partial(static_cast<size_t>(columns) * most), factors(columns);
+#pragma omp parallel num_threads(most)
+  {
+    const int me = omp_get_thread_num(), of = omp_get_num_threads();
+    float *sums = partial.data() + static_cast<size_t>(columns) * me;
+    deal(tensors, count, me, of, units_of, size_of, [&](int64_t i, int64_t from, int64_t to) {
+      const oz_tensor &t = tensors[i];
+      const int64_t n = t.rows * t.cols;
+      if (t.kind == OZ_ROWS) {
+        with_loops(t, i, r, o, [&](const auto &loops) { loops.rows(from, to); });
+      } else if (t.kind == OZ_COLUMNS) {
+        with_loops(t, i, r, o,
+                   [&](const auto &loops) { loops.column_sums(from, to, sums + offset[i]); });
+      } else if (t.kind == OZ_SIGN) {
+        Mixed{t, r, o, rounding_key(o, i)}.signs(from * BLOCK, std::min(n, to * BLOCK));
+      } else {
+        const AdamRule rule = adam_rule(o, s, t.step, true);
+        const uint32_t key = rounding_key(o, i);
+        for (int64_t b = from; b < to; ++b)
+          adam_block(t, b * BLOCK, std::min(BLOCK, n - b * BLOCK), rule, o, key, nullptr);
+      }
+    });
+    if (columns > 0) {
+#pragma omp barrier
+#pragma omp for
+      for (int64_t j = 0; j < columns; ++j) {
+        const int64_t i = std::upper_bound(offset.begin(), offset.end(), j) - offset.begin() - 1;
+        float sum = 0.0f;
+        for (int k = 0; k < of; ++k) sum += partial[static_cast<size_t>(columns) * k + j];
+        factors[j] = factor(sum, tensors[i].rows, r, scale_of(tensors[i], r));
+      }
+      deal(tensors, count, me, of, units_of, size_of, [&](int64_t i, int64_t from, int64_t to) {
+        if (tensors[i].kind == OZ_COLUMNS)
+          with_loops(tensors[i], i, r, o, [&](const auto &loops) {
+            column_updates(loops, from, to, factors.data() + offset[i]);
+          });
+      });
+    }
+  }
+  return 0;
+}

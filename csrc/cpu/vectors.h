@@ -1,0 +1,140 @@
+/* Sixteen elements at a time, by GCC's and clang's vector extension: one source for every
+ * instruction set. The compilers' own vectorisation of 16-bit loops is half as fast. */
+#ifndef OZ_CPU_VECTORS_H
+#define OZ_CPU_VECTORS_H
+
+#include "types.h"
+
+namespace {
+
+constexpr int64_t LANES = 16;
+typedef float floats __attribute__((vector_size(64)));
+typedef uint32_t words __attribute__((vector_size(64)));
+typedef uint16_t halves __attribute__((vector_size(32)));
+typedef _Float16 float16s __attribute__((vector_size(32)));
+
+template <int TYPE>
+inline floats get(const typename Element<TYPE>::raw *x) {
+  if constexpr (TYPE == OZ_F32) {
+    floats v;
+    std::memcpy(&v, x, 64);
+    return v;
+  } else if constexpr (TYPE == OZ_BF16) {
+    halves h;
+    std::memcpy(&h, x, 32);
+    return (floats)(__builtin_convertvector(h, words) << 16);
+  } else {
+    float16s h;
+    std::memcpy(&h, x, 32);
+    return __builtin_convertvector(h, floats);
+  }
+}
+
+template <int TYPE>
+inline void put(typename Element<TYPE>::raw *x, floats v) {
+  if constexpr (TYPE == OZ_F32) {
+    std::memcpy(x, &v, 64);
+  } else if constexpr (TYPE == OZ_BF16) {
+    const words u = (words)v;
+    const words nearest = u + 0x7fffu + ((u >> 16) & 1u);
+    const words quiet = u | 0x400000u; /* v != v: a NaN stays one. Infinity does as it is. */
+    const words chosen = (v == v) ? nearest : quiet;
+    const halves h = __builtin_convertvector(chosen >> 16, halves);
+    std::memcpy(x, &h, 32);
+  } else {
+    const float16s h = __builtin_convertvector(v, float16s);
+    std::memcpy(x, &h, 32);
+  }
+}
+
+inline float total(floats v) {
+  typedef float eight __attribute__((vector_size(32)));
+  typedef float four __attribute__((vector_size(16)));
+  eight e[2];
+  std::memcpy(e, &v, 64);
+  const eight sum = e[0] + e[1];
+  four f[2];
+  std::memcpy(f, &sum, 32);
+  const four g = f[0] + f[1];
+  return (g[0] + g[1]) + (g[2] + g[3]);
+}
+
+/* The sum of the squares of x[0, n). Meanwhile what lies at `next` comes into the cache. */
+template <int TYPE>
+inline float sum_of_squares(const typename Element<TYPE>::raw *x, int64_t n, const void *next) {
+  const char *ahead = static_cast<const char *>(next);
+  constexpr int64_t BYTES = 4 * LANES * sizeof(*x);
+  floats a = {}, b = {}, c = {}, d = {};
+  int64_t i = 0;
+  for (; i + 4 * LANES <= n; i += 4 * LANES, ahead += BYTES) {
+    for (int64_t line = 0; line < BYTES; line += 64) __builtin_prefetch(ahead + line);
+    const floats w = get<TYPE>(x + i), y = get<TYPE>(x + i + LANES);
+    const floats z = get<TYPE>(x + i + 2 * LANES), q = get<TYPE>(x + i + 3 * LANES);
+    a += w * w;
+    b += y * y;
+    c += z * z;
+    d += q * q;
+  }
+  for (; i + LANES <= n; i += LANES) {
+    const floats w = get<TYPE>(x + i);
+    a += w * w;
+  }
+  float rest = 0.0f;
+  for (; i < n; ++i) rest += Element<TYPE>::get(x[i]) * Element<TYPE>::get(x[i]);
+  return total((a + b) + (c + d)) + rest;
+}
+
+/* p[i] = p[i] - lr (by x[i] + decay p[i]) */
+template <int TYPE, int XTYPE>
+inline void subtract(typename Element<TYPE>::raw *p, const typename Element<XTYPE>::raw *x,
+                     int64_t n, float lr, float by, float decay) {
+  const float keep = 1.0f - lr * decay, size = lr * by;
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES)
+    put<TYPE>(p + i, keep * get<TYPE>(p + i) - size * get<XTYPE>(x + i));
+  for (; i < n; ++i)
+    p[i] = Element<TYPE>::make(keep * Element<TYPE>::get(p[i]) - size * Element<XTYPE>::get(x[i]));
+}
+
+/* As subtract, with a factor by[i] an element. */
+template <int TYPE, int XTYPE>
+inline void subtract_each(typename Element<TYPE>::raw *p, const typename Element<XTYPE>::raw *x,
+                          int64_t n, float lr, const float *by, float decay) {
+  const float keep = 1.0f - lr * decay;
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES)
+    put<TYPE>(p + i, keep * get<TYPE>(p + i) - lr * get<OZ_F32>(by + i) * get<XTYPE>(x + i));
+  for (; i < n; ++i)
+    p[i] = Element<TYPE>::make(keep * Element<TYPE>::get(p[i]) -
+                               lr * by[i] * Element<XTYPE>::get(x[i]));
+}
+
+/* m[i] = m[i] + rest (sign g[i] - m[i]) */
+template <int TYPE, int GTYPE>
+inline void average(typename Element<TYPE>::raw *m, const typename Element<GTYPE>::raw *g,
+                    int64_t n, float sign, float rest) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    const floats old = get<TYPE>(m + i);
+    put<TYPE>(m + i, old + rest * (sign * get<GTYPE>(g + i) - old));
+  }
+  for (; i < n; ++i) {
+    const float old = Element<TYPE>::get(m[i]);
+    m[i] = Element<TYPE>::make(old + rest * (sign * Element<GTYPE>::get(g[i]) - old));
+  }
+}
+
+/* sums[i] = sums[i] + x[i]^2 */
+template <int TYPE>
+inline void add_squares(float *sums, const typename Element<TYPE>::raw *x, int64_t n) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    const floats v = get<TYPE>(x + i);
+    put<OZ_F32>(sums + i, get<OZ_F32>(sums + i) + v * v);
+  }
+  for (; i < n; ++i) sums[i] += Element<TYPE>::get(x[i]) * Element<TYPE>::get(x[i]);
+}
+
+}  // namespace
+
+#endif

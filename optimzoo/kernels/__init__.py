@@ -1,0 +1,1 @@
+"""Compiled update kernels: native CPU and CUDA libraries, and Triton. Optimizers call dispatch."""

@@ -1,0 +1,144 @@
+"""Which kernels step a tensor: the one place that chooses.
+
+A CUDA tensor goes to the native CUDA library, a CPU tensor to the CPU library. What no kernel takes
+stays with the optimizer's eager path: other dtypes than float32, bfloat16 and float16, weights or
+state that are not contiguous, tensor subclasses, other devices.
+"""
+
+import functools
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from optimzoo.kernels import native
+
+LIBRARIES = {"cpu": native.CPU, "cuda": native.CUDA}
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PLAIN = (Tensor, torch.nn.Parameter)
+ROWS, COLUMNS, SIGN, ADAM = range(4)  # enum oz_kind
+Backend = Any  # an object with the functions of native.py
+
+
+class Item(NamedTuple):
+    """A parameter (or one matrix of a stack) as the kernels see it: dense, [rows, cols]."""
+
+    param: Tensor
+    grad: Tensor
+    exp_avg: Tensor | None
+    exp_avg_sq: Tensor | None
+    step: Tensor | None
+    kind: int
+    shape: tuple[int, int]
+    whole: Tensor  # the parameter that it is, or is a part of
+
+
+def matrices(
+    param: Tensor, grad: Any, exp_avg: Tensor | None, kind: int, *, stacked: bool
+) -> list[Item]:
+    """A weight as a matrix ``[out, -1]``; a stack whose columns are reduced, matrix by matrix."""
+    shape = param.shape
+    if len(shape) == 2:
+        return [Item(param, grad, exp_avg, None, None, kind, (shape[0], shape[1]), param)]
+    if stacked and kind == COLUMNS:
+        count = math.prod(shape[:-2])
+        averages = [None] * count if exp_avg is None else list(exp_avg.flatten(0, -3))
+        slices = zip(param.detach().flatten(0, -3), grad.flatten(0, -3), averages, strict=True)
+        return [
+            Item(p, g, m, None, None, kind, (shape[-2], shape[-1]), param) for p, g, m in slices
+        ]
+    # Each row of a stack is a row of its own, so a stack is one tall matrix.
+    cols = shape[-1] if stacked else math.prod(shape[1:])
+    rows = math.prod(shape[:-1]) if stacked else shape[0]
+    return [Item(param, grad, exp_avg, None, None, kind, (rows, cols), param)]
+
+
+def vector(param: Tensor, grad: Any, *state: Tensor) -> Item:
+    """A parameter that Adam steps; its state is ``exp_avg, exp_avg_sq, step``."""
+    exp_avg, exp_avg_sq, step = state
+    return Item(param, grad, exp_avg, exp_avg_sq, step, ADAM, (1, param.numel()), param)
+
+
+@functools.cache
+def backend(device_type: str) -> Backend | None:
+    """The backend that steps tensors on this kind of device; None: there is none."""
+    library = LIBRARIES.get(device_type)
+    return library if library is not None and library.available() else None
+
+
+def takes(item: Item) -> bool:
+    """Whether kernels can step it; a gradient that is not contiguous is copied by them."""
+    param, grad, exp_avg, exp_avg_sq = item[:4]
+    if not (
+        type(param) in _PLAIN
+        and type(grad) is Tensor
+        and param.dtype in TYPES
+        and grad.dtype in TYPES
+        and param.is_contiguous()
+        and grad.device == param.device
+    ):
+        return False
+    for state in (exp_avg, exp_avg_sq):
+        if state is not None and not (
+            state.dtype in TYPES
+            and state.is_contiguous()
+            and state.device == param.device
+            and state.shape == param.shape  # a checkpoint may hold another
+        ):
+            return False
+    return True
+
+
+def split(
+    items: Iterable[Item], fused: bool | None
+) -> tuple[list[tuple[Backend, list[Item]]], list[Item]]:
+    """Sort items into those of each device's backend, and the rest.
+
+    Args:
+        items: see :class:`Item`.
+        fused: `None`, kernels where there are any; `True`, all or an error.
+
+    Raises:
+        RuntimeError: ``fused=True`` and an item that no kernel takes; the message says why.
+    """
+    runs: dict[torch.device, list[Item]] = {}
+    rest: list[Item] = []
+    for item in items:
+        device = item.param.device
+        if backend(device.type) is not None and takes(item):
+            runs.setdefault(device, []).append(item)
+        elif fused:
+            raise RuntimeError(_refusal(item.param))
+        else:
+            rest.append(item)
+    return [(backend(device.type), chosen) for device, chosen in runs.items()], rest
+
+
+def columns(items: list[Item]) -> tuple[list[Any], ...]:
+    """The items field by field, for a call: gradients contiguous, steps counted and at hand."""
+    fields = [list(field) for field in list(zip(*items, strict=True))[:7]]
+    fields[1] = [g.contiguous() for g in fields[1]]
+    device = items[0].param.device
+    counts = [step for step in fields[4] if step is not None]
+    if counts:
+        torch._foreach_add_(counts, 1)
+        fields[4] = [None if step is None else step.to(device) for step in fields[4]]
+    return tuple(fields)
+
+
+def scalar(value: float | Tensor, device: torch.device) -> float | Tensor:
+    """A learning rate as the kernels read it: a number, or a float32 tensor on their GPU."""
+    if isinstance(value, Tensor) and value.device == device and device.type != "cpu":
+        return value.reshape(()).float()
+    return float(value)
+
+
+def _refusal(param: Tensor) -> str:
+    what = f"fused=True cannot step a {param.dtype} parameter {tuple(param.shape)}"
+    kind = param.device.type
+    if backend(kind) is None:
+        why = LIBRARIES[kind].why_not() if kind in LIBRARIES else "there are no kernels for it"
+        return f"{what} on {kind}: {why}; run `optimzoo doctor`, or leave fused=None"
+    return f"{what}: kernels take contiguous float32, bfloat16 and float16; leave fused=None"

@@ -1,0 +1,302 @@
+"""The native kernel libraries, CPU and CUDA, called through their plain C interface.
+
+What each function does is written in ``csrc/include/optimzoo.h``; the Triton backend has the same
+ones. Lists have one entry a tensor. Tensors are dense ``[rows, cols]``, by ``shapes``, and live on
+one device; of the states, those that a tensor does not have are None.
+"""
+
+import ctypes
+import functools
+import os
+import struct
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ABI = 1
+_TENSOR = struct.Struct("=7Q2q4i")  # oz_tensor
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ROWS, _COLUMNS, _SIGN, _ADAM = range(4)
+Shapes = Sequence[tuple[int, int]]
+Tensors = Sequence[Tensor]
+States = Sequence[Tensor | None]
+
+
+class _Options(ctypes.Structure):
+    """``oz_options``."""
+
+    _fields_ = [
+        *((name, ctypes.c_double) for name in ("lr", "weight_decay", "momentum", "eps")),
+        *((name, ctypes.c_double) for name in ("beta1", "beta2", "adam_eps", "l1", "alpha")),
+        *((name, ctypes.c_void_p) for name in ("lr_tensor", "grad_scale", "found_inf")),
+        ("seed", ctypes.c_uint64),
+        ("step", ctypes.c_uint64),
+        ("first_index", ctypes.c_uint32),
+        *((name, ctypes.c_int32) for name in ("l2", "maximize", "rounding", "eps_before")),
+        *((name, ctypes.c_int32) for name in ("direction", "threads", "reserved")),
+    ]
+
+
+class Library:
+    """The kernels of one kind of device, ``cpu`` or ``cuda``; loaded at the first use."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.path = Path(__file__).with_name(f"_{kind}.so")
+
+    @functools.cached_property
+    def _loaded(self) -> tuple[ctypes.CDLL | None, str]:
+        if os.environ.get("OPTIMZOO_NATIVE", "1") == "0":
+            return None, "native kernels are switched off by OPTIMZOO_NATIVE=0"
+        if not self.path.exists():
+            tool = "g++" if self.kind == "cpu" else "nvcc"
+            return None, f"{self.path.name} was not built; install {tool}, then optimzoo again"
+        if self.kind == "cuda" and not torch.cuda.is_available():
+            return None, "torch finds no CUDA device"
+        try:
+            library = ctypes.CDLL(str(self.path))
+            abi = getattr(library, f"oz_{self.kind}_abi")()
+        except (OSError, AttributeError) as error:
+            return None, f"{self.path.name} cannot be loaded ({error}); install optimzoo again"
+        if abi != _ABI:
+            return None, f"{self.path.name} has ABI {abi}, not {_ABI}; install optimzoo again"
+        return library, ""
+
+    def available(self) -> bool:
+        """Whether the library was built and loads here."""
+        return self._loaded[0] is not None
+
+    def why_not(self) -> str:
+        """Why it is not available; empty if it is."""
+        return self._loaded[1]
+
+    def variant(self) -> str:
+        """The instruction set the CPU library has chosen; empty for CUDA."""
+        library = self._loaded[0]
+        if library is None or self.kind == "cuda":
+            return ""
+        library.oz_cpu_isa.restype = ctypes.c_char_p
+        return str(library.oz_cpu_isa().decode())
+
+    def scale_(
+        self,
+        params: Tensors,
+        grads: Tensors,
+        exp_avgs: States,
+        exp_avg_sqs: States,
+        steps: States,
+        kinds: Sequence[int],
+        shapes: Shapes,
+        *,
+        lr: float | Tensor,
+        momentum: float,
+        weight_decay: float,
+        l2: bool,
+        eps: float,
+        betas: tuple[float, float],
+        adam_eps: float,
+        maximize: bool,
+        **shared: Any,
+    ) -> None:
+        """SCALE's step (``oz_*_scale``); ``shared`` as :meth:`_call` takes it."""
+        extras: States = [None] * len(params)
+        if self.kind == "cuda":
+            extras = [
+                self._scratch(p, *shape) if kind == _COLUMNS else None
+                for p, kind, shape in zip(params, kinds, shapes, strict=True)
+            ]
+        options = _Options(
+            momentum=momentum,
+            weight_decay=weight_decay,
+            l2=l2,
+            eps=eps,
+            beta1=betas[0],
+            beta2=betas[1],
+            adam_eps=adam_eps,
+            maximize=maximize,
+        )
+        columns = (params, grads, exp_avgs, exp_avg_sqs, [None] * len(params), steps, extras)
+        self._call("scale", columns, shapes, kinds, options, lr=lr, **shared)
+
+    def adam_(
+        self,
+        params: Tensors,
+        grads: Tensors,
+        exp_avgs: Tensors,
+        exp_avg_sqs: Tensors,
+        steps: States,
+        *,
+        lr: float | Tensor,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        maximize: bool,
+        eps_before: bool,
+        masks: States | None = None,
+        l1: float = 0.0,
+        alpha: float = 0.0,
+        clips: States | None = None,
+        direction: bool = False,
+        **shared: Any,
+    ) -> None:
+        """Adam, AdamW, AdamS, or Adam's direction (``oz_*_adam``)."""
+        none: States = [None] * len(params)
+        options = _Options(
+            beta1=betas[0],
+            beta2=betas[1],
+            adam_eps=eps,
+            weight_decay=weight_decay,
+            maximize=maximize,
+            eps_before=eps_before,
+            l1=l1,
+            alpha=alpha,
+            direction=direction,
+        )
+        columns = (params, grads, exp_avgs, exp_avg_sqs, masks or none, steps, clips or none)
+        shapes = [(1, p.numel()) for p in params]
+        self._call("adam", columns, shapes, [_ADAM] * len(params), options, lr=lr, **shared)
+
+    def reduce_(
+        self,
+        grads: Tensors,
+        outs: Tensors,
+        kinds: Sequence[int],
+        shapes: Shapes,
+        *,
+        maximize: bool = False,
+        **shared: Any,
+    ) -> None:
+        """Sums of squares by row or column, or clipped (``oz_*_reduce``), into ``outs``."""
+        none: States = [None] * len(grads)
+        columns = (grads, grads, none, none, none, none, outs)
+        self._call("reduce", columns, shapes, kinds, _Options(maximize=maximize), **shared)
+
+    def apply_(
+        self,
+        params: Tensors,
+        grads: Tensors,
+        scales: Tensors,
+        kinds: Sequence[int],
+        shapes: Shapes,
+        *,
+        lr: float | Tensor,
+        weight_decay: float,
+        maximize: bool = False,
+        **shared: Any,
+    ) -> None:
+        """A step along the gradient scaled by ``scales`` (``oz_*_apply``)."""
+        none: States = [None] * len(params)
+        options = _Options(weight_decay=weight_decay, maximize=maximize)
+        columns = (params, grads, none, none, none, none, scales)
+        self._call("apply", columns, shapes, kinds, options, lr=lr, **shared)
+
+    def center_(
+        self,
+        outs: Tensors,
+        grads: Tensors,
+        shapes: Shapes,
+        *,
+        eps: float,
+        maximize: bool = False,
+        **shared: Any,
+    ) -> None:
+        """Rows less their mean over their deviation (``oz_*_center``), into ``outs``."""
+        none: States = [None] * len(outs)
+        options = _Options(eps=eps, maximize=maximize)
+        columns = (outs, grads, none, none, none, none, none)
+        self._call("center", columns, shapes, [_ROWS] * len(outs), options, **shared)
+
+    def _call(
+        self,
+        operation: str,
+        columns: tuple[Sequence[Any], ...],
+        shapes: Shapes,
+        kinds: Sequence[int],
+        options: _Options,
+        *,
+        lr: float | Tensor = 0.0,
+        seed: int | None = None,
+        step: int = 0,
+        first_index: int = 0,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Fill the table, make the call.
+
+        Args:
+            operation: the function's name without its prefix.
+            columns: parameters, gradients, both moments, masks, steps, extras.
+            shapes: rows and columns of each.
+            kinds: ``enum oz_kind`` of each.
+            options: those that only this operation has.
+            lr: a number, or a float32 tensor on the device.
+            seed: of stochastic rounding; None rounds to nearest.
+            step: of stochastic rounding.
+            first_index: of the first tensor, in stochastic rounding.
+            grad_scale: a float32 tensor; gradients are divided by it.
+            found_inf: a float32 tensor; if it is not zero, nothing is written.
+        """
+        library, why = self._loaded
+        if library is None:
+            raise RuntimeError(f"no {self.kind} kernels: {why}")
+        params, grads, exp_avgs = columns[:3]
+        if not params:
+            return
+        options.seed, options.step = seed or 0, step
+        options.rounding, options.first_index = seed is not None, first_index
+        held = [lr] if isinstance(lr, Tensor) else []
+        if held:
+            options.lr_tensor = held[0].data_ptr()
+        else:
+            options.lr = lr
+        options.grad_scale = None if grad_scale is None else grad_scale.data_ptr()
+        options.found_inf = None if found_inf is None else found_inf.data_ptr()
+        table = bytearray(_TENSOR.size * len(params))
+        pointers = [[0 if t is None else t.data_ptr() for t in column] for column in columns]
+        types = [
+            (_TYPES[p.dtype], _TYPES[g.dtype], 0 if m is None else _TYPES[m.dtype])
+            for p, g, m in zip(params, grads, exp_avgs, strict=True)
+        ]
+        at = 0
+        rows = zip(*pointers, strict=True)
+        for row, shape, kind_of, kind in zip(rows, shapes, types, kinds, strict=True):
+            _TENSOR.pack_into(table, at, *row, *shape, *kind_of, kind)
+            at += _TENSOR.size
+        function = getattr(library, f"oz_{self.kind}_{operation}")
+        buffer = (ctypes.c_char * len(table)).from_buffer(table)
+        device = params[0].device
+        stream = None
+        if self.kind == "cuda":
+            with torch.cuda.device(device):
+                stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+                status = function(
+                    buffer, ctypes.c_int64(len(params)), ctypes.byref(options), stream
+                )
+        else:
+            options.threads = torch.get_num_threads()
+            status = function(buffer, ctypes.c_int64(len(params)), ctypes.byref(options), stream)
+        if status:
+            raise RuntimeError(
+                f"the {self.kind} kernel {operation} failed with CUDA error {status}"
+            )
+        if operation not in ("reduce",):
+            torch.autograd.graph.increment_version(_written(columns))
+
+    def _scratch(self, param: Tensor, rows: int, cols: int) -> Tensor:
+        library = self._loaded[0]
+        assert library is not None
+        library.oz_cuda_scale_scratch.restype = ctypes.c_int64
+        size = library.oz_cuda_scale_scratch(ctypes.c_int64(rows), ctypes.c_int64(cols))
+        return torch.empty(size // 4 + 1, dtype=torch.float32, device=param.device)
+
+
+def _written(columns: tuple[Sequence[Any], ...]) -> Iterable[Tensor]:
+    """Parameters and moments: autograd is told that they have changed."""
+    return [t for column in (columns[0], columns[2], columns[3]) for t in column if t is not None]
+
+
+CPU = Library("cpu")
+CUDA = Library("cuda")

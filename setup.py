@@ -1,0 +1,29 @@
+"""Builds the native kernels on the way; all metadata is in setup.cfg."""
+
+import runpy
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+from setuptools.dist import Distribution
+
+
+class BuildWithKernels(build_py):
+    """Compile csrc into the package before its files are collected."""
+
+    def run(self) -> None:
+        """Build, then collect."""
+        script = Path(__file__).resolve().parent / "csrc" / "build.py"
+        runpy.run_path(str(script))["main"]()
+        super().run()
+
+
+class Binary(Distribution):
+    """A distribution with machine code in it: its wheel is for one platform."""
+
+    def has_ext_modules(self) -> bool:
+        """Yes."""
+        return True
+
+
+setup(cmdclass={"build_py": BuildWithKernels}, distclass=Binary)
