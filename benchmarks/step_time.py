@@ -20,11 +20,19 @@ from torch import nn
 
 import optimzoo
 from benchmarks.llama import Llama, get_config
+from benchmarks.peers import peers
 from benchmarks.progress import RunProgress
 from benchmarks.provenance import provenance, write_json
+from optimzoo.roles import ROLES
 from optimzoo.subspace.bases import leading_basis
 
 DEFAULT = ("sgd", "adamw", "scale", "galore", "natural_galore", "fira", "apollo", "apollo_mini")
+# Tensors of the weight's size that a step has to read or write, by role: the floor of its time.
+FLOOR = {
+    "sgd": {"hidden": 3, "embedding": 3, "head": 3, "vector": 3},
+    "adamw": {"hidden": 7, "embedding": 7, "head": 7, "vector": 7},
+    "scale": {"hidden": 3, "embedding": 4, "head": 5, "vector": 7},
+}
 FUSED = ("sgd", "adamw", "adam")
 LOW_RANK = ("galore", "natural_galore", "fira", "apollo")
 REFRESH_SHAPES = ((1376, 512), (4096, 1376))
@@ -39,53 +47,30 @@ def ours(name: str, rank: int, gap: int) -> Make:
     return lambda groups: optimzoo.create_optimizer(name, groups, lr=1e-4, **options)
 
 
-def peers(rank: int, gap: int) -> dict[str, Make]:
-    """The authors' packages that are installed here: galore-torch and apollo-torch."""
-    found: dict[str, Make] = {}
-
-    def low_rank(groups: list[dict[str, Any]], extra: dict[str, Any]) -> list[dict[str, Any]]:
-        hidden = [{"params": g["params"], **extra} for g in groups if g["role"] == "hidden"]
-        rest = [p for g in groups if g["role"] != "hidden" for p in g["params"]]
-        return [*hidden, {"params": rest}]
-
-    try:
-        from galore_torch import GaLoreAdamW  # type: ignore[import-not-found]
-
-        extra = {"rank": rank, "update_proj_gap": gap, "scale": 0.25, "proj_type": "std"}
-        found["galore-torch"] = lambda groups: GaLoreAdamW(
-            low_rank(groups, extra), lr=1e-4, no_deprecation_warning=True
-        )
-    except ImportError:
-        pass
-    try:
-        from apollo_torch import APOLLOAdamW  # type: ignore[import-not-found]
-
-        apollo = {
-            "rank": rank,
-            "proj": "random",
-            "scale_type": "channel",
-            "scale": 1,
-            "update_proj_gap": gap,
-            "proj_type": "std",
-        }
-        found["apollo-torch"] = lambda groups: APOLLOAdamW(low_rank(groups, apollo), lr=1e-4)
-    except ImportError:
-        pass
-    return found
-
-
 class Subject:
     """One method with weights of its own, and the gradients that all share."""
 
-    def __init__(self, name: str, make: Make, model: nn.Module, grads: list[torch.Tensor]) -> None:
+    def __init__(
+        self,
+        name: str,
+        make: Make,
+        model: nn.Module,
+        grads: list[torch.Tensor],
+        roles: list[str] | None,
+    ) -> None:
         self.name = name
-        groups = optimzoo.param_groups(model)
+        sources = [g for g in optimzoo.param_groups(model) if not roles or g["role"] in roles]
+        groups = [dict(g) for g in sources]
         gradient = dict(zip(model.parameters(), grads, strict=True))
         for group in groups:
             group["params"] = [nn.Parameter(p.detach().clone()) for p in group["params"]]
-        for group, source in zip(groups, optimzoo.param_groups(model), strict=True):
+        for group, source in zip(groups, sources, strict=True):
             for p, original in zip(group["params"], source["params"], strict=True):
                 p.grad = gradient[original]
+        tensors = FLOOR.get(name)
+        self.floor_bytes = tensors and sum(
+            tensors[g["role"]] * p.numel() * p.element_size() for g in groups for p in g["params"]
+        )
         self.optimizer = make(groups)
         self.first = self.timed()  # makes the state and, for projected methods, the first subspace
         self.times: list[float] = []
@@ -101,6 +86,25 @@ class Subject:
         return 1000 * (time.perf_counter() - start)
 
 
+class Copy:
+    """The bandwidth of a plain copy of as many bytes as the gradients have, at most 256 MB."""
+
+    def __init__(self, grads: list[torch.Tensor]) -> None:
+        size = min(sum(g.numel() * g.element_size() for g in grads), 2**28)
+        self.source = torch.ones(size // 4, device=grads[0].device)
+        self.target = torch.empty_like(self.source)
+
+    def gigabytes_per_second(self) -> float:
+        """One copy, read and write counted."""
+        if self.source.is_cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        self.target.copy_(self.source)
+        if self.source.is_cuda:
+            torch.cuda.synchronize()
+        return 8 * self.source.numel() / (time.perf_counter() - start) / 1e9
+
+
 def measure_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of median milliseconds: a plain step, the first step, and both amortised."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -113,19 +117,25 @@ def measure_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
         subjects = []
         for name, make in makers.items():
             bar.start(f"first step of {name}", 1)
-            subjects.append(Subject(name, make, model, grads))
+            subjects.append(Subject(name, make, model, grads, args.roles))
         gc.collect()
+        copy, copies = Copy(grads), []
         for _ in range(args.repeats):
             bar.start("steps in turn", 1)
+            copies.append(copy.gigabytes_per_second())
             for subject in subjects:
                 subject.times.append(subject.timed())
     rows = []
     for subject in subjects:
         plain = statistics.median(subject.times)
+        floor = subject.floor_bytes
+        rate = floor / plain / 1e6 if floor else None
         rows.append(
             {
                 "method": subject.name,
                 "step_ms": plain,
+                "floor_gb_per_s": rate,
+                "share_of_copy": rate and rate / statistics.median(copies),
                 "first_ms": subject.first,
                 # a refresh every `gap` steps, counted at the cost of the first step
                 "amortised_ms": (subject.first + (args.gap - 1) * plain) / args.gap,
@@ -169,9 +179,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="60m")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--optimizers", nargs="+", default=list(DEFAULT), metavar="NAME")
+    parser.add_argument("--roles", nargs="+", choices=ROLES, help="of the weights to step")
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--gap", type=int, default=200, help="steps between two refreshes")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--no-refresh", action="store_true", help="leave out projector refreshes")
     parser.add_argument("--no-peers", action="store_true", help="leave out installed peers")
     parser.add_argument("--out", type=Path, help="a JSON file for the rows")
 
@@ -183,7 +195,7 @@ def main(args: argparse.Namespace) -> int:
     steps = measure_steps(args)
     console = Console()
     table = Table(box=box.SIMPLE_HEAD, title=f"{args.model}, {args.dtype}, rank {args.rank}")
-    for name in ("method", "step ms", "ratio", "first ms", "amortised ms", "ratio"):
+    for name in ("method", "step ms", "ratio", "of copy", "first ms", "amortised ms", "ratio"):
         table.add_column(name, justify="left" if name == "method" else "right")
     base = steps[0]
     for row in steps:
@@ -191,12 +203,13 @@ def main(args: argparse.Namespace) -> int:
             row["method"],
             f"{row['step_ms']:.1f}",
             f"{row['step_ms'] / base['step_ms']:.2f}",
+            f"{100 * row['share_of_copy']:.0f} %" if row["share_of_copy"] else "",
             f"{row['first_ms']:.0f}",
             f"{row['amortised_ms']:.1f}",
             f"{row['amortised_ms'] / base['step_ms']:.2f}",
         )
     console.print(table)
-    refreshes = measure_refresh(args.rank, min(args.repeats, 5))
+    refreshes = measure_refresh(args.rank, min(args.repeats, 5)) if not args.no_refresh else []
     for row in refreshes:
         ms = row["ms"]
         m, n = row["shape"]

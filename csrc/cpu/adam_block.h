@@ -4,18 +4,18 @@
 
 #include <cmath>
 
+#include "vectors.h"
 #include "work.h"
 
 namespace {
 
 struct AdamRule {
-  float sign, lr, decay, rest1, rest2, eps, correction1, correction2, alpha, pull;
-  bool before, direction;
+  float sign, lr, decay, rest1, rest2, eps, correction1, correction2, fade, pull;
 };
 
 inline AdamRule adam_rule(const oz_options &o, const Scalars &s, const float *step, bool before) {
-  double t = step ? *step : 1.0;
-  double c1 = 1.0 - std::pow(o.beta1, t), c2 = 1.0 - std::pow(o.beta2, t);
+  const double t = step ? *step : 1.0;
+  const double c1 = 1.0 - std::pow(o.beta1, t), c2 = 1.0 - std::pow(o.beta2, t);
   AdamRule r;
   r.sign = s.sign;
   r.lr = s.lr;
@@ -23,62 +23,137 @@ inline AdamRule adam_rule(const oz_options &o, const Scalars &s, const float *st
   r.rest1 = static_cast<float>(1.0 - o.beta1);
   r.rest2 = static_cast<float>(1.0 - o.beta2);
   r.eps = static_cast<float>(o.adam_eps);
-  r.before = before;
-  r.direction = o.direction;
-  r.correction1 = static_cast<float>(r.direction ? 1.0 : before ? std::sqrt(c2) / c1 : 1.0 / c1);
-  r.correction2 = static_cast<float>(r.direction || before ? 1.0 : 1.0 / std::sqrt(c2));
-  r.alpha = static_cast<float>(o.alpha);
+  r.correction1 = static_cast<float>(o.direction ? 1.0 : before ? std::sqrt(c2) / c1 : 1.0 / c1);
+  r.correction2 = static_cast<float>(o.direction || before ? 1.0 : 1.0 / std::sqrt(c2));
+  r.fade = static_cast<float>(1.0 - o.alpha);
   r.pull = static_cast<float>(o.alpha * o.l1);
   return r;
 }
 
-/* Elements [at, at + n) of tensor t, n <= BLOCK. */
+/* What differs between calls, decided outside of the loops. */
+enum Variant { STEP, DIRECTION, MASKED };
+
+/* The same arithmetic for one element (float, with `kept` a bool) and for sixteen (floats). */
+template <Variant VARIANT, typename F, typename Kept, typename Root>
+inline F adam_element(F p, F g, F &m, F &v, Kept kept, const AdamRule &r, Root root) {
+  m += r.rest1 * (r.sign * g - m);
+  F moved = m, square = r.sign * g;
+  if constexpr (VARIANT == MASKED) {
+    const F zero = p - p;
+    const F toward = p > zero ? zero + r.pull : (p < zero ? zero - r.pull : zero);
+    moved = kept ? m : r.fade * m + toward;
+    square = moved;
+  }
+  v += r.rest2 * (square * square - v);
+  const F update = r.correction1 * moved / (root(v) * r.correction2 + r.eps);
+  if constexpr (VARIANT == DIRECTION) return update;
+  return p - r.lr * (update + r.decay * p);
+}
+
+inline floats root_of(floats v) {
+  for (int64_t i = 0; i < LANES; ++i) v[i] = std::sqrt(v[i]);
+  return v;
+}
+
+/* Elements [0, n); `mask` begins with the bit of the first. */
+template <Variant VARIANT, int TYPE, int STATE>
+inline void adam_loop(typename Element<TYPE>::raw *p, const typename Element<TYPE>::raw *g,
+                      typename Element<STATE>::raw *m, typename Element<STATE>::raw *v,
+                      const uint8_t *mask, int64_t n, const AdamRule &r) {
+  using P = Element<TYPE>;
+  using S = Element<STATE>;
+  typedef int32_t lanes __attribute__((vector_size(64)));
+  constexpr lanes PLACES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const auto root = [](float x) { return std::sqrt(x); };
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    floats mean = get<STATE>(m + i), square = get<STATE>(v + i);
+    const floats weight = VARIANT == DIRECTION ? floats{} : get<TYPE>(p + i);
+    lanes kept = {};
+    if constexpr (VARIANT == MASKED)
+      kept = (((lanes{} + (mask[i >> 3] | mask[(i >> 3) + 1] << 8)) >> PLACES) & 1) != 0;
+    put<TYPE>(p + i, adam_element<VARIANT>(weight, get<TYPE>(g + i), mean, square, kept, r, root_of));
+    put<STATE>(m + i, mean);
+    put<STATE>(v + i, square);
+  }
+  for (; i < n; ++i) {
+    float mean = S::get(m[i]), square = S::get(v[i]);
+    const bool kept = VARIANT == MASKED && (mask[i >> 3] >> (i & 7)) & 1;
+    const float weight = VARIANT == DIRECTION ? 0.0f : P::get(p[i]);
+    p[i] = P::make(adam_element<VARIANT>(weight, P::get(g[i]), mean, square, kept, r, root));
+    m[i] = S::make(mean);
+    v[i] = S::make(square);
+  }
+}
+
+template <int TYPE, int STATE>
+inline void adam_plain(const oz_tensor &t, int64_t at, int64_t n, const AdamRule &r,
+                       const oz_options &o) {
+  using raw = typename Element<TYPE>::raw;
+  using kept = typename Element<STATE>::raw;
+  raw *p = static_cast<raw *>(t.param) + at;
+  const raw *g = static_cast<const raw *>(t.grad) + at;
+  kept *m = static_cast<kept *>(t.exp_avg) + at, *v = static_cast<kept *>(t.exp_avg_sq) + at;
+  if (o.direction)
+    adam_loop<DIRECTION, TYPE, STATE>(p, g, m, v, nullptr, n, r);
+  else if (t.mask)
+    adam_loop<MASKED, TYPE, STATE>(p, g, m, v, t.mask + at / 8, n, r);
+  else
+    adam_loop<STEP, TYPE, STATE>(p, g, m, v, nullptr, n, r);
+}
+
+/* By way of float buffers: other mixes of types, stochastic rounding, clipping. */
+inline void adam_mixed(const oz_tensor &t, int64_t at, int64_t n, AdamRule r, const oz_options &o,
+                       uint32_t key, const float *clip) {
+  float gs[BLOCK], ms[BLOCK], vs[BLOCK], ps[BLOCK];
+  const auto fill = [&](const void *from, int type, float *buffer) {
+    const float *source = load(from, at, n, type, buffer);
+    if (source != buffer) std::memcpy(buffer, source, n * sizeof(float));
+  };
+  fill(t.grad, t.grad_type, gs);
+  fill(t.exp_avg, t.state_type, ms);
+  fill(t.exp_avg_sq, t.state_type, vs);
+  if (!o.direction) fill(t.param, t.param_type, ps);
+  if (clip) {
+    const float bound = clip[0], ratio = clip[1], by = clip[2];
+    for (int64_t i = 0; i < n; ++i) {
+      const float x = r.sign * gs[i];
+      gs[i] = by * (bound > 0 && std::fabs(x) > bound ? ratio * x : x);
+    }
+    r.sign = 1.0f;
+  }
+  oz_tensor buffers = t;
+  buffers.param = ps;
+  buffers.grad = gs;
+  buffers.exp_avg = ms;
+  buffers.exp_avg_sq = vs;
+  buffers.mask = t.mask ? t.mask + at / 8 : nullptr;
+  adam_plain<OZ_F32, OZ_F32>(buffers, 0, n, r, o);
+  const auto drain = [&](const float *buffer, void *to, int type) {
+    float *place = target(to, at, type, nullptr);
+    if (place) std::memcpy(place, buffer, n * sizeof(float));
+    store(buffer, to, at, n, type);
+  };
+  drain(ms, t.exp_avg, t.state_type);
+  drain(vs, t.exp_avg_sq, t.state_type);
+  if (t.param_type == OZ_F32)
+    drain(ps, t.param, OZ_F32);
+  else
+    put(ps, t, at, n, o, key);
+}
+
+/* Elements [at, at + n) of tensor t; n <= BLOCK, and `at` is a multiple of it. */
 inline void adam_block(const oz_tensor &t, int64_t at, int64_t n, const AdamRule &r,
                        const oz_options &o, uint32_t key, const float *clip) {
-  alignas(64) float gs[BLOCK], ms[BLOCK], vs[BLOCK], ps[BLOCK];
-  const float *g = load(t.grad, at, n, t.grad_type, gs);
-  const float *m0 = load(t.exp_avg, at, n, t.state_type, ms);
-  const float *v0 = load(t.exp_avg_sq, at, n, t.state_type, vs);
-  float *m = target(t.exp_avg, at, t.state_type, ms);
-  float *v = target(t.exp_avg_sq, at, t.state_type, vs);
-  float *p = target(t.param, at, t.param_type, ps);
-  const float *p0 = r.direction ? g : load(t.param, at, n, t.param_type, ps);
-  if (clip) {
-    float bound = clip[0], ratio = clip[1], factor = clip[2];
-    for (int64_t i = 0; i < n; ++i) {
-      float x = r.sign * g[i];
-      gs[i] = factor * (bound > 0 && std::fabs(x) > bound ? ratio * x : x);
-    }
-    g = gs;
-  }
-  const float sign = clip ? 1.0f : r.sign;
-  if (t.mask) {
-    for (int64_t i = 0; i < n; ++i) {
-      int64_t e = at + i;
-      bool kept = (t.mask[e >> 3] >> (e & 7)) & 1;
-      float mean = m0[i] + r.rest1 * (sign * g[i] - m0[i]);
-      float toward = p0[i] > 0 ? r.pull : p0[i] < 0 ? -r.pull : 0.0f;
-      float mt = kept ? mean : (1.0f - r.alpha) * mean + toward;
-      float square = v0[i] + r.rest2 * (mt * mt - v0[i]);
-      float update = r.correction1 * mt / (std::sqrt(square) * r.correction2 + r.eps);
-      m[i] = mean;
-      v[i] = square;
-      p[i] = r.direction ? update : p0[i] - r.lr * (update + r.decay * p0[i]);
-    }
-  } else {
-    for (int64_t i = 0; i < n; ++i) {
-      float x = sign * g[i];
-      float mean = m0[i] + r.rest1 * (x - m0[i]);
-      float square = v0[i] + r.rest2 * (x * x - v0[i]);
-      float update = r.correction1 * mean / (std::sqrt(square) * r.correction2 + r.eps);
-      m[i] = mean;
-      v[i] = square;
-      p[i] = r.direction ? update : p0[i] - r.lr * (update + r.decay * p0[i]);
-    }
-  }
-  store(m, t.exp_avg, at, n, t.state_type);
-  store(v, t.exp_avg_sq, at, n, t.state_type);
-  put(p, t, at, n, o, key);
+  const bool plain = !clip && o.rounding == OZ_NEAREST && t.grad_type == t.param_type;
+  if (plain && t.param_type == OZ_F32 && t.state_type == OZ_F32)
+    adam_plain<OZ_F32, OZ_F32>(t, at, n, r, o);
+  else if (plain && t.param_type == OZ_BF16 && t.state_type == OZ_BF16)
+    adam_plain<OZ_BF16, OZ_BF16>(t, at, n, r, o);
+  else if (plain && t.param_type == OZ_BF16 && t.state_type == OZ_F32)
+    adam_plain<OZ_BF16, OZ_F32>(t, at, n, r, o);
+  else
+    adam_mixed(t, at, n, r, o, key, clip);
 }
 
 }  // namespace

@@ -55,9 +55,10 @@ def matrices(
     return [Item(param, grad, exp_avg, None, None, kind, (rows, cols), param)]
 
 
-def vector(param: Tensor, grad: Any, *state: Tensor) -> Item:
-    """A parameter that Adam steps; its state is ``exp_avg, exp_avg_sq, step``."""
-    exp_avg, exp_avg_sq, step = state
+def vector(
+    param: Tensor, grad: Any, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor | None = None
+) -> Item:
+    """A parameter that Adam steps."""
     return Item(param, grad, exp_avg, exp_avg_sq, step, ADAM, (1, param.numel()), param)
 
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from optimzoo.kernels import dispatch
 from optimzoo.optimizers.adam_rule import adam_step, init_adam_state, step_as_tensor
 from optimzoo.optimizers.base import (
     RoleOptimizer,
@@ -116,6 +117,15 @@ def adam_direction(state: dict[str, Any], grad: Tensor, group: dict[str, Any]) -
         state["exp_avg"] = torch.zeros_like(grad)
         state["exp_avg_sq"] = torch.zeros_like(grad)
     m, v = state["exp_avg"], state["exp_avg_sq"]
+    kernels = dispatch.backend(grad.device.type)
+    if kernels is not None:
+        grad = grad.contiguous()
+        direction = torch.empty_like(grad)
+        if dispatch.takes(dispatch.vector(direction, grad, m, v)):
+            rule = {"lr": 0.0, "weight_decay": 0.0, "maximize": False, "eps_before": True}
+            rule |= {"betas": group["betas"], "eps": group["eps"], "direction": True}
+            kernels.adam_([direction], [grad], [m], [v], [None], **rule)
+            return direction
     grad = grad.to(m.dtype)
     m.lerp_(grad, 1 - beta1)
     v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)

@@ -1,0 +1,119 @@
+"""What needs a GPU, in one command of under nine minutes: build, test, sanitize, measure.
+
+``make gpu`` writes, into ``--out``, ``gpu.json`` (how each stage ended, and the rows of the step
+times) and ``gpu.log`` (all output). A stage that fails or runs out of its time does not stop the
+next. Without a GPU it refuses, but for ``--dry-run``, which runs what a CPU can, at small sizes.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.provenance import provenance, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHON = sys.executable
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command, how long it may take, and the JSON file that it writes, if any."""
+
+    name: str
+    command: list[str]
+    seconds: int
+    rows: Path | None = None
+
+
+def step_time(out: Path, model: str, dtype: str, *more: str) -> Stage:
+    """Step times of a model's shapes, in a file of their own."""
+    rows = out / f"step-{model}-{dtype}.json"
+    command = [PYTHON, "-m", "benchmarks", "step-time", "--model", model, "--dtype", dtype]
+    return Stage(f"steps {model} {dtype}", [*command, "--out", str(rows), *more], 90, rows)
+
+
+def stages(out: Path, dry: bool) -> list[Stage]:
+    """What is run, in order."""
+    pytest = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    if dry:
+        few = ("--optimizers", "sgd", "scale", "--repeats", "3", "--no-refresh", "--no-peers")
+        return [
+            Stage("build", [PYTHON, "csrc/build.py", "--require"], 300),
+            Stage("kernels", [*pytest, "tests/test_kernels.py", "-k", "zeros or chosen"], 120),
+            step_time(out, "nano", "float32", *few),
+        ]
+    methods = ("--optimizers", "sgd", "adamw", "scale", "--repeats", "50", "--no-refresh")
+    contract = ["tests/test_torch_contract.py", "tests/test_torch_state.py"]
+    plan = [
+        Stage("build", [PYTHON, "csrc/build.py", "--require"], 150),
+        Stage("kernels", [*pytest, "tests/test_kernels.py", "-k", "cuda"], 60),
+        Stage("contract", [*pytest, *contract, "-k", "CUDA or cuda"], 60),
+        *(step_time(out, m, "bfloat16", *methods, "--no-peers") for m in ("60m", "1b")),
+        step_time(out, "60m", "float32"),
+    ]
+    tool = shutil.which("compute-sanitizer")
+    for check in ("memcheck", "racecheck") if tool else ():
+        kernels = [*pytest, "tests/test_kernels.py", "-k", "cuda and (zeros or tensors)"]
+        command = [str(tool), "--tool", check, "--error-exitcode", "9", *kernels]
+        plan.append(Stage(check, command, 60))
+    return plan
+
+
+def run(stage: Stage, log: Path) -> dict[str, Any]:
+    """Run one stage; how it ended, and its rows."""
+    print(f"{stage.name} ...", end=" ", flush=True)
+    start = time.perf_counter()
+    with log.open("ab") as file:
+        file.write(f"\n=== {stage.name}: {' '.join(stage.command)}\n".encode())
+        file.flush()
+        try:
+            done = subprocess.run(
+                stage.command,
+                cwd=ROOT,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=stage.seconds,
+            )
+            ended = "ok" if done.returncode == 0 else f"failed with status {done.returncode}"
+        except subprocess.TimeoutExpired:
+            ended = f"stopped after {stage.seconds} s"
+    result: dict[str, Any] = {"stage": stage.name, "ended": ended}
+    result["seconds"] = round(time.perf_counter() - start, 1)
+    if stage.rows is not None and stage.rows.exists():
+        result["rows"] = json.loads(stage.rows.read_text(encoding="utf-8"))
+        stage.rows.unlink()  # it is in gpu.json now
+    print(f"{ended} ({result['seconds']} s)", flush=True)
+    return result
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m benchmarks gpu`."""
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
+    parser.add_argument("--dry-run", action="store_true", help="what a CPU can run, small")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run all stages; 1 if one did not end well."""
+    if not args.dry_run and not torch.cuda.is_available():
+        raise ValueError("torch finds no GPU here; --dry-run runs what a CPU can")
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "gpu.log"
+    log.unlink(missing_ok=True)
+    results = []
+    for stage in stages(out, args.dry_run):
+        results.append(run(stage, log))
+        write_json(out / "gpu.json", {"stages": results, "provenance": provenance()})
+    failed = [r["stage"] for r in results if r["ended"] != "ok"]
+    print(f"written to {out}" + (f"; look at gpu.log for {', '.join(failed)}" if failed else ""))
+    return int(bool(failed))

@@ -1,0 +1,49 @@
+"""Other packages' optimizers, for step times side by side; those that are installed here."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Groups = list[dict[str, Any]]
+Make = Callable[[Groups], torch.optim.Optimizer]
+
+
+def peers(rank: int, gap: int) -> dict[str, Make]:
+    """Name of the package and method -> what makes it from parameter groups with roles.
+
+    Low-rank methods get the hidden weights at ``rank``, refreshed every ``gap`` steps, and their
+    own Adam the rest, as their authors use them; the others get all parameters.
+    """
+    low_rank = {"rank": rank, "update_proj_gap": gap, "scale": 0.25, "proj_type": "std"}
+    apollo = {**low_rank, "scale": 1, "proj": "random", "scale_type": "channel"}
+    quiet = {"no_deprecation_warning": True}
+    known: list[tuple[str, str, str, dict[str, Any] | None, dict[str, Any]]] = [
+        ("galore-torch", "galore_torch", "GaLoreAdamW", low_rank, quiet),
+        ("apollo-torch", "apollo_torch", "APOLLOAdamW", apollo, {}),
+        ("pytorch_optimizer GaLore", "pytorch_optimizer", "GaLore", low_rank, {}),
+        ("pytorch_optimizer StableAdamW", "pytorch_optimizer", "StableAdamW", None, {}),
+        ("bitsandbytes AdamW8bit", "bitsandbytes.optim", "AdamW8bit", None, {}),
+    ]
+    found: dict[str, Make] = {}
+    for name, module, cls, extra, options in known:
+        try:
+            made = getattr(importlib.import_module(module), cls)
+        except (ImportError, AttributeError, OSError):
+            continue
+        found[name] = _maker(made, extra, options)
+    return found
+
+
+def _maker(cls: Any, extra: dict[str, Any] | None, options: dict[str, Any]) -> Make:
+    def make(groups: Groups) -> torch.optim.Optimizer:
+        if extra is None:
+            params: Groups = [{"params": g["params"]} for g in groups]
+        else:
+            params = [{"params": g["params"], **extra} for g in groups if g["role"] == "hidden"]
+            rest = [p for g in groups if g["role"] != "hidden" for p in g["params"]]
+            params += [{"params": rest}] if rest else []
+        return cls(params, lr=1e-4, **options)
+
+    return make

@@ -1,0 +1,73 @@
+"""``optimzoo doctor``: the kernels of this machine, why others are missing, are they right."""
+
+import platform
+
+import torch
+from torch import Tensor
+
+from optimzoo.kernels import dispatch, native
+from optimzoo.optimizers.adam_rule import adam
+from optimzoo.optimizers.scale import normalized
+
+_SHAPES = ((129, 65), (7, 2048), (64, 1))
+
+
+def check(library: native.Library) -> dict[str, float]:
+    """The largest error of each kernel against the eager rule, in float32, by name."""
+    device = library.kind
+    generator = torch.Generator().manual_seed(0)
+
+    def normal() -> list[Tensor]:
+        return [torch.randn(s, generator=generator).to(device) for s in _SHAPES]
+
+    def worst(ours: list[Tensor], theirs: list[Tensor]) -> float:
+        return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+
+    errors = {}
+    none = [None] * len(_SHAPES)
+    for name, kind, dim in (("rows", dispatch.ROWS, -1), ("columns", dispatch.COLUMNS, -2)):
+        params, grads = normal(), normal()
+        directions = [
+            normalized(g, dim=dim, normalize="column", norm="rms", eps=1e-8) for g in grads
+        ]
+        expected = [p - 0.1 * u for p, u in zip(params, directions, strict=True)]
+        kinds = [kind] * len(_SHAPES)
+        library.scale_(
+            *(params, grads, none, none, none, kinds, _SHAPES),
+            lr=0.1,
+            momentum=0.9,
+            weight_decay=0.0,
+            l2=False,
+            eps=1e-8,
+            betas=(0.9, 0.999),
+            adam_eps=1e-8,
+            maximize=False,
+        )
+        errors[f"scale by {name}"] = worst(params, expected)
+    params, grads, exp_avgs = normal(), normal(), normal()
+    exp_avg_sqs = [v.abs() for v in normal()]
+    others = [[t.clone() for t in part] for part in (params, exp_avgs, exp_avg_sqs)]
+    rule = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-3, "weight_decay": 0.1, "maximize": False}
+    steps = [torch.ones((), device=device) for _ in _SHAPES]
+    library.adam_(params, grads, exp_avgs, exp_avg_sqs, steps, eps_before=True, **rule)  # type: ignore[arg-type]
+    counts = [torch.zeros(()) for _ in _SHAPES]
+    adam(others[0], grads, others[1], others[2], counts, foreach=False, capturable=False, **rule)  # type: ignore[arg-type]
+    errors["adam"] = worst(params, others[0])
+    return errors
+
+
+def main() -> int:
+    """Print the report; 1 if a kernel that is there is wrong."""
+    print(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}")
+    wrong = False
+    for kind, library in dispatch.LIBRARIES.items():
+        if not library.available():
+            print(f"{kind:<5} no kernels: {library.why_not()}")
+            continue
+        variant = library.variant() or "of " + torch.cuda.get_device_name()
+        print(f"{kind:<5} native kernels, {variant}")
+        for name, error in check(library).items():
+            good = error < 1e-5
+            wrong |= not good
+            print(f"      {name:<18} largest error {error:.1e}  {'ok' if good else 'WRONG'}")
+    return int(wrong)
