@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.cfg pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 
-.PHONY: help test compare tune lint type fmt memory-table clean
+.PHONY: help test compare tune lint type fmt memory-table gpu gpu-dry-run sanitize clean
 
 help:
 	@echo "make compare   train a small Llama with SGD, AdamW, Muon and SCALE; print the table"
 	@echo "make test      the tests"
 	@echo "make lint type fmt    ruff, mypy, ruff format"
 	@echo "make tune      the learning-rate grids behind 'make compare' (about an hour)"
+	@echo "make gpu       on a machine with a GPU: build, test, sanitize, measure"
 	@echo "make memory-table     the published memory column beside ours"
 
 $(VENV)/bin/python:
@@ -41,6 +42,21 @@ memory-table: $(VENV)/.bench
 # One thread a worker: the tests are many and small.
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# With the Python that has the GPU's torch: nothing is installed. Rows come to $(OUT).
+OUT ?= runs/gpu
+gpu:
+	$(PYTHON) -m benchmarks gpu --out $(OUT)
+
+gpu-dry-run: $(VENV)/.dev
+	$(BIN)/python -m benchmarks gpu --dry-run --out $(OUT)
+
+# The kernel tests on a build with the address and undefined-behaviour sanitizers.
+sanitize: $(VENV)/.dev
+	$(BIN)/python csrc/build.py --sanitize
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 OPTIMZOO_CPU_LIBRARY=build/sanitized/_cpu.so OMP_NUM_THREADS=2 \
+	  $(BIN)/python -m pytest tests/test_kernels.py -k "cpu or tensors"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,4 +1,7 @@
-"""Builds the native kernel libraries: ``python csrc/build.py [--require]``; setup.py calls it too.
+"""Builds the native kernel libraries: ``python csrc/build.py [--require | --sanitize]``.
+
+setup.py calls it too. ``--sanitize`` makes, in place of them, ``build/sanitized/_cpu.so`` with the
+address and undefined-behaviour sanitizers (``make sanitize`` runs the tests on it).
 
 The libraries are plain C, found by ctypes, so nothing but a compiler is needed: no torch, and no
 Python headers. Without g++ (or nvcc) that library is left out, and ``optimzoo doctor`` says so;
@@ -62,16 +65,18 @@ def link(command: list[str], target: Path) -> None:
     unfinished.replace(target)
 
 
-def build_cpu() -> None:
+def build_cpu(target: Path = TARGET / "_cpu.so", extra: tuple[str, ...] = ()) -> None:
     """``_cpu.so``: every operation once for each instruction set."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise RuntimeError("no g++ or clang++")
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     sets = X86 if x86 else {"baseline": []}
-    common = [compiler, *CPU_FLAGS, f"-I{SOURCES / 'include'}", *(["-DOZ_X86"] if x86 else [])]
-    OBJECTS.mkdir(parents=True, exist_ok=True)
-    jobs = {OBJECTS / "library.o": [*common, "-c", str(SOURCES / "cpu" / "library.cpp")]}
+    common = [compiler, *CPU_FLAGS, *extra, f"-I{SOURCES / 'include'}"]
+    common += ["-DOZ_X86"] if x86 else []
+    objects = OBJECTS if not extra else target.parent
+    objects.mkdir(parents=True, exist_ok=True)
+    jobs = {objects / "library.o": [*common, "-c", str(SOURCES / "cpu" / "library.cpp")]}
     for name, flags in sets.items():
         for operation in OPERATIONS:
             source = str(SOURCES / "cpu" / f"{operation}.cpp")
@@ -83,7 +88,7 @@ def build_cpu() -> None:
                 source,
             ]
     run_all([[*command, "-o", str(place)] for place, command in jobs.items()])
-    link([compiler, "-shared", "-fopenmp", *map(str, jobs)], TARGET / "_cpu.so")
+    link([compiler, "-shared", "-fopenmp", *extra, *map(str, jobs)], target)
 
 
 def build_cuda() -> None:
@@ -101,6 +106,9 @@ def build_cuda() -> None:
 
 def main() -> None:
     """Build what is not fresh."""
+    if "--sanitize" in sys.argv:
+        target = ROOT / "build" / "sanitized" / "_cpu.so"
+        return build_cpu(target, ("-fsanitize=address,undefined", "-fno-sanitize-recover", "-g"))
     required = "--require" in sys.argv or os.environ.get("OPTIMZOO_BUILD") == "require"
     for kind, build in (("cpu", build_cpu), ("cuda", build_cuda)):
         folder = SOURCES / kind

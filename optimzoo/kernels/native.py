@@ -45,7 +45,9 @@ class Library:
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self.path = Path(__file__).with_name(f"_{kind}.so")
+        # Another build, such as one with sanitizers, may be named.
+        named = os.environ.get(f"OPTIMZOO_{kind.upper()}_LIBRARY")
+        self.path = Path(named or Path(__file__).with_name(f"_{kind}.so"))
 
     @functools.cached_property
     def _loaded(self) -> tuple[ctypes.CDLL | None, str]:
