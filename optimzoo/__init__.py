@@ -1,6 +1,7 @@
 """optimzoo: memory-efficient optimizers for language-model training, as torch.optim drop-ins."""
 
 from optimzoo._version import __version__
+from optimzoo.optimizers.adams import AdamS
 from optimzoo.optimizers.apollo import APOLLO, APOLLOMini
 from optimzoo.optimizers.fira import Fira
 from optimzoo.optimizers.galore import GaLore
@@ -17,6 +18,7 @@ __all__ = [
     "SCALE",
     "SWAN",
     "APOLLOMini",
+    "AdamS",
     "Fira",
     "GaLore",
     "Muon",

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from optimzoo.optimizers.adams import AdamS
 from optimzoo.optimizers.apollo import APOLLO, APOLLOMini
 from optimzoo.optimizers.fira import Fira
 from optimzoo.optimizers.galore import GaLore
@@ -116,6 +117,14 @@ _INFOS = [
         "Adam with adaptive clipping and momentum reset",
         "arXiv 2502.17055",
         state="2 x",
+    ),
+    OptimInfo(
+        "adams",
+        AdamS,
+        "CAST's Adam with a ramped L1 decay to N:M sparsity (not the others called AdamS)",
+        "arXiv 2509.25996",
+        state="2 x + 1 bit x hidden",
+        aliases=("cast_adams",),
     ),
     _torch("sgd", "SGD", "stochastic gradient descent", "none (1 x with momentum)"),
     _torch("adamw", "AdamW", "Adam with decoupled weight decay", "2 x"),

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 ROLES = ("hidden", "embedding", "head", "vector")
 MATRIX_ROLES = ("hidden", "embedding", "head")
@@ -22,8 +23,10 @@ Overrides = Mapping[str, Override] | Iterable[tuple[str, Override]]
 # (`get_output_embeddings`) or by shape (one output per row of the input embedding).
 _HEAD_NAMES = re.compile(r"(^|\.)(lm_head|embed_out|unembed|output_layer|head|score|classifier)$")
 _EMBEDDING_NAMES = re.compile(r"(embed|wpe|wte|pos_emb)", re.IGNORECASE)
-# Vectors in spite of their two dimensions: biases of stacked experts, Mamba's A.
-_VECTOR_NAMES = re.compile(r"(bias|A_log)")
+# Where `torch.nn.utils.parametrize` keeps the tensor of a module: PATH.parametrizations.TENSOR.
+_PARAMETRIZED = re.compile(r"(?:^|\.)parametrizations\.([^.]+)\.original$")
+# Vectors in spite of their two dimensions: biases of stacked experts, Mamba's A, scales of blocks.
+_VECTOR_NAMES = re.compile(r"(bias|A_log|^scale$)")
 
 
 def param_groups(model: nn.Module, overrides: Overrides = ()) -> list[dict[str, Any]]:
@@ -37,6 +40,8 @@ def param_groups(model: nn.Module, overrides: Overrides = ()) -> list[dict[str, 
     - ``hidden``: every other parameter of two dimensions and up;
     - ``vector``: the rest (norms and biases of any shape, a lone row such as a class token), and
       parameters their model marks ``_no_weight_decay``.
+
+    A weight under ``torch.nn.utils.parametrize`` keeps its role.
 
     Every group also says how its weights lie: ``transposed`` for ``[in, out]`` (GPT-2's Conv1D),
     ``stacked`` for ``[n, out, in]`` (mixture-of-experts weights; each slice is one matrix).
@@ -102,6 +107,20 @@ def input_dim(role: str, *, transposed: bool) -> int:
     transposed weight are ``[in, out]``.
     """
     return -2 if transposed or role == "embedding" else -1
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's Conv1D of `transformers`: a linear layer whose weight is [in, out]."""
+    names = {cls.__name__ for cls in type(module).__mro__}  # a parametrized one is a subclass
+    return "Conv1D" in names and not isinstance(module, nn.Conv1d)
+
+
+def weight_of(module: Any) -> nn.Parameter | None:
+    """The parameter that is, or is behind, ``module.weight``."""
+    if parametrize.is_parametrized(module, "weight"):
+        return getattr(module.parametrizations.weight, "original", None)
+    weight = getattr(module, "weight", None)
+    return weight if isinstance(weight, nn.Parameter) else None
 
 
 def describe(groups: Any, *, width: int = 80) -> str:
@@ -179,9 +198,15 @@ def _find_roles(model: nn.Module) -> dict[nn.Parameter, dict[str, Any]]:
     model = _unwrap(model)
     head = _find_head(model)
     found: dict[nn.Parameter, dict[str, Any]] = {}
-    for path, module in model.named_modules():
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
         for name, param in module.named_parameters(recurse=False):
             full = f"{path}.{name}" if path else name
+            parametrized = _PARAMETRIZED.search(full)
+            if parametrized:  # the weight of the module two levels up
+                path = full[: parametrized.start()]
+                module = modules[path]
+                full = f"{path}.{parametrized[1]}" if path else parametrized[1]
             facts = _facts(module, full, param)
             if param is head:
                 facts["role"] = "head"
@@ -199,7 +224,7 @@ def _facts(module: nn.Module, name: str, param: nn.Parameter) -> dict[str, Any]:
         facts["role"] = "vector"
     elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
         facts["role"] = "embedding"
-    elif _is_conv1d(module):
+    elif is_conv1d(module):
         facts["transposed"] = True
     elif isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
         pass
@@ -218,28 +243,22 @@ def _facts(module: nn.Module, name: str, param: nn.Parameter) -> dict[str, Any]:
     return facts
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    """GPT-2's Conv1D of `transformers`: a linear layer whose weight is [in, out]."""
-    return type(module).__name__ == "Conv1D" and not isinstance(module, nn.Conv1d)
-
-
 def _find_head(model: nn.Module) -> nn.Parameter | None:
     named = getattr(model, "get_output_embeddings", None)
-    module = named() if callable(named) else None
-    weight = getattr(module, "weight", None)
-    if isinstance(weight, nn.Parameter):
+    weight = weight_of(named()) if callable(named) else None
+    if weight is not None:
         return weight
     linears = [
         (path, module)
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) or _is_conv1d(module)
+        if isinstance(module, nn.Linear) or is_conv1d(module)
     ]
     tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
     vocabulary = max(tables, default=0)  # the others are positions, token types
     by_shape = [m for _, m in linears if getattr(m, "out_features", None) == vocabulary]
     by_name = [m for path, m in linears if _HEAD_NAMES.search(path)]
     candidates: Sequence[nn.Module] = [m for m in by_shape if m in by_name] or by_name or by_shape
-    return candidates[-1].weight if candidates else None  # type: ignore[return-value]
+    return weight_of(candidates[-1]) if candidates else None
 
 
 def check_role(group: Mapping[str, Any], names: Sequence[str] = ()) -> None:

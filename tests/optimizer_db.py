@@ -4,6 +4,7 @@
 """
 
 import copy
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +30,7 @@ from optimzoo import (
     APOLLO,
     SCALE,
     SWAN,
+    AdamS,
     APOLLOMini,
     Fira,
     GaLore,
@@ -300,6 +302,21 @@ MUON_INFO = OptimizerInfo(
 )
 
 
+class PlannedAdamS(AdamS):
+    """AdamS with defaults for what a user has to plan; groups that it refuses take its Adam."""
+
+    def __init__(self, params, lr=1e-3, *args, l1=1e-3, total_steps=8, n=1, m=1, **kwargs):
+        super().__init__(params, lr, *args, l1=l1, total_steps=total_steps, n=n, m=m, **kwargs)
+
+    def add_param_group(self, param_group):
+        try:
+            super().add_param_group(param_group)
+        except ValueError as error:
+            if not re.search("sparse=False in its group|keep float32 weights", str(error)):
+                raise
+            super().add_param_group({**param_group, "sparse": False})
+
+
 def _zoo_info(cls, inputs, refusals, *, foreach=True) -> OptimizerInfo:
     return OptimizerInfo(
         cls,
@@ -375,6 +392,21 @@ ZOO = [
             "reset_step": ("both", "Invalid reset_step: 'both'.*clean, authors"),
         },
         foreach=False,
+    ),
+    _zoo_info(
+        PlannedAdamS,
+        {
+            "masks": {"n": 2, "m": 5, "mask_every": 2},
+            "predecessor": {"n": 2, "m": 5, "mask_every": 2, "decay": "l2"},
+            "ramp_over": {"n": 3, "m": 5, "total_steps": 1},
+        },
+        {
+            "l1": (-1.0, "Invalid l1 value: -1.0"),
+            "total_steps": (0, "Invalid total_steps: 0; it must be at least 1"),
+            "mask_every": (0, "Invalid mask_every: 0; it must be at least 1"),
+            "n": (2, "Invalid n:m: 2:1; n must be from 1 to m"),
+            "decay": ("l3", "Invalid decay: 'l3'.*l1, l2"),
+        },
     ),
 ]
 # torch has Muon from 2.9 on.

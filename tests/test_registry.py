@@ -27,6 +27,14 @@ NAMES = list_optimizers()
 TORCH_NAMES = [name for name in NAMES if get_info(name).make.__module__.startswith("torch.")]
 
 
+# What has no default, and a pattern that fits every shape.
+REQUIRED = {"adams": {"l1": 1e-3, "total_steps": 100, "n": 1, "m": 1}}
+
+
+def create(name, params, **hyper):
+    return create_optimizer(name, params, **{**REQUIRED.get(name, {}), **hyper})
+
+
 def rates(optimizer):
     return {group["role"]: group["lr"] for group in optimizer.param_groups}
 
@@ -111,7 +119,7 @@ def test_takes_a_model_groups_or_parameters():
     model = Tiny()
     for name in NAMES:
         for params in (model, param_groups(model), model.parameters(), model.named_parameters()):
-            optimizer = create_optimizer(name, params)
+            optimizer = create(name, params)
             trained = [p for group in optimizer.param_groups for p in group["params"]]
             assert set(trained) == set(model.parameters())
             assert len(trained) == len(list(model.parameters()))
@@ -121,7 +129,7 @@ def test_takes_a_model_groups_or_parameters():
 
 def test_lr_alone_is_everyones_but_for_the_rest_of_muon():
     for name in NAMES:
-        found = rates(create_optimizer(name, Tiny(), lr=0.5))
+        found = rates(create(name, Tiny(), lr=0.5))
         rest = {0.5} if name != "muon" else {Muon([torch.zeros(1)]).param_groups[0]["lr"]}
         assert {found[role] for role in ROLES if role == "hidden"} == {0.5}, name
         assert {found[role] for role in ROLES if role != "hidden"} == rest, name
@@ -133,7 +141,7 @@ def test_other_lr_is_that_of_the_roles_the_rule_leaves():
         "hidden": 0.5, "embedding": 0.25, "head": 0.25, "vector": 0.125,
     }  # fmt: skip
     for name in NAMES:
-        assert rates(create_optimizer(name, Tiny(), lr=0.5, other_lr=0.25)) == {
+        assert rates(create(name, Tiny(), lr=0.5, other_lr=0.25)) == {
             "hidden": 0.5, "embedding": 0.25, "head": 0.25, "vector": 0.25,
         }, name  # fmt: skip
 
@@ -156,7 +164,7 @@ def test_a_groups_own_lr_wins():
     for name in NAMES:
         groups = param_groups(Tiny(), {"lm_head": {"lr": 0.125}, "bias": {"lr": 0.0625}})
         given = copy.deepcopy([{k: v for k, v in g.items() if k != "params"} for g in groups])
-        found = rates(create_optimizer(name, groups, lr=0.5, other_lr=0.25))
+        found = rates(create(name, groups, lr=0.5, other_lr=0.25))
         expected = {"hidden": 0.5, "embedding": 0.25, "head": 0.125, "vector": 0.0625}
         assert found == expected, name
         assert [{k: v for k, v in g.items() if k != "params"} for g in groups] == given
@@ -179,7 +187,7 @@ def test_muon_splits_bare_parameters_by_shape():
 def test_trains_and_resumes_to_the_bit(name):
     lr = {"lr": 2**-6} if name not in ("adadelta", "rprop") else {}
     model = Tiny()
-    optimizer = create_optimizer(name, model, **lr)
+    optimizer = create(name, model, **lr)
     losses = train(model, optimizer, 3)
     assert losses[2] < losses[0]
     buffer = io.BytesIO()
@@ -190,7 +198,7 @@ def test_trains_and_resumes_to_the_bit(name):
     resumed = Tiny(seed=1)
     resumed.ids, resumed.labels = model.ids, model.labels
     resumed.load_state_dict(saved["model"])
-    again = create_optimizer(name, resumed, **lr)
+    again = create(name, resumed, **lr)
     again.load_state_dict(saved["optimizer"])
     exact = {"atol": 0, "rtol": 0}
     states = (o.state_dict()["state"] for o in (again, optimizer))

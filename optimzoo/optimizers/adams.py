@@ -1,0 +1,370 @@
+"""AdamS of CAST: Adam whose first moment fades into an L1 decay where an N:M mask is 0.
+
+arXiv 2509.25996. Two unrelated methods have the same name: `AdamS` of the pytorch_optimizer package
+(stable weight decay) and that of arXiv 2505.16363.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT, _default_to_fused_or_foreach
+
+from optimzoo.kernels import dispatch
+from optimzoo.optimizers.adam_rule import adam, init_adam_state, step_as_tensor
+from optimzoo.optimizers.base import (
+    RoleOptimizer,
+    check_betas,
+    check_choice,
+    check_lr,
+    check_nonnegative,
+    copy_group,
+    scalar_lr,
+)
+from optimzoo.optimizers.hidden_rule import REST_DEFAULTS
+from optimzoo.roles import role_of
+from optimzoo.sparsity.masks import check_nm, grouped, nm_mask, pack, unpack
+from optimzoo.sparsity.sharding import local_part, sharded_like
+
+DECAYS = ("l1", "l2")
+Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+
+
+class AdamS(RoleOptimizer):
+    r"""Adam with a proportional L1 decay that drives a model to N:M sparsity (CAST's AdamS).
+
+    For a hidden weight ``θ`` with gradient ``g``, at its step ``t = 1, 2, …``::
+
+        mask ← the n largest |θ| of every m consecutive inputs     every `mask_every` steps, first
+        μ ← β₁ μ + (1 − β₁) g
+        α = min(t / total_steps, 1)
+        μ̃ = μ                                                      where the mask is 1
+        μ̃ = (1 − α) μ + α λ sign(θ)                                where it is 0
+        v ← β₂ v + (1 − β₂) μ̃²
+        θ ← (1 − ηw) θ − η (μ̃ / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + eps)
+
+    The second moment is built from the modified moment, for kept weights too. So a first step is
+    ``η / (1 − β₁)``, ten times Adam's with these betas, and later ones are larger than Adam's
+    wherever the gradient is noisy: warm up, and take a smaller η. The forward pass stays dense: the
+    mask is seen by the optimizer alone, and :func:`optimzoo.sparsity.finalize` prunes with the last
+    one. A masked weight ends within its last steps' size of 0, whatever λ is: let the schedule fall
+    to 0, and let ``Σ ηα`` exceed the weights. All other parameters take the zoo's Adam, with the
+    same betas, eps (there before the bias correction) and decay.
+
+    State of a hidden weight: two moments of its own size, one mask bit a weight (`mask`, uint8,
+    each row from a new byte) and 4 bytes a tensor; of the others: two moments, 4 bytes a tensor.
+    Of weights sharded by rows (FSDP2) each process has the moments and the mask of its rows.
+
+    Args:
+        params: groups from :func:`optimzoo.param_groups` or `optimzoo.sparsity.sparse_groups`;
+            bare parameters fall back by shape. A group with `sparse=False` takes Adam.
+        lr: learning rate η; a group may carry its own.
+        betas: Adam's betas.
+        eps: Adam's eps, after the bias correction.
+        l1: λ, the decay at the end of the ramp, in units of the gradient; 4e-7 in the paper's run.
+        total_steps: T, the planned steps. A checkpoint brings its own: the ramp goes on, never
+            anew.
+        n: how many of m inputs are kept.
+        m: size of a group.
+        mask_every: steps between two masks. 10 in the paper.
+        decay: `l1` as above, or `l2`, the predecessor's (SR-STE, AST): ``μ̃ = μ + α λ θ``.
+        weight_decay: w, decoupled.
+        maximize: ascend; the decay still pulls to zero.
+        foreach: use torch's multi-tensor operations; default: on CUDA. Three weight-sized
+            temporaries and one byte a weight.
+
+    Raises:
+        ValueError: a hyperparameter out of range; a hidden weight whose inputs are no multiple of
+            m, or of 16 bits, which would swallow the decay (use float32 weights and autocast).
+        RuntimeError: at `step`, a sparse gradient, or a state that has moments but no mask.
+
+    Example:
+        >>> optimzoo.sparsity.prepare(model)
+        >>> optimizer = optimzoo.AdamS(
+        ...     optimzoo.sparsity.sparse_groups(model), lr=2e-5, l1=4e-7, total_steps=7500)
+
+    Source: arXiv 2509.25996, Algorithm 1; no code is published. Ours: t counts from 1 in the ramp
+    too (Algorithm 1 starts at 0, where its bias correction has no value; Algorithm 2 at 1), of
+    equal magnitudes the lower index is kept (the paper's ≥ may keep more than n), and α stays 1
+    after `total_steps`. The paper leaves betas, eps, schedule and weight decay open.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        *,
+        l1: float,
+        total_steps: int,
+        n: int = 2,
+        m: int = 4,
+        mask_every: int = 10,
+        decay: str = "l1",
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "l1": l1,
+            "total_steps": total_steps,
+            "n": n,
+            "m": m,
+            "mask_every": mask_every,
+            "decay": decay,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "foreach": foreach,
+            "sparse": True,
+            **REST_DEFAULTS,
+        }
+        _check_options(defaults)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its options and its hidden weights are checked."""
+        group = copy_group(param_group)
+        _check_options({**self.defaults, **group})
+        super().add_param_group(group)
+        try:
+            for i, p in enumerate(self.param_groups[-1]["params"]):
+                self._check_weight(p, self.param_groups[-1], i)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _check_weight(self, weight: Tensor, group: dict[str, Any], index: int) -> None:
+        if not _is_masked(weight, group):
+            return
+        names = group.get("param_names", [])
+        name = names[index] if index < len(names) else f"parameter {index}"
+        if weight.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{name} is {weight.dtype}, whose rounding swallows the decay of the masked "
+                "weights; keep float32 weights and train under autocast"
+            )
+        try:
+            grouped(local_part(weight), group["m"], **_layout(group))
+        except ValueError as error:
+            raise ValueError(
+                f"{name} {list(weight.shape)}: {error}, with sparse=False in its group"
+            ) from None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for p in group["params"]:
+                step_as_tensor(self.state.get(p, {}), p, capturable=False)
+
+    def _init_group(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+        """The group's parameters that have a gradient: masked and others, state and mask made."""
+        masked, rest = [], []
+        for i, p in enumerate(group["params"]):
+            if p.grad is None:
+                continue
+            self._refuse_sparse(p.grad)
+            state = self.state[p]
+            fresh = "step" not in state
+            if not _is_masked(p, group):
+                # float32 at least: in bfloat16 a second moment with β₂ = 0.999 would never move.
+                dtype = torch.promote_types(p.dtype, torch.float32)
+                init_adam_state(state, p, capturable=False, dtype=dtype)
+                rest.append(p)
+                continue
+            self._check_weight(p, group, i)  # `model.to` may have changed it since
+            init_adam_state(state, p, capturable=False)
+            if not fresh and "mask" not in state:
+                raise RuntimeError(
+                    f"the state counts {int(state['step'])} steps without a mask; the ramp of the "
+                    "decay counts from the first step: start AdamS with a state of its own"
+                )
+            if int(state["step"]) % group["mask_every"] == 0:
+                mask = nm_mask(local_part(p), group["n"], group["m"], **_layout(group))
+                state["mask"] = sharded_like(p, pack(mask))
+            masked.append(p)
+        return masked, rest
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One optimization step; returns the closure's loss, if there is a closure."""
+        loss = self._run_closure(closure)
+        for group in self.param_groups:
+            masked, rest = self._init_group(group)
+            masked = self._step_fused(group, masked)
+            shared = {k: group[k] for k in ("betas", "eps", "weight_decay", "maximize", "foreach")}
+            shared["lr"] = scalar_lr(group)
+            own = {k: group[k] for k in ("l1", "total_steps", "decay")} | shared
+            adams(*self._lists(masked), masks=self._masks(masked), **own)
+            adam(*self._lists(rest), capturable=False, **shared)
+        return loss
+
+    def _step_fused(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
+        """Step what the kernels take, one call a step count; returns the rest."""
+        if group["foreach"] is not None or group["decay"] != "l1":
+            return params
+        runs: dict[tuple[Any, float], list[int]] = {}
+        lists, rest = self._lists(params), []
+        items = [dispatch.vector(*each) for each in zip(*lists, strict=True)]
+        for i, item in enumerate(items):
+            whole_bytes = item.param[:1].numel() % 8 == 0  # else the mask's rows are padded
+            kernels = dispatch.backend(item.param.device.type)
+            if kernels is not None and whole_bytes and dispatch.takes(item):
+                runs.setdefault((kernels, lists[4][i].item() + 1), []).append(i)
+            else:
+                rest.append(params[i])
+        for (kernels, t), chosen in runs.items():
+            fields = dispatch.columns([items[i] for i in chosen])
+            kernels.adam_(
+                *fields[:5],
+                lr=dispatch.scalar(group["lr"], fields[0][0].device),
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                maximize=group["maximize"],
+                eps_before=False,
+                masks=[local_part(self.state[params[i]]["mask"]) for i in chosen],
+                l1=group["l1"],
+                alpha=min(t / group["total_steps"], 1.0),
+            )
+        return rest
+
+    def _lists(self, params: list[Tensor]) -> Lists:
+        """Parameters, gradients, moments and step counts; of sharded ones the local part."""
+        return (
+            [local_part(p) for p in params],
+            [local_part(p.grad) for p in params if p.grad is not None],
+            [local_part(self.state[p]["exp_avg"]) for p in params],
+            [local_part(self.state[p]["exp_avg_sq"]) for p in params],
+            [self.state[p]["step"] for p in params],
+        )
+
+    def _masks(self, params: list[Tensor]) -> list[Tensor]:
+        return [unpack(local_part(self.state[p]["mask"]), local_part(p).shape) for p in params]
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    check_lr(options["lr"])
+    check_betas(options["betas"])
+    check_nonnegative(**{k: options[k] for k in ("eps", "l1", "weight_decay")})
+    for name in ("total_steps", "mask_every"):
+        if options[name] < 1:
+            raise ValueError(f"Invalid {name}: {options[name]}; it must be at least 1")
+    check_nm(options["n"], options["m"])
+    check_choice("decay", options["decay"], DECAYS)
+
+
+def _is_masked(param: Tensor, group: dict[str, Any]) -> bool:
+    return bool(group["sparse"]) and role_of(param, group) == "hidden"
+
+
+def _layout(group: dict[str, Any]) -> dict[str, bool]:
+    return {name: bool(group[name]) for name in ("transposed", "stacked")}
+
+
+def adams(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    masks: list[Tensor],
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    l1: float,
+    total_steps: int,
+    decay: str,
+    weight_decay: float,
+    maximize: bool,
+    foreach: bool | None,
+) -> None:
+    """One AdamS step on weights with bool masks of their shapes, in place (see :class:`AdamS`)."""
+    if not params:
+        return
+    if foreach is None:
+        foreach = _default_to_fused_or_foreach(params, False)[1]
+    rule = _multi_tensor_adams if foreach else _single_tensor_adams
+    grads = [g.to(m.dtype) for g, m in zip(grads, exp_avgs, strict=True)]
+    if maximize:
+        grads = [-g for g in grads]
+    lists = (params, grads, exp_avgs, exp_avg_sqs, steps, masks)
+    rule(*lists, lr, betas, eps, l1, total_steps, decay, weight_decay)
+
+
+def _single_tensor_adams(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    masks: list[Tensor],
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    l1: float,
+    total_steps: int,
+    decay: str,
+    weight_decay: float,
+) -> None:
+    beta1, beta2 = betas
+    tensors = zip(params, grads, exp_avgs, exp_avg_sqs, steps, masks, strict=True)
+    for theta, g, mu, v, step, mask in tensors:
+        step += 1
+        t = step.item()
+        mu.lerp_(g, 1 - beta1)
+        alpha = min(t / total_steps, 1.0)
+        if decay == "l1":
+            pulled = mu * (1 - alpha) + theta.sign() * (alpha * l1)
+        else:
+            pulled = mu + theta * (alpha * l1)
+        modified = torch.where(mask, mu, pulled)
+        v.mul_(beta2).addcmul_(modified, modified, value=1 - beta2)
+        update = modified / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + eps)
+        if weight_decay != 0:
+            update = update.add(theta, alpha=weight_decay)
+        theta.sub_(update * lr)
+
+
+def _multi_tensor_adams(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    masks: list[Tensor],
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    l1: float,
+    total_steps: int,
+    decay: str,
+    weight_decay: float,
+) -> None:
+    beta1, beta2 = betas
+    torch._foreach_add_(steps, 1)
+    counts = [step.item() for step in steps]
+    alphas = [min(t / total_steps, 1.0) for t in counts]
+    torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
+    pulled = torch._foreach_sign(params) if decay == "l1" else params
+    pulled = torch._foreach_mul(pulled, [alpha * l1 for alpha in alphas])
+    faded = torch._foreach_mul(exp_avgs, [1 - a for a in alphas]) if decay == "l1" else exp_avgs
+    torch._foreach_add_(pulled, faded)
+    updates = [torch.where(*each) for each in zip(masks, exp_avgs, pulled, strict=True)]
+    del pulled, faded
+    torch._foreach_mul_(exp_avg_sqs, beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, updates, updates, value=1 - beta2)
+    torch._foreach_div_(updates, [1 - beta1**t for t in counts])
+    denominators = torch._foreach_div(exp_avg_sqs, [1 - beta2**t for t in counts])
+    torch._foreach_sqrt_(denominators)
+    torch._foreach_add_(denominators, eps)
+    torch._foreach_div_(updates, denominators)
+    if weight_decay != 0:
+        torch._foreach_add_(updates, params, alpha=weight_decay)
+    torch._foreach_mul_(updates, lr)
+    torch._foreach_sub_(params, updates)

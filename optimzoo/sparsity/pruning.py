@@ -1,0 +1,119 @@
+"""The end of CAST: prune with the optimizer's last masks, fold the scales, check the pattern."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from optimzoo.sparsity.masks import is_nm, unpack
+from optimzoo.sparsity.scaling import fold_scale
+from optimzoo.sparsity.sharding import local_part
+
+
+@dataclass(frozen=True)
+class MaskedWeight:
+    """A weight that an optimizer keeps a mask of (this process's part), and how it is grouped."""
+
+    name: str
+    weight: Tensor
+    mask: Tensor
+    n: int
+    m: int
+    layout: dict[str, bool]
+
+
+def masked_weights(model: nn.Module, optimizer: Optimizer) -> list[MaskedWeight]:
+    """The weights of ``model`` that ``optimizer`` keeps a mask of, with that of the last update.
+
+    Any torch optimizer will do whose state has `mask` (see :func:`pack`) and whose groups have n
+    and m; `transposed` and `stacked` are read where there are such options.
+
+    Raises:
+        ValueError: the optimizer has no masks, or a mask of a weight that the model does not have.
+    """
+    names = {p: name for name, p in model.named_parameters()}
+    found = []
+    for group in optimizer.param_groups:
+        layout = {k: bool(group.get(k, False)) for k in ("transposed", "stacked")}
+        for p in group["params"]:
+            bits = optimizer.state.get(p, {}).get("mask")
+            if bits is None:
+                continue
+            if p not in names:
+                shape = list(p.shape)
+                raise ValueError(f"a masked weight {shape} is no parameter of this model")
+            name = names[p].replace("parametrizations.weight.original", "weight")
+            weight = local_part(p.detach())
+            mask = unpack(local_part(bits), weight.shape)
+            found.append(MaskedWeight(name, weight, mask, group["n"], group["m"], layout))
+    if not found:
+        raise ValueError(f"{type(optimizer).__name__} has no masks yet; take a step with AdamS")
+    return found
+
+
+@torch.no_grad()
+def finalize(model: nn.Module, optimizer: Optimizer) -> list[str]:
+    """Make ``model`` sparse for good: set what the last masks leave out to 0, fold the scales.
+
+    In place. Afterwards the model is made of ordinary parameters, its state dict is that of the
+    dense model, and every masked weight is exactly n of m. The optimizer is done: it knows the
+    weights before the folding.
+
+    Returns:
+        The names of the sparse weights.
+
+    Raises:
+        ValueError: see :func:`masked_weights`; the model is then as it was.
+        RuntimeError: a weight that is not n of m in the end.
+    """
+    sparse = masked_weights(model, optimizer)
+    for item in sparse:
+        item.weight.masked_fill_(~item.mask, 0)
+    for module in list(model.modules()):
+        fold_scale(module)
+    for item in masked_weights(model, optimizer):  # a folded weight is the same parameter object
+        if not is_nm(item.weight, item.n, item.m, **item.layout):
+            raise RuntimeError(f"{item.name} is not {item.n}:{item.m}; was it changed by a hook?")
+    return [item.name for item in sparse]
+
+
+def to_semi_structured(model: nn.Module) -> list[str]:
+    """Store the 2:4 layers of a finalized model in the form that the GPU's sparse cores take.
+
+    In place, with ``torch.sparse.to_sparse_semi_structured``, for inference: `nn.Linear` weights
+    that are 2:4 and of a shape and dtype (float16, bfloat16, int8) that torch supports.
+
+    Returns:
+        The paths of the layers.
+
+    Raises:
+        RuntimeError: a model that is not on a CUDA device; no layer that can be stored so.
+    """
+    layers = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and module.in_features % 4 == 0
+        and is_nm(module.weight, 2, 4)
+    }
+    if not layers:
+        raise RuntimeError(f"{type(model).__name__} has no 2:4 linear layer; finalize it first")
+    devices = {module.weight.device.type for module in layers.values()}
+    if devices != {"cuda"}:
+        raise RuntimeError(
+            f"2:4 layers on {' and '.join(sorted(devices))}: semi-structured weights need CUDA "
+            "(compute capability 8.0 or newer); elsewhere a pruned model runs as a dense one"
+        )
+    from torch.sparse import to_sparse_semi_structured
+
+    done = []
+    for path, module in layers.items():
+        try:
+            weight = to_sparse_semi_structured(module.weight.detach())
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise RuntimeError(f"{path} {list(module.weight.shape)}: {reason}") from None
+        module.weight = nn.Parameter(weight, requires_grad=False)
+        done.append(path)
+    return done

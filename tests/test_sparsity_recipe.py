@@ -1,0 +1,138 @@
+"""`python -m benchmarks cast` at a size for tests: every method, its row, its resume."""
+
+import json
+import math
+
+import pytest
+import torch
+from tiny_benchmarks import TINY, VOCAB, tiny_corpus
+from torch import nn
+
+from benchmarks import __main__ as command
+from benchmarks import cast, llama
+from benchmarks.llama import Llama
+from benchmarks.sparse_run import MaskedForward
+from optimzoo.sparsity import is_nm, linear_targets, nm_mask
+
+SMALL = ["--model", "tiny", "--dense-steps", "4", "--steps", "13", "--batch-size", "2"]
+SMALL += ["--seq-len", "16", "--eval-tokens", "64"]
+TRAINED = [name for name, method in cast.METHODS.items() if method.trained]
+
+
+@pytest.fixture
+def corpus(tmp_path_factory, monkeypatch):
+    made = tiny_corpus(tmp_path_factory.mktemp("text"))
+    assert made.vocab_size == VOCAB
+    monkeypatch.setitem(llama.CONFIGS, "tiny", TINY)
+    monkeypatch.setattr(cast, "corpus_from", lambda args, model: made)
+    return made
+
+
+def run(out, *words):
+    assert command.main(["cast", *SMALL, "--out", str(out), *words]) == 0
+    return {row["method"]: row for row in json.loads((out / "results.json").read_text())["rows"]}
+
+
+def weights(out, method):
+    return torch.load(out / method / "weights.pt", weights_only=True)
+
+
+def loaded(out, method):
+    model = Llama(TINY)
+    model.load_state_dict(weights(out, method))
+    return model
+
+
+def test_every_method_ends_in_a_plain_checkpoint(corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cast, "RESULTS", tmp_path / "kept")
+    rows = run(tmp_path / "a", "--store")
+    assert list(rows) == list(cast.METHODS)
+    for name, row in rows.items():
+        sparse = name not in ("dense", "continued")
+        assert row["zeros"] == (0.5 if sparse else 0.0), name
+        layers = linear_targets(loaded(tmp_path / "a", name)).values()
+        assert all(is_nm(layer.weight, 2, 4) == sparse for layer in layers), name
+        assert row["tokens"] == (13 * 32 if name in TRAINED else 0)
+        assert all(math.isfinite(row[k]) for k in ("valid_before", "valid_loss", "test_loss"))
+        if name in ("dense", "continued", "oneshot", "fixed", "srste"):
+            assert row["valid_loss"] == pytest.approx(row["valid_before"], rel=1e-6)  # as trained
+        else:
+            assert row["valid_loss"] != row["valid_before"]
+            assert [step for step, *_ in row["masked_curve"]] == [1, 11, 13]
+    assert rows["dense"]["valid_loss"] != rows["continued"]["valid_loss"]
+    kept = json.loads((tmp_path / "kept" / "tiny-cast.json").read_text())["rows"]
+    assert [row["method"] for row in kept] == list(rows)
+    text = capsys.readouterr().out
+    assert "CAST" in text and "after" in text
+    for name in ("table.md", "masked.png", "flips.png", "cast/row.json"):
+        assert (tmp_path / "a" / name).stat().st_size > 0
+    assert list((tmp_path / "a" / "cast").glob("events*"))
+
+
+@pytest.mark.parametrize("name", ["cast", "srste", "fixed"])
+def test_a_stopped_run_goes_on_to_the_same_bits(corpus, tmp_path, monkeypatch, name):
+    whole = run(tmp_path / "whole", "--methods", name)[name]
+    step = cast.SparseRun.train_step
+
+    def stopping(self, log):
+        if self.step == 8:
+            raise KeyboardInterrupt
+        return step(self, log)
+
+    words = ["cast", *SMALL, "--out", str(tmp_path / "cut"), "--methods", name]
+    monkeypatch.setattr(cast.SparseRun, "train_step", stopping)
+    assert command.main(words) == 130
+    assert (tmp_path / "cut" / name / "checkpoint.pt").exists()
+    monkeypatch.setattr(cast.SparseRun, "train_step", step)
+    again = run(tmp_path / "cut", "--methods", name)[name]
+    same = ("valid_before", "valid_loss", "test_loss", "curve", "masked_curve", "zeros")
+    assert {k: again[k] for k in same} == {k: whole[k] for k in same}
+    pair = [weights(tmp_path / folder, name) for folder in ("whole", "cut")]
+    torch.testing.assert_close(*pair, rtol=0, atol=0)
+    assert not (tmp_path / "cut" / name / "checkpoint.pt").exists()
+
+
+def test_finished_runs_are_read_and_others_run_again(corpus, tmp_path, monkeypatch):
+    first = run(tmp_path, "--methods", "cast")["cast"]
+    trained = []
+    step = cast.SparseRun.train_step
+    monkeypatch.setattr(
+        cast.SparseRun, "train_step", lambda run, log: trained.append(1) or step(run, log)
+    )
+    assert run(tmp_path, "--methods", "cast")["cast"] == first
+    assert not trained
+    other = run(tmp_path, "--methods", "cast", "--l1", "0.5")["cast"]
+    assert len(trained) == 13
+    assert other["valid_loss"] != first["valid_loss"]
+    run(tmp_path, "--methods", "cast", "--l1", "0.5", "--fresh")
+    assert len(trained) == 26
+
+
+def test_the_fixed_mask_is_that_of_the_dense_model(corpus, tmp_path):
+    run(tmp_path, "--methods", "fixed")
+    start, end = loaded(tmp_path, "start"), loaded(tmp_path, "fixed")
+    for before, after in zip(
+        linear_targets(start).values(), linear_targets(end).values(), strict=True
+    ):
+        assert torch.equal(after.weight != 0, nm_mask(before.weight, 2, 4))
+        assert not torch.equal(after.weight, before.weight * nm_mask(before.weight, 2, 4))
+
+
+def test_a_masked_forward_sees_the_pruned_weight_and_teaches_all():
+    weight = nn.Parameter(torch.tensor([[3.0, -4.0, 1.0, 2.0]]))
+    out = MaskedForward(weight)(weight)
+    assert out.tolist() == [[3.0, -4.0, 0.0, 0.0]]
+    out.backward(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+    assert weight.grad.tolist() == [[1.0, 2.0, 3.0, 4.0]]
+
+
+def test_bad_input_is_one_line(corpus, tmp_path, capsys):
+    for words, message in [
+        (["--eta", "2"], "Invalid eta: 2.0"),
+        (["--steps", "0"], "steps is 0; it must be at least 1"),
+        (["--lr", "-1"], "Invalid learning rate: -1.0"),
+    ]:
+        out = tmp_path / words[0]
+        assert command.main(["cast", *SMALL, "--out", str(out), "--methods", "cast", *words]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: ") and message in error
