@@ -37,9 +37,10 @@ class Plan:
     """A comparison as a JSON file describes it.
 
     The file names the model, the steps and the batch, and for each method the optimizer's fixed
-    hyperparameters and, for each protocol, a grid. `tuned`: a learning rate for the method's own
-    weights and one for the rest, with clipping, then without at the best point. `paper`: one
-    learning rate, no clipping (SCALE's vectors at the 2e-2 of its published scripts).
+    hyperparameters (and `lowrank`, see `RunConfig`) and, for each protocol, a grid. `tuned`: a
+    learning rate for the method's own weights and one for the rest, with clipping, then without at
+    the best point. `paper`: one learning rate, no clipping (SCALE's vectors at the 2e-2 of its
+    published scripts).
     """
 
     def __init__(self, name: str) -> None:
@@ -89,7 +90,8 @@ class Plan:
         sizes = {k: v for k, v in self.values.items() if k not in ("methods", "default")}
         hyper = {**record.get("hyper", {}), **rules.get("hyper", {})}
         name = record.get("optimizer", method)
-        config = RunConfig(optimizer=name, hyper=hyper, seed=seed, **sizes, **values)
+        options = {"hyper": hyper, "lowrank": record.get("lowrank", {}), "seed": seed}
+        config = RunConfig(optimizer=name, **options, **sizes, **values)
         return Entry(method, protocol, config)
 
     def grid(self, method: str, protocol: str) -> list[Entry]:

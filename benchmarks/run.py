@@ -16,8 +16,10 @@ from torch.optim.lr_scheduler import LambdaLR
 import optimzoo
 from benchmarks.data import Batches, Corpus, iterate_eval
 from benchmarks.llama import Llama, get_config
+from benchmarks.low_rank import check, convert_model, make_restarts
 from benchmarks.provenance import remove_unfinished, write_atomic
 from benchmarks.telemetry import UpdateRatios
+from optimzoo.lowrank import support_bytes
 
 PRECISIONS = ("auto", "fp32", "bf16-autocast", "bf16")
 
@@ -29,7 +31,9 @@ class RunConfig:
     `lr` trains the weights of the method's own rule, `other_lr` the rest (see
     `optimzoo.create_optimizer`); `clip` bounds the gradient's global norm, 0 leaves it alone.
     Learning rates warm up linearly over `warmup` of the steps, then follow a cosine to
-    `min_lr_ratio`. `precision="auto"` is fp32 on a CPU and bf16-autocast on a GPU.
+    `min_lr_ratio`. `precision="auto"` is fp32 on a CPU and bf16-autocast on a GPU. `lowrank` makes
+    the hidden weights low-rank: arguments of `optimzoo.lowrank.convert`, and `restarts` or
+    `relora` with those of `Restarts` or `ReLoRA`; empty: the model is dense.
     """
 
     optimizer: str
@@ -48,6 +52,7 @@ class RunConfig:
     compile: bool = False
     seed: int = 0
     eval_tokens: int = 65536
+    lowrank: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "seq_len", "accumulate", "eval_tokens"):
@@ -67,6 +72,7 @@ class RunConfig:
             raise ValueError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
         if not isinstance(self.hyper, dict):
             raise ValueError(f"hyper is {self.hyper!r}; it must be an object, as {{'eps': 1e-6}}")
+        check(self.lowrank)
 
     @property
     def tokens_per_step(self) -> int:
@@ -84,6 +90,8 @@ def resolve_precision(config: RunConfig) -> str:
 def fingerprint(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
     """What a checkpoint or a finished row must agree on to be continued or reused."""
     values = {**asdict(config), "precision": resolve_precision(config), "corpus": corpus.sha256}
+    if not config.lowrank:
+        del values["lowrank"]  # rows from before it was there stay valid
     return json.loads(json.dumps(values))
 
 
@@ -106,6 +114,7 @@ class Run:
         shape = replace(get_config(config.model), vocab_size=corpus.vocab_size)
         self.model = Llama(shape)
         self.model.reset_parameters(config.seed)
+        convert_model(self.model, config.lowrank, config.seed)
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         self.model.to(self.device, dtype)
         self.forward: Callable[..., Tensor] = self.model
@@ -118,7 +127,11 @@ class Run:
             )
         except TypeError as error:
             raise ValueError(f"hyper {config.hyper} does not fit: {error}") from error
-        self.scheduler = LambdaLR(self.optimizer, lambda step: lr_factor(step, config))
+        self.restarts = make_restarts(self.model, self.optimizer, config.lowrank)
+        if self.restarts is None:
+            self.scheduler = LambdaLR(self.optimizer, lambda step: lr_factor(step, config))
+        else:
+            self.scheduler = self.restarts.scheduler(lambda step: lr_factor(step, config))
         size = config.batch_size * config.accumulate
         self.batches = Batches(corpus.train, size, config.seq_len, seed=config.seed)
         for split in ("valid", "test"):
@@ -163,6 +176,8 @@ class Run:
             scalars |= {f"update_ratio/{k}": v for k, v in ratios.ratios.items()}
             for group in self.optimizer.param_groups:
                 scalars[f"lr/{group.get('role', 'all')}"] = float(group["lr"])
+        if self.restarts is not None:
+            self.restarts.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -184,8 +199,12 @@ class Run:
         return iterate_eval(tokens, config.batch_size, config.seq_len, config.eval_tokens)
 
     def state_bytes(self) -> tuple[int, int]:
-        """Bytes of the parameters and of the optimizer's state tensors, as they are held."""
+        """Bytes of the parameters and of the optimizer's state tensors, as they are held.
+
+        With the parameters count the positions of sparse parts.
+        """
         params = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        params += support_bytes(self.model)
         tensors = [t for s in self.optimizer.state.values() for t in s.values()]
         state = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
         return params, state
@@ -200,6 +219,7 @@ class Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": {"last_epoch": self.scheduler.last_epoch},
+            "restarts": self.restarts.state_dict() if self.restarts is not None else {},
             "progress": json.dumps([self.step, self.seconds, self.curve, self.valid_curve]),
         }
         torch.save(state, buffer)
@@ -224,7 +244,11 @@ class Run:
             reason = str(error).split("\n", 1)[0]
             raise ValueError(f"{path} cannot be read ({reason}); delete it to start over") from None
         ours = fingerprint(self.config, self.corpus)
-        differ = [f"{k}={saved.get(k)!r}, not {v!r}" for k, v in ours.items() if saved.get(k) != v]
+        differ = [
+            f"{key}={saved.get(key)!r}, not {ours.get(key)!r}"
+            for key in {**ours, **saved}
+            if saved.get(key) != ours.get(key)
+        ]
         if differ:
             raise ValueError(
                 f"{path} belongs to a run with {'; '.join(differ)}; use another --out, or delete it"
@@ -232,6 +256,8 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
+        if self.restarts is not None:
+            self.restarts.load_state_dict(state["restarts"])
         self.step, self.seconds, curve, valid = json.loads(state["progress"])
         self.curve, self.valid_curve = [tuple(x) for x in curve], [tuple(x) for x in valid]
         return True

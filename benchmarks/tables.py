@@ -14,8 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.llama import Llama, get_config
+from benchmarks.low_rank import convert_model
 from benchmarks.plan import Plan, Row, choose, perplexity, settings
 from benchmarks.provenance import write_atomic
+from optimzoo.lowrank import support_bytes
 from optimzoo.memory import account
 
 MIB = 1024**2
@@ -27,12 +29,16 @@ def read_rows(path: Path) -> list[Row]:
 
 
 @cache
-def bytes_at(size: str, optimizer: str, hyper: str) -> int:
-    """Parameters and state in bfloat16 at a published size, from shapes; ``hyper`` is JSON."""
+def bytes_at(size: str, optimizer: str, hyper: str, lowrank: str = "{}") -> int:
+    """Parameters and state in bfloat16 at a published size, from shapes.
+
+    ``hyper`` and ``lowrank`` are JSON. The positions of sparse parts count as parameters.
+    """
     with torch.device("meta"):
         model = Llama(get_config(size))
+    convert_model(model, json.loads(lowrank), seed=0)
     counted = account(model, optimizer, dtype=torch.bfloat16, **json.loads(hyper))
-    return counted.params + counted.state_total
+    return counted.params + support_bytes(model) + counted.state_total
 
 
 def summarise(plan: Plan, rows: list[Row]) -> list[Row]:
@@ -55,7 +61,12 @@ def summarise(plan: Plan, rows: list[Row]) -> list[Row]:
                 "spread": statistics.stdev(losses) if len(losses) > 1 and finite else None,
                 "seeds": len(mine),
                 "held_bytes": mine[0]["parameter_bytes"] + mine[0]["state_bytes"],
-                "bytes_60m": bytes_at("60m", first["optimizer"], json.dumps(first["hyper"])),
+                "bytes_60m": bytes_at(
+                    "60m",
+                    first["optimizer"],
+                    json.dumps(first["hyper"]),
+                    json.dumps(first.get("lowrank", {})),
+                ),
                 "peak_bytes": statistics.median(r["peak_bytes"] for r in mine),
                 "optimizer_ms": statistics.median(times) if times else math.nan,
                 "tokens_per_second": statistics.median(r["tokens_per_second"] for r in mine),

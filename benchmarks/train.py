@@ -189,7 +189,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--optimizer", required=True, help="a name of optimzoo.list_optimizers()")
     parser.add_argument("--lr", type=float, required=True, help="of the method's own weights")
     parser.add_argument("--hyper", type=json.loads, default={}, help="JSON, e.g. '{\"eps\": 1e-6}'")
-    known = {"optimizer", "lr", "hyper"}
+    parser.add_argument(
+        "--lowrank", type=json.loads, default={}, help="JSON, e.g. '{\"rank\": 32}' (see RunConfig)"
+    )
+    known = {"optimizer", "lr", "hyper", "lowrank"}
     for option in fields(RunConfig):
         if option.name in known:
             continue

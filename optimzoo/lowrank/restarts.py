@@ -1,0 +1,189 @@
+"""Restarts: refactorization and momentum reset on one clock, with a learning rate that recovers."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.optimizer import Optimizer
+
+from optimzoo.lowrank.clock import Clock
+from optimzoo.lowrank.layers import LoRALinear
+from optimzoo.lowrank.momentum_reset import MomentumReset
+from optimzoo.lowrank.refactorize import factored_layers, refactorize_
+
+Schedule = Callable[[int], float]
+
+
+def quick_recovery(
+    base: Schedule, every: int, recovery_steps: int = 10, start: float = 0.001
+) -> Schedule:
+    """A schedule for ``LambdaLR`` that follows ``base``, and climbs back to it after each restart.
+
+    At step t, with t₀ the last restart (a multiple of ``every``, not 0) and n = recovery_steps::
+
+        t - t₀ < n:  target · (start + (1 - start) (t - t₀) / n),  target = base(t₀ + n)
+        else:        base(t)
+
+    as ``cosine_quick_recovery`` of the authors' code. It depends on t alone, so a resumed scheduler
+    needs nothing else.
+
+    Args:
+        base: factor of the learning rate by step, such as warm-up and cosine.
+        every: steps between two restarts.
+        recovery_steps: of the climb, below ``every``; 0 for none.
+        start: where it starts, as a share of its target.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+    if not 0 <= recovery_steps < every:
+        raise ValueError(f"recovery_steps is {recovery_steps}; it must be from 0 to every={every}")
+    if not 0 <= start <= 1:
+        raise ValueError(f"start is {start}; it must be from 0 to 1")
+
+    def factor(step: int) -> float:
+        since = step % every
+        if step < every or since >= recovery_steps:
+            return base(step)
+        share = start + (1 - start) * since / recovery_steps
+        return base(step - since + recovery_steps) * share
+
+    return factor
+
+
+class _Restarting(Clock):
+    """A clock over a model's low-rank layers and its optimizer, with the recovering schedule."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, every: int, recovery_steps: int
+    ) -> None:
+        super().__init__(every)
+        quick_recovery(_constant, every, recovery_steps)  # refuses what does not fit
+        self.layers = factored_layers(model)
+        self.model, self.optimizer, self.recovery_steps = model, optimizer, recovery_steps
+        self.reset: MomentumReset | None = None
+
+    def check(self) -> None:
+        """Refuse an optimizer whose state the reset does not recognise."""
+        if self.reset is not None:
+            self.reset.check()
+
+    def scheduler(self, base: Schedule | None = None) -> LambdaLR:
+        """A ``LambdaLR`` of ``base`` (default: constant) that recovers after each restart.
+
+        Step it once an optimizer step, as always; see :func:`quick_recovery`.
+        """
+        factor = quick_recovery(base or _constant, self.every, self.recovery_steps)
+        return LambdaLR(self.optimizer, factor)
+
+
+class Restarts(_Restarting):
+    """The restarts of arXiv 2505.22922, every ``every`` steps, after the optimizer's step:
+
+    1. ``refactorize``: the factors of every low-rank layer are balanced, the product stays;
+    2. ``reset``: both moments and the step count of every parameter start from zero;
+    3. with :meth:`scheduler`, the learning rate climbs back in ``recovery_steps`` steps.
+
+    ::
+
+        restarts = Restarts(model, optimizer, every=200)
+        scheduler = restarts.scheduler(warmup_cosine)
+        for batch in batches:
+            ...
+            optimizer.step(); restarts.step(); scheduler.step()
+
+    All is computed from what every replica has alike: under DDP the ranks stay equal without a
+    message. ``state_dict`` is the count of steps; with the states of model, optimizer and scheduler
+    a resumed run goes on to the same bits.
+
+    Args:
+        model: with layers of this package.
+        optimizer: any that :class:`MomentumReset` knows.
+        every: steps between two restarts; the paper's best is 200 (of 11,000 and up).
+        refactorize: do 1.
+        reset: do 2.
+        recovery_steps: of 3; the authors' code: 10.
+
+    Raises:
+        ValueError: a model without low-rank layers, an option out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        every: int = 200,
+        refactorize: bool = True,
+        reset: bool = True,
+        recovery_steps: int = 10,
+    ) -> None:
+        super().__init__(model, optimizer, every, recovery_steps)
+        self.refactorize = refactorize
+        if reset:
+            self.reset = MomentumReset(optimizer, every)
+
+    def fire(self) -> None:
+        """Restart now."""
+        self.check()
+        if self.refactorize:
+            refactorize_(self.model)
+        if self.reset is not None:
+            self.reset.fire()
+
+
+class ReLoRA(_Restarting):
+    """The restarts of ReLoRA (arXiv 2307.05695), every ``every`` steps, after the optimizer's step:
+
+    1. each :class:`LoRALinear` is merged: W₀ ← W₀ + s B A, A drawn anew, B = 0;
+    2. ``prune`` of the entries of the factors' moments, drawn at random, become zero: what the
+       authors' code runs as its "optimizer reset" (the paper's text prunes by magnitude);
+    3. with :meth:`scheduler`, the learning rate climbs back in ``recovery_steps`` steps.
+
+    It is used as :class:`Restarts` is. Every draw is that of ``seed`` and the step.
+
+    Args:
+        model: converted with kind ``lora``.
+        optimizer: any that :class:`MomentumReset` knows.
+        every: steps between two restarts.
+        prune: share of the moments' entries that become zero; 0 for none.
+        recovery_steps: of 3.
+        seed: of the draws.
+
+    Raises:
+        ValueError: a model without LoRA layers, an option out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        every: int = 200,
+        prune: float = 0.999,
+        recovery_steps: int = 10,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, optimizer, every, recovery_steps)
+        self.seed = seed
+        for name, layer in self.layers.items():
+            if not isinstance(layer, LoRALinear):
+                raise ValueError(f"{name} has no frozen weight to merge into; convert with 'lora'")
+        factors = [p for layer in self.layers.values() for p in (layer.B, layer.A)]
+        if prune:
+            rule = {"what": "moments", "params": factors, "fraction": prune, "seed": seed}
+            self.reset = MomentumReset(optimizer, every, **rule)  # type: ignore[arg-type]
+
+    def fire(self) -> None:
+        """Restart now."""
+        self.check()
+        generator = torch.Generator("cpu").manual_seed(self.seed + self.steps)
+        for layer in self.layers.values():
+            if isinstance(layer, LoRALinear):
+                layer.merge_(generator)
+        if self.reset is not None:
+            self.reset.steps = self.steps
+            self.reset.fire()
+
+
+def _constant(step: int) -> float:
+    return 1.0
