@@ -1,6 +1,7 @@
 """``optimzoo doctor``: the kernels of this machine, why others are missing, are they right."""
 
 import platform
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +13,8 @@ from optimzoo.optimizers.scale import normalized
 _SHAPES = ((129, 65), (7, 2048), (64, 1))
 
 
-def check(library: native.Library) -> dict[str, float]:
+def check(kernels: Any, device: str) -> dict[str, float]:
     """The largest error of each kernel against the eager rule, in float32, by name."""
-    device = library.kind
     generator = torch.Generator().manual_seed(0)
 
     def normal() -> list[Tensor]:
@@ -32,7 +32,7 @@ def check(library: native.Library) -> dict[str, float]:
         ]
         expected = [p - 0.1 * u for p, u in zip(params, directions, strict=True)]
         kinds = [kind] * len(_SHAPES)
-        library.scale_(
+        kernels.scale_(
             *(params, grads, none, none, none, kinds, _SHAPES),
             lr=0.1,
             momentum=0.9,
@@ -47,11 +47,17 @@ def check(library: native.Library) -> dict[str, float]:
     params, grads, exp_avgs = normal(), normal(), normal()
     exp_avg_sqs = [v.abs() for v in normal()]
     others = [[t.clone() for t in part] for part in (params, exp_avgs, exp_avg_sqs)]
-    rule = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-3, "weight_decay": 0.1, "maximize": False}
+    rule: dict[str, Any] = {
+        "lr": 0.1,
+        "betas": (0.9, 0.999),
+        "eps": 1e-3,
+        "weight_decay": 0.1,
+        "maximize": False,
+    }
     steps = [torch.ones((), device=device) for _ in _SHAPES]
-    library.adam_(params, grads, exp_avgs, exp_avg_sqs, steps, eps_before=True, **rule)  # type: ignore[arg-type]
+    kernels.adam_(params, grads, exp_avgs, exp_avg_sqs, steps, eps_before=True, **rule)
     counts = [torch.zeros(()) for _ in _SHAPES]
-    adam(others[0], grads, others[1], others[2], counts, foreach=False, capturable=False, **rule)  # type: ignore[arg-type]
+    adam(others[0], grads, others[1], others[2], counts, foreach=False, capturable=False, **rule)
     errors["adam"] = worst(params, others[0])
     return errors
 
@@ -60,14 +66,16 @@ def main() -> int:
     """Print the report; 1 if a kernel that is there is wrong."""
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}")
     wrong = False
-    for kind, library in dispatch.LIBRARIES.items():
-        if not library.available():
-            print(f"{kind:<5} no kernels: {library.why_not()}")
+    found = [(device, b) for device, backends in dispatch.BACKENDS.items() for b in backends]
+    for device, kernels in found:
+        native_one = isinstance(kernels, native.Library)
+        name = f"{device}, {'native' if native_one else 'Triton'}:"
+        if not kernels.available():
+            print(f"{name:<14} none; {kernels.why_not()}")
             continue
-        variant = library.variant() or "of " + torch.cuda.get_device_name()
-        print(f"{kind:<5} native kernels, {variant}")
-        for name, error in check(library).items():
+        print(f"{name:<14} {kernels.variant() if native_one else ''}")
+        for kernel, error in check(kernels, device).items():
             good = error < 1e-5
             wrong |= not good
-            print(f"      {name:<18} largest error {error:.1e}  {'ok' if good else 'WRONG'}")
+            print(f"  {kernel:<18} largest error {error:.1e}  {'ok' if good else 'WRONG'}")
     return int(wrong)

@@ -1,8 +1,9 @@
 """Which kernels step a tensor: the one place that chooses.
 
-A CUDA tensor goes to the native CUDA library, a CPU tensor to the CPU library. What no kernel takes
-stays with the optimizer's eager path: other dtypes than float32, bfloat16 and float16, weights or
-state that are not contiguous, tensor subclasses, other devices.
+A CUDA tensor goes to the native CUDA library, else to Triton; a CPU tensor to the native CPU
+library. What no kernel takes stays with the optimizer's eager path: other dtypes than float32,
+bfloat16 and float16, weights or state that are not contiguous, tensor subclasses, other devices.
+Under torch.compile a call of a kernel is a graph break.
 """
 
 import functools
@@ -13,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from optimzoo.kernels import native
+from optimzoo.kernels import native, triton
 
-LIBRARIES = {"cpu": native.CPU, "cuda": native.CUDA}
+BACKENDS: dict[str, tuple[Any, ...]] = {"cpu": (native.CPU,), "cuda": (native.CUDA, triton)}
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, torch.nn.Parameter)
 ROWS, COLUMNS, SIGN, ADAM = range(4)  # enum oz_kind
@@ -65,8 +66,7 @@ def vector(
 @functools.cache
 def backend(device_type: str) -> Backend | None:
     """The backend that steps tensors on this kind of device; None: there is none."""
-    library = LIBRARIES.get(device_type)
-    return library if library is not None and library.available() else None
+    return next((b for b in BACKENDS.get(device_type, ()) if b.available()), None)
 
 
 def takes(item: Item) -> bool:
@@ -140,6 +140,6 @@ def _refusal(param: Tensor) -> str:
     what = f"fused=True cannot step a {param.dtype} parameter {tuple(param.shape)}"
     kind = param.device.type
     if backend(kind) is None:
-        why = LIBRARIES[kind].why_not() if kind in LIBRARIES else "there are no kernels for it"
+        why = "; ".join(b.why_not() for b in BACKENDS.get(kind, ())) or "there are none for it"
         return f"{what} on {kind}: {why}; run `optimzoo doctor`, or leave fused=None"
     return f"{what}: kernels take contiguous float32, bfloat16 and float16; leave fused=None"

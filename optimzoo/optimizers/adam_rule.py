@@ -66,19 +66,10 @@ def adam(
     if not params:
         return
     if foreach is None and not differentiable:
-        items = map(dispatch.vector, params, grads, exp_avgs, exp_avg_sqs, steps)
-        runs, rest = dispatch.split(items, None)
-        for kernels, chosen in runs:
-            p, g, m, v, t, *_ = dispatch.columns(chosen)
-            kernels.adam_(
-                *(p, g, m, v, t),
-                lr=dispatch.scalar(lr, p[0].device),
-                betas=betas,
-                eps=eps,
-                weight_decay=weight_decay,
-                maximize=maximize,
-                eps_before=True,
-            )
+        rest = _fused_adam(
+            *(params, grads, exp_avgs, exp_avg_sqs, steps),
+            *(lr, betas, eps, weight_decay, maximize),
+        )
         if not rest:
             return
         params, grads, exp_avgs, exp_avg_sqs, steps = map(list, list(zip(*rest, strict=True))[:5])
@@ -150,3 +141,33 @@ def _multi_tensor_adam(
         torch._foreach_add_(update, params, alpha=weight_decay)
     torch._foreach_mul_(update, lr)
     torch._foreach_sub_(params, update)
+
+
+@torch.compiler.disable
+def _fused_adam(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+) -> list[dispatch.Item]:
+    """Step what the kernels take, in one call a device; returns the rest."""
+    items = map(dispatch.vector, params, grads, exp_avgs, exp_avg_sqs, steps)
+    runs, rest = dispatch.split(items, None)
+    for kernels, chosen in runs:
+        fields = dispatch.columns(chosen)
+        kernels.adam_(
+            *fields[:5],
+            lr=dispatch.scalar(lr, chosen[0].param.device),
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            maximize=maximize,
+            eps_before=True,
+        )
+    return rest

@@ -203,6 +203,7 @@ class AdamS(RoleOptimizer):
             adam(*self._lists(rest), capturable=False, **shared)
         return loss
 
+    @torch.compiler.disable
     def _step_fused(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
         """Step what the kernels take, one call a step count; returns the rest."""
         if group["foreach"] is not None or group["decay"] != "l1":

@@ -117,19 +117,28 @@ def adam_direction(state: dict[str, Any], grad: Tensor, group: dict[str, Any]) -
         state["exp_avg"] = torch.zeros_like(grad)
         state["exp_avg_sq"] = torch.zeros_like(grad)
     m, v = state["exp_avg"], state["exp_avg_sq"]
-    kernels = dispatch.backend(grad.device.type)
-    if kernels is not None:
-        grad = grad.contiguous()
-        direction = torch.empty_like(grad)
-        if dispatch.takes(dispatch.vector(direction, grad, m, v)):
-            rule = {"lr": 0.0, "weight_decay": 0.0, "maximize": False, "eps_before": True}
-            rule |= {"betas": group["betas"], "eps": group["eps"], "direction": True}
-            kernels.adam_([direction], [grad], [m], [v], [None], **rule)
-            return direction
+    direction = _fused_direction(m, v, grad, group)
+    if direction is not None:
+        return direction
     grad = grad.to(m.dtype)
     m.lerp_(grad, 1 - beta1)
     v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     return m / (v.sqrt() + group["eps"])
+
+
+@torch.compiler.disable
+def _fused_direction(m: Tensor, v: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor | None:
+    kernels = dispatch.backend(grad.device.type)
+    if kernels is None:
+        return None
+    grad = grad.contiguous()
+    direction = torch.empty_like(grad)
+    if not dispatch.takes(dispatch.vector(direction, grad, m, v)):
+        return None
+    rule = {"lr": 0.0, "weight_decay": 0.0, "maximize": False, "eps_before": True}
+    rule |= {"betas": group["betas"], "eps": group["eps"], "direction": True}
+    kernels.adam_([direction], [grad], [m], [v], [None], **rule)
+    return direction
 
 
 def bias_correction(step: int, betas: tuple[float, float]) -> float:

@@ -217,6 +217,7 @@ class SCALE(RoleOptimizer):
             )
         return loss
 
+    @torch.compiler.disable
     def _step_fused(
         self, group: dict[str, Any], matrices: list[Tensor], vectors: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
