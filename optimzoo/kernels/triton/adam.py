@@ -1,0 +1,198 @@
+# mypy: disallow-untyped-defs=False
+"""Adam, AdamW, AdamS and Adam's direction: ``oz_*_adam``."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from optimzoo.kernels.triton import table as T
+from optimzoo.kernels.triton.element import (
+    clipped,
+    gradient_scale,
+    nearest,
+    read,
+    rounding_key,
+    write_param,
+)
+from optimzoo.kernels.triton.launch import UNSPECIALIZED, Tile, flat_tile, launch, scalars, written
+from optimzoo.kernels.triton.table import Record, block, number, owner, pointer
+
+
+@triton.jit
+def _correction(step, log_beta):
+    """1 - beta^step, in float64 as it is a small difference of large numbers."""
+    return (1.0 - tl.exp((step * log_beta).to(tl.float64))).to(tl.float32)
+
+
+@triton.jit
+def _clip(g, clip):
+    return tl.load(clip + 2) * clipped(g, tl.load(clip), tl.load(clip + 1))
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _adam(
+    table,
+    count,
+    lr,
+    weight_decay,
+    rest1,
+    rest2,
+    log_beta1,
+    log_beta2,
+    eps,
+    alpha,
+    pull,
+    sign,
+    grad_scale,
+    found_inf,
+    seed_low,
+    seed_high,
+    step_low,
+    step_high,
+    first_index,
+    STOCHASTIC: tl.constexpr,
+    BEFORE: tl.constexpr,
+    DIRECTION: tl.constexpr,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HUGE: tl.constexpr,
+    C: tl.constexpr,
+    MASKED: tl.constexpr,
+    CLIPPED: tl.constexpr,
+):
+    mine = owner(table, count)
+    param = pointer(mine, count, T.PARAM, P, ALIGNED)
+    exp_avg = pointer(mine, count, T.EXP_AVG, M, ALIGNED)
+    exp_avg_sq = pointer(mine, count, T.EXP_AVG_SQ, M, ALIGNED)
+    grad = pointer(mine, count, T.GRAD, G, ALIGNED)
+    at, inside = block(mine, count, found_inf, ALIGNED, C)
+    key = rounding_key(
+        number(mine, count, T.INDEX), first_index, step_low, step_high, seed_low, seed_high
+    )
+    g = read(grad + at, inside) * gradient_scale(sign, grad_scale)
+    m = read(exp_avg + at, inside)
+    v = read(exp_avg_sq + at, inside)
+    if CLIPPED:
+        g = _clip(g, pointer(mine, count, T.EXTRA, tl.float32, False))
+    m += rest1 * (g - m)
+    moved = m
+    if MASKED or not DIRECTION:
+        p = read(param + at, inside)
+    if MASKED:
+        byte = tl.load(
+            pointer(mine, count, T.MASK, tl.uint8, False) + at // 8, mask=inside, other=0
+        )
+        kept = (byte >> (at % 8).to(tl.uint8)) & 1
+        toward = tl.where(p > 0, pull, tl.where(p < 0, -pull, 0.0))
+        moved = tl.where(kept != 0, m, (1.0 - alpha) * m + toward)
+        g = moved
+    v += rest2 * (g * g - v)
+    tl.store(exp_avg + at, nearest(m, M), mask=inside)
+    tl.store(exp_avg_sq + at, nearest(v, M), mask=inside)
+    if DIRECTION:
+        p = moved / (tl.sqrt(v) + eps)
+    else:
+        step = tl.load(pointer(mine, count, T.STEP, tl.float32, False))
+        c1 = _correction(step, log_beta1)
+        root = tl.sqrt(_correction(step, log_beta2))
+        if BEFORE:
+            update = (root / c1) * moved / (tl.sqrt(v) + eps)
+        else:
+            update = (1.0 / c1) * moved / (tl.sqrt(v) * (1.0 / root) + eps)
+        p -= tl.load(lr) * (update + weight_decay * p)
+    write_param(param + at, p, inside, at, key, P, STOCHASTIC, HUGE)
+
+
+def adam_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor | None],
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    eps_before: bool,
+    masks: Sequence[Tensor | None] | None = None,
+    l1: float = 0.0,
+    alpha: float = 0.0,
+    clips: Sequence[Tensor | None] | None = None,
+    direction: bool = False,
+    **shared: Any,
+) -> None:
+    """Adam's step on each tensor, or its direction; ``shared`` as in :func:`launch.scalars`.
+
+    Raises:
+        ValueError: a step count is missing, and it is not the direction that is asked for.
+    """
+    if not params:
+        return
+    if not direction and any(step is None for step in steps):
+        raise ValueError(f"steps[{[*steps].index(None)}] is None; only direction=True needs none")
+    lr, gradient, rounding = scalars(params[0].device, lr=lr, maximize=maximize, **shared)
+    none = [None] * len(params)
+    options = zip(masks or none, steps, clips or none, strict=True)
+    columns = zip(params, grads, exp_avgs, exp_avg_sqs, options, strict=True)
+    records = [
+        Record(p, g, m, v, *option, 1, p.numel(), i)
+        for i, (p, g, m, v, option) in enumerate(columns)
+    ]
+    step_records(
+        records,
+        betas=betas,
+        eps=eps,
+        eps_before=eps_before,
+        l1=l1,
+        alpha=alpha,
+        direction=direction,
+        lr=lr,
+        weight_decay=weight_decay,
+        **gradient,
+        **rounding,
+    )
+    written(params, exp_avgs, exp_avg_sqs)
+
+
+def step_records(
+    records: Iterable[Record],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    eps_before: bool,
+    l1: float = 0.0,
+    alpha: float = 0.0,
+    direction: bool = False,
+    **arguments: Any,
+) -> None:
+    """One launch; the other arguments are the kernel's own."""
+    logs = [math.log(beta) if beta > 0 else -math.inf for beta in betas]
+    launch(
+        _adam,
+        records,
+        _tile,
+        rest1=1.0 - betas[0],
+        rest2=1.0 - betas[1],
+        log_beta1=logs[0],
+        log_beta2=logs[1],
+        eps=eps,
+        alpha=alpha,
+        pull=alpha * l1,
+        BEFORE=eps_before,
+        DIRECTION=direction,
+        **arguments,
+    )
+
+
+def _tile(record: Record) -> Tile:
+    constants, warps, units = flat_tile(record)
+    flags = (("MASKED", record.mask is not None), ("CLIPPED", record.extra is not None))
+    return Tile((*constants, *flags), warps, units)

@@ -1,0 +1,288 @@
+# mypy: disallow-untyped-defs=False
+"""Sums of squares by row, by column and over a clipped tensor: ``oz_*_reduce``.
+
+Each sum is over fixed parts in a fixed order, without atomics: the same input, the same bits.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from optimzoo.kernels.dispatch import COLUMNS, ROWS, SIGN
+from optimzoo.kernels.triton import table as T
+from optimzoo.kernels.triton.element import (
+    clipped,
+    direction,
+    gradient_scale,
+    inverse_length,
+    read,
+)
+from optimzoo.kernels.triton.launch import (
+    UNSPECIALIZED,
+    Tile,
+    ceil_div,
+    launch,
+    pow2,
+    row_tile,
+    scalars,
+)
+from optimzoo.kernels.triton.table import Record, height, number, owner, pointer, tile, unit, width
+
+_CHUNK = 256  # rows of a partial sum of columns
+_SPAN = 1 << 15  # elements of a partial sum of a tensor
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _rows(
+    table,
+    count,
+    sign,
+    grad_scale,
+    found_inf,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HUGE: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    LOOP: tl.constexpr,
+):
+    mine = owner(table, count)
+    grad = pointer(mine, count, T.GRAD, G, ALIGNED)
+    out = pointer(mine, count, T.EXTRA, tl.float32, False)
+    rows = height(mine, count, found_inf)
+    cols = width(mine, count, ALIGNED)
+    factor = gradient_scale(sign, grad_scale)
+    row = unit(mine, count) * R + tl.arange(0, R)
+    squares = tl.zeros([R, C], tl.float32)
+    for start in range(0, cols, C):
+        at, inside = tile(row, start + tl.arange(0, C), rows, cols)
+        g = read(grad + at, inside) * factor
+        squares += g * g
+    tl.store(out + row, tl.sum(squares, 1), mask=row < rows)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _column_parts(
+    table,
+    count,
+    rest,
+    sign,
+    grad_scale,
+    found_inf,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HUGE: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Of CHUNK rows; the momentum, if there is one, takes the gradient in on the way."""
+    mine = owner(table, count)
+    grad = pointer(mine, count, T.GRAD, G, ALIGNED)
+    exp_avg = pointer(mine, count, T.EXP_AVG, M, ALIGNED)
+    out = pointer(mine, count, T.EXTRA, tl.float32, False)
+    rows = height(mine, count, found_inf)
+    cols = width(mine, count, ALIGNED)
+    factor = gradient_scale(sign, grad_scale)
+    part = unit(mine, count)
+    across = tl.cdiv(cols, C)
+    chunk = part // across
+    col = (part % across) * C + tl.arange(0, C)
+    squares = tl.zeros([R, C], tl.float32)
+    begin = chunk * CHUNK
+    for start in range(begin, tl.minimum(begin + CHUNK, rows), R):
+        row = start + tl.arange(0, R)
+        at, inside = tile(row, col, rows, cols)
+        g = direction(grad, exp_avg, at, inside, factor, rest, M)
+        squares += g * g
+    tl.store(out + chunk * cols + col, tl.sum(squares, 0), mask=col < cols)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _column_ends(
+    table,
+    count,
+    eps,
+    found_inf,
+    INVERT: tl.constexpr,
+    L2: tl.constexpr,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HUGE: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+):
+    """The sums of the parts, which are the matrix; INVERT: the inverse of SCALE's divisor."""
+    mine = owner(table, count)
+    parts = pointer(mine, count, T.GRAD, tl.float32, False)
+    out = pointer(mine, count, T.EXTRA, tl.float32, False)
+    rows = height(mine, count, found_inf)
+    cols = width(mine, count, False)
+    col = unit(mine, count) * C + tl.arange(0, C)
+    sums = tl.zeros([R, C], tl.float32)
+    for start in range(0, rows, R):
+        at, inside = tile(start + tl.arange(0, R), col, rows, cols)
+        sums += read(parts + at, inside)
+    total = tl.sum(sums, 0)
+    if INVERT:
+        total = inverse_length(total, number(mine, count, T.LENGTH).to(tl.float32), eps, L2)
+    tl.store(out + col, total, mask=col < tl.where(rows > 0, cols, 0))
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _clipped_parts(
+    table,
+    count,
+    sign,
+    grad_scale,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HUGE: tl.constexpr,
+    C: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    """Of SPAN elements: their largest size, and the sum of squares once clipped."""
+    mine = owner(table, count)
+    grad = pointer(mine, count, T.GRAD, G, ALIGNED)
+    extra = pointer(mine, count, T.EXTRA, tl.float32, False)
+    parts = pointer(mine, count, T.EXP_AVG_SQ, tl.float32, False)
+    n = width(mine, count, ALIGNED)
+    factor = gradient_scale(sign, grad_scale)
+    bound = tl.load(extra + 2)
+    ratio = tl.load(extra + 3)
+    part = unit(mine, count)
+    squares = tl.zeros([C], tl.float32)
+    most = tl.zeros([C], tl.int32)
+    for start in range(part * SPAN, tl.minimum((part + 1) * SPAN, n), C):
+        at = start + tl.arange(0, C)
+        x = tl.abs(read(grad + at, at < n) * factor)
+        # The bits of sizes are in the order of the sizes, and those of a NaN above all others.
+        most = tl.maximum(most, x.to(tl.int32, bitcast=True))
+        x = clipped(x, bound, ratio)
+        squares += x * x
+    tl.store(parts + 2 * part, tl.max(most, 0).to(tl.float32, bitcast=True))
+    tl.store(parts + 2 * part + 1, tl.sum(squares, 0))
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _clipped_ends(
+    table,
+    count,
+    found_inf,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HUGE: tl.constexpr,
+    C: tl.constexpr,
+):
+    """The largest and the sum of the parts, of which there are `rows`, two numbers each."""
+    mine = owner(table, count)
+    parts = pointer(mine, count, T.GRAD, tl.float32, False)
+    out = pointer(mine, count, T.EXTRA, tl.float32, False)
+    rows = height(mine, count, found_inf)
+    squares = tl.zeros([C], tl.float32)
+    most = tl.zeros([C], tl.int32)
+    for start in range(0, rows, C):
+        at = start + tl.arange(0, C)
+        most = tl.maximum(most, read(parts + 2 * at, at < rows).to(tl.int32, bitcast=True))
+        squares += read(parts + 2 * at + 1, at < rows)
+    tl.store(out, tl.max(most, 0).to(tl.float32, bitcast=True), mask=rows > 0)
+    tl.store(out + 1, tl.sum(squares, 0), mask=rows > 0)
+
+
+def reduce_(
+    grads: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    kinds: Sequence[int],
+    shapes: Sequence[tuple[int, int]],
+    *,
+    maximize: bool = False,
+    **shared: Any,
+) -> None:
+    """Sums into ``outs``, by each tensor's kind; ``shared`` as in :func:`launch.scalars`."""
+    if not grads:
+        return
+    gradient = scalars(grads[0].device, maximize=maximize, **shared)[1]
+    records: dict[int, list[Record]] = {ROWS: [], COLUMNS: [], SIGN: []}
+    for g, out, kind, (rows, cols) in zip(grads, outs, kinds, shapes, strict=True):
+        if kind == SIGN:
+            rows, cols = 1, rows * cols
+        records[kind].append(Record(None, g, None, None, None, None, out, rows, cols))
+    launch(_rows, records[ROWS], row_tile, **gradient)
+    column_sums(records[COLUMNS], **gradient)
+    _clipped(records[SIGN], **gradient)
+
+
+def column_sums(
+    records: Sequence[Record],
+    *,
+    rest: float = 0.0,
+    eps: float = 0.0,
+    L2: bool = True,
+    INVERT: bool = False,
+    **gradient: Any,
+) -> None:
+    """Sums by column of squared gradients, or of momenta that take them in, into ``extra``."""
+    records = [r for r in records if r.rows and r.cols]
+    chunks = [ceil_div(r.rows, _CHUNK) for r in records]
+    scratch = _scratch([n * r.cols for n, r in zip(chunks, records, strict=True)], records)
+    begun = [r._replace(param=None, extra=s) for r, s in zip(records, scratch, strict=True)]
+    launch(_column_parts, begun, _part_tile, rest=rest, **gradient)
+    ended = [
+        Record(None, s, None, None, None, None, r.extra, n, r.cols, length=r.rows)
+        for r, s, n in zip(records, scratch, chunks, strict=True)
+    ]
+    found_inf = gradient["found_inf"]
+    launch(_column_ends, ended, _end_tile, eps=eps, found_inf=found_inf, L2=L2, INVERT=INVERT)
+
+
+def _clipped(records: Sequence[Record], *, found_inf: Tensor | None, **gradient: Any) -> None:
+    records = [r for r in records if r.rows and r.cols]
+    parts = [ceil_div(r.cols, _SPAN) for r in records]
+    scratch = _scratch([2 * n for n in parts], records)
+    begun = [r._replace(exp_avg_sq=s) for r, s in zip(records, scratch, strict=True)]
+    launch(_clipped_parts, begun, _span_tile, **gradient)
+    ended = [
+        Record(None, s, None, None, None, None, r.extra, n, 1)
+        for r, s, n in zip(records, scratch, parts, strict=True)
+    ]
+    launch(_clipped_ends, ended, _last_tile, found_inf=found_inf)
+
+
+def _scratch(sizes: list[int], records: Sequence[Record]) -> Sequence[Tensor]:
+    if not records:
+        return ()
+    whole = torch.empty(sum(sizes), dtype=torch.float32, device=records[0].grad.device)
+    return whole.split(sizes)
+
+
+def _part_tile(record: Record) -> Tile:
+    width = min(pow2(record.cols), 128)
+    height = 16 if record.exp_avg is not None else 32
+    constants = (("R", height), ("C", width), ("CHUNK", _CHUNK))
+    return Tile(constants, 4, ceil_div(record.rows, _CHUNK) * ceil_div(record.cols, width))
+
+
+def _end_tile(record: Record) -> Tile:
+    return Tile((("R", 64), ("C", 32)), 4, ceil_div(record.cols, 32))
+
+
+def _span_tile(record: Record) -> Tile:
+    return Tile((("C", 2048), ("SPAN", _SPAN)), 4, ceil_div(record.cols, _SPAN))
+
+
+def _last_tile(record: Record) -> Tile:
+    return Tile((("C", 1024),), 4, 1)

@@ -1,0 +1,110 @@
+# mypy: disallow-untyped-defs=False
+"""The table that tells a launch's programs which tensor is theirs, and where it lies.
+
+It is an int64 array ``[fields, tensors]`` on the device: addresses, sizes, and the first program of
+each tensor. So one launch steps all tensors of a kind, and its arguments do not grow with them.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PARAM = tl.constexpr(0)
+GRAD = tl.constexpr(1)
+EXP_AVG = tl.constexpr(2)
+EXP_AVG_SQ = tl.constexpr(3)
+MASK = tl.constexpr(4)
+STEP = tl.constexpr(5)
+EXTRA = tl.constexpr(6)
+ROWS = tl.constexpr(7)
+COLS = tl.constexpr(8)
+INDEX = tl.constexpr(9)
+LENGTH = tl.constexpr(10)
+FIRST = tl.constexpr(11)
+
+
+class Record(NamedTuple):
+    """One tensor's column of the table, but for its first program; None: there is none."""
+
+    param: Tensor | None
+    grad: Tensor
+    exp_avg: Tensor | None
+    exp_avg_sq: Tensor | None
+    mask: Tensor | None
+    step: Tensor | None
+    extra: Tensor | None
+    rows: int
+    cols: int
+    order: int = 0  # the tensor's index in stochastic rounding
+    length: int = 0  # how many elements a sum is over
+
+
+@triton.jit
+def number(mine, count, FIELD: tl.constexpr):
+    """A field of a tensor, `mine` being its column of a table of `count`."""
+    return tl.load(mine + FIELD * count)
+
+
+@triton.jit
+def owner(table, count):
+    """The column of this program's tensor: the last whose first program is not after it."""
+    program = tl.program_id(0)
+    low = 0
+    high = count
+    while high - low > 1:
+        middle = (low + high) // 2
+        before = number(table + middle, count, FIRST) <= program
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    return table + low
+
+
+@triton.jit
+def unit(mine, count):
+    """Which part of its tensor this program works on."""
+    return tl.program_id(0) - number(mine, count, FIRST)
+
+
+@triton.jit
+def pointer(mine, count, FIELD: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """A pointer to elements of TYPE; ALIGNED: to 16 bytes; TYPE None: nothing to point to."""
+    address = number(mine, count, FIELD)
+    if TYPE is not None:
+        address = address.to(tl.pointer_type(TYPE))
+        if ALIGNED:
+            address = tl.multiple_of(address, 16)
+    return address
+
+
+@triton.jit
+def height(mine, count, found_inf):
+    """Rows; none, so that nothing is written, if `found_inf` is not zero."""
+    rows = number(mine, count, ROWS)
+    if found_inf is not None:
+        rows = tl.where(tl.load(found_inf) != 0, 0, rows)
+    return rows
+
+
+@triton.jit
+def width(mine, count, ALIGNED: tl.constexpr):
+    """Columns."""
+    cols = number(mine, count, COLS)
+    if ALIGNED:
+        cols = cols // 8 * 8  # as they are; but from this the compiler knows what they are
+    return cols
+
+
+@triton.jit
+def tile(row, col, rows, cols):
+    """Row-major indices of all pairs of these rows and columns, and which of them exist."""
+    inside = (row < rows)[:, None] & (col < cols)[None, :]
+    return row[:, None] * cols + col[None, :], inside
+
+
+@triton.jit
+def block(mine, count, found_inf, ALIGNED: tl.constexpr, C: tl.constexpr):
+    """Indices of this program's C elements of a tensor ``[1, n]``, and which of them exist."""
+    at = unit(mine, count) * C + tl.arange(0, C)
+    return at, at < width(mine, count, ALIGNED) * height(mine, count, found_inf)
