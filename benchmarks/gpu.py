@@ -22,6 +22,7 @@ from benchmarks.provenance import provenance, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
+TRITON = ("tests/kernels_triton_rules.py", "tests/kernels_triton_edges.py")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
     plan = [
         Stage("build", [PYTHON, "csrc/build.py", "--require"], 150),
         Stage("kernels", [*pytest, "tests/test_kernels.py", "-k", "cuda"], 60),
+        Stage("triton", [*pytest, *TRITON], 90),
         Stage("contract", [*pytest, *contract, "-k", "CUDA or cuda"], 60),
         *(step_time(out, m, "bfloat16", *methods, "--no-peers") for m in ("60m", "1b")),
         step_time(out, "60m", "float32"),

@@ -59,7 +59,9 @@ inline void clipped(const oz_tensor &t, int64_t at, int64_t n, float sign, float
 
 OZ_FUNCTION(reduce) {
   const oz_options &o = *options;
-  const float sign = scalars_of(o).sign;
+  const Scalars s = scalars_of(o);
+  if (s.skip) return 0;
+  const float sign = s.sign;
   std::vector<int64_t> offset(count + 1, 0);
   for (int64_t i = 0; i < count; ++i)
     offset[i + 1] = offset[i] + units_of(tensors[i]) * width_of(tensors[i]);

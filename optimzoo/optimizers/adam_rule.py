@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import _default_to_fused_or_foreach, _get_scalar_dtype
 
 from optimzoo.kernels import dispatch
@@ -143,7 +144,7 @@ def _multi_tensor_adam(
     torch._foreach_sub_(params, update)
 
 
-@torch.compiler.disable
+@_disable_dynamo
 def _fused_adam(
     params: list[Tensor],
     grads: list[Tensor],

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT, _default_to_fused_or_foreach
 
 from optimzoo.kernels import dispatch
@@ -203,7 +204,7 @@ class AdamS(RoleOptimizer):
             adam(*self._lists(rest), capturable=False, **shared)
         return loss
 
-    @torch.compiler.disable
+    @_disable_dynamo
     def _step_fused(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
         """Step what the kernels take, one call a step count; returns the rest."""
         if group["foreach"] is not None or group["decay"] != "l1":

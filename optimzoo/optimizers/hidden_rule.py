@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from optimzoo.kernels import dispatch
 from optimzoo.optimizers.adam_rule import adam_step, init_adam_state, step_as_tensor
@@ -126,7 +127,7 @@ def adam_direction(state: dict[str, Any], grad: Tensor, group: dict[str, Any]) -
     return m / (v.sqrt() + group["eps"])
 
 
-@torch.compiler.disable
+@_disable_dynamo
 def _fused_direction(m: Tensor, v: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor | None:
     kernels = dispatch.backend(grad.device.type)
     if kernels is None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import (
     ParamsT,
     _default_to_fused_or_foreach,
@@ -217,7 +218,7 @@ class SCALE(RoleOptimizer):
             )
         return loss
 
-    @torch.compiler.disable
+    @_disable_dynamo
     def _step_fused(
         self, group: dict[str, Any], matrices: list[Tensor], vectors: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
