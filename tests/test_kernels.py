@@ -352,3 +352,16 @@ def test_a_compiled_step_is_the_plain_one(name):
             scheduler.step()
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (20, 4096), (20, 8321), (5, 1023)])
+def test_the_passes_over_a_history_are_products(shape):
+    history, vector, weights = (
+        normal(s, i, F32) for i, s in enumerate((shape, shape[1:], shape[:1]))
+    )
+    rows = wide(history) @ wide(vector)
+    np.testing.assert_allclose(wide(native.CPU.history_dot(history, vector)), rows, atol=3e-4)
+    columns = wide(weights) @ wide(history)
+    np.testing.assert_allclose(
+        wide(native.CPU.history_combine(history, weights)), columns, atol=1e-5
+    )

@@ -18,6 +18,14 @@ OZ_DECLARE(reduce)
 OZ_DECLARE(apply)
 OZ_DECLARE(center)
 
+#define OZ_DECLARE_HISTORY(op)                                                        \
+  int op##_baseline(const float *, const float *, float *, int64_t, int64_t, int);    \
+  int op##_avx2(const float *, const float *, float *, int64_t, int64_t, int);        \
+  int op##_avx512(const float *, const float *, float *, int64_t, int64_t, int);
+
+OZ_DECLARE_HISTORY(history_dot)
+OZ_DECLARE_HISTORY(history_combine)
+
 namespace {
 
 int best_isa() {
@@ -48,18 +56,18 @@ const int isa = chosen_isa();
 }  // namespace
 
 #ifdef OZ_X86
-#define OZ_CHOOSE(op)                                                  \
-  isa == 2   ? op##_avx512(tensors, count, options)                    \
-  : isa == 1 ? op##_avx2(tensors, count, options)                      \
-             : op##_baseline(tensors, count, options)
+#define OZ_CHOOSE(op, ...)                                             \
+  isa == 2   ? op##_avx512(__VA_ARGS__)                                \
+  : isa == 1 ? op##_avx2(__VA_ARGS__)                                  \
+             : op##_baseline(__VA_ARGS__)
 #else
-#define OZ_CHOOSE(op) op##_baseline(tensors, count, options)
+#define OZ_CHOOSE(op, ...) op##_baseline(__VA_ARGS__)
 #endif
 
 #define OZ_EXPORT(op)                                                              \
   int oz_cpu_##op(const oz_tensor *tensors, int64_t count, const oz_options *options, \
                   void *) {                                                        \
-    return OZ_CHOOSE(op);                                                          \
+    return OZ_CHOOSE(op, tensors, count, options);                                                          \
   }
 
 extern "C" {
@@ -70,4 +78,14 @@ OZ_EXPORT(adam)
 OZ_EXPORT(reduce)
 OZ_EXPORT(apply)
 OZ_EXPORT(center)
+
+int oz_cpu_history_dot(const float *history, const float *vector, float *out, int64_t rows,
+                       int64_t cols, int32_t threads) {
+  return OZ_CHOOSE(history_dot, history, vector, out, rows, cols, threads);
+}
+
+int oz_cpu_history_combine(const float *history, const float *weights, float *out, int64_t rows,
+                           int64_t cols, int32_t threads) {
+  return OZ_CHOOSE(history_combine, history, weights, out, rows, cols, threads);
+}
 }

@@ -119,6 +119,14 @@ int oz_cpu_apply(const oz_tensor *tensors, int64_t count, const oz_options *opti
  * is an output here, and never read. */
 int oz_cpu_center(const oz_tensor *tensors, int64_t count, const oz_options *options, void *stream);
 
+/* Natural GaLore's passes over its history, float32 [rows, cols], on the CPU only:
+ *     dot:      out[i] = sum_j history[i, j] vector[j]       (rows floats)
+ *     combine:  out[j] = sum_i weights[i] history[i, j]      (cols floats) */
+int oz_cpu_history_dot(const float *history, const float *vector, float *out, int64_t rows,
+                       int64_t cols, int32_t threads);
+int oz_cpu_history_combine(const float *history, const float *weights, float *out, int64_t rows,
+                           int64_t cols, int32_t threads);
+
 int oz_cuda_abi(void);
 int64_t oz_cuda_scale_scratch(int64_t rows, int64_t cols);
 int oz_cuda_scale(const oz_tensor *tensors, int64_t count, const oz_options *options, void *stream);

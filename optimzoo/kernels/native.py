@@ -211,6 +211,24 @@ class Library:
         columns = (outs, grads, none, none, none, none, none)
         self._call("center", columns, shapes, [_ROWS] * len(outs), options, **shared)
 
+    def history_dot(self, history: Tensor, vector: Tensor) -> Tensor:
+        """``history @ vector`` for a contiguous float32 ``[rows, cols]``; CPU only."""
+        return self._history("dot", history, vector, history.shape[0])
+
+    def history_combine(self, history: Tensor, weights: Tensor) -> Tensor:
+        """``weights @ history`` for a contiguous float32 ``[rows, cols]``; CPU only."""
+        return self._history("combine", history, weights, history.shape[1])
+
+    def _history(self, operation: str, history: Tensor, vector: Tensor, size: int) -> Tensor:
+        library = self._loaded[0]
+        assert library is not None
+        out = torch.empty(size)
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (history, vector, out)]
+        sizes = [ctypes.c_int64(n) for n in history.shape]
+        threads = ctypes.c_int32(torch.get_num_threads())
+        getattr(library, f"oz_cpu_history_{operation}")(*pointers, *sizes, threads)
+        return out
+
     def _call(
         self,
         operation: str,
