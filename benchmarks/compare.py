@@ -100,15 +100,21 @@ def _train_in_worker(args: argparse.Namespace, entry: Entry, folder: Path, test:
         os._exit(130)  # else the pool would give this worker the next run
 
 
+def merged(path: Path, rows: list[Row]) -> list[Row]:
+    """The rows of a results file, those of the same methods and protocols replaced by ``rows``."""
+    ours = {(row["method"], row["protocol"]) for row in rows}
+    kept = tables.read_rows(path) if path.exists() else []
+    return [row for row in kept if (row["method"], row["protocol"]) not in ours] + rows
+
+
 def tune(session: Session, methods: list[str], protocols: list[str]) -> int:
     """Run the grids; write every row, and with them the values that `compare` trains at."""
     plan = session.plan
     pairs = plan.pairs(methods, protocols)
     session.run([e for pair in pairs for e in plan.grid(*pair)], test=False)
     session.run([e for pair in pairs for e in plan.second(*pair, session.rows)], test=False)
-    kept = tables.read_rows(plan.tune_path) if plan.tune_path.exists() else []
-    kept = [r for r in kept if (r["method"], r["protocol"]) not in pairs]
-    rows = kept + [{k: v for k, v in row.items() if k != "curve"} for row in session.rows]
+    rows = [{k: v for k, v in row.items() if k != "curve"} for row in session.rows]
+    rows = merged(plan.tune_path, rows)
     rows.sort(key=lambda r: (r["method"], r["protocol"], r["valid_loss"] or float("inf")))
     write_json(plan.tune_path, {"rows": rows})
     print(tables.tuning_text(plan, rows))
@@ -153,7 +159,8 @@ def main(args: argparse.Namespace) -> int:
     rows = session.run(entries, test=True)
     write_json(args.out / "results.json", {"plan": plan.values, "rows": rows})
     if args.store:
-        write_json(plan.results_path, {"plan": plan.values, "rows": rows})
+        stored = merged(plan.results_path, rows)
+        write_json(plan.results_path, {"plan": plan.values, "rows": stored})
     tables.write_report(plan, rows, args.out)
     tables.print_table(plan, rows)
     print(

@@ -119,13 +119,17 @@ LEGEND = (
 def caption(rows: list[Row]) -> str:
     """How the rows were made, in one line."""
     row = rows[0]
-    config, made = row["config"], row["provenance"]
+    config = row["config"]
+    places = [
+        f"{made['device']}, {made['threads']} threads, torch {made['torch']}, commit "
+        f"{made['commit']}"
+        for made in (r["provenance"] for r in rows)
+    ]
     seeds = len({r["config"]["seed"] for r in rows})
     return (
         f"{config['model']}, {row['corpus']['name']} text (sha256 {row['corpus']['sha256'][:12]}), "
         f"{row['tokens']:,} tokens a run, {row['precision']}, {seeds} seed{'s' * (seeds > 1)}; "
-        f"{made['device']}, {made['threads']} threads, torch {made['torch']}, "
-        f"commit {made['commit']}"
+        + "; ".join(dict.fromkeys(places))
     )
 
 
