@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.cfg pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 
-.PHONY: help test compare tune lint type fmt memory-table gpu gpu-dry-run sanitize check-triton clean
+.PHONY: help test compare tune lint type fmt memory-table gpu gpu-dry-run sanitize check-cuda check-triton clean
 
 help:
 	@echo "make compare   train a small Llama with SGD, AdamW, Muon and SCALE; print the table"
@@ -57,6 +57,10 @@ sanitize: $(VENV)/.dev
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 OPTIMZOO_CPU_LIBRARY=build/sanitized/_cpu.so OMP_NUM_THREADS=2 \
 	  $(BIN)/python -m pytest tests/test_kernels.py -k "cpu or tensors"
+
+# Compiles every CUDA kernel for GPUs that are not here, and looks at the machine code.
+check-cuda: $(VENV)/.dev
+	$(BIN)/python csrc/check_cuda.py --allow-missing
 
 # Compiles every Triton kernel for GPUs that are not here, and looks at the machine code.
 check-triton: $(VENV)/.dev

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from benchmarks.provenance import provenance, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
+UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 TRITON = ("tests/kernels_triton_rules.py", "tests/kernels_triton_edges.py")
 
 
@@ -33,6 +34,7 @@ class Stage:
     command: list[str]
     seconds: int
     rows: Path | None = None
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 def step_time(out: Path, model: str, dtype: str, *more: str) -> Stage:
@@ -56,7 +58,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
     contract = ["tests/test_torch_contract.py", "tests/test_torch_state.py"]
     plan = [
         Stage("build", [PYTHON, "csrc/build.py", "--require"], 150),
-        Stage("kernels", [*pytest, "tests/test_kernels.py", "-k", "cuda"], 60),
+        Stage("kernels", [*pytest, "tests/test_kernels.py", "tests/test_kernels_cuda.py"], 90),
         Stage("triton", [*pytest, *TRITON], 90),
         Stage("contract", [*pytest, *contract, "-k", "CUDA or cuda"], 60),
         *(step_time(out, m, "bfloat16", *methods, "--no-peers") for m in ("60m", "1b")),
@@ -64,9 +66,15 @@ def stages(out: Path, dry: bool) -> list[Stage]:
     ]
     tool = shutil.which("compute-sanitizer")
     for check in ("memcheck", "racecheck") if tool else ():
-        kernels = [*pytest, "tests/test_kernels.py", "-k", "cuda and (zeros or tensors)"]
-        command = [str(tool), "--tool", check, "--error-exitcode", "9", *kernels]
-        plan.append(Stage(check, command, 60))
+        options = ["--tool", check, "--error-exitcode", "9"]
+        plan.append(
+            Stage(
+                check,
+                [str(tool), *options, PYTHON, "csrc/cuda/sanitize.py"],
+                60,
+                environment=UNCACHED,
+            )
+        )
     return plan
 
 
@@ -81,7 +89,8 @@ def run(stage: Stage, log: Path) -> dict[str, Any]:
             done = subprocess.run(
                 stage.command,
                 cwd=ROOT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                # Without the cache an access behind a tensor is one behind an allocation.
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **stage.environment},
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 timeout=stage.seconds,

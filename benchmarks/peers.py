@@ -18,11 +18,12 @@ def peers(rank: int, gap: int) -> dict[str, Make]:
     """
     low_rank = {"rank": rank, "update_proj_gap": gap, "scale": 0.25, "proj_type": "std"}
     apollo = {**low_rank, "scale": 1, "proj": "random", "scale_type": "channel"}
+    kozistr = {k: v for k, v in low_rank.items() if k != "proj_type"} | {"projection_type": "std"}
     quiet = {"no_deprecation_warning": True}
     known: list[tuple[str, str, str, dict[str, Any] | None, dict[str, Any]]] = [
         ("galore-torch", "galore_torch", "GaLoreAdamW", low_rank, quiet),
         ("apollo-torch", "apollo_torch", "APOLLOAdamW", apollo, {}),
-        ("pytorch_optimizer GaLore", "pytorch_optimizer", "GaLore", low_rank, {}),
+        ("pytorch_optimizer GaLore", "pytorch_optimizer", "GaLore", kozistr, {}),
         ("pytorch_optimizer StableAdamW", "pytorch_optimizer", "StableAdamW", None, {}),
         ("bitsandbytes AdamW8bit", "bitsandbytes.optim", "AdamW8bit", None, {}),
     ]

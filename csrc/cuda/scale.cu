@@ -1,0 +1,319 @@
+/* SCALE: see optimzoo.h. Rows, signs and vectors take one launch, with each row read once and held
+ * in registers; rows too long for that another, with them in shared memory; columns take two. */
+#pragma GCC visibility push(default)
+#include "optimzoo.h"
+#pragma GCC visibility pop
+
+#include "adam.cuh"
+#include "rows.cuh"
+#include "scale_columns.cuh"
+
+namespace {
+
+/* ---- Rows of one type, in 16-byte vectors. ---- */
+
+template <int TYPE>
+OZ_DEVICE uint4 averaged(uint4 m, uint4 g, const Rule &r, float sign) {
+  constexpr int N = Vector<TYPE>::COUNT;
+  float x[N], y[N];
+  unpack<TYPE>(m, x);
+  unpack<TYPE>(g, y);
+#pragma unroll
+  for (int i = 0; i < N; ++i) x[i] = averaged(x[i], sign * y[i], r);
+  return pack<TYPE>(x);
+}
+
+/* The row comes to be held; with momentum it is the momentum that is, as it is stored. */
+template <int TYPE, bool MOMENTUM, class Held>
+OZ_DEVICE void hold(const Slot &t, const Rule &r, float sign, const Place &place, Held &held) {
+#pragma unroll 1
+  for (int b = 0; b < held.batches(); ++b) {
+    uint4 g[BATCH];
+    place.load(g, t.grad, b);
+    if constexpr (MOMENTUM) {
+      uint4 m[BATCH];
+      place.load(m, t.exp_avg, b);
+#pragma unroll
+      for (int i = 0; i < BATCH; ++i) {
+        g[i] = averaged<TYPE>(m[i], g[i], r, sign);
+        place.store(t.exp_avg, b, i, g[i]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) held.at(b, i) = g[i];
+  }
+}
+
+template <int TYPE, class Held>
+OZ_DEVICE float sum_of_squares(Held &held, float sign) {
+  constexpr int N = Vector<TYPE>::COUNT;
+  float sum = 0.0f;
+#pragma unroll 1
+  for (int b = 0; b < held.batches(); ++b) {
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) {
+      float x[N];
+      unpack<TYPE>(held.at(b, i), x);
+#pragma unroll
+      for (int k = 0; k < N; ++k) sum = fmaf(sign * x[k], sign * x[k], sum);
+    }
+  }
+  return sum;
+}
+
+template <int TYPE>
+OZ_DEVICE void step_vector(const Slot &t, const Rule &r, const Scalars &s, const Place &place,
+                           int batch, int i, uint4 p, uint4 held, float by) {
+  constexpr int N = Vector<TYPE>::COUNT;
+  float x[N], y[N];
+  unpack<TYPE>(p, y);
+  unpack<TYPE>(held, x);
+  const int64_t at = (place.first + turn_at(batch, i)) * N;
+#pragma unroll
+  for (int k = 0; k < N; ++k) y[k] = stepped(y[k], x[k], by, r, s);
+  round_results(y, TYPE, t, r, at);
+  place.store(t.param, batch, i, pack<TYPE>(y));
+}
+
+template <int TYPE, bool MOMENTUM, class Held>
+OZ_DEVICE void step_row(const Slot &t, const Rule &r, const Team &team, int64_t row, Held &held) {
+  const Scalars s = scalars_of(r);
+  const Place place = place_of(t, row, team, Vector<TYPE>::COUNT);
+  const float sign = MOMENTUM ? 1.0f : s.sign;
+  uint4 p[BATCH];
+  hold<TYPE, MOMENTUM>(t, r, s.sign, place, held);
+  place.load(p, t.param, 0); /* in flight while the gradient comes in and is added up */
+  const float sum = team_sum(team, sum_of_squares<TYPE>(held, sign));
+  const float by = factor(sum, t, r) * sign;
+#pragma unroll 1
+  for (int b = 0; b < held.batches(); ++b) {
+    if (b > 0) place.load(p, t.param, b);
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i)
+      step_vector<TYPE>(t, r, s, place, b, i, p[i], held.at(b, i), by);
+  }
+}
+
+template <int TYPE>
+OZ_DEVICE void held_row(const Slot &t, const Rule &r, uint32_t unit) {
+  const Team team = team_of(t.team, static_cast<int>(threadIdx.x));
+  InRegisters held;
+  if (t.exp_avg)
+    step_row<TYPE, true>(t, r, team, row_of(team, unit), held);
+  else
+    step_row<TYPE, false>(t, r, team, row_of(team, unit), held);
+}
+
+/* ---- Rows of any types and alignments, by element; the second reading hits a cache. ---- */
+
+OZ_DEVICE float direction(const Slot &t, const Rule &r, float sign, int64_t at, bool update) {
+  if (!t.exp_avg) return sign * get(t.grad, at, t.grad_type);
+  float m = get(t.exp_avg, at, t.state_type);
+  if (!update) return m;
+  m = averaged(m, sign * get(t.grad, at, t.grad_type), r);
+  put(t.exp_avg, at, t.state_type, m);
+  return nearest(m, t.state_type);
+}
+
+/* run(index) for the elements of a thread's row, in the order of those who hold it. */
+template <typename Run>
+OZ_DEVICE void for_elements(const Slot &t, const Team &team, int64_t row, Run run) {
+  if (row >= t.rows) return;
+  const int turn = turn_of(t.grad_type);
+  const int64_t turns = ceil_div(t.cols, turn);
+  for (int64_t b = 0; b < batches_of(turns); ++b)
+    for (int i = 0; i < BATCH; ++i) {
+      const int64_t from = (first_turn(team) + turn_at(b, i)) * turn;
+      for (int64_t col = from; col < t.cols && col < from + turn; ++col) run(row * t.cols + col);
+    }
+}
+
+OZ_DEVICE void any_row(const Slot &t, const Rule &r, uint32_t unit) {
+  const Scalars s = scalars_of(r);
+  const Team team = team_of(t.team, static_cast<int>(threadIdx.x));
+  const int64_t row = row_of(team, unit);
+  float sum = 0.0f;
+  for_elements(t, team, row, [&](int64_t at) {
+    const float x = direction(t, r, s.sign, at, true);
+    sum = fmaf(x, x, sum);
+  });
+  const float by = factor(team_sum(team, sum), t, r);
+  for_elements(t, team, row, [&](int64_t at) {
+    const float x = direction(t, r, s.sign, at, false);
+    float p[1] = {stepped(get(t.param, at, t.param_type), x, by, r, s)};
+    round_results(p, t.param_type, t, r, at);
+    put(t.param, at, t.param_type, p[0]);
+  });
+}
+
+/* ---- Signs: eight elements a thread. ---- */
+
+OZ_DEVICE void sign_unit(const Slot &t, const Rule &r, uint32_t unit) {
+  const Scalars s = scalars_of(r);
+  const int64_t at = first_element(unit);
+  const int64_t count = t.cols - at;
+  if (count <= 0) return;
+  float g[EIGHT], p[EIGHT];
+  const Eight raw_g = load(t.grad, at, count, t.grad_type, t.wide);
+  const Eight raw_p = load(t.param, at, count, t.param_type, t.wide);
+  unpack(raw_g, t.grad_type, g);
+#pragma unroll
+  for (int i = 0; i < EIGHT; ++i) g[i] *= s.sign;
+  if (t.exp_avg) {
+    float m[EIGHT];
+    unpack(load(t.exp_avg, at, count, t.state_type, t.wide), t.state_type, m);
+#pragma unroll
+    for (int i = 0; i < EIGHT; ++i) m[i] = averaged(m[i], g[i], r);
+    store(t.exp_avg, at, count, t.state_type, t.wide, m);
+#pragma unroll
+    for (int i = 0; i < EIGHT; ++i) g[i] = nearest(m[i], t.state_type);
+  }
+  unpack(raw_p, t.param_type, p);
+#pragma unroll
+  for (int i = 0; i < EIGHT; ++i) p[i] = stepped(p[i], sign_of(g[i]), 1.0f, r, s);
+  round_results(p, t.param_type, t, r, at);
+  store(t.param, at, count, t.param_type, t.wide, p);
+}
+
+// budget: scale_rows 64 LDG.E.128 STG.E.128
+__global__ void __launch_bounds__(THREADS, BLOCKS)
+    scale_rows(const Table __grid_constant__ table) {
+  const Rule &r = table.rule;
+  if (skipped(r)) return;
+  for_each_unit(table, [&](const Slot &t, uint32_t unit, bool) {
+    if (t.kind == OZ_ADAM) {
+      adam_unit(t, r, correction_of(t, r, true), unit);
+    } else if (t.kind == OZ_SIGN) {
+      sign_unit(t, r, unit);
+    } else if (!t.wide) {
+      any_row(t, r, unit);
+    } else if (t.param_type == OZ_F32) {
+      held_row<OZ_F32>(t, r, unit);
+    } else if (t.param_type == OZ_BF16) {
+      held_row<OZ_BF16>(t, r, unit);
+    } else {
+      held_row<OZ_F16>(t, r, unit);
+    }
+  });
+}
+
+template <int TYPE>
+OZ_DEVICE void long_row(const Slot &t, const Rule &r, uint32_t row, uint4 *shared) {
+  const Team team = team_of(THREADS, static_cast<int>(threadIdx.x));
+  const int batches = static_cast<int>(batches_of(t.cols / Vector<TYPE>::COUNT));
+  InShared held = {shared + team.lane, batches};
+  if (t.exp_avg)
+    step_row<TYPE, true>(t, r, team, row, held);
+  else
+    step_row<TYPE, false>(t, r, team, row, held);
+}
+
+// budget: scale_long_rows 64 LDG.E.128 STG.E.128
+__global__ void __launch_bounds__(THREADS, BLOCKS)
+    scale_long_rows(const Table __grid_constant__ table) {
+  uint4 *shared = dynamic_shared();
+  const Rule &r = table.rule;
+  if (skipped(r)) return;
+  for_each_unit(table, [&](const Slot &t, uint32_t unit, bool) {
+    if (t.param_type == OZ_F32)
+      long_row<OZ_F32>(t, r, unit, shared);
+    else if (t.param_type == OZ_BF16)
+      long_row<OZ_BF16>(t, r, unit, shared);
+    else
+      long_row<OZ_F16>(t, r, unit, shared);
+  });
+}
+
+/* ---- Columns. ---- */
+
+// budget: scale_column_sums 64 LDG.E.128 STG.E.128
+__global__ void __launch_bounds__(THREADS, BLOCKS)
+    scale_column_sums(const Table __grid_constant__ table) {
+  const Rule &r = table.rule;
+  if (skipped(r)) return;
+  for_each_unit(table, [&](const Slot &t, uint32_t unit, bool) {
+    column_sums<true>(t, r, scalars_of(r).sign, unit, t.extra);
+  });
+}
+
+// budget: scale_column_update 64 LDG.E.128 STG.E.128
+__global__ void __launch_bounds__(THREADS, BLOCKS)
+    scale_column_update(const Table __grid_constant__ table) {
+  const Rule &r = table.rule;
+  if (skipped(r)) return;
+  for_each_unit(table, [&](const Slot &t, uint32_t unit, bool) {
+    column_update(t, r, unit);
+  });
+}
+
+/* ---- The host's side. ---- */
+
+/* Bytes of shared memory for a row that is too long for a block's registers, else 0. */
+int64_t long_bytes(const oz_tensor &t) {
+  const int64_t batches = batches_of(t.cols / turn_of(t.grad_type));
+  return batches > 1 ? batches * BATCH * THREADS * int64_t{sizeof(uint4)} : 0;
+}
+
+bool in_vectors(const oz_tensor &t) {
+  return t.param_type == t.grad_type && (!t.exp_avg || t.state_type == t.grad_type) &&
+         t.cols % turn_of(t.grad_type) == 0 && wide(t, turn_of(t.grad_type));
+}
+
+cudaError_t scale(const oz_tensor *tensors, int64_t count, const oz_options &o,
+                  cudaStream_t stream) {
+  int device = 0, most = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  const int64_t room = most - 1024; /* for what the kernel itself and the system take */
+  const auto in_shared = [&](const oz_tensor &t) {
+    return t.kind == OZ_ROWS && in_vectors(t) && long_bytes(t) > 0 && long_bytes(t) <= room;
+  };
+  const Launch how = {stream};
+  error = for_tables(
+      tensors, count, o,
+      [&](Slot &slot, const oz_tensor &t) -> int64_t {
+        if (t.kind == OZ_ADAM || t.kind == OZ_SIGN) return cut_elements(slot, t);
+        if (t.kind != OZ_ROWS || in_shared(t)) return 0;
+        slot.wide = in_vectors(t) && long_bytes(t) == 0;
+        slot.team = static_cast<uint16_t>(team_size(t.cols, turn_of(t.grad_type)));
+        return row_units(t.rows, slot.team);
+      },
+      [&](const Table &table) { return launch(scale_rows, table, how); });
+  if (error != cudaSuccess) return error;
+  Launch long_how = {stream};
+  for (int64_t i = 0; i < count; ++i)
+    if (in_shared(tensors[i])) long_how.shared = std::max(long_how.shared, long_bytes(tensors[i]));
+  if (long_how.shared > 0) {
+    error = cudaFuncSetAttribute(scale_long_rows, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(long_how.shared));
+    if (error != cudaSuccess) return error;
+    error = for_tables(
+        tensors, count, o,
+        [&](Slot &, const oz_tensor &t) { return in_shared(t) ? t.rows : 0; },
+        [&](const Table &table) { return launch(scale_long_rows, table, long_how); });
+    if (error != cudaSuccess) return error;
+  }
+  const auto cut_columns = [](Slot &, const oz_tensor &t) {
+    return t.kind == OZ_COLUMNS ? column_units(t.rows, t.cols) : 0;
+  };
+  error = for_tables(tensors, count, o, cut_columns,
+                     [&](const Table &table) { return launch(scale_column_sums, table, how); });
+  if (error != cudaSuccess) return error;
+  return for_tables(tensors, count, o, cut_columns,
+                    [&](const Table &table) { return launch(scale_column_update, table, how); });
+}
+
+}  // namespace
+
+int oz_cuda_abi(void) { return OZ_ABI; }
+
+int64_t oz_cuda_scale_scratch(int64_t rows, int64_t cols) {
+  return chunks_of(rows) * cols * int64_t{sizeof(float)};
+}
+
+int oz_cuda_scale(const oz_tensor *tensors, int64_t count, const oz_options *options,
+                  void *stream) {
+  return scale(tensors, count, *options, static_cast<cudaStream_t>(stream));
+}

@@ -1,0 +1,22 @@
+/* SCALE's arithmetic on one element. */
+#ifndef OZ_CUDA_SCALE_RULE_CUH
+#define OZ_CUDA_SCALE_RULE_CUH
+
+#include "table.cuh"
+
+/* What takes the place of 1 / s; of a NaN, a NaN. */
+OZ_DEVICE float factor(float sum, const Slot &t, const Rule &r) {
+  const float square = sum * t.share;
+  return square <= r.floor ? r.most : rsqrtf(square);
+}
+
+/* p - lr (by x + decay p) */
+OZ_DEVICE float stepped(float p, float x, float by, const Rule &r, const Scalars &s) {
+  return fmaf(-s.lr * by, x, fmaf(-s.lr * r.decay, p, p));
+}
+
+OZ_DEVICE float averaged(float m, float g, const Rule &r) { return fmaf(r.rest, g - m, m); }
+
+OZ_DEVICE float sign_of(float x) { return x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : x; }
+
+#endif
