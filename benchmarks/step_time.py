@@ -231,4 +231,4 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _plain(args: argparse.Namespace) -> dict[str, Any]:
-    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    return {k: v for k, v in vars(args).items() if not isinstance(v, Path)}
