@@ -1,0 +1,7 @@
+"""``python -m optimzoo``."""
+
+import sys
+
+from optimzoo.cli import main
+
+sys.exit(main())

@@ -1,0 +1,33 @@
+"""``optimzoo list`` and ``optimzoo doctor``, also as ``python -m optimzoo``."""
+
+import argparse
+import sys
+
+from optimzoo import doctor
+from optimzoo.registry import get_info, list_optimizers
+
+
+def list_methods(pattern: str) -> int:
+    """Print the optimizers whose names match a shell pattern, one a line."""
+    names = list_optimizers(pattern)
+    if not names:
+        raise ValueError(f"no optimizer matches {pattern!r}; see `optimzoo list`")
+    for name in names:
+        info = get_info(name)
+        print(f"{name:<15} {info.description} ({info.source})")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; bad input is one line on stderr and exit status 2."""
+    parser = argparse.ArgumentParser(prog="optimzoo", description="memory-efficient optimizers")
+    commands = parser.add_subparsers(dest="command", required=True)
+    listing = commands.add_parser("list", help="the optimizers of create_optimizer")
+    listing.add_argument("pattern", nargs="?", default="*", help="a shell pattern, as 'ada*'")
+    commands.add_parser("doctor", help="the kernels of this machine, and whether they are right")
+    args = parser.parse_args(argv)
+    try:
+        return doctor.main() if args.command == "doctor" else list_methods(args.pattern)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,53 @@
+"""``optimzoo list`` and ``optimzoo doctor``."""
+
+import subprocess
+import sys
+
+import torch
+
+from optimzoo import doctor, list_optimizers
+from optimzoo.cli import main
+from optimzoo.kernels import native
+
+
+def test_list_names_every_optimizer_on_a_line(capsys):
+    assert main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list_optimizers()
+    assert main(["list", "gal*"]) == 0
+    assert capsys.readouterr().out.startswith("galore ")
+
+
+def test_a_pattern_without_a_match_is_one_line(capsys):
+    assert main(["list", "nothing*"]) == 2
+    assert (
+        capsys.readouterr().err == "error: no optimizer matches 'nothing*'; see `optimzoo list`\n"
+    )
+
+
+def test_doctor_finds_the_cpu_kernels_right(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert f"cpu, native:   {native.CPU.variant()}\n" in out
+    assert out.count("  ok\n") >= 3
+    assert "WRONG" not in out
+    assert ("torch finds no CUDA device" in out) == (not torch.cuda.is_available())
+
+
+def test_doctor_fails_for_a_kernel_that_is_wrong(capsys, monkeypatch):
+    class Wrong(native.Library):
+        def adam_(self, params, *args, **kwargs):
+            super().adam_(params, *args, **kwargs)
+            params[0].add_(1e-3)
+
+    monkeypatch.setitem(doctor.dispatch.BACKENDS, "cpu", (Wrong("cpu"),))
+    assert main(["doctor"]) == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_it_runs_as_a_module():
+    run = subprocess.run(
+        [sys.executable, "-m", "optimzoo", "list", "scale"], capture_output=True, text=True
+    )
+    assert run.returncode == 0
+    assert run.stdout.startswith("scale ")
