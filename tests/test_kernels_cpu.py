@@ -38,6 +38,7 @@ ADAM_RULE = {
     "eps_before": False,
 }
 APPLY_RULE = {"lr": 0.1, "weight_decay": 0.1}
+FIXED, LAZY = 0x10, mmap.MAP_PRIVATE | 0x4000  # Linux's MAP_FIXED and MAP_NORESERVE
 ROUNDING = {"seed": 2**63 + 9, "step": 2**40, "first_index": 2**31}
 
 
@@ -236,13 +237,11 @@ def repeated(count, dtype, period):
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
     size = -(-count * dtype.itemsize // period) * period
     access = mmap.PROT_READ | mmap.PROT_WRITE
-    no_reserve, fixed = 0x4000, 0x10
-    anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
-    base = libc.mmap(None, size, access, anonymous, -1, 0)
+    base = libc.mmap(None, size, access, LAZY | mmap.MAP_ANONYMOUS, -1, 0)
     file = os.memfd_create("weights")
     os.ftruncate(file, period)
     for at in range(0, size, period):
-        place = libc.mmap(base + at, period, access, mmap.MAP_SHARED | fixed, file, 0)
+        place = libc.mmap(base + at, period, access, mmap.MAP_SHARED | FIXED, file, 0)
         assert place == base + at
     os.close(file)
     memory = (ctypes.c_char * (count * dtype.itemsize)).from_address(base)
@@ -258,8 +257,7 @@ def test_elements_beyond_2_to_the_31(threads):
     memory = [repeated(rows * cols, BF16, period) for _ in range(3)]
     p, m, v = (tensor.view(shape) for tensor, _ in memory)
     # Private pages that are only read are one page of zeros.
-    g = torch.frombuffer(mmap.mmap(-1, 2 * rows * cols, mmap.MAP_PRIVATE), dtype=BF16)
-    g = g.view(shape)
+    g = torch.frombuffer(mmap.mmap(-1, 2 * rows * cols, LAZY), dtype=BF16).view(shape)
     g[-1] = 2.0
     rule = {**RULE, "lr": 0.5, "weight_decay": 0.0}
     # By rows u = 1. By columns u = 2 / sqrt(4 / rows) = 256, but for 3 more rows than 2^16.
