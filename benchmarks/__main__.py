@@ -4,7 +4,17 @@ import argparse
 import signal
 import sys
 
-from benchmarks import cast, compare, gpu, lowrank_time, report, reproduce, step_time, train
+from benchmarks import (
+    cast,
+    compare,
+    gpu,
+    lowrank_time,
+    report,
+    reproduce,
+    sparse_time,
+    step_time,
+    train,
+)
 
 COMMANDS = {
     "train": (train, "train one model with one optimizer"),
@@ -12,6 +22,7 @@ COMMANDS = {
     "cast": (cast, "from a dense model to a 2:4 one: CAST beside other ways"),
     "step-time": (step_time, "what one optimizer step costs, as ratios in one process"),
     "lowrank-time": (lowrank_time, "what low-rank weights cost: refactorization and SLTrain"),
+    "sparse-time": (sparse_time, "what N:M masks cost, and what a 2:4 layer gives on a GPU"),
     "gpu": (gpu, "build, test, sanitize and measure the kernels on a GPU"),
     "report": (report, "write the README's tables from the committed results"),
     "reproduce": (reproduce, "a paper's table beside ours"),

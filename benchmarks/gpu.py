@@ -44,6 +44,14 @@ def step_time(out: Path, model: str, dtype: str, *more: str) -> Stage:
     return Stage(f"steps {model} {dtype}", [*command, "--out", str(rows), *more], 90, rows)
 
 
+def measured(out: Path, command: str, *more: str) -> Stage:
+    """Another command of `python -m benchmarks` that writes its rows to a file."""
+    rows = out / f"{command}.json"
+    return Stage(
+        command, [PYTHON, "-m", "benchmarks", command, "--out", str(rows), *more], 60, rows
+    )
+
+
 def stages(out: Path, dry: bool) -> list[Stage]:
     """What is run, in order."""
     pytest = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
@@ -53,6 +61,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
             Stage("build", [PYTHON, "csrc/build.py", "--require"], 300),
             Stage("kernels", [*pytest, "tests/test_kernels.py", "-k", "zeros or chosen"], 120),
             step_time(out, "nano", "float32", *few),
+            measured(out, "sparse-time", "--model", "nano", "--repeats", "3"),
         ]
     methods = ("--optimizers", "sgd", "adamw", "scale", "--repeats", "50", "--no-refresh")
     contract = ["tests/test_torch_contract.py", "tests/test_torch_state.py"]
@@ -63,6 +72,8 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         Stage("contract", [*pytest, *contract, "-k", "CUDA or cuda"], 60),
         *(step_time(out, m, "bfloat16", *methods, "--no-peers") for m in ("60m", "1b")),
         step_time(out, "60m", "float32"),
+        Stage("sparsity", [*pytest, "tests/test_sparsity.py", "-k", "semi_structured"], 60),
+        measured(out, "sparse-time"),
     ]
     tool = shutil.which("compute-sanitizer")
     for check in ("memcheck", "racecheck") if tool else ():

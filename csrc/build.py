@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc"
 OBJECTS = ROOT / "build" / "kernels"
 TARGET = ROOT / "optimzoo" / "kernels"
-OPERATIONS = ("scale", "adam", "reduce", "apply", "center", "history")
+OPERATIONS = ("scale", "adam", "reduce", "apply", "center", "history", "nm_mask")
 X86 = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],

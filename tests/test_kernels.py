@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -317,6 +318,9 @@ def test_tensors_of_a_call_do_not_touch_each_other():
     torch.set_num_threads(threads)
 
 
+MASKS = Path(__file__).with_name("test_sparsity_masks.py")
+
+
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_other_instruction_sets_pass_the_same_tests(isa):
     """In a process of its own: the choice is made once."""
@@ -326,7 +330,7 @@ def test_other_instruction_sets_pass_the_same_tests(isa):
     run = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider"),
-            *(__file__, "-k", f"cpu and ({names})"),
+            *(__file__, str(MASKS), "-k", f"cpu and ({names}) or packed"),
         ],
         env={**os.environ, "OPTIMZOO_CPU_ISA": isa, "PYTEST_ADDOPTS": ""},
         capture_output=True,

@@ -5,7 +5,9 @@ import pytest
 import torch
 from reference.adams_numpy import nm_mask as numpy_mask
 
+from optimzoo.kernels import native
 from optimzoo.sparsity import is_nm, nm_mask, pack, unpack
+from optimzoo.sparsity.masks import packed_mask
 
 PATTERNS = [(1, 1), (1, 2), (2, 4), (1, 4), (4, 4), (2, 3), (4, 8), (3, 16)]
 
@@ -106,3 +108,36 @@ def test_packed_bits_are_those_of_numpy():
     mask = draw(5, 24) > 0
     expected = np.packbits(mask.numpy(), axis=1, bitorder="little")
     assert np.array_equal(pack(mask).numpy(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "m"), [*PATTERNS, (1, 8), (8, 8)])
+def test_the_packed_mask_of_one_pass_is_the_mask_packed(n, m, dtype):
+    for rows, groups in [(1, 1), (7, 3), (3, 129), (129, 1), (5, 16)]:
+        weight = (draw(rows, groups * m + m, seed=rows) * 2).round().to(dtype)
+        weight[0, 0], weight[-1, -1] = float("nan"), float("-inf")
+        # The last columns, at an address that no vector is aligned to, and whole.
+        for part in (weight[:, m:].contiguous(), weight.flatten()[m:].view(1, -1), weight):
+            assert torch.equal(packed_mask(part, n, m), pack(nm_mask(part, n, m)))
+
+
+def test_the_packed_mask_of_other_layouts():
+    weight = draw(6, 4, 8, dtype=torch.float32)
+    for layout in ({"stacked": True}, {}, {"stacked": True, "transposed": True}):
+        assert torch.equal(
+            packed_mask(weight, 2, 4, **layout), pack(nm_mask(weight, 2, 4, **layout))
+        )
+    assert torch.equal(packed_mask(weight.mT, 1, 2), pack(nm_mask(weight.mT, 1, 2)))
+    empty = torch.empty(0, 8)
+    assert torch.equal(packed_mask(empty, 2, 4), pack(nm_mask(empty, 2, 4)))
+    with pytest.raises(ValueError, match="6 inputs are not a multiple of m=4"):
+        packed_mask(torch.ones(4, 6), 2, 4)
+
+
+def test_float32_takes_the_kernel(monkeypatch):
+    taken = []
+    kernel = native.CPU.nm_mask
+    monkeypatch.setattr(native.CPU, "nm_mask", lambda *a: taken.append(a) or kernel(*a))
+    packed_mask(torch.ones(3, 8), 2, 4)
+    packed_mask(torch.ones(3, 8, dtype=torch.float64), 2, 4)
+    assert len(taken) == native.CPU.available() == 1

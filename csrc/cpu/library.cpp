@@ -26,6 +26,13 @@ OZ_DECLARE(center)
 OZ_DECLARE_HISTORY(history_dot)
 OZ_DECLARE_HISTORY(history_combine)
 
+#define OZ_DECLARE_MASK(set)                                                                  \
+  int nm_mask_##set(const void *, uint8_t *, int64_t, int64_t, int, int, int, int);
+
+OZ_DECLARE_MASK(baseline)
+OZ_DECLARE_MASK(avx2)
+OZ_DECLARE_MASK(avx512)
+
 namespace {
 
 int best_isa() {
@@ -87,5 +94,10 @@ int oz_cpu_history_dot(const float *history, const float *vector, float *out, in
 int oz_cpu_history_combine(const float *history, const float *weights, float *out, int64_t rows,
                            int64_t cols, int32_t threads) {
   return OZ_CHOOSE(history_combine, history, weights, out, rows, cols, threads);
+}
+
+int oz_cpu_nm_mask(const void *weight, uint8_t *mask, int64_t rows, int64_t cols, int32_t type,
+                   int32_t n, int32_t m, int32_t threads) {
+  return OZ_CHOOSE(nm_mask, weight, mask, rows, cols, type, n, m, threads);
 }
 }

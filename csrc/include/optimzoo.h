@@ -127,6 +127,13 @@ int oz_cpu_history_dot(const float *history, const float *vector, float *out, in
 int oz_cpu_history_combine(const float *history, const float *weights, float *out, int64_t rows,
                            int64_t cols, int32_t threads);
 
+/* The N:M mask of a weight [rows, cols] of enum oz_type `type`, on the CPU only: mask[i, e / 8] has
+ * bit e % 8 set where |weight_ie| is one of the n largest of its group of m consecutive columns (of
+ * equal ones the lower index, NaN as infinite). m is 2, 4 or 8 and divides cols; a row of the mask has
+ * ceil(cols / 8) bytes, the bits behind its end 0. */
+int oz_cpu_nm_mask(const void *weight, uint8_t *mask, int64_t rows, int64_t cols, int32_t type,
+                   int32_t n, int32_t m, int32_t threads);
+
 int oz_cuda_abi(void);
 int64_t oz_cuda_scale_scratch(int64_t rows, int64_t cols);
 int oz_cuda_scale(const oz_tensor *tensors, int64_t count, const oz_options *options, void *stream);

@@ -229,6 +229,19 @@ class Library:
         getattr(library, f"oz_cpu_history_{operation}")(*pointers, *sizes, threads)
         return out
 
+    def nm_mask(self, weight: Tensor, n: int, m: int) -> Tensor:
+        """The packed N:M mask of a contiguous weight, ``[rows, ⌈rest / 8⌉]``; CPU only."""
+        library = self._loaded[0]
+        assert library is not None
+        rows, cols = weight.shape[0], weight[:1].numel()
+        mask = torch.empty(rows, -(-cols // 8), dtype=torch.uint8)
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (weight, mask)]
+        numbers = [_TYPES[weight.dtype], n, m, torch.get_num_threads()]
+        library.oz_cpu_nm_mask(
+            *pointers, *(ctypes.c_int64(x) for x in (rows, cols)), *map(ctypes.c_int32, numbers)
+        )
+        return mask
+
     def _call(
         self,
         operation: str,

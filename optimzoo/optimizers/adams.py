@@ -25,7 +25,7 @@ from optimzoo.optimizers.base import (
 )
 from optimzoo.optimizers.hidden_rule import REST_DEFAULTS
 from optimzoo.roles import role_of
-from optimzoo.sparsity.masks import check_nm, grouped, nm_mask, pack, unpack
+from optimzoo.sparsity.masks import check_nm, grouped, packed_mask, unpack
 from optimzoo.sparsity.sharding import local_part, sharded_like
 
 DECAYS = ("l1", "l2")
@@ -185,8 +185,8 @@ class AdamS(RoleOptimizer):
                     "decay counts from the first step: start AdamS with a state of its own"
                 )
             if int(state["step"]) % group["mask_every"] == 0:
-                mask = nm_mask(local_part(p), group["n"], group["m"], **_layout(group))
-                state["mask"] = sharded_like(p, pack(mask))
+                mask = packed_mask(local_part(p), group["n"], group["m"], **_layout(group))
+                state["mask"] = sharded_like(p, mask)
             masked.append(p)
         return masked, rest
 

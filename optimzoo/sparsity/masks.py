@@ -5,6 +5,8 @@ import itertools
 import torch
 from torch import Tensor
 
+from optimzoo.kernels import dispatch, native
+
 
 def check_nm(n: int, m: int) -> None:
     """Refuse a pattern that is not n of m.
@@ -88,6 +90,20 @@ def pack(mask: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 8))
     bits = padded.unflatten(1, (padded.shape[1] // 8, 8)).to(torch.uint8)
     return (bits << _places(mask)).sum(-1, dtype=torch.uint8)
+
+
+def packed_mask(
+    weight: Tensor, n: int, m: int, *, transposed: bool = False, stacked: bool = False
+) -> Tensor:
+    """``pack(nm_mask(...))``, in one pass over the weight where there is a kernel for it."""
+    check_nm(n, m)
+    grouped(weight, m, transposed=transposed, stacked=stacked)
+    weight = weight.detach()
+    plain = type(weight) is Tensor and weight.device.type == "cpu" and weight.is_contiguous()
+    fits = not transposed and m in (2, 4, 8) and weight.dtype in dispatch.TYPES
+    if plain and fits and native.CPU.available():
+        return native.CPU.nm_mask(weight, n, m)
+    return pack(nm_mask(weight, n, m, transposed=transposed, stacked=stacked))
 
 
 def unpack(bits: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
