@@ -97,7 +97,8 @@ def main(args: argparse.Namespace) -> int:
         ms, (rows, columns) = row["ms"], row["shape"]
         console.print(
             f"{rows} x {columns}, {row['tokens']} tokens, bfloat16: dense {ms['dense']:.3f} ms, "
-            f"2:4 {ms['sparse']:.3f} ms ({ms['dense'] / ms['sparse']:.2f}x), error {row['error']:.1e}",
+            f"2:4 {ms['sparse']:.3f} ms ({ms['dense'] / ms['sparse']:.2f}x), "
+            f"error {row['error']:.1e}",
             highlight=False,
         )
     if args.out:
