@@ -11,6 +11,7 @@ from optimzoo.optimizers.scale import SCALE
 from optimzoo.optimizers.stable_spam import StableSPAM
 from optimzoo.optimizers.swan import SWAN
 from optimzoo.registry import OptimInfo, create_optimizer, get_info, list_optimizers
+from optimzoo.release import Release, release
 from optimzoo.roles import describe, param_groups
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Muon",
     "NaturalGaLore",
     "OptimInfo",
+    "Release",
     "StableSPAM",
     "__version__",
     "create_optimizer",
@@ -31,4 +33,5 @@ __all__ = [
     "get_info",
     "list_optimizers",
     "param_groups",
+    "release",
 ]

@@ -18,6 +18,9 @@ class RoleOptimizer(Optimizer):
     State holds tensors, ints and floats only, and none is made before the first step.
     """
 
+    #: Position of the first parameter of `param_groups` among all, for rules that draw by position:
+    #: `optimzoo.release` steps one parameter at a time.
+    first_index = 0
     _warned_bare = False
     _keeps_state_dtype = True
 

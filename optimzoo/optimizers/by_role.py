@@ -76,8 +76,11 @@ class ByRole(RoleOptimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of each inner optimizer; returns the closure's loss, if there is a closure."""
         loss = self._run_closure(closure)
-        for inner in self._inner.values():
-            inner.step()
+        for cls, inner in self._inner.items():
+            # Ours are what is stepped: of a likeness that `optimzoo.release` makes, some of them.
+            inner.param_groups = [g for g in self.param_groups if self._rules[g["role"]][0] is cls]
+            if inner.param_groups:
+                inner.step()
         return loss
 
     def __getstate__(self) -> dict[str, Any]:

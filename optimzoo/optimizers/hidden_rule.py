@@ -66,7 +66,7 @@ class HiddenRule(RoleOptimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimization step; returns the closure's loss, if there is a closure."""
         loss = self._run_closure(closure)
-        index = -1
+        index = self.first_index - 1
         for group in self.param_groups:
             rest = []
             for p in group["params"]:

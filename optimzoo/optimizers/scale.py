@@ -146,6 +146,14 @@ class SCALE(RoleOptimizer):
         _check_options({**self.defaults, **group})
         super().add_param_group(group)
 
+    def scale_invariant(self, param: Tensor, group: dict[str, Any]) -> bool:
+        """Whether ``param``'s step is the same for every positive multiple of its gradient.
+
+        That of a matrix without momentum is, as long as the divisor is above `eps`.
+        """
+        averaged = group["averaged"] and group["momentum"] != 0
+        return role_of(param, group) != "vector" and not averaged
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_vector_lr": self._vector_lr}
 

@@ -8,6 +8,7 @@ from torch.optim.optimizer import ParamsT
 
 from optimzoo.optimizers.base import scalar_lr
 from optimzoo.optimizers.hidden_rule import REST_DEFAULTS, HiddenRule, subtract_
+from optimzoo.roles import role_of
 from optimzoo.subspace.newton_schulz import whiten
 
 
@@ -80,6 +81,13 @@ class SWAN(HiddenRule):
             raise ValueError(f"Invalid steps: {options['steps']}; it must be at least 1")
         if not 0.0 < options["beta"] <= 1.0:
             raise ValueError(f"Invalid beta: {options['beta']}; it must be in (0, 1]")
+
+    def scale_invariant(self, param: Tensor, group: dict[str, Any]) -> bool:
+        """Whether ``param``'s step is the same for every positive multiple of its gradient.
+
+        That of a hidden weight is, as long as each row's deviation is above `eps`.
+        """
+        return role_of(param, group) == "hidden"
 
     def _step_hidden(
         self, weight: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any], index: int
