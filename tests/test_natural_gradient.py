@@ -19,10 +19,10 @@ def normal(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def ring(size, k, *, batch=(), dtype=torch.float64, gram=None):
+def ring(size, *shape, batch=(), dtype=torch.float64, gram=None):
     gram = gram or torch.promote_types(dtype, torch.float32)
     return {
-        "history": torch.zeros(*batch, size, k, dtype=dtype),
+        "history": torch.zeros(*batch, size, *shape, dtype=dtype),
         "gram": torch.zeros(*batch, size, size, dtype=gram),
     }
 
@@ -49,7 +49,7 @@ def expectation(known, damping, mean=None):
 
 def walk(state, gradients, damping, relative=False):
     """The natural gradients of a sequence."""
-    size = state["history"].shape[-2]
+    size = state["gram"].shape[-1]
     return [
         natural_gradient(state, g, t % size, damping=damping, relative=relative)
         for t, g in enumerate(gradients)
@@ -116,18 +116,18 @@ def test_the_gram_matrix_stays_that_of_the_history(dtype):
     """Through many updates, and through rotations into other subspaces."""
     tolerance = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 1e-5}[dtype]
     for batch in ((), (2,)):
-        state = ring(6, ROWS * COLUMNS, batch=batch, dtype=dtype)
-        shape = torch.Size((*batch, ROWS, COLUMNS))
+        state = ring(6, ROWS, COLUMNS, batch=batch, dtype=dtype)
+        shape = (*batch, ROWS, COLUMNS)
         for t in range(200):
             g = normal(*shape, seed=t, dtype=dtype)
             natural_gradient(state, g, t % 6, damping=1e-3, relative=False)
             if t % 30 == 20:
                 turn = torch.linalg.qr(normal(*batch, ROWS, ROWS, seed=t))[0]
-                rotate_history(state, Rotation(turn, None), shape)
+                rotate_history(state, Rotation(turn, None))
             if t % 30 == 29:
                 turn = torch.linalg.qr(normal(*batch, COLUMNS, COLUMNS, seed=t))[0]
-                rotate_history(state, Rotation(None, turn), shape)
-            history = state["history"].double()
+                rotate_history(state, Rotation(None, turn))
+            history = state["history"].double().flatten(-2)
             products = history @ history.mT
             assert (state["gram"] - products).abs().max() < tolerance * products.abs().max()
             assert torch.equal(state["gram"], state["gram"].mT) or t % 30 in (20, 29)
@@ -137,9 +137,9 @@ def test_a_rotated_history_is_the_history_of_rotated_gradients():
     left, right = (torch.linalg.qr(normal(n, n, seed=n))[0] for n in (ROWS, COLUMNS))
     gradients = [normal(ROWS, COLUMNS, seed=t) for t in range(7)]
     for rotation in (Rotation(left, None), Rotation(None, right), Rotation(left, right)):
-        turned, plain = ring(4, ROWS * COLUMNS), ring(4, ROWS * COLUMNS)
+        turned, plain = ring(4, ROWS, COLUMNS), ring(4, ROWS, COLUMNS)
         walk(plain, gradients, 0.1)
-        rotate_history(plain, rotation, gradients[0].shape)
+        rotate_history(plain, rotation)
         walk(turned, [rotation(g) for g in gradients], 0.1)
         assert_close(plain, turned)
 

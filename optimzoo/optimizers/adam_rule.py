@@ -5,7 +5,7 @@ bias correction; ``torch.optim.Adam`` adds it after. For whole models with plain
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import _default_to_fused_or_foreach, _get_scalar_dtype
 
+from optimzoo.distributed import local_part
 from optimzoo.kernels import dispatch
 
 
@@ -27,7 +28,7 @@ def init_adam_state(
         state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
 
 
-def step_as_tensor(state: dict[str, Any], param: Tensor, *, capturable: bool) -> None:
+def step_as_tensor(state: MutableMapping[str, Any], param: Tensor, *, capturable: bool) -> None:
     """Turn a ``step`` that is a number into a tensor, on the CPU unless ``capturable``."""
     if isinstance(state.get("step"), int | float):
         device = param.device if capturable else "cpu"
@@ -35,9 +36,13 @@ def step_as_tensor(state: dict[str, Any], param: Tensor, *, capturable: bool) ->
 
 
 def adam_step(params: list[Tensor], states: Mapping[Tensor, dict[str, Any]], **rule: Any) -> None:
-    """:func:`adam` on parameters that have a gradient and, in ``states``, their Adam state."""
-    held = [[states[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step")]
-    adam(params, [p.grad for p in params if p.grad is not None], *held, **rule)
+    """:func:`adam` on parameters that have a gradient and, in ``states``, their Adam state.
+
+    Of sharded ones on what this process has.
+    """
+    held = [[local_part(states[p][k]) for p in params] for k in ("exp_avg", "exp_avg_sq", "step")]
+    grads = [local_part(p.grad, like=p) for p in params if p.grad is not None]
+    adam([local_part(p) for p in params], grads, *held, **rule)
 
 
 def adam(

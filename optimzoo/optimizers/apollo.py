@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from optimzoo.distributed import Shards
 from optimzoo.optimizers.base import check_choice, scalar_lr
 from optimzoo.optimizers.fira import check_limiter
 from optimzoo.optimizers.hidden_rule import (
     REST_DEFAULTS,
     HiddenRule,
     NormGrowthLimiter,
+    State,
     adam_direction,
     bias_correction,
     channel_ratio,
@@ -110,27 +112,39 @@ class APOLLO(HiddenRule):
         check_choice("scale_type", options["scale_type"], ("channel", "tensor"))
         check_limiter(options["limiter"])
 
+    def _letters(self, group: dict[str, Any], shape: torch.Size) -> dict[str, str]:
+        low = ".n" if resolve_side("auto", shape) == "left" else "m."
+        return {"exp_avg": low, "exp_avg_sq": low}
+
     def _step_hidden(
-        self, weight: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any], index: int
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        state: State,
+        group: dict[str, Any],
+        index: int,
+        shards: Shards,
     ) -> None:
         step = count_step(state, weight)
         if "projector_seed" not in state or (step - 1) % group["update_proj_gap"] == 0:
             # Kept, not derived from the step, so that a run continued with another gap is the same.
             seed = group["seed"] + 7919 * index + step
             state["projector_seed"] = torch.tensor(seed, dtype=torch.int64)
-        left = resolve_side("auto", grad.shape) == "left"
-        omega = gaussian(
-            int(state["projector_seed"]), grad.shape[-2 if left else -1], group["rank"], grad
-        )
+        shape = shards.shape(grad.shape)
+        left = resolve_side("auto", shape) == "left"
+        omega = gaussian(int(state["projector_seed"]), min(shape[-2:]), group["rank"], grad)
+        projected, over = ("m", "n") if left else ("n", "m")
+        omega = shards.part(omega, projected)
         low = omega.mT @ grad if left else grad @ omega
+        shards.sum_([low], projected)
         direction = adam_direction(state, low, group)
         if group["scale_type"] == "channel":
             ratio = channel_ratio(direction, low, dim=-2 if left else -1)
         else:
-            ratio = channel_ratio(direction.flatten(-2), low.flatten(-2), dim=-1).unsqueeze(-1)
+            ratio = channel_ratio(direction, low, dim=(-2, -1), shards=shards, over=over)
         factor = group["scale"] ** 0.5
         update = grad * (ratio * (factor if group["scale_front"] else 1.0)).to(grad.dtype)
-        update = NormGrowthLimiter(group["limiter"])(update, state)
+        update = NormGrowthLimiter(group["limiter"])(update, state, shards)
         lr = float(scalar_lr(group))
         size = lr * bias_correction(step, group["betas"])
         size *= 1.0 if group["scale_front"] else factor

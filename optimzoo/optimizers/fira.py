@@ -5,11 +5,13 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from optimzoo.distributed import Shards
 from optimzoo.optimizers.base import check_choice, scalar_lr
 from optimzoo.optimizers.galore import Projected
 from optimzoo.optimizers.hidden_rule import (
     REST_DEFAULTS,
     NormGrowthLimiter,
+    State,
     adam_direction,
     bias_correction,
     channel_ratio,
@@ -106,17 +108,23 @@ class Fira(Projected):
         check_limiter(options["limiter"])
 
     def _step_hidden(
-        self, weight: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any], index: int
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        state: State,
+        group: dict[str, Any],
+        index: int,
+        shards: Shards,
     ) -> None:
         step = count_step(state, weight)
-        low = self._project(state, grad, group, step, index)
+        low = self._project(state, grad, group, step, index, shards)
         direction = adam_direction(state, low, group)
-        dim = -2 if resolve_side(group["side"], grad.shape) == "left" else -1
+        dim = -2 if resolve_side(group["side"], shards.shape(grad.shape)) == "left" else -1
         alpha = group["scale"]
         subtracted = alpha if group["residual_scale"] == "alpha" else 1.0
         ratio = channel_ratio(direction, low, dim=dim).to(grad.dtype)
         residual = (grad - subtracted * back(state, low)) * ratio
-        residual = NormGrowthLimiter(group["limiter"])(residual, state)
+        residual = NormGrowthLimiter(group["limiter"])(residual, state, shards)
         lr = float(scalar_lr(group))
         size = lr * bias_correction(step, group["betas"])
         update = alpha * back(state, direction) + residual

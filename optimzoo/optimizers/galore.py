@@ -2,13 +2,16 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from optimzoo.distributed import Shards
 from optimzoo.optimizers.base import check_choice, scalar_lr
 from optimzoo.optimizers.hidden_rule import (
     REST_DEFAULTS,
     HiddenRule,
+    State,
     adam_direction,
     bias_correction,
     count_step,
@@ -20,8 +23,14 @@ from optimzoo.subspace.projector import (
     has_projector,
     project,
     refresh,
+    resolve_side,
     subtract_back_,
 )
+
+
+def low_dimension(group: dict[str, Any], shape: torch.Size) -> str:
+    """The dimension of the weight that the low-rank gradient still has: `m`, `n` or neither."""
+    return {"left": "n", "right": "m", "both": ""}[resolve_side(group["side"], shape)]
 
 
 class Projected(HiddenRule):
@@ -34,8 +43,21 @@ class Projected(HiddenRule):
         check_choice("projector", options["projector"], KINDS)
         check_choice("side", options["side"], SIDES)
 
+    def _letters(self, group: dict[str, Any], shape: torch.Size) -> dict[str, str]:
+        low = {"n": ".n", "m": "m.", "": ".."}[low_dimension(group, shape)]
+        return {
+            **{"exp_avg": low, "exp_avg_sq": low, "history": "." + low},
+            **{"projector_left": "m.", "projector_right": "n."},
+        }
+
     def _project(
-        self, state: dict[str, Any], grad: Tensor, group: dict[str, Any], step: int, index: int
+        self,
+        state: State,
+        grad: Tensor,
+        group: dict[str, Any],
+        step: int,
+        index: int,
+        shards: Shards,
     ) -> Tensor:
         """The low-rank gradient, after a refresh of the subspace where one is due."""
         if not has_projector(state) or (step - 1) % group["update_proj_gap"] == 0:
@@ -49,13 +71,15 @@ class Projected(HiddenRule):
                 kind=group["projector"],
                 side=group["side"],
                 seed=seed,
+                shards=shards,
             )
             if rotation is not None and group["rotate"] and "exp_avg" in state:
                 state["exp_avg"].copy_(rotation(state["exp_avg"]))
                 state["exp_avg_sq"].copy_(rotation.of_squares(state["exp_avg_sq"]))
                 if "history" in state:
-                    rotate_history(state, rotation, state["exp_avg"].shape)
-        return project(state, grad)
+                    over = low_dimension(group, shards.shape(grad.shape))
+                    rotate_history(state, rotation, shards, over)
+        return project(state, grad, shards)
 
 
 class GaLore(Projected):
@@ -138,10 +162,16 @@ class GaLore(Projected):
         super().__init__(params, defaults)
 
     def _step_hidden(
-        self, weight: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any], index: int
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        state: State,
+        group: dict[str, Any],
+        index: int,
+        shards: Shards,
     ) -> None:
         step = count_step(state, weight)
-        low = self._project(state, grad, group, step, index)
+        low = self._project(state, grad, group, step, index, shards)
         direction = adam_direction(state, low, group)
         lr = float(scalar_lr(group))
         size = lr * bias_correction(step, group["betas"]) * group["scale"]

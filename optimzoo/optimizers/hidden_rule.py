@@ -1,12 +1,13 @@
 """Optimizers with a rule of their own for the hidden weights; Adam trains the rest."""
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from optimzoo.distributed import WHOLE, Shards, local_part
 from optimzoo.kernels import dispatch
 from optimzoo.optimizers.adam_rule import adam_step, init_adam_state, step_as_tensor
 from optimzoo.optimizers.base import (
@@ -18,6 +19,7 @@ from optimzoo.optimizers.base import (
 )
 from optimzoo.roles import matrix_view, role_of
 
+State = MutableMapping[str, Any]
 REST_DEFAULTS: dict[str, Any] = {
     "role": None,
     "transposed": False,
@@ -50,11 +52,43 @@ class HiddenRule(RoleOptimizer):
     def _check_options(self, options: dict[str, Any]) -> None:
         """Refuse the subclass's own options where they are out of range."""
 
+    def _letters(self, group: dict[str, Any], shape: torch.Size) -> dict[str, str]:
+        """Which dimensions of state tensors are those of a weight (see `Shards.hold`)."""
+        return {}
+
     def _step_hidden(
-        self, weight: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any], index: int
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        state: State,
+        group: dict[str, Any],
+        index: int,
+        shards: Shards,
     ) -> None:
-        """One step of the method on a hidden weight; ``grad`` is a matrix ``[..., m, n]``."""
+        """One step of the method on a hidden weight; ``grad`` is a matrix ``[..., m, n]``.
+
+        Of a sharded weight they are what this process has; ``shards`` knows the rest.
+        """
         raise NotImplementedError
+
+    def _step_matrices(self, params: list[tuple[int, Tensor]], group: dict[str, Any]) -> None:
+        """:meth:`_step_hidden` on each, or on the part of it that this process has."""
+        for index, p in params:
+            weight, grad, shards = self._matrix(p, group)
+            letters = self._letters(group, shards.shape(grad.shape))
+            with shards.opened(self.state[p], letters) as state:
+                self._step_hidden(weight, grad, state, group, index, shards)
+
+    def _matrix(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor, Shards]:
+        """Weight and gradient as matrices ``[..., m, n]``: what this process has of them."""
+        layout = {key: bool(group[key]) for key in ("transposed", "stacked")}
+        shards = Shards.of(p, **layout)
+        weight, grad = local_part(p), local_part(p.grad, like=p)  # type: ignore[arg-type]
+        if p.ndim >= 2:
+            grad = matrix_view(grad, stacked=group["stacked"])
+            if group["transposed"] and grad.ndim == p.ndim:  # the rules want [out, in]
+                weight, grad = weight.mT, grad.mT
+        return weight, -grad if group["maximize"] else grad, shards
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -68,7 +102,7 @@ class HiddenRule(RoleOptimizer):
         loss = self._run_closure(closure)
         index = self.first_index - 1
         for group in self.param_groups:
-            rest = []
+            hidden, rest = [], []
             for p in group["params"]:
                 index += 1
                 if p.grad is None:
@@ -78,13 +112,8 @@ class HiddenRule(RoleOptimizer):
                     init_adam_state(self.state[p], p, capturable=False)
                     rest.append(p)
                 elif p.numel() > 0:
-                    weight, grad = p, p.grad
-                    if p.ndim >= 2:
-                        grad = matrix_view(grad, stacked=group["stacked"])
-                        if group["transposed"] and grad.ndim == p.ndim:  # the rules want [out, in]
-                            weight, grad = p.mT, grad.mT
-                    grad = -grad if group["maximize"] else grad
-                    self._step_hidden(weight, grad, self.state[p], group, index)
+                    hidden.append((index, p))
+            self._step_matrices(hidden, group)
             self._step_rest(rest, group)
         return loss
 
@@ -102,7 +131,7 @@ class HiddenRule(RoleOptimizer):
         )
 
 
-def count_step(state: dict[str, Any], param: Tensor) -> int:
+def count_step(state: State, param: Tensor) -> int:
     """Count one step in ``state`` and return its number, from 1."""
     if "step" not in state:
         state["step"] = 0
@@ -111,7 +140,7 @@ def count_step(state: dict[str, Any], param: Tensor) -> int:
     return int(state["step"].item())
 
 
-def adam_direction(state: dict[str, Any], grad: Tensor, group: dict[str, Any]) -> Tensor:
+def adam_direction(state: State, grad: Tensor, group: dict[str, Any]) -> Tensor:
     """``m / (√v + eps)`` after the moments in ``state`` have taken ``grad`` in."""
     beta1, beta2 = group["betas"]
     if "exp_avg" not in state:
@@ -164,11 +193,11 @@ class NormGrowthLimiter:
     def __init__(self, limit: float) -> None:
         self.limit = limit
 
-    def __call__(self, update: Tensor, state: dict[str, Any]) -> Tensor:
+    def __call__(self, update: Tensor, state: State, shards: Shards = WHOLE) -> Tensor:
         """``update``, limited; its norm is kept in ``state["update_norm"]``."""
         # In float32 at least: bfloat16 has no number between 1 and 1.0078.
-        wide = torch.promote_types(update.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(update, dim=(-2, -1), keepdim=update.ndim > 2, dtype=wide)
+        norm = shards.norm(update, dim=(-2, -1), over="mn")
+        norm = norm if update.ndim > 2 else norm.reshape(())
         if "update_norm" in state:
             growth = norm / (state["update_norm"] + 1e-8)
             excess = growth.clamp_min(self.limit) / self.limit
@@ -177,10 +206,14 @@ class NormGrowthLimiter:
         return update
 
 
-def channel_ratio(direction: Tensor, low: Tensor, *, dim: int) -> Tensor:
+def channel_ratio(
+    direction: Tensor,
+    low: Tensor,
+    *,
+    dim: int | tuple[int, int],
+    shards: Shards = WHOLE,
+    over: str = "",
+) -> Tensor:
     """How much Adam scaled each channel: ``‖N‖ / (‖R‖ + 1e-8)`` along ``dim``."""
-    wide = torch.promote_types(low.dtype, torch.float32)
-    norms = [
-        torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=wide) for x in (direction, low)
-    ]
+    norms = [shards.norm(x, dim=dim, over=over) for x in (direction, low)]
     return norms[0] / (norms[1] + 1e-8)

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from optimzoo.distributed import Shards
 from optimzoo.optimizers.base import check_choice, check_nonnegative, scalar_lr
-from optimzoo.optimizers.galore import Projected
+from optimzoo.optimizers.galore import Projected, low_dimension
 from optimzoo.optimizers.hidden_rule import (
     REST_DEFAULTS,
+    State,
     adam_direction,
     bias_correction,
     count_step,
@@ -31,8 +33,8 @@ class NaturalGaLore(Projected):
         M, V ← Adam's moments of n
         W ← (1 − ηλ') W − η √(1 − β₂ᵗ)/(1 − β₁ᵗ) · scale · P (M / (√V + eps))
 
-    All other parameters take Adam. The history is a ring of ``[s, k]``; its Gram matrix ``[s, s]``
-    is kept and updated, so the solve costs two passes over the history and one Cholesky.
+    All other parameters take Adam. The history is a ring of s gradients; its Gram matrix
+    ``[s, s]`` is kept and updated, so the solve costs two passes over the history and one Cholesky.
 
     State of a hidden weight, in elements: GaLore's ``2 r max(m, n) + r min(m, n)`` and the
     history's ``s r max(m, n) + s²``. At s = 20 that is ten times the moments: the paper's memory
@@ -123,18 +125,26 @@ class NaturalGaLore(Projected):
         check_choice("history_dtype", options["history_dtype"], HISTORY_DTYPES)
 
     def _step_hidden(
-        self, weight: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any], index: int
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        state: State,
+        group: dict[str, Any],
+        index: int,
+        shards: Shards,
     ) -> None:
         step = count_step(state, weight)
-        low = self._project(state, grad, group, step, index)
+        low = self._project(state, grad, group, step, index, shards)
         if "history" not in state:
             _init_history(state, low, group)
         natural = natural_gradient(
             state,
             low,
-            (step - 1) % state["history"].shape[-2],
+            (step - 1) % state["gram"].shape[-1],
             damping=group["damping"],
             relative=group["relative_damping"],
+            shards=shards,
+            over=low_dimension(group, shards.shape(grad.shape)),
         )
         direction = adam_direction(state, natural, group)
         lr = float(scalar_lr(group))
@@ -143,10 +153,10 @@ class NaturalGaLore(Projected):
         subtract_back_(weight, state, direction, size=size, keep=keep)
 
 
-def _init_history(state: dict[str, Any], low: Tensor, group: dict[str, Any]) -> None:
+def _init_history(state: State, low: Tensor, group: dict[str, Any]) -> None:
     size, name = group["history"], group["history_dtype"]
-    batch, k = low.shape[:-2], low.shape[-2] * low.shape[-1]
+    batch, shape = low.shape[:-2], low.shape[-2:]
     dtype = low.dtype if name == "auto" else getattr(torch, name)
     gram = torch.promote_types(dtype, torch.promote_types(low.dtype, torch.float32))
-    state["history"] = torch.zeros(*batch, size, k, dtype=dtype, device=low.device)
+    state["history"] = torch.zeros(*batch, size, *shape, dtype=dtype, device=low.device)
     state["gram"] = torch.zeros(*batch, size, size, dtype=gram, device=low.device)

@@ -7,8 +7,15 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from optimzoo.distributed import WHOLE, Shards
 from optimzoo.optimizers.base import check_betas, check_choice, scalar_lr
-from optimzoo.optimizers.hidden_rule import REST_DEFAULTS, HiddenRule, count_step, subtract_
+from optimzoo.optimizers.hidden_rule import (
+    REST_DEFAULTS,
+    HiddenRule,
+    State,
+    count_step,
+    subtract_,
+)
 from optimzoo.roles import ROLES
 
 
@@ -99,13 +106,23 @@ class StableSPAM(HiddenRule):
             raise ValueError(f"Invalid eta_min: {options['eta_min']}; it must be in (0, 1]")
         check_choice("reset_step", options["reset_step"], ("clean", "authors"))
 
+    def _letters(self, group: dict[str, Any], shape: torch.Size) -> dict[str, str]:
+        whole = "mn" if len(shape) > 1 else "m"
+        return {"exp_avg": whole, "exp_avg_sq": whole}
+
     def _step_hidden(
-        self, weight: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any], index: int
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        state: State,
+        group: dict[str, Any],
+        index: int,
+        shards: Shards,
     ) -> None:
         step = count_step(state, weight)
         shrink = cosine_factor(step, group["total_steps"], group["eta_min"])
-        grad = clip_spikes(grad, state, step, group["gamma3"])
-        grad = clip_norm(grad, state, step, shrink, group)
+        grad = clip_spikes(grad, state, step, group["gamma3"], shards)
+        grad = clip_norm(grad, state, step, shrink, group, shards)
         beta1, beta2 = group["betas"][0] * shrink, group["betas"][1]
         if "exp_avg" not in state:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(grad), torch.zeros_like(grad)
@@ -135,9 +152,11 @@ def cosine_factor(step: int, total: int | None, low: float) -> float:
     return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(step, total) / total))
 
 
-def clip_spikes(grad: Tensor, state: dict[str, Any], step: int, gamma: float) -> Tensor:
+def clip_spikes(
+    grad: Tensor, state: State, step: int, gamma: float, shards: Shards = WHOLE
+) -> Tensor:
     """Scale entries beyond the running largest entry down to it."""
-    largest = _norm(grad, math.inf)
+    largest = _norm(grad, math.inf, shards)
     if "max_avg" not in state:
         state["max_avg"] = torch.zeros_like(largest)
     average = state["max_avg"].mul_(gamma).add_(largest, alpha=1 - gamma)
@@ -148,10 +167,15 @@ def clip_spikes(grad: Tensor, state: dict[str, Any], step: int, gamma: float) ->
 
 
 def clip_norm(
-    grad: Tensor, state: dict[str, Any], step: int, shrink: float, group: dict[str, Any]
+    grad: Tensor,
+    state: State,
+    step: int,
+    shrink: float,
+    group: dict[str, Any],
+    shards: Shards = WHOLE,
 ) -> Tensor:
     """Give the gradient the running norm in place of its own."""
-    norm = _norm(grad, 2)
+    norm = _norm(grad, 2, shards)
     if "norm_avg" not in state:
         state["norm_avg"], state["norm_avg_sq"] = torch.zeros_like(norm), torch.zeros_like(norm)
     gamma1, gamma2 = group["gamma1"] * shrink, group["gamma2"]
@@ -161,9 +185,8 @@ def clip_norm(
     return (grad * (target / norm.clamp_min(torch.finfo(norm.dtype).tiny))).to(grad.dtype)
 
 
-def _norm(grad: Tensor, order: float) -> Tensor:
-    """Of a tensor, or of each matrix of a stack; bfloat16 would not average it, with γ₃ = 0.999."""
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    if grad.ndim > 2:
-        return torch.linalg.vector_norm(grad, order, dim=(-2, -1), keepdim=True, dtype=wide)
-    return torch.linalg.vector_norm(grad, order, dtype=wide)
+def _norm(grad: Tensor, order: float, shards: Shards) -> Tensor:
+    """Of a tensor, or of each matrix of a stack, in float32: γ₃ = 0.999 is 1 in bfloat16."""
+    dims = tuple(range(-min(grad.ndim, 2), 0))
+    norm = shards.norm(grad, order, dim=dims, over="mn")
+    return norm if grad.ndim > 2 else norm.reshape(())

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from optimzoo.distributed import by_owners
 from optimzoo.optimizers.base import scalar_lr
 from optimzoo.optimizers.hidden_rule import REST_DEFAULTS, HiddenRule, subtract_
 from optimzoo.roles import role_of
@@ -89,16 +90,26 @@ class SWAN(HiddenRule):
         """
         return role_of(param, group) == "hidden"
 
-    def _step_hidden(
-        self, weight: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any], index: int
-    ) -> None:
-        rows = normalize_rows(grad, group["eps"])
-        update = whiten(rows, steps=group["steps"], beta=group["beta"])
-        if group["rescale"]:
-            norms = [torch.linalg.matrix_norm(x, keepdim=True) for x in (rows, update)]
-            update = update * (norms[0] / norms[1].clamp_min(group["eps"]))
+    def _step_matrices(self, params: list[tuple[int, Tensor]], group: dict[str, Any]) -> None:
+        parts = [self._matrix(p, group) for _, p in params]
         lr = float(scalar_lr(group))
-        subtract_(weight, update, size=lr, keep=1 - lr * group["weight_decay"])
+        keep = 1 - lr * group["weight_decay"]
+        for i, update in by_owners(
+            lambda grad: direction(grad, group),
+            [grad for _, grad, _ in parts],
+            [shards for _, _, shards in parts],
+        ):
+            subtract_(parts[i][0], update, size=lr, keep=keep)
+
+
+def direction(grad: Tensor, group: dict[str, Any]) -> Tensor:
+    """``U`` of a whole gradient."""
+    rows = normalize_rows(grad, group["eps"])
+    update = whiten(rows, steps=group["steps"], beta=group["beta"])
+    if not group["rescale"]:
+        return update
+    norms = [torch.linalg.matrix_norm(x, keepdim=True) for x in (rows, update)]
+    return update * (norms[0] / norms[1].clamp_min(group["eps"]))
 
 
 def normalize_rows(grad: Tensor, eps: float) -> Tensor:

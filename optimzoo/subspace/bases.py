@@ -4,12 +4,17 @@ All take ``[..., m, n]`` and return ``[..., m, r]`` with orthonormal columns, in
 for the right side hand in the transpose. A gradient that is zero or not finite gives no direction:
 the previous basis stays, and without one the first ``r`` coordinates serve. In a stack each matrix
 is taken by itself.
+
+Of a gradient that is cut among processes each hands in its part and gets the whole basis, the same
+bits everywhere: all that is computed from it are products with whole thin matrices.
 """
 
 import math
 
 import torch
 from torch import Tensor
+
+from optimzoo.distributed import WHOLE, Shards
 
 KINDS = ("randomized", "svd", "power")
 
@@ -22,6 +27,7 @@ def leading_basis(
     previous: Tensor | None = None,
     seed: int = 0,
     power_iterations: int = 1,
+    shards: Shards = WHOLE,
 ) -> Tensor:
     """A basis of the ``min(rank, m, n)`` leading left directions of ``grad``.
 
@@ -36,64 +42,105 @@ def leading_basis(
         seed: of the random directions.
         power_iterations: two products with ``grad`` each, the first in bfloat16 where that is fast:
             what it blurs, the second filters.
+        shards: how the gradient is cut.
+
+    Raises:
+        RuntimeError: `svd` of a gradient that is cut along ``m``.
     """
     wide = torch.promote_types(grad.dtype, torch.float32)
     grad = grad.to(wide)
-    rank = min(rank, *grad.shape[-2:])
+    rank = min(rank, *shards.shape(grad.shape)[-2:])
     if previous is not None:
         previous = previous.to(wide)
     # The largest entry, not the norm: its square may overflow or vanish.
-    size = grad.abs().amax((-2, -1), keepdim=True)  # vector_norm(ord=inf) takes 15 times as long
+    size = _largest(grad, shards)
     usable = (size > 0) & torch.isfinite(size)
     if not usable.any():
-        return _coordinates(grad, rank) if previous is None else previous
+        return _coordinates(grad, rank, shards) if previous is None else previous
     if not ((size > 1e-9) & (size < 1e9)).all():
         grad = torch.where(usable, grad / size, 0.0)  # squares must neither overflow nor vanish
     if kind == "svd":
-        basis = _svd(grad, rank, seed)
+        basis = _svd(grad, rank, seed, shards)
     elif kind == "power":
-        start = _random_like(grad, rank, seed) if previous is None else previous
-        basis = torch.linalg.qr(grad @ (grad.mT @ start))[0]
+        start = _random_like(grad, rank, seed, shards) if previous is None else previous
+        basis = torch.linalg.qr(shards.times(grad, shards.T.times(grad.mT, start)))[0]
     else:
-        basis = _randomized(grad, rank, previous, seed, power_iterations)
+        basis = _randomized(grad, rank, previous, seed, power_iterations, shards)
     if not usable.all():
-        kept = _coordinates(grad, rank) if previous is None else previous
+        kept = _coordinates(grad, rank, shards) if previous is None else previous
         basis = torch.where(usable, basis, kept)
     return basis
 
 
-def _svd(grad: Tensor, rank: int, seed: int) -> Tensor:
+def _largest(grad: Tensor, shards: Shards) -> Tensor:
+    """The largest entry of each matrix; infinite where one is not a number."""
+    if grad.numel() == 0:
+        size = grad.new_zeros(*grad.shape[:-2], 1, 1)
+    else:
+        size = grad.abs().amax(
+            (-2, -1), keepdim=True
+        )  # vector_norm(ord=inf) takes 15 times as long
+    size = size.nan_to_num(nan=math.inf, posinf=math.inf)
+    shards.max_([size])
+    return size
+
+
+def _svd(grad: Tensor, rank: int, seed: int, shards: Shards) -> Tensor:
+    if shards.cut():
+        return _gram_basis(grad, rank, shards)
     try:
         return torch.linalg.svd(grad, full_matrices=False)[0][..., :rank]
     except torch.linalg.LinAlgError:
         # Ill-conditioned gradients can keep LAPACK's SVD from converging; training goes on.
-        return _randomized(grad, rank, None, seed, power_iterations=2)
+        return _randomized(grad, rank, None, seed, 2, shards)
+
+
+def _gram_basis(grad: Tensor, rank: int, shards: Shards) -> Tensor:
+    """The same from ``G Gᵀ``, in float64: its eigenvalues are squares."""
+    if shards.cut("m"):
+        raise RuntimeError(
+            f"projector='svd' of a weight {list(shards.size)} whose projected dimension is cut "
+            "needs the whole gradient; use projector='randomized'"
+        )
+    gram = grad.double() @ grad.double().mT
+    shards.sum_([gram], "n")
+    return torch.linalg.eigh(gram)[1].flip(-1)[..., :rank].to(grad.dtype)
 
 
 def _randomized(
-    grad: Tensor, rank: int, previous: Tensor | None, seed: int, power_iterations: int
+    grad: Tensor,
+    rank: int,
+    previous: Tensor | None,
+    seed: int,
+    power_iterations: int,
+    shards: Shards,
 ) -> Tensor:
-    m, n = grad.shape[-2:]
+    m, n = shards.shape(grad.shape)[-2:]
     width = min(rank + max(8, rank // 8), m, n)
     if previous is None:
-        basis = _random_like(grad, width, seed)
+        basis = _random_like(grad, width, seed, shards)
         power_iterations += 2  # one basis a run is made from nothing: let it be a good one
     else:
-        extra = _random_like(grad, max(0, width - previous.shape[-1]), seed)
+        extra = _random_like(grad, max(0, width - previous.shape[-1]), seed, shards)
         basis = torch.cat([previous, extra / math.sqrt(m)], dim=-1)
     left = basis
     for _ in range(power_iterations):
         basis = torch.linalg.qr(left)[0] if left is not basis else basis
-        left = _times_orthonormal(grad, _blurred_product(grad.mT, basis))
+        left = _times_orthonormal(grad, _blurred_product(grad.mT, basis, shards.T), shards)
     # `left` is grad times orthonormal columns, so its leading directions are those of the basis.
     vectors = torch.linalg.eigh(left.mT @ left)[1].flip(-1)[..., :rank]
     return torch.linalg.qr(left @ vectors)[0]
 
 
-def _blurred_product(matrix: Tensor, basis: Tensor) -> Tensor:
-    if matrix.dtype == torch.float32 and _has_fast_bfloat16(matrix.device):
-        return (matrix.bfloat16() @ basis.bfloat16()).to(matrix.dtype)
-    return matrix @ basis
+def _blurred_product(matrix: Tensor, basis: Tensor, shards: Shards) -> Tensor:
+    if matrix.dtype != torch.float32 or not _has_fast_bfloat16(matrix.device):
+        return shards.times(matrix, basis)
+    matrix, basis = matrix.bfloat16(), basis.bfloat16()
+    if shards.cut(
+        "n"
+    ):  # partial sums, rounded one by one, would blur it more than one process does
+        return shards.times(matrix.float(), basis.float()).bfloat16().float()
+    return shards.times(matrix, basis).float()
 
 
 def _has_fast_bfloat16(device: torch.device) -> bool:
@@ -102,7 +149,7 @@ def _has_fast_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _times_orthonormal(grad: Tensor, columns: Tensor) -> Tensor:
+def _times_orthonormal(grad: Tensor, columns: Tensor, shards: Shards) -> Tensor:
     """``grad @ qr(columns)[0]`` but for a rotation, by Cholesky of the Gram matrix where it can.
 
     The product has fewer rows than the columns, so the triangular solve comes after it.
@@ -110,16 +157,18 @@ def _times_orthonormal(grad: Tensor, columns: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(columns.mT @ columns)
     pivots = factor.diagonal(dim1=-2, dim2=-1)
     if info.any() or not (pivots.amin(-1) > 1e-3 * pivots.amax(-1)).all():
-        return grad @ torch.linalg.qr(columns)[0]
-    return torch.linalg.solve_triangular(factor.mT, grad @ columns, upper=True, left=False)
+        return shards.times(grad, torch.linalg.qr(columns)[0])
+    product = shards.times(grad, columns)
+    return torch.linalg.solve_triangular(factor.mT, product, upper=True, left=False)
 
 
-def _random_like(grad: Tensor, columns: int, seed: int) -> Tensor:
+def _random_like(grad: Tensor, columns: int, seed: int, shards: Shards) -> Tensor:
     generator = torch.Generator(grad.device).manual_seed(seed)
-    shape = (*grad.shape[:-1], columns)
-    return torch.randn(shape, generator=generator, device=grad.device, dtype=grad.dtype)
+    shape = (*shards.shape(grad.shape)[:-1], columns)
+    drawn = torch.randn(shape, generator=generator, device=grad.device, dtype=grad.dtype)
+    return shards.part(drawn, "s", 0)  # of a stack the matrices that are here
 
 
-def _coordinates(grad: Tensor, rank: int) -> Tensor:
-    eye = torch.eye(grad.shape[-2], rank, device=grad.device, dtype=grad.dtype)
+def _coordinates(grad: Tensor, rank: int, shards: Shards) -> Tensor:
+    eye = torch.eye(shards.shape(grad.shape)[-2], rank, device=grad.device, dtype=grad.dtype)
     return eye.expand(*grad.shape[:-2], *eye.shape).contiguous()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optimzoo.distributed import WHOLE, Shards
 from optimzoo.kernels import native
 
 State = MutableMapping[str, Any]
@@ -15,13 +16,21 @@ _COLUMNS = 2**16  # of a low-precision history, widened at a time
 
 
 def natural_gradient(
-    state: State, low: Tensor, index: int, *, damping: float, relative: bool
+    state: State,
+    low: Tensor,
+    index: int,
+    *,
+    damping: float,
+    relative: bool,
+    shards: Shards = WHOLE,
+    over: str = "",
 ) -> Tensor:
     """``F⁻¹ g`` with ``F = λ I + Σ_j h_j h_jᵀ`` over the history, the current ``g`` included.
 
-    ``state`` holds the last gradients as rows of ``history`` ``[..., s, k]`` and their Gram matrix
-    ``gram`` ``[..., s, s]``. The gradient replaces row ``i``; the product ``H g`` is the new row of
-    the Gram matrix, which is kept, not recomputed. Since ``g`` is a row of ``H``::
+    ``state`` holds the last gradients as ``history`` ``[..., s, a, b]``, whose rows ``h`` have
+    ``k = a b`` elements, and their Gram matrix ``gram`` ``[..., s, s]``. The gradient replaces
+    row ``i``; the product ``H g`` is the new row of the Gram matrix, which is kept, not recomputed.
+    Since ``g`` is a row of ``H``::
 
         F⁻¹ g = Hᵀ w,   (λ I + H Hᵀ) w = e_i
 
@@ -34,19 +43,23 @@ def natural_gradient(
 
     Args:
         state: of one parameter; `history` and `gram` are changed in place.
-        low: the low-rank gradient ``[..., a, b]``, flattened to ``k``.
+        low: the low-rank gradient ``[..., a, b]``.
         index: the row to replace.
         damping: λ.
         relative: λ in units of the mean squared norm μ of the rows that are filled, and the result
             times ``(1 + λ) μ``: strong damping then gives back ``g``, whatever its size.
+        shards: how the weight is cut.
+        over: the dimension of the weight, `m` or `n`, that ``low`` still has.
 
     Raises:
         RuntimeError: the damped Gram matrix is not positive definite, even with jitter.
     """
-    history, gram = state["history"], state["gram"]
+    gram = state["gram"]
+    history = state["history"].flatten(gram.ndim - 1)
     g = low.flatten(-2)
     history[..., index, :] = g
     row = _products(history, history[..., index, :], gram)
+    shards.sum_([row], over)
     gram[..., index, :] = row
     gram[..., :, index] = row
     weights = _solve_unit(gram, index, damping, relative).to(gram.dtype)
@@ -140,18 +153,18 @@ def _solve_one(
     return torch.cholesky_solve(unit, factor).squeeze(-1)
 
 
-def rotate_history(state: State, rotation: Any, shape: torch.Size) -> None:
+def rotate_history(state: State, rotation: Any, shards: Shards = WHOLE, over: str = "") -> None:
     """Take the history into a new subspace, and make its Gram matrix anew."""
     history = state["history"]
-    rows = history.unflatten(-1, shape[-2:])
-    if rows.ndim > 3:  # a stack of matrices: [n, s, a, b], its rotations [n, a', a]
+    if history.ndim > 3:  # a stack of matrices: [n, s, a, b], its rotations [n, a', a]
         rotation = type(rotation)(
             *(None if r is None else r.unsqueeze(-3) for r in (rotation.left, rotation.right))
         )
-    history.copy_(rotation(rows).flatten(-2))
+    history.copy_(rotation(history))
     gram = state["gram"]
     gram.zero_()
-    for h in _widened(history, gram.dtype):
+    for h in _widened(history.flatten(-2), gram.dtype):
         gram += h @ h.mT
+    shards.sum_([gram], over)
     # Not every BLAS gives a symmetric product to the bit, and a later update writes row and column.
     gram.copy_((gram + gram.mT) / 2)

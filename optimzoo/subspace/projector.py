@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optimzoo.distributed import WHOLE, Shards
 from optimzoo.subspace.bases import leading_basis
 
 State = MutableMapping[str, Any]
@@ -45,25 +46,33 @@ def resolve_side(side: str, shape: torch.Size) -> str:
 
 
 def refresh(
-    state: State, grad: Tensor, *, rank: int, kind: str, side: str, seed: int
+    state: State,
+    grad: Tensor,
+    *,
+    rank: int,
+    kind: str,
+    side: str,
+    seed: int,
+    shards: Shards = WHOLE,
 ) -> Rotation | None:
     """Put the leading subspace of ``grad`` ``[..., m, n]`` into ``state``.
 
-    Returns the rotation from the last subspace to this one; None where there was none.
+    A projector is cut as its dimension of the gradient is. Returns the rotation from the last
+    subspace to this one; None where there was none.
     """
-    side = resolve_side(side, grad.shape)
+    side = resolve_side(side, shards.shape(grad.shape))
     rotations: dict[str, Tensor | None] = {"left": None, "right": None}
     rotated = False
-    for name, matrix in (("left", grad), ("right", grad.mT)):
+    for name, matrix, cut in (("left", grad, shards), ("right", grad.mT, shards.T)):
         if side not in (name, "both"):
             continue
         key = f"projector_{name}"
-        old = state.get(key)
-        new = leading_basis(matrix, rank, kind=kind, previous=old, seed=seed)
+        old = cut.gather(state[key]) if key in state else None
+        new = leading_basis(matrix, rank, kind=kind, previous=old, seed=seed, shards=cut)
         if old is not None:
             rotations[name] = new.mT @ old.to(new.dtype)
             rotated = True
-        state[key] = new.to(grad.dtype)
+        state[key] = cut.part(new).to(grad.dtype)
     return Rotation(**rotations) if rotated else None
 
 
@@ -72,11 +81,13 @@ def has_projector(state: State) -> bool:
     return any(key.startswith("projector_") for key in state)
 
 
-def project(state: State, grad: Tensor) -> Tensor:
+def project(state: State, grad: Tensor, shards: Shards = WHOLE) -> Tensor:
     """``PᵀG``, ``G Q`` or ``PᵀG Q``."""
     left, right = _factors(state, grad)
     low = grad if left is None else left.mT @ grad
-    return low if right is None else low @ right
+    low = low if right is None else low @ right
+    shards.sum_([low], "m" * (left is not None) + "n" * (right is not None))
+    return low
 
 
 def subtract_back_(weight: Tensor, state: State, low: Tensor, *, size: float, keep: float) -> None:

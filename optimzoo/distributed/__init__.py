@@ -1,0 +1,26 @@
+"""Which reductions cross shards, and how.
+
+A weight of FSDP2 or tensor parallelism is a DTensor: each process holds some of its rows, columns
+or stacked matrices. The methods work on what a process holds, as plain tensors, and ask
+:class:`Shards` for the few sums that cross the cut:
+
+========================  ==========================================================================
+SCALE                     squares of the cut columns, of all weights in one all-reduce a step;
+                          nothing for weights cut along the other dimension
+low-rank methods          a sketch ``[m, r]`` and its image ``[n, r]`` at a refresh; between two of
+                          them ``[r, n]`` where the cut dimension is the projected one, and a norm
+                          (Fira, APOLLO) or ``s`` products (Natural GaLore)
+Stable-SPAM               a maximum and a norm a weight
+Muon, SWAN, SCALE         whole matrices, each at one process (:func:`by_owners`): the processes
+ spectral                 share the work, and the result is that of one process
+AdamS, Adam, SGD          nothing
+========================  ==========================================================================
+
+Under DDP every process has whole weights and the same gradients: nothing is sent.
+"""
+
+from optimzoo.distributed.collectives import traffic
+from optimzoo.distributed.owners import by_owners
+from optimzoo.distributed.shards import WHOLE, Shards, local_part, sum_packed
+
+__all__ = ["WHOLE", "Shards", "by_owners", "local_part", "sum_packed", "traffic"]

@@ -1,0 +1,123 @@
+"""Runs of the zoo in several processes, for the tests of sharding: models, methods, comparison."""
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from optimzoo import param_groups
+from optimzoo.registry import get_info
+
+LOW = {"rank": 3, "update_proj_gap": 7, "lr": 0.02}
+# What a name of the registry is run with: refreshes, resets and masks fall within the steps.
+HYPER = {
+    "scale": {"lr": 0.01, "vector_lr": 0.02, "weight_decay": 0.1},
+    "galore": {**LOW, "weight_decay": 0.1},
+    "natural_galore": {**LOW, "history": 4},
+    "fira": LOW,
+    "apollo": LOW,
+    "apollo_mini": {"update_proj_gap": 7, "lr": 0.002},
+    "swan": {"lr": 0.005, "weight_decay": 0.1},
+    "stable_spam": {"update_proj_gap": 8, "lr": 0.01},
+    "muon": {"lr": 0.01, "other_lr": 0.01, "weight_decay": 0.1},
+    "adams": {"lr": 0.005, "l1": 0.1, "total_steps": 15, "mask_every": 5},
+    "adamw": {"lr": 0.01},
+    "sgd": {"lr": 0.1, "momentum": 0.9},
+}
+VARIANTS = {
+    "scale row": ("scale", {"normalize": "row"}),
+    "scale sign": ("scale", {"normalize": "sign"}),
+    "scale spectral": ("scale", {"normalize": "spectral"}),
+    "galore both": ("galore", {"side": "both"}),
+    "galore power": ("galore", {"projector": "power", "rotate": False}),
+    "natural_galore both": ("natural_galore", {"side": "both", "relative_damping": True}),
+    "apollo tensor": ("apollo", {"scale_type": "tensor", "scale_front": True}),
+}
+CASES = {**{name: (name, {}) for name in HYPER}, **VARIANTS}
+
+
+class Net(nn.Module):
+    """The four roles; weights that are tall, wide and square, of rows that no cut divides."""
+
+    def __init__(self, vocab=13, width=12, inner=19):
+        super().__init__()
+        self.embed = nn.Embedding(vocab, width)
+        self.tall = nn.Linear(width, inner)
+        self.wide = nn.Linear(inner, width, bias=False)
+        self.square = nn.Linear(width, width, bias=False)
+        self.few = nn.Linear(width, 3, bias=False)
+        self.back = nn.Linear(3, width, bias=False)
+        self.norm = nn.LayerNorm(width)
+        self.lm_head = nn.Linear(width, vocab, bias=False)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        x = x + self.wide(torch.tanh(self.tall(x)))
+        x = x + self.back(torch.tanh(self.few(self.square(x))))
+        return self.lm_head(self.norm(x))
+
+
+def net(dtype=torch.float64, **shape):
+    torch.manual_seed(0)
+    return Net(**shape).to(dtype)
+
+
+def make(case, model):
+    name, extra = CASES[case]
+    hyper = {**HYPER[name], **extra}
+    model = getattr(model, "module", model)
+    overrides = {}
+    if name == "adams":  # four of its inputs make a group
+        overrides = {r"(wide|back)\.": {"role": "hidden", "sparse": False}}
+    groups = [dict(group) for group in param_groups(model, overrides)]
+    return get_info(name).make(groups, **hyper)
+
+
+def loss_of(model, step, vocab=13, rows=8):
+    """Of a batch of one step: the same batch in every process, so that the gradients are too."""
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(0, vocab, (rows, 6), generator=generator)
+    logits = model(ids[:, :-1])
+    return nn.functional.cross_entropy(logits.flatten(0, 1).double(), ids[:, 1:].flatten())
+
+
+def train(model, optimizer, steps, start=0, **batch):
+    for step in range(start, start + steps):
+        optimizer.zero_grad()
+        loss_of(model, step, **batch).backward()
+        optimizer.step()
+
+
+def shard(model):
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(model)
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def distance(model, expected):
+    """The largest difference of a weight, as a part of the largest entry of that weight."""
+    worst, where = 0.0, ""
+    for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
+        off = (whole(p.detach()) - q.detach()).abs().max() / q.detach().abs().max()
+        if not off.item() <= worst:
+            worst, where = off.item(), name
+    return worst, where
+
+
+def _entry(rank, world, folder, function, args):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
+    try:
+        function(rank, world, *args)
+    finally:
+        dist.destroy_process_group()
+
+
+def spawn(function, world, folder, *args):
+    """Run ``function(rank, world, *args)`` in ``world`` processes of one gloo group."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mp.spawn(_entry, (world, str(folder), function, args), nprocs=world)
