@@ -1,0 +1,1 @@
+"""What other training tools need to use these optimizers; nothing is imported before it is used."""
