@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT, _default_to_fused_or_foreach
 
+from optimzoo.distributed import local_part
 from optimzoo.kernels import dispatch
 from optimzoo.optimizers.adam_rule import adam, init_adam_state, step_as_tensor
 from optimzoo.optimizers.base import (
@@ -26,7 +27,7 @@ from optimzoo.optimizers.base import (
 from optimzoo.optimizers.hidden_rule import REST_DEFAULTS
 from optimzoo.roles import role_of
 from optimzoo.sparsity.masks import check_nm, grouped, packed_mask, unpack
-from optimzoo.sparsity.sharding import local_part, sharded_like
+from optimzoo.sparsity.sharding import check_cut, sharded_like
 
 DECAYS = ("l1", "l2")
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
@@ -55,7 +56,8 @@ class AdamS(RoleOptimizer):
 
     State of a hidden weight: two moments of its own size, one mask bit a weight (`mask`, uint8,
     each row from a new byte) and 4 bytes a tensor; of the others: two moments, 4 bytes a tensor.
-    Of weights sharded by rows (FSDP2) each process has the moments and the mask of its rows.
+    Of sharded weights each process has the moments and the mask of its part; parts that cut a group
+    of m inputs, or a byte of mask bits, are refused.
 
     Args:
         params: groups from :func:`optimzoo.param_groups` or `optimzoo.sparsity.sparse_groups`;
@@ -150,6 +152,7 @@ class AdamS(RoleOptimizer):
                 "weights; keep float32 weights and train under autocast"
             )
         try:
+            check_cut(weight, group["m"], **_layout(group))
             grouped(local_part(weight), group["m"], **_layout(group))
         except ValueError as error:
             raise ValueError(
@@ -239,7 +242,7 @@ class AdamS(RoleOptimizer):
         """Parameters, gradients, moments and step counts; of sharded ones the local part."""
         return (
             [local_part(p) for p in params],
-            [local_part(p.grad) for p in params if p.grad is not None],
+            [local_part(p.grad, like=p) for p in params if p.grad is not None],
             [local_part(self.state[p]["exp_avg"]) for p in params],
             [local_part(self.state[p]["exp_avg_sq"]) for p in params],
             [self.state[p]["step"] for p in params],

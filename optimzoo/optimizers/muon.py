@@ -1,14 +1,76 @@
 """Muon on the hidden weights, AdamW on the rest: torch's own two, behind one optimizer."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.optimizer import ParamsT
 
+from optimzoo.distributed import Shards, by_owners, local_part
 from optimzoo.optimizers.base import check_lr
 from optimzoo.optimizers.by_role import ByRole
 from optimzoo.roles import ROLES
+
+
+class ShardedMuon(getattr(torch.optim, "Muon", object)):  # type: ignore[misc]
+    """``torch.optim.Muon`` that gives sharded weights the step of whole ones.
+
+    torch's own step sums Gram matrices that each process has rounded to bfloat16. Here momentum and
+    decay stay with each process's part, and each weight is orthogonalised whole, by one of them.
+    """
+
+    param_groups: list[dict[str, Any]]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One optimization step; returns the closure's loss, if there is a closure."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups
+        try:
+            for group in groups:
+                cut = [p for p in group["params"] if p.grad is not None and Shards.of(p).cut()]
+                known = {id(p) for p in cut}
+                rest = [p for p in group["params"] if id(p) not in known]
+                self.param_groups = [{**group, "params": rest}]
+                super().step()
+                self._step_cut(cut, group)
+        finally:
+            self.param_groups = groups
+        return loss
+
+    def _step_cut(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        updates = []
+        for p in params:
+            state = self.state[p]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(p)
+            grad, mean = local_part(p.grad, like=p), local_part(state["momentum_buffer"])  # type: ignore[arg-type]
+            mean.lerp_(grad.to(mean.dtype), 1 - group["momentum"])
+            updates.append(grad.lerp(mean, group["momentum"]) if group["nesterov"] else mean)
+
+        def orthogonal(update: Tensor) -> Tensor:
+            """Where one step of torch's, of size 1 and without momentum, takes a weight of 0."""
+            names = ("nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")
+            alone = {
+                **{k: group[k] for k in names},
+                "lr": 1.0,
+                "momentum": 0.0,
+                "weight_decay": 0.0,
+            }
+            weight = torch.zeros_like(update)
+            weight.grad = update
+            torch.optim.Muon([weight], **alone).step()
+            return weight
+
+        lr = float(group["lr"])
+        for i, step in by_owners(orthogonal, updates, [Shards.of(p) for p in params]):
+            weight = local_part(params[i])
+            weight.mul_(1 - lr * group["weight_decay"]).add_(step.to(weight.dtype), alpha=lr)
 
 
 class Muon(ByRole):
@@ -75,5 +137,5 @@ class Muon(ByRole):
         }
         torch.optim.Muon([torch.zeros(1, 1)], **muon)  # torch checks the hyperparameters
         AdamW([torch.zeros(1)], **adamw)
-        rules = {r: (torch.optim.Muon, muon) if r in roles else (AdamW, adamw) for r in ROLES}
+        rules = {r: (ShardedMuon, muon) if r in roles else (AdamW, adamw) for r in ROLES}
         super().__init__(params, rules)

@@ -13,6 +13,7 @@ from torch.optim.optimizer import (
     _use_grad_for_differentiable,
 )
 
+from optimzoo.distributed import local_part
 from optimzoo.kernels import dispatch
 from optimzoo.optimizers.adam_rule import adam_step, init_adam_state, step_as_tensor
 from optimzoo.optimizers.base import (
@@ -24,6 +25,7 @@ from optimzoo.optimizers.base import (
     copy_group,
     scalar_lr,
 )
+from optimzoo.optimizers.scale_sharded import Part, cut_part, step_parts
 from optimzoo.roles import input_dim, matrix_view, role_of
 from optimzoo.subspace.newton_schulz import orthogonalize
 
@@ -170,6 +172,8 @@ class SCALE(RoleOptimizer):
             if p.grad is None:
                 continue
             self._refuse_sparse(p.grad)
+            if group["differentiable"] and hasattr(p, "device_mesh"):
+                raise RuntimeError("differentiable=True does not step sharded weights")
             state = self.state.get(p, {})
             if role_of(p, group) == "vector":
                 # float32 at least: in bfloat16 a second moment with β₂ = 0.999 would never move.
@@ -189,8 +193,12 @@ class SCALE(RoleOptimizer):
         """One optimization step; returns the closure's loss, if there is a closure."""
         self._check_graph_capture()
         loss = self._run_closure(closure)
+        cut: list[Part] = []
         for group in self.param_groups:
             matrices, vectors = self._init_group(group)
+            parts = [cut_part(p, self.state.get(p, {}), group) for p in matrices]
+            cut += [part for part in parts if part is not None]
+            matrices = [p for p, part in zip(matrices, parts, strict=True) if part is None]
             if _may_fuse(group):
                 matrices, vectors = self._step_fused(group, matrices, vectors)
             lr = scalar_lr(group)
@@ -198,9 +206,9 @@ class SCALE(RoleOptimizer):
             if foreach is None:
                 foreach = _default_to_fused_or_foreach(matrices, group["differentiable"])[1]
             scale(
-                matrices,
-                [p.grad for p in matrices if p.grad is not None],
-                [self.state.get(p, {}).get("exp_avg") for p in matrices],
+                [local_part(p) for p in matrices],
+                [local_part(p.grad, like=p) for p in matrices if p.grad is not None],
+                [self._average(p) for p in matrices],
                 lr=lr,
                 momentum=group["momentum"],
                 weight_decay=group["weight_decay"],
@@ -224,7 +232,12 @@ class SCALE(RoleOptimizer):
                 capturable=group["capturable"],
                 differentiable=group["differentiable"],
             )
+        step_parts(cut, _single_tensor_scale, _spectral)
         return loss
+
+    def _average(self, p: Tensor) -> Tensor | None:
+        average = self.state.get(p, {}).get("exp_avg")
+        return None if average is None else local_part(average)
 
     @_disable_dynamo
     def _step_fused(
@@ -238,17 +251,22 @@ class SCALE(RoleOptimizer):
             kind = dispatch.ROWS if along_rows else dispatch.COLUMNS
         averaged = group["averaged"] and group["momentum"] != 0
         items = []
+        parts = {p: local_part(p) for p in (*matrices, *vectors)}
         for p in matrices:
-            m = self.state[p]["exp_avg"] if averaged else None
-            items += dispatch.matrices(p, p.grad, m, kind, stacked=group["stacked"])
+            m = self._average(p) if averaged else None
+            grad = local_part(p.grad, like=p)  # type: ignore[arg-type]
+            items += dispatch.matrices(parts[p], grad, m, kind, stacked=group["stacked"])
         for p in vectors:
-            moments = [self.state[p][key] for key in ("exp_avg", "exp_avg_sq", "step")]
-            items.append(dispatch.vector(p, p.grad, *moments))
+            moments = [local_part(self.state[p][k]) for k in ("exp_avg", "exp_avg_sq", "step")]
+            grad = local_part(p.grad, like=p)  # type: ignore[arg-type]
+            items.append(dispatch.vector(parts[p], grad, *moments))
         runs, rest = dispatch.split(items, group["fused"])
         for kernels, chosen in runs:
             _fused_scale(kernels, chosen, group)
         left = {id(item.whole) for item in rest}
-        return [p for p in matrices if id(p) in left], [p for p in vectors if id(p) in left]
+        return [p for p in matrices if id(parts[p]) in left], [
+            p for p in vectors if id(parts[p]) in left
+        ]
 
 
 def _may_fuse(group: dict[str, Any]) -> bool:
@@ -310,12 +328,16 @@ def normalized(grad: Tensor, *, dim: int, normalize: str, norm: str, eps: float)
     if normalize == "sign":
         return grad.sign().to(wide)
     if normalize == "spectral":
-        size = math.sqrt(max(grad.shape[-2:])) if norm == "rms" else 1.0
-        return orthogonalize(grad).to(wide) * size
+        return _spectral(grad, norm=norm)
     length = torch.linalg.vector_norm(grad, dim=dim, keepdim=True, dtype=wide)
     if norm == "rms":
         length = length / math.sqrt(max(grad.shape[dim], 1))
     return grad / length.clamp_min(eps)
+
+
+def _spectral(grad: Tensor, *, norm: str) -> Tensor:
+    size = math.sqrt(max(grad.shape[-2:])) if norm == "rms" else 1.0
+    return orthogonalize(grad).to(torch.promote_types(grad.dtype, torch.float32)) * size
 
 
 def _single_tensor_scale(

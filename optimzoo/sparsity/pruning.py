@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from optimzoo.distributed import local_part
 from optimzoo.sparsity.masks import is_nm, unpack
 from optimzoo.sparsity.scaling import fold_scale
-from optimzoo.sparsity.sharding import local_part
 
 
 @dataclass(frozen=True)

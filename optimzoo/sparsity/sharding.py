@@ -1,20 +1,44 @@
-"""Masks of sharded weights (DTensor): each process has the mask of the rows that it holds."""
+"""Masks of sharded weights (DTensor): each process has the mask of the part that it holds."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from optimzoo.distributed import Shards, local_part
 
-def local_part(tensor: Tensor) -> Tensor:
-    """The part of a sharded tensor that this process holds, in place; others as they are."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+def check_cut(param: Tensor, m: int, *, transposed: bool, stacked: bool) -> None:
+    """Refuse a sharded weight whose groups of m inputs, or bytes of eight mask bits, are cut.
+
+    Looks at the whole weight and its placement, so that every process refuses alike.
+
+    Raises:
+        ValueError: a dimension of the weight is not a multiple of processes times group.
+    """
+    if not hasattr(param, "device_mesh"):
+        return
+    shards = Shards.of(param, stacked=stacked)
+    inputs = "m" if transposed else "n"
+    for letter, dim in (("m", -2), ("n", -1)):
+        along_bits = letter == "n" and shards.cut("n")
+        unit = math.lcm(m if letter == inputs else 1, 8 if along_bits else 1)
+        parts = math.prod(group.size() for group in shards.groups(letter))
+        if parts > 1 and unit > 1 and param.shape[dim] % (parts * unit):
+            raise ValueError(
+                f"dimension {param.ndim + dim} is cut into {parts} parts, which are not multiples "
+                f"of {unit}; shard it along the other dimension, or leave this weight out"
+            )
 
 
 def sharded_like(param: Any, bits: Tensor) -> Tensor:
     """``bits``, packed from the local part of ``param``, sharded as ``param`` is."""
     if not hasattr(param, "placements"):
         return bits
-    shape = torch.Size((param.shape[0], bits.shape[1]))
-    whole = {"run_check": False, "shape": shape, "stride": (bits.shape[1], 1)}
+    local = local_part(param)
+    if bits.numel() == 0:
+        bits = bits.new_empty(local.shape[0], -(-math.prod(local.shape[1:]) // 8))
+    shape = torch.Size((param.shape[0], -(-math.prod(param.shape[1:]) // 8)))
+    whole = {"run_check": False, "shape": shape, "stride": (shape[1], 1)}
     return type(param.data).from_local(bits, param.device_mesh, param.placements, **whole)
