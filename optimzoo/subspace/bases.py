@@ -10,6 +10,7 @@ bits everywhere: all that is computed from it are products with whole thin matri
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -77,9 +78,8 @@ def _largest(grad: Tensor, shards: Shards) -> Tensor:
     if grad.numel() == 0:
         size = grad.new_zeros(*grad.shape[:-2], 1, 1)
     else:
-        size = grad.abs().amax(
-            (-2, -1), keepdim=True
-        )  # vector_norm(ord=inf) takes 15 times as long
+        # vector_norm(ord=inf) takes 15 times as long.
+        size = grad.abs().amax((-2, -1), keepdim=True)
     size = size.nan_to_num(nan=math.inf, posinf=math.inf)
     shards.max_([size])
     return size
@@ -124,21 +124,28 @@ def _randomized(
         extra = _random_like(grad, max(0, width - previous.shape[-1]), seed, shards)
         basis = torch.cat([previous, extra / math.sqrt(m)], dim=-1)
     left = basis
+
+    def times(columns: Tensor) -> Tensor:
+        return shards.times(grad, columns)
+
     for _ in range(power_iterations):
         basis = torch.linalg.qr(left)[0] if left is not basis else basis
-        left = _times_orthonormal(grad, _blurred_product(grad.mT, basis, shards.T), shards)
+        left = _orthonormal(_blurred_product(grad.mT, basis, shards.T), 1e-3, times)
     # `left` is grad times orthonormal columns, so its leading directions are those of the basis.
     vectors = torch.linalg.eigh(left.mT @ left)[1].flip(-1)[..., :rank]
-    return torch.linalg.qr(left @ vectors)[0]
+    basis = left @ vectors
+    # Orthogonal but for rounding: of unit columns, the Gram matrix is nearly the identity.
+    norms = torch.linalg.vector_norm(basis, dim=-2, keepdim=True)
+    basis = basis / norms.clamp_min(torch.finfo(basis.dtype).tiny)
+    return _orthonormal(basis, 0.9, lambda columns: columns)
 
 
 def _blurred_product(matrix: Tensor, basis: Tensor, shards: Shards) -> Tensor:
     if matrix.dtype != torch.float32 or not _has_fast_bfloat16(matrix.device):
         return shards.times(matrix, basis)
     matrix, basis = matrix.bfloat16(), basis.bfloat16()
-    if shards.cut(
-        "n"
-    ):  # partial sums, rounded one by one, would blur it more than one process does
+    if shards.cut("n"):
+        # Partial sums, rounded one by one, would blur it more than one process does.
         return shards.times(matrix.float(), basis.float()).bfloat16().float()
     return shards.times(matrix, basis).float()
 
@@ -149,16 +156,19 @@ def _has_fast_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _times_orthonormal(grad: Tensor, columns: Tensor, shards: Shards) -> Tensor:
-    """``grad @ qr(columns)[0]`` but for a rotation, by Cholesky of the Gram matrix where it can.
+def _orthonormal(columns: Tensor, pivot: float, times: Callable[[Tensor], Tensor]) -> Tensor:
+    """``times(qr(columns)[0])``, by Cholesky of the Gram matrix where it can.
 
-    The product has fewer rows than the columns, so the triangular solve comes after it.
+    It can where all pivots are above ``pivot`` of the largest: the error grows with their ratio's
+    square. A product has fewer rows than its columns, so the triangular solve comes after it.
     """
     factor, info = torch.linalg.cholesky_ex(columns.mT @ columns)
     pivots = factor.diagonal(dim1=-2, dim2=-1)
-    if info.any() or not (pivots.amin(-1) > 1e-3 * pivots.amax(-1)).all():
-        return shards.times(grad, torch.linalg.qr(columns)[0])
-    product = shards.times(grad, columns)
+    if info.any() or not (pivots.amin(-1) > pivot * pivots.amax(-1)).all():
+        basis, triangle = torch.linalg.qr(columns)
+        signs = triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)  # Cholesky's are positive
+        return times(torch.where(signs < 0, -basis, basis))
+    product = times(columns)
     return torch.linalg.solve_triangular(factor.mT, product, upper=True, left=False)
 
 
