@@ -9,11 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from optimizer_db import Tiny
 from reference import kernels_numpy as reference
 from reference.kernels_numpy import ADAM, COLUMNS, ROWS, SIGN
 
-from optimzoo import create_optimizer
 from optimzoo.kernels import native
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -338,24 +336,6 @@ def test_other_instruction_sets_pass_the_same_tests(isa):
     )
     assert run.returncode == 0, run.stdout[-2000:]
     assert " passed" in run.stdout
-
-
-@pytest.mark.parametrize("name", ["scale", "galore"])
-def test_a_compiled_step_is_the_plain_one(name):
-    """While a scheduler changes the learning rate; the kernels are a break in the graph."""
-    models = [Tiny(seed=3) for _ in range(2)]
-    optimizers = [create_optimizer(name, model, lr=0.1) for model in models]
-    schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, 0.9) for o in optimizers]
-    steps = [optimizers[0].step, torch.compile(optimizers[1].step, backend="eager")]
-    for _ in range(4):
-        for model, step in zip(models, steps, strict=True):
-            model.zero_grad()
-            model().backward()
-            step()
-        for scheduler in schedulers:
-            scheduler.step()
-    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 17), (20, 4096), (20, 8321), (5, 1023)])

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.optim.optimizer import _default_to_fused_or_foreach, _get_scalar_dtype
 
 from optimzoo.distributed import local_part
@@ -149,7 +148,6 @@ def _multi_tensor_adam(
     torch._foreach_sub_(params, update)
 
 
-@_disable_dynamo
 def _fused_adam(
     params: list[Tensor],
     grads: list[Tensor],

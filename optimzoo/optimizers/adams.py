@@ -4,12 +4,10 @@ arXiv 2509.25996. Two unrelated methods have the same name: `AdamS` of the pytor
 (stable weight decay) and that of arXiv 2505.16363.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT, _default_to_fused_or_foreach
 
 from optimzoo.distributed import local_part
@@ -193,10 +191,7 @@ class AdamS(RoleOptimizer):
             masked.append(p)
         return masked, rest
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One optimization step; returns the closure's loss, if there is a closure."""
-        loss = self._run_closure(closure)
+    def _update(self) -> None:
         for group in self.param_groups:
             masked, rest = self._init_group(group)
             masked = self._step_fused(group, masked)
@@ -205,9 +200,7 @@ class AdamS(RoleOptimizer):
             own = {k: group[k] for k in ("l1", "total_steps", "decay")} | shared
             adams(*self._lists(masked), masks=self._masks(masked), **own)
             adam(*self._lists(rest), capturable=False, **shared)
-        return loss
 
-    @_disable_dynamo
     def _step_fused(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
         """Step what the kernels take, one call a step count; returns the rest."""
         if group["foreach"] is not None or group["decay"] != "l1":

@@ -1,7 +1,7 @@
 """What the zoo adds to ``torch.optim.Optimizer``: roles, and state that is kept as saved."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
+from optimzoo.optimizers import compiled
 from optimzoo.roles import check_role
 
 
@@ -37,6 +38,7 @@ class RoleOptimizer(Optimizer):
                 group["params"] = list(params)
             self._check_group(group)
         super().add_param_group(group)
+        self._register_traced()
 
     def _check_group(self, group: dict[str, Any]) -> None:
         params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
@@ -116,6 +118,33 @@ class RoleOptimizer(Optimizer):
         for group in self.param_groups:  # options that an older checkpoint does not know
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
+        self._register_traced()
+
+    def _register_traced(self) -> None:
+        """What a traced step reads: this optimizer's number, and the groups' own lists."""
+        self._traced = compiled.register(self), [group["params"] for group in self.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One optimization step; returns the closure's loss, if there is a closure."""
+        loss = self._run_closure(closure)
+        if torch.compiler.is_dynamo_compiling():
+            compiled.traced_step(*self._traced)
+        else:
+            self._seen_update()
+        return loss
+
+    # Schedulers wrap a step to see that it is called, and no graph can hold their wrapper: here
+    # they find it wrapped, and see what the wrapper would leave.
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
+    def _seen_update(self) -> None:
+        self._opt_called = True
+        self._update()
+
+    def _update(self) -> None:
+        """The method's step, without a closure."""
+        raise NotImplementedError
 
     def _run_closure(self, closure: Any) -> Any:
         if closure is None:

@@ -1,11 +1,10 @@
 """Optimizers with a rule of their own for the hidden weights; Adam trains the rest."""
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from optimzoo.distributed import WHOLE, Shards, local_part
 from optimzoo.kernels import dispatch
@@ -96,10 +95,7 @@ class HiddenRule(RoleOptimizer):
             for p in group["params"]:
                 step_as_tensor(self.state.get(p, {}), p, capturable=False)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One optimization step; returns the closure's loss, if there is a closure."""
-        loss = self._run_closure(closure)
+    def _update(self) -> None:
         index = self.first_index - 1
         for group in self.param_groups:
             hidden, rest = [], []
@@ -115,7 +111,6 @@ class HiddenRule(RoleOptimizer):
                     hidden.append((index, p))
             self._step_matrices(hidden, group)
             self._step_rest(rest, group)
-        return loss
 
     def _step_rest(self, params: list[Tensor], group: dict[str, Any]) -> None:
         adam_step(
@@ -156,7 +151,6 @@ def adam_direction(state: State, grad: Tensor, group: dict[str, Any]) -> Tensor:
     return m / (v.sqrt() + group["eps"])
 
 
-@_disable_dynamo
 def _fused_direction(m: Tensor, v: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor | None:
     kernels = dispatch.backend(grad.device.type)
     if kernels is None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.optim.optimizer import (
     ParamsT,
     _default_to_fused_or_foreach,
@@ -189,10 +188,8 @@ class SCALE(RoleOptimizer):
         return matrices, vectors
 
     @_use_grad_for_differentiable
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One optimization step; returns the closure's loss, if there is a closure."""
+    def _update(self) -> None:
         self._check_graph_capture()
-        loss = self._run_closure(closure)
         cut: list[Part] = []
         for group in self.param_groups:
             matrices, vectors = self._init_group(group)
@@ -233,13 +230,11 @@ class SCALE(RoleOptimizer):
                 differentiable=group["differentiable"],
             )
         step_parts(cut, _single_tensor_scale, _spectral)
-        return loss
 
     def _average(self, p: Tensor) -> Tensor | None:
         average = self.state.get(p, {}).get("exp_avg")
         return None if average is None else local_part(average)
 
-    @_disable_dynamo
     def _step_fused(
         self, group: dict[str, Any], matrices: list[Tensor], vectors: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
