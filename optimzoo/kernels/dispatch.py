@@ -3,7 +3,6 @@
 A CUDA tensor goes to the native CUDA library, else to Triton; a CPU tensor to the native CPU
 library. What no kernel takes stays with the optimizer's eager path: other dtypes than float32,
 bfloat16 and float16, weights or state that are not contiguous, tensor subclasses, other devices.
-Under torch.compile a call of a kernel is a graph break.
 """
 
 import functools

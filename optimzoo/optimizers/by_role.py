@@ -1,6 +1,6 @@
 """One optimizer made of several: each parameter group goes to the torch optimizer of its role."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch.optim.optimizer import Optimizer, ParamsT
@@ -73,15 +73,12 @@ class ByRole(RoleOptimizer):
             self._inner[cls] = alone
             self._inner[cls].state = self.state
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of each inner optimizer; returns the closure's loss, if there is a closure."""
-        loss = self._run_closure(closure)
+    def _update(self) -> None:
         for cls, inner in self._inner.items():
             # Ours are what is stepped: of a likeness that `optimzoo.release` makes, some of them.
             inner.param_groups = [g for g in self.param_groups if self._rules[g["role"]][0] is cls]
             if inner.param_groups:
                 inner.step()
-        return loss
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_rules": self._rules}
