@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -15,9 +16,19 @@ import torch
 
 from benchmarks import tables
 from benchmarks.data import Corpus
-from benchmarks.plan import PROTOCOLS, Entry, Plan, Row, on_edge, perplexity
+from benchmarks.plan import (
+    PROTOCOLS,
+    Entry,
+    Plan,
+    Row,
+    committed_rows,
+    on_edge,
+    perplexity,
+    same_run,
+)
 from benchmarks.progress import RunProgress
 from benchmarks.provenance import write_json
+from benchmarks.run import fingerprint
 from benchmarks.train import add_corpus_arguments, corpus_from, train
 
 Pairs = Iterator[tuple[Entry, Row]]
@@ -29,14 +40,19 @@ class Session:
     def __init__(self, args: argparse.Namespace, plan: Plan, corpus: Corpus) -> None:
         self.args, self.plan, self.corpus = args, plan, corpus
         self.rows: list[Row] = []
+        self.known = committed_rows() if args.committed else {}
 
     def run(self, entries: list[Entry], *, test: bool) -> list[Row]:
         """The rows of ``entries``; finished ones are read, unfinished ones go on."""
         steps = sum(entry.config.steps for entry in entries)
         with RunProgress(steps) as bar:
             runs = self._many if self.args.jobs > 1 else self._each
-            for done, (entry, row) in enumerate(runs(entries, bar, test), start=1):
-                row = {"method": entry.method, "protocol": entry.protocol, **row}
+            known = [(entry, self._known(entry, test)) for entry in entries]
+            ready = [(entry, row) for entry, row in known if row is not None]
+            rest = [entry for entry, row in known if row is None]
+            pairs = itertools.chain(ready, runs(rest, bar, test))
+            for done, (entry, row) in enumerate(pairs, start=1):
+                row = {**row, "method": entry.method, "protocol": entry.protocol}
                 self.rows.append(row)
                 c, loss = entry.config, row["test_loss"] if test else row["valid_loss"]
                 other = "" if c.other_lr is None else f" / {c.other_lr:g}"
@@ -46,6 +62,12 @@ class Session:
                     f" {'test' if test else 'validation'} perplexity {perplexity(loss):.2f}"
                 )
         return self.rows
+
+    def _known(self, entry: Entry, test: bool) -> Row | None:
+        """A committed row of the same settings on the same text, if there is one."""
+        row = self.known.get(same_run(fingerprint(entry.config, self.corpus)))
+        tested = row is not None and (not test or row["diverged"] or row["test_loss"] is not None)
+        return row if tested else None
 
     def _folder(self, entry: Entry) -> Path:
         return Path(self.args.out) / "runs" / entry.key
@@ -136,6 +158,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, in processes")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     parser.add_argument("--store", action="store_true", help="also keep the rows in the repository")
+    parser.add_argument(
+        "--committed", action="store_true", help="take rows of the repository that fit, not run"
+    )
     parser.add_argument("--fresh", action="store_true", help="forget the finished runs in --out")
     add_corpus_arguments(parser)
 

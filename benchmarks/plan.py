@@ -37,10 +37,10 @@ class Plan:
     """A comparison as a JSON file describes it.
 
     The file names the model, the steps and the batch, and for each method the optimizer's fixed
-    hyperparameters (and `lowrank`, see `RunConfig`) and, for each protocol, a grid. `tuned`: a
-    learning rate for the method's own weights and one for the rest, with clipping, then without at
-    the best point. `paper`: one learning rate, no clipping (SCALE's vectors at the 2e-2 of its
-    published scripts).
+    hyperparameters (`lowrank` and `groups` too, see `RunConfig`) and, for each protocol, a grid.
+    `tuned`: a learning rate for the method's own weights and one for the rest, with clipping, then
+    without at the best point. `paper`: one learning rate, no clipping (SCALE's vectors at the 2e-2
+    of its published scripts).
     """
 
     def __init__(self, name: str) -> None:
@@ -90,7 +90,8 @@ class Plan:
         sizes = {k: v for k, v in self.values.items() if k not in ("methods", "default")}
         hyper = {**record.get("hyper", {}), **rules.get("hyper", {})}
         name = record.get("optimizer", method)
-        options = {"hyper": hyper, "lowrank": record.get("lowrank", {}), "seed": seed}
+        options = {"hyper": hyper, "seed": seed}
+        options |= {name: record.get(name, {}) for name in ("lowrank", "groups")}
         config = RunConfig(optimizer=name, **options, **sizes, **values)
         return Entry(method, protocol, config)
 
@@ -121,6 +122,21 @@ class Plan:
             raise ValueError(f"plan {self.name} has no tuned values; run compare --tune first")
         rows = json.loads(self.tune_path.read_text(encoding="utf-8"))["rows"]
         return self.entry(method, protocol, seed, **settings(choose(rows, method, protocol)))
+
+
+def same_run(fingerprint: Row) -> str:
+    """A fingerprint as a key: equal for runs of equal settings on the same text."""
+    return json.dumps(fingerprint, sort_keys=True)
+
+
+def committed_rows() -> dict[str, Row]:
+    """The committed rows by `same_run`; of two alike the one that was tested."""
+    rows: dict[str, Row] = {}
+    for pattern in ("*-tune.json", "*-compare.json"):
+        for path in sorted(_RESULTS.glob(pattern)):
+            for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+                rows[same_run(row["fingerprint"])] = row
+    return rows
 
 
 def settings(row: Row) -> Row:

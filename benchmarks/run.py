@@ -20,6 +20,7 @@ from benchmarks.low_rank import check, convert_model, make_restarts
 from benchmarks.provenance import remove_unfinished, write_atomic
 from benchmarks.telemetry import UpdateRatios
 from optimzoo.lowrank import support_bytes
+from optimzoo.roles import ROLES
 
 PRECISIONS = ("auto", "fp32", "bf16-autocast", "bf16")
 
@@ -33,7 +34,8 @@ class RunConfig:
     Learning rates warm up linearly over `warmup` of the steps, then follow a cosine to
     `min_lr_ratio`. `precision="auto"` is fp32 on a CPU and bf16-autocast on a GPU. `lowrank` makes
     the hidden weights low-rank: arguments of `optimzoo.lowrank.convert`, and `restarts` or
-    `relora` with those of `Restarts` or `ReLoRA`; empty: the model is dense.
+    `relora` with those of `Restarts` or `ReLoRA`; empty: the model is dense. `groups` has further
+    options of the parameters of a role, as `{"embedding": {"momentum": 0.9}}`.
     """
 
     optimizer: str
@@ -53,6 +55,7 @@ class RunConfig:
     seed: int = 0
     eval_tokens: int = 65536
     lowrank: dict[str, Any] = field(default_factory=dict)
+    groups: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "seq_len", "accumulate", "eval_tokens"):
@@ -73,6 +76,9 @@ class RunConfig:
         if not isinstance(self.hyper, dict):
             raise ValueError(f"hyper is {self.hyper!r}; it must be an object, as {{'eps': 1e-6}}")
         check(self.lowrank)
+        for role in self.groups:
+            if role not in ROLES:
+                raise ValueError(f"groups has the role {role!r}; there are {', '.join(ROLES)}")
 
     @property
     def tokens_per_step(self) -> int:
@@ -90,8 +96,9 @@ def resolve_precision(config: RunConfig) -> str:
 def fingerprint(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
     """What a checkpoint or a finished row must agree on to be continued or reused."""
     values = {**asdict(config), "precision": resolve_precision(config), "corpus": corpus.sha256}
-    if not config.lowrank:
-        del values["lowrank"]  # rows from before it was there stay valid
+    for later in ("lowrank", "groups"):
+        if not values[later]:
+            del values[later]  # rows from before it was there stay valid
     return json.loads(json.dumps(values))
 
 
@@ -121,9 +128,12 @@ class Run:
         if config.compile:
             self.forward = torch.compile(self.model)
         rates = {"lr": config.lr, "other_lr": config.other_lr}
+        groups = optimzoo.param_groups(self.model)
+        for group in groups:
+            group.update(config.groups.get(group["role"], {}))
         try:
             self.optimizer = optimzoo.create_optimizer(
-                config.optimizer, self.model, **rates, **config.hyper
+                config.optimizer, groups, **rates, **config.hyper
             )
         except TypeError as error:
             raise ValueError(f"hyper {config.hyper} does not fit: {error}") from error
