@@ -8,9 +8,11 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,8 +31,10 @@ from benchmarks.plan import (
 from benchmarks.progress import RunProgress
 from benchmarks.provenance import write_json
 from benchmarks.run import fingerprint
-from benchmarks.train import add_corpus_arguments, corpus_from, train
+from benchmarks.train import Progress, add_corpus_arguments, corpus_from, finished, train
+from benchmarks.work import Claim, Lost, WorkList
 
+WAIT = 0.5  # seconds between two looks at what other processes have
 Pairs = Iterator[tuple[Entry, Row]]
 
 
@@ -41,6 +45,7 @@ class Session:
         self.args, self.plan, self.corpus = args, plan, corpus
         self.rows: list[Row] = []
         self.known = committed_rows() if args.committed else {}
+        self.work = WorkList()
 
     def run(self, entries: list[Entry], *, test: bool) -> list[Row]:
         """The rows of ``entries``; finished ones are read, unfinished ones go on."""
@@ -72,34 +77,84 @@ class Session:
     def _folder(self, entry: Entry) -> Path:
         return Path(self.args.out) / "runs" / entry.key
 
-    def _each(self, entries: list[Entry], bar: RunProgress, test: bool) -> Pairs:
-        for number, entry in enumerate(entries, start=1):
-            name = f"{number}/{len(entries)} {self.plan.label(entry.method)} {entry.protocol}"
-            report = bar.start(name, entry.config.steps)
+    def _next(self, pending: list[Entry], test: bool) -> tuple[Entry, Row | Claim] | None:
+        """Take the first run off the list that is finished (its row) or free (a claim on it)."""
+        for entry in pending:
             folder = self._folder(entry)
-            row = train(entry.config, self.corpus, out=folder, progress=report, test=test)
-            yield entry, row
+            found: Row | Claim | None = finished(entry.config, self.corpus, folder, test=test)
+            found = found or self.work.claim(folder)
+            if found:
+                pending.remove(entry)
+                return entry, found
+        return None
+
+    def _each(self, entries: list[Entry], bar: RunProgress, test: bool) -> Pairs:
+        pending = list(entries)
+        while pending:
+            found = self._next(pending, test)
+            if found is None:  # other processes have them
+                time.sleep(WAIT)
+                continue
+            entry, held = found
+            name = f"{self.plan.label(entry.method)} {entry.protocol}"
+            report = bar.start(name, entry.config.steps)
+            if not isinstance(held, Claim):
+                yield entry, held
+                continue
+            with held:
+                row = self._train(entry, held, report, test)
+            if row is None:
+                pending.append(entry)
+            else:
+                yield entry, row
+
+    def _train(self, entry: Entry, claim: Claim, report: Progress, test: bool) -> Row | None:
+        def progress(step: int, loss: float, speed: float) -> None:
+            claim.check()
+            report(step, loss, speed)
+
+        options: Any = {"out": self._folder(entry), "save_every": _save_every(entry), "test": test}
+        try:
+            return train(entry.config, self.corpus, progress=progress, **options)
+        except Lost:
+            return None
 
     def _many(self, entries: list[Entry], bar: RunProgress, test: bool) -> Pairs:
         jobs = self.args.jobs
         threads = max(1, torch.get_num_threads() // jobs)
         # spawn: a forked child would inherit torch's thread pool without its threads.
         context = multiprocessing.get_context("spawn")
+        pending, running = list(entries), dict[Future[Row], tuple[Entry, Claim]]()
         with ProcessPoolExecutor(jobs, context, _start_worker, (threads,)) as pool:
-            futures: dict[Future[Row], Entry] = {}
             try:
-                for entry in entries:
-                    folder = self._folder(entry)
-                    future = pool.submit(_train_in_worker, self.args, entry, folder, test)
-                    futures[future] = entry
-                for future in as_completed(futures):
-                    bar.start(self.plan.name, futures[future].config.steps)
-                    yield futures[future], future.result()
+                while pending or running:
+                    while len(running) < jobs and (found := self._next(pending, test)):
+                        entry, held = found
+                        if isinstance(held, Claim):
+                            job = (self.args, entry, self._folder(entry), test)
+                            running[pool.submit(_train_in_worker, *job)] = entry, held
+                        else:
+                            bar.start(self.plan.name, entry.config.steps)
+                            yield entry, held
+                    for future in wait(running, WAIT, FIRST_COMPLETED).done:
+                        entry, held = running.pop(future)
+                        self.work.release(held)
+                        bar.start(self.plan.name, entry.config.steps)
+                        yield entry, future.result()
+                    if not running:
+                        time.sleep(WAIT if pending else 0)
             except BaseException:
                 for worker in multiprocessing.active_children():
                     worker.terminate()  # a run saves and leaves
                 pool.shutdown(cancel_futures=True)
+                for _, held in running.values():
+                    self.work.release(held)
                 raise
+
+
+def _save_every(entry: Entry) -> int:
+    """Steps between two checkpoints: a killed run loses a fifth of itself at most."""
+    return max(100, entry.config.steps // 5)
 
 
 def _start_worker(threads: int) -> None:
@@ -117,7 +172,9 @@ def _start_worker(threads: int) -> None:
 
 def _train_in_worker(args: argparse.Namespace, entry: Entry, folder: Path, test: bool) -> Row:
     try:
-        return train(entry.config, corpus_from(args, entry.config.model), out=folder, test=test)
+        corpus = corpus_from(args, entry.config.model)
+        save_every = _save_every(entry)
+        return train(entry.config, corpus, out=folder, save_every=save_every, test=test)
     except KeyboardInterrupt:
         os._exit(130)  # else the pool would give this worker the next run
 

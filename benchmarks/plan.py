@@ -90,7 +90,7 @@ class Plan:
         sizes = {k: v for k, v in self.values.items() if k not in ("methods", "default")}
         hyper = {**record.get("hyper", {}), **rules.get("hyper", {})}
         name = record.get("optimizer", method)
-        options = {"hyper": hyper, "seed": seed}
+        options: Row = {"hyper": hyper, "seed": seed}
         options |= {name: record.get(name, {}) for name in ("lowrank", "groups")}
         config = RunConfig(optimizer=name, **options, **sizes, **values)
         return Entry(method, protocol, config)

@@ -41,9 +41,7 @@ def train(
     finished run is not run again, an unfinished one goes on where it was saved, to the same bits.
     A run whose loss is not finite stops there, with ``diverged`` in its row.
     """
-    row = _finished_row(out) if out is not None else {}
-    complete = not test or row.get("diverged") or row.get("test_loss") is not None
-    if complete and row.get("fingerprint") == fingerprint(config, corpus):
+    if row := finished(config, corpus, out, test=test):
         return row
     run = Run(config, corpus, out)
     run.resume()
@@ -128,6 +126,15 @@ def _row(run: Run, valid: float, tested: float, optimizer_seconds: list[float]) 
     }
 
 
+def finished(
+    config: RunConfig, corpus: Corpus, out: Path | None, *, test: bool = True
+) -> dict[str, Any]:
+    """The row of a finished run of these settings in ``out``; empty if there is none."""
+    row = _finished_row(out) if out is not None else {}
+    complete = not test or row.get("diverged") or row.get("test_loss") is not None
+    return row if complete and row.get("fingerprint") == fingerprint(config, corpus) else {}
+
+
 def _finished_row(out: Path) -> dict[str, Any]:
     path = out / "row.json"
     if not path.exists():
@@ -192,7 +199,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lowrank", type=json.loads, default={}, help="JSON, e.g. '{\"rank\": 32}' (see RunConfig)"
     )
-    known = {"optimizer", "lr", "hyper", "lowrank"}
+    parser.add_argument(
+        "--groups", type=json.loads, default={}, help="JSON, further options of a role's weights"
+    )
+    known = {"optimizer", "lr", "hyper", "lowrank", "groups"}
     for option in fields(RunConfig):
         if option.name in known:
             continue
