@@ -36,6 +36,7 @@ class LlamaConfig:
 
 # 60m to 7b are the sizes in the tables of GaLore, APOLLO and SCALE; the odd 5461 of 1b is theirs.
 CONFIGS = {
+    "pico": LlamaConfig(512, 64, 172, 2, 4),
     "nano": LlamaConfig(2048, 128, 344, 4, 4),
     "9m": LlamaConfig(4096, 256, 768, 8, 4),
     "20m": LlamaConfig(8192, 384, 1024, 8, 6),

@@ -5,11 +5,12 @@ import itertools
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.run import RunConfig
+from benchmarks.scales import SCALES, Scale, rescaled
 
 PROTOCOLS = ("tuned", "paper")
 _CONFIGS = Path(__file__).with_name("configs")
@@ -24,13 +25,16 @@ class Entry:
     method: str
     protocol: str
     config: RunConfig
+    tag: str = ""
 
     @property
     def key(self) -> str:
         """A folder name that is this run's own."""
         c = self.config
         other = "" if c.other_lr is None else f"-other{c.other_lr:g}"
-        return f"{self.method}-{self.protocol}-lr{c.lr:g}{other}-clip{c.clip:g}-seed{c.seed}"
+        return (
+            f"{self.method}-{self.protocol}-lr{c.lr:g}{other}-clip{c.clip:g}-seed{c.seed}{self.tag}"
+        )
 
 
 class Plan:
@@ -41,17 +45,19 @@ class Plan:
     `tuned`: a learning rate for the method's own weights and one for the rest, with clipping, then
     without at the best point. `paper`: one learning rate, no clipping (SCALE's vectors at the 2e-2
     of its published scripts).
+
+    A plan of another size is one of these with a size for `nano` in its name (`60m`,
+    `9m-ablation`, see `SCALES`): the same methods, and a grid around what is best on nano.
     """
 
     def __init__(self, name: str) -> None:
-        names = sorted(path.stem for path in _CONFIGS.glob("*.json"))
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=3, cutoff=0.3)
-            hint = f"did you mean {' or '.join(near)}? " if near else ""
-            raise ValueError(f"unknown plan {name!r}: {hint}there are {', '.join(names)}")
         self.name = name
-        self.values: Row = json.loads((_CONFIGS / f"{name}.json").read_text(encoding="utf-8"))
+        self.scale, file = _scale_of(name)
+        self.values: Row = json.loads(file.read_text(encoding="utf-8"))
         self.methods: Row = self.values["methods"]
+        self.base = Plan(file.stem) if self.scale else self
+        if self.scale:
+            self.values |= self.scale.sizes
         self.tune_path = _RESULTS / f"{name}-tune.json"
         self.results_path = _RESULTS / f"{name}-compare.json"
 
@@ -89,14 +95,23 @@ class Plan:
             values["other_lr"] = values["lr"]
         sizes = {k: v for k, v in self.values.items() if k not in ("methods", "default")}
         hyper = {**record.get("hyper", {}), **rules.get("hyper", {})}
+        if self.scale:
+            hyper, record = rescaled(hyper, self.scale), rescaled(record, self.scale)
         name = record.get("optimizer", method)
         options: Row = {"hyper": hyper, "seed": seed}
         options |= {name: record.get(name, {}) for name in ("lowrank", "groups")}
-        config = RunConfig(optimizer=name, **options, **sizes, **values)
-        return Entry(method, protocol, config)
+        config = RunConfig(optimizer=name, **{**options, **sizes, **values})
+        tag = "" if config.steps == self.values["steps"] else f"-steps{config.steps}"
+        return Entry(method, protocol, config, tag)
 
     def grid(self, method: str, protocol: str) -> list[Entry]:
-        """The first stage of tuning: the product of the grid."""
+        """The first stage of tuning: the product of the grid; at another size, along one line."""
+        if self.scale:
+            best = self.base.best(method, protocol)
+            factors = [self.scale.centre * factor for factor in self.scale.factors]
+            steps = min(self.scale.grid_steps, self.values["steps"])
+            values = [{**_times(best, factor), "steps": steps} for factor in factors]
+            return [self.entry(method, protocol, 0, **point) for point in values]
         rules = self.methods[method][protocol]
         names, axes = list(rules["grid"]), list(rules["grid"].values())
         points = [dict(zip(names, point, strict=True)) for point in itertools.product(*axes)]
@@ -104,7 +119,7 @@ class Plan:
 
     def second(self, method: str, protocol: str, rows: list[Row]) -> list[Entry]:
         """The second stage: what the plan varies at the best point of the first."""
-        rules = self.methods[method][protocol]
+        rules = self.methods[method][protocol] if not self.scale else {}
         best = settings(choose(rows, method, protocol))
         return [
             self.entry(method, protocol, 0, **{**best, name: value})
@@ -112,16 +127,46 @@ class Plan:
             for value in values
         ]
 
-    def chosen(self, method: str, protocol: str, seed: int) -> Entry:
-        """The run at the committed values: the best validation loss of the tuning rows.
+    def best(self, method: str, protocol: str) -> Row:
+        """The committed values: those of the best validation loss of the tuning rows.
+
+        A grid of one point needs no tuning.
 
         Raises:
             ValueError: the plan has not been tuned.
         """
+        grid = self.grid(method, protocol)
+        if len(grid) == 1:
+            return settings({"config": asdict(grid[0].config)})
         if not self.tune_path.exists():
             raise ValueError(f"plan {self.name} has no tuned values; run compare --tune first")
         rows = json.loads(self.tune_path.read_text(encoding="utf-8"))["rows"]
-        return self.entry(method, protocol, seed, **settings(choose(rows, method, protocol)))
+        return settings(choose(rows, method, protocol))
+
+    def chosen(self, method: str, protocol: str, seed: int) -> Entry:
+        """The run at the committed values."""
+        return self.entry(method, protocol, seed, **self.best(method, protocol))
+
+
+def _scale_of(name: str) -> tuple[Scale | None, Path]:
+    """The size in a plan's name, if it is another than the file's, and the file."""
+    names = sorted(path.stem for path in _CONFIGS.glob("*.json"))
+    if name in names:
+        return None, _CONFIGS / f"{name}.json"
+    for size in sorted(SCALES, key=len, reverse=True):
+        bases = (name.replace(size, "nano", 1), "full" if name == size else "")
+        base = next((base for base in bases if base in names), None)
+        if name.startswith(size) and base:
+            return SCALES[size], _CONFIGS / f"{base}.json"
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.3)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ValueError(f"unknown plan {name!r}: {hint}there are {', '.join(names)}")
+
+
+def _times(values: Row, factor: float) -> Row:
+    """Tuned values with their learning rates times a factor."""
+    rates = {k: values[k] * factor for k in ("lr", "other_lr") if values[k] is not None}
+    return {**values, **rates}
 
 
 def same_run(fingerprint: Row) -> str:
@@ -161,6 +206,9 @@ def choose(rows: list[Row], method: str, protocol: str) -> Row:
 def on_edge(rows: list[Row], plan: Plan, method: str, protocol: str) -> list[str]:
     """The axes along which the best point lies on the edge of its grid."""
     best = settings(choose(rows, method, protocol))
+    if plan.scale:
+        tried = {settings(row)["lr"] for row in rows if row["method"] == method}
+        return ["lr"] if best["lr"] in (min(tried), max(tried)) else []
     axes = plan.methods[method][protocol]["grid"]
     return [name for name, values in axes.items() if best[name] in (min(values), max(values))]
 

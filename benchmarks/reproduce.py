@@ -1,9 +1,7 @@
-"""A paper's table beside ours. So far: the memory columns."""
+"""A paper's table beside ours: the memory columns here, the perplexities in `beside`."""
 
 import argparse
-import json
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +9,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import beside, cast_beside
 from benchmarks.llama import Llama, get_config
 from benchmarks.low_rank import convert_model
+from benchmarks.published import published
+from benchmarks.scales import SCALES
+from benchmarks.table_runs import run_tables
+from benchmarks.train import add_corpus_arguments
 from optimzoo.lowrank import support_bytes
 from optimzoo.memory import account
 
@@ -147,13 +150,6 @@ TABLES = {
 }
 
 
-@cache
-def published() -> list[dict[str, Any]]:
-    """The published figures, one record a table and metric, each with its provenance."""
-    path = Path(__file__).with_name("published.json")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def published_value(paper: str, metric: str, method: str, size: str) -> float | None:
     """The first published figure of a metric (matched by its beginning), or None."""
     for record in published():
@@ -227,15 +223,50 @@ def memory_table(name: str) -> tuple[Table, bool]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m benchmarks reproduce`."""
-    parser.add_argument("table", choices=sorted(TABLES))
+    parser.add_argument("table", nargs="+", choices=sorted({*TABLES, *beside.TABLES, "cast"}))
     parser.add_argument("--memory-only", action="store_true", help="the memory column, in seconds")
+    parser.add_argument("--scale", default="nano", choices=("nano", *SCALES), metavar="SIZE")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="some of the table's methods")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1")
+    parser.add_argument(
+        "--budget-minutes", type=float, help="cut seeds, grid and steps so that all runs finish"
+    )
+    parser.add_argument(
+        "--stop-after", type=float, metavar="MINUTES", help="stop; the same command goes on"
+    )
+    parser.add_argument("--galore-eval", action="store_true", help="losses times n / (n + 1)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, in processes")
+    parser.add_argument("--out", type=Path, default=Path("runs/reproduce"))
+    parser.add_argument("--store", action="store_true", help="also keep the rows in the repository")
+    parser.add_argument(
+        "--fresh",
+        dest="committed",
+        action="store_false",
+        help="run what has a committed row too",
+    )
+    add_corpus_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print the table; 1 if a cell that can be computed differs from the paper's."""
-    if not args.memory_only:
-        raise ValueError("only --memory-only is available so far; for perplexity: compare")
-    table, matches = memory_table(args.table)
+    """Print the tables; 1 if a memory cell that can be computed differs from the paper's."""
+    if args.seeds < 1 or args.jobs < 1:
+        raise ValueError("--seeds and --jobs must be at least 1")
+    if args.memory_only:
+        return max(print_memory(name) for name in args.table)
+    for name in args.table:
+        if name == "cast":
+            cast_beside.show(args.out)
+        elif name not in beside.TABLES:
+            raise ValueError(f"{name} has a memory column alone; add --memory-only")
+    args.table = [name for name in args.table if name != "cast"]
+    return run_tables(args)
+
+
+def print_memory(name: str) -> int:
+    """Print a table's memory column; 1 if a cell that can be computed differs from the paper's."""
+    if name not in TABLES:
+        raise ValueError(f"{name} has no published memory column")
+    table, matches = memory_table(name)
     console = Console()
     console.print(table)
     console.print(
@@ -243,9 +274,9 @@ def main(args: argparse.Namespace) -> int:
         "*: the paper adds its rounded parts, parameters and state. "
         "?: differs, see below. !: differs. -: no published figure."
     )
-    for note in TABLES[args.table].notes:
+    for note in TABLES[name].notes:
         console.print(note, highlight=False)
-    if args.table == "low-rank":
+    if name == "low-rank":
         text, same = low_rank_saving()
         console.print(text, highlight=False)
         matches &= same

@@ -1,0 +1,13 @@
+"""The published figures, each with its provenance."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+
+@cache
+def published() -> list[dict[str, Any]]:
+    """One record a table and metric; ``values`` is by method and size."""
+    path = Path(__file__).with_name("published.json")
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,77 @@
+"""A plan at another size: model, batch and length, and what follows from them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a size changes in a plan made for nano.
+
+    Attributes:
+        sizes: fields of `RunConfig` for every run.
+        rank: of the low-rank methods.
+        gap: steps between two refreshes of a subspace, and between two restarts.
+        grid_steps: length of a run of the grid.
+        centre: the middle of the grid, as multiples of the rates that are best on nano.
+        factors: the grid: both learning rates, times each of these.
+    """
+
+    sizes: dict[str, Any]
+    rank: int
+    gap: int
+    grid_steps: int
+    centre: float = 1.0
+    factors: tuple[float, ...] = (0.5, 1.0, 2.0)
+
+
+def _pico(batch: int) -> Scale:
+    """A very small model at one of three batches: where the paper's order of norms begins."""
+    sizes = {"model": "pico", "steps": 200, "batch_size": batch, "seq_len": 128}
+    return Scale({**sizes, "eval_tokens": 65536}, 16, 50, grid_steps=200, centre=4.0)
+
+
+# 60m: 16,384 tokens a step, the grid 10 M tokens a run, the final runs 60 M. bf16 throughout, as
+# the papers train.
+_GPU = {"seq_len": 256, "eval_tokens": 1_048_576, "precision": "bf16", "compile": True}
+_FULL = {**_GPU, "batch_size": 64, "accumulate": 8, "eval_tokens": 10_000_000}
+
+
+def _full(model: str, steps: int, rank: int) -> Scale:
+    """The published protocol: 512 sequences of 256 tokens a step, the published rates alone."""
+    return Scale({"model": model, "steps": steps, **_FULL}, rank, 200, steps, factors=(1.0,))
+
+
+SCALES = {
+    "60m-full": _full("60m", 11_000, 128),
+    "130m-full": _full("130m", 20_000, 256),
+    "350m-full": _full("350m", 60_000, 256),
+    # A run of every part on a CPU, in seconds.
+    "dry": Scale(
+        {"model": "pico", "steps": 4, "batch_size": 2, "seq_len": 32, "eval_tokens": 256},
+        rank=4,
+        gap=2,
+        grid_steps=2,
+    ),
+    "pico-1k": _pico(8),
+    "pico-4k": _pico(32),
+    "pico-16k": _pico(128),
+    "9m": Scale(
+        {"model": "9m", "steps": 1000, "batch_size": 16, "seq_len": 256, "eval_tokens": 131072},
+        rank=64,
+        gap=100,
+        grid_steps=200,
+    ),
+    "60m": Scale({"model": "60m", "steps": 3664, "batch_size": 64, **_GPU}, 128, 200, 612),
+    "130m": Scale({"model": "130m", "steps": 7328, "batch_size": 64, **_GPU}, 256, 200, 1224),
+    "350m": Scale({"model": "350m", "steps": 14656, "batch_size": 64, **_GPU}, 256, 200, 2448),
+}
+
+
+def rescaled(options: dict[str, Any], scale: Scale) -> dict[str, Any]:
+    """A method's options with the rank and the gap of another size."""
+    own = {"rank": scale.rank, "update_proj_gap": scale.gap, "every": scale.gap}
+    return {
+        key: rescaled(value, scale) if isinstance(value, dict) else own.get(key, value)
+        for key, value in options.items()
+    }

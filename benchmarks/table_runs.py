@@ -1,0 +1,139 @@
+"""Run what a table needs: rates from a grid or from the committed ones, then a run a seed."""
+
+import argparse
+import os
+import signal
+import threading
+from pathlib import Path
+
+import torch
+
+from benchmarks import beside, budget
+from benchmarks.beside import Beside
+from benchmarks.budget import Cut
+from benchmarks.compare import Session, merged
+from benchmarks.data import Corpus
+from benchmarks.plan import Entry, Plan, Row, choose, settings
+from benchmarks.provenance import write_json
+from benchmarks.train import corpus_from
+
+
+class TableRuns:
+    """The runs of one table at one size, resumable, shared with the processes beside this one."""
+
+    def __init__(self, args: argparse.Namespace, table: Beside) -> None:
+        self.args, self.table = args, table
+        self.pairs = beside.methods_of(table, beside.plans_at(table, args.scale))
+        if args.methods:
+            self.pairs = [(plan, m) for plan, m in self.pairs if m in args.methods]
+        if not self.pairs:
+            known = ", ".join(m for m in table.methods)
+            raise ValueError(f"none of these methods is in the table; it has {known}")
+        model = self.pairs[0][0].values["model"]
+        self.corpus: Corpus = corpus_from(args, model)
+
+    def grid(self) -> list[Entry]:
+        """The runs that choose rates, of the methods whose rates are not committed."""
+        return [e for p, m in self.pairs if not self._committed(p) for e in self._grid(p, m)]
+
+    def final(self) -> list[Entry]:
+        """One run a method; where a grid has yet to choose, its middle stands for it."""
+        return [self._final(p, m, 0, None) for p, m in self.pairs]
+
+    def run(self) -> tuple[dict[str, list[Row]], list[str]]:
+        """The rows of each method, and what was cut."""
+        cut = self._cut()
+        tuned: list[Row] = []
+        for plan, methods in self._by_plan():
+            if cut.tune and not self._committed(plan):
+                session = Session(self.args, plan, self.corpus)
+                session.run([e for m in methods for e in self._grid(plan, m)], test=False)
+                tuned += session.rows
+                if self.args.store:
+                    self._store(plan.tune_path, session.rows, {})
+        rows: dict[str, list[Row]] = {}
+        for plan, methods in self._by_plan():
+            if cut.share < 1:
+                plan.values["steps"] = int(cut.share * plan.values["steps"])
+            session = Session(self.args, plan, self.corpus)
+            chosen = tuned if cut.tune and not self._committed(plan) else None
+            seeds = range(cut.seeds)
+            session.run(
+                [self._final(plan, m, s, chosen) for s in seeds for m in methods], test=True
+            )
+            for row in session.rows:
+                rows.setdefault(row["method"], []).append(row)
+            if self.args.store:
+                self._store(plan.results_path, session.rows, {"plan": plan.values})
+        return rows, list(cut.notes)
+
+    def _cut(self) -> Cut:
+        args = self.args
+        if args.budget_minutes is None:
+            return Cut(args.seeds, tune=True, share=1.0)
+
+        def decide() -> Cut:
+            final, grid = self.final(), self.grid()
+            seconds = budget.measure(final, self.corpus)
+            workers = args.jobs * int(os.environ.get("WORLD_SIZE", "1"))
+            return budget.fit(
+                args.budget_minutes, final, grid, seconds, seeds=args.seeds, workers=workers
+            )
+
+        return budget.kept(Path(args.out) / "budget.json", decide)
+
+    def _by_plan(self) -> list[tuple[Plan, list[str]]]:
+        plans = dict.fromkeys(plan for plan, _ in self.pairs)
+        return [(plan, [m for p, m in self.pairs if p is plan]) for plan in plans]
+
+    def _committed(self, plan: Plan) -> bool:
+        single = all(len(self._grid(p, m)) == 1 for p, m in self.pairs if p is plan)
+        return single or plan.tune_path.exists()
+
+    def _grid(self, plan: Plan, method: str) -> list[Entry]:
+        return plan.grid(method, self.table.protocol)
+
+    def _final(self, plan: Plan, method: str, seed: int, tuned: list[Row] | None) -> Entry:
+        protocol = self.table.protocol
+        if tuned is not None:
+            values = settings(choose(tuned, method, protocol))
+        elif self._committed(plan):
+            values = plan.best(method, protocol)
+        else:
+            values = plan.base.best(method, protocol)
+        return plan.entry(method, protocol, seed, **values)
+
+    def _store(self, path: Path, rows: list[Row], more: Row) -> None:
+        write_json(path, {**more, "rows": merged(path, rows)})
+
+
+def run_tables(args: argparse.Namespace) -> int:
+    """Run the tables one after the other, and print, write and perhaps store each."""
+    _own_device()
+    if args.stop_after is not None:
+        _stop_after(args.stop_after)
+    out = args.out
+    for name in args.table:
+        table = beside.TABLES[name]
+        args.out = out / f"{name}-{args.scale}"
+        rows, cut = TableRuns(args, table).run()
+        if args.galore_eval:
+            rows = {m: [beside.as_galore(row) for row in mine] for m, mine in rows.items()}
+            cut.append("Test losses as GaLore's evaluation counts them: times n / (n + 1).")
+        beside.show(name, beside.records(table, args.scale, rows), args.out, cut)
+        print(f"written: {args.out}/{name}.md and .json; curves: tensorboard --logdir {args.out}")
+    args.out = out
+    return 0
+
+
+def _own_device() -> None:
+    """Under torchrun each rank trains on a GPU of its own."""
+    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+
+
+def _stop_after(minutes: float) -> None:
+    """Stop as Ctrl-C does after a while: what is unfinished is saved, and goes on next time."""
+    timer = threading.Timer(60 * minutes, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.daemon = True
+    timer.start()
