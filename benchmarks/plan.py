@@ -61,6 +61,13 @@ class Plan:
         self.tune_path = _RESULTS / f"{name}-tune.json"
         self.results_path = _RESULTS / f"{name}-compare.json"
 
+    @classmethod
+    def stored(cls) -> "list[Plan]":
+        """The plans that have committed rows."""
+        return [
+            cls(p.stem.removesuffix("-compare")) for p in sorted(_RESULTS.glob("*-compare.json"))
+        ]
+
     def label(self, method: str) -> str:
         """The method's name in tables."""
         return str(self.methods[method]["label"])
