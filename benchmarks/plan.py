@@ -161,9 +161,8 @@ def _scale_of(name: str) -> tuple[Scale | None, Path]:
     if name in names:
         return None, _CONFIGS / f"{name}.json"
     for size in sorted(SCALES, key=len, reverse=True):
-        bases = (name.replace(size, "nano", 1), "full" if name == size else "")
-        base = next((base for base in bases if base in names), None)
-        if name.startswith(size) and base:
+        base = "full" if size.endswith("-full") else name.replace(size, "nano", 1)
+        if name.startswith(size) and base in names:
             return SCALES[size], _CONFIGS / f"{base}.json"
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.3)
     hint = f"did you mean {' or '.join(near)}? " if near else ""

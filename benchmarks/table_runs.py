@@ -121,7 +121,7 @@ def run_tables(args: argparse.Namespace) -> int:
             rows = {m: [beside.as_galore(row) for row in mine] for m, mine in rows.items()}
             cut.append("Test losses as GaLore's evaluation counts them: times n / (n + 1).")
         beside.show(name, beside.records(table, args.scale, rows), args.out, cut)
-        print(f"written: {args.out}/{name}.md and .json; curves: tensorboard --logdir {args.out}")
+        print(f"written: {args.out}/{name}.md and .json\ncurves: tensorboard --logdir {args.out}")
     args.out = out
     return 0
 

@@ -1,0 +1,177 @@
+"""A paper's table beside ours: ratios, ranks, tau; budgets; the command, resumed and shared."""
+
+import json
+import math
+import re
+
+import pytest
+import tiny_benchmarks
+
+from benchmarks import beside, budget, cast_beside, table_runs
+from benchmarks.__main__ import main
+from benchmarks.beside import TABLES
+from benchmarks.plan import Plan
+from benchmarks.scales import SCALES
+
+SCALE = TABLES["scale-main"]
+
+
+def test_every_method_of_a_table_is_published_or_ours_alone():
+    for name, table in TABLES.items():
+        values = beside.paper_values(table, table.methods)
+        known = {method for by_size in values.values() for method in by_size}
+        assert known == {m for m, paper in table.methods.items() if paper}, name
+        assert table.size in values and table.reference in values[table.size]
+        found = (
+            [m for _, m in beside.methods_of(table, beside.plans_at(table, "nano"))]
+            if (table.plans != ("full",))
+            else [m for _, m in beside.methods_of(table, [Plan("full")])]
+        )
+        assert set(found) >= known - {"muon", "swan", "stable_spam"}, name
+
+
+def test_ratios_ranks_and_tau_are_those_of_the_rows():
+    rows = beside.stored_rows(SCALE, "nano")
+    made = {r["method"]: r for r in beside.records(SCALE, "nano", rows)}
+    means = {m: sum(math.exp(r["test_loss"]) for r in mine) / len(mine) for m, mine in rows.items()}
+    for method, record in made.items():
+        assert record["ratio"] == pytest.approx(means[method] / means["adamw"])
+        assert record["perplexity"] == pytest.approx(means[method])
+    assert made["scale"]["paper"] == 30.81 and made["adamw"]["paper"] == 30.05
+    assert made["scale"]["paper_ratio"] == pytest.approx(30.81 / 30.05)
+    assert made["scale_spectral"]["paper"] is None and "rank" not in made["scale_spectral"]
+    common = [m for m in made if SCALE.methods[m]]
+    assert sorted(made[m]["rank"] for m in common) == list(range(1, len(common) + 1))
+    assert made["stable_spam"]["paper_rank"] == 1
+    paper = beside.paper_values(SCALE, SCALE.methods)["60M"]
+    agree = [
+        math.copysign(1, (paper[a] - paper[b]) * (means[a] - means[b]))
+        for i, a in enumerate(common)
+        for b in common[:i]
+    ]
+    tau = next(t for t in beside.taus(SCALE, list(made.values())) if t["size"] == "60M")
+    assert tau["methods"] == len(common) == 9
+    assert tau["tau"] == pytest.approx(sum(agree) / len(agree))
+
+
+def test_log_perplexities_become_perplexities():
+    values = beside.paper_values(TABLES["natural-galore"], TABLES["natural-galore"].methods)
+    assert values["60M"]["galore"] == pytest.approx(math.exp(3.56))
+    assert set(values) == {"60M", "130M", "350M", "1.1B"}
+
+
+def test_galores_evaluation_counts_one_batch_more():
+    config = {"eval_tokens": 10_000, "seq_len": 256, "batch_size": 4}  # 39 windows, 10 batches
+    assert beside.as_galore({"config": config, "test_loss": 3.3})["test_loss"] == 3.3 * 10 / 11
+    assert beside.as_galore({"config": config, "test_loss": None})["test_loss"] is None
+
+
+def test_cast_is_measured_against_the_dense_model_trained_as_long():
+    made = {r["method"]: r for r in cast_beside.records()}
+    assert made["cast"]["paper_ratio"] == pytest.approx(5.58 / 5.49)
+    assert made["continued"]["ratio"] == 1.0
+    assert made["cast"]["ratio"] == made["cast"]["perplexity"] / made["continued"]["perplexity"]
+    assert made["cast"]["tokens"] == made["continued"]["tokens"]
+
+
+def test_a_plan_at_another_size_takes_its_ranks_and_a_grid_around_the_best():
+    small, large = Plan("nano"), Plan("60m")
+    best = small.best("galore", "tuned")
+    grid = [e.config for e in large.grid("galore", "tuned")]
+    assert [c.lr / best["lr"] for c in grid] == [0.5, 1.0, 2.0]
+    assert [c.other_lr / best["other_lr"] for c in grid] == [0.5, 1.0, 2.0]
+    assert {c.hyper["rank"] for c in grid} == {128} and {c.steps for c in grid} == {612}
+    assert all(10e6 <= c.steps * c.tokens_per_step < 10.1e6 for c in grid)
+    final = large.entry("galore", "tuned", 0, **best)
+    assert final.config.steps * final.config.tokens_per_step >= 60e6
+    keys = {e.key for e in [*large.grid("galore", "tuned"), final]}
+    assert len(keys) == 4  # a run of the grid and a long one at its rates have folders of their own
+    assert large.results_path.name == "60m-compare.json"
+    with pytest.raises(ValueError, match="unknown plan '61m'"):
+        Plan("61m")
+
+
+@pytest.mark.parametrize("size", [s for s in SCALES if s.endswith("-full")])
+def test_the_published_protocol_is_the_published_one(size):
+    plan = Plan(size)
+    tokens = {"60m": 1.44e9, "130m": 2.62e9, "350m": 7.86e9}[size.removesuffix("-full")]
+    for method in plan.methods:
+        config = plan.chosen(method, "paper", 0).config
+        assert config.tokens_per_step == 512 * 256
+        assert config.steps * config.tokens_per_step == pytest.approx(tokens, rel=0.01)
+        assert (config.warmup, config.min_lr_ratio, config.clip) == (0.1, 0.1, 0.0)
+    assert plan.chosen("scale", "paper", 0).config.hyper == {"vector_lr": 0.02}
+
+
+def entries(name: str = "nano", count: int = 2):
+    plan = Plan(name)
+    methods = list(plan.methods)[:count]
+    grid = [e for m in methods for e in plan.grid(m, "tuned")]
+    return [plan.entry(m, "tuned", 0, lr=0.1, other_lr=1.0, clip=1.0) for m in methods], grid
+
+
+def test_a_budget_cuts_seeds_then_the_grid_then_steps():
+    final, grid = entries()
+    seconds = {e.method: 0.1 for e in final}
+    run = budget.seconds_of(final[0], 0.1)  # 400 steps and 2 x 64 evaluations a third each
+    assert run == pytest.approx(0.1 * (400 + 2 * 65536 / 1024 / 3))
+    minutes = run * (len(grid) + 3 * len(final)) / 60
+
+    def cut(share, **options):
+        return budget.fit(share * minutes, final, grid, seconds, seeds=3, **options)
+
+    assert cut(1.01) == budget.Cut(3, True, 1.0)
+    assert cut(0.501, workers=2).share == 1.0
+    one = cut(0.9)
+    assert (one.seeds, one.tune, one.share) == (1, True, 1.0) and "1 seed" in one.notes[0]
+    bare = cut(0.2)
+    assert (bare.seeds, bare.tune, bare.share) == (1, False, 1.0)
+    short = cut(0.04)
+    assert short.share == pytest.approx(0.04 * (len(grid) + 3 * len(final)) / len(final))
+    assert f"{int(400 * short.share)} steps a run instead of 400" in short.notes[0]
+    with pytest.raises(ValueError, match="minutes are 1 steps") as error:
+        cut(0.0003)
+    least = float(re.search(r"at least ([\d.]+)", str(error.value))[1])
+    assert budget.fit(least + 0.1, final, grid, seconds, seeds=3).share > 0
+
+
+def test_the_first_decision_is_everyones(tmp_path):
+    path = tmp_path / "budget.json"
+    first = budget.kept(path, lambda: budget.Cut(1, False, 0.25, ("cut",)))
+    assert budget.kept(path, lambda: budget.Cut(3, True, 1.0)) == first
+    assert [p.name for p in tmp_path.iterdir()] == ["budget.json"]
+
+
+@pytest.fixture
+def words(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    texts = [str(path) for path in tiny_benchmarks.write_text(tmp_path)]
+    few = ["--methods", "adamw", "galore", "--seeds", "1", "--out", "out"]
+    return [*few, "--data", *texts, "--cache-dir", str(tmp_path / "cache")]
+
+
+def test_the_command_tunes_trains_and_writes(words, tmp_path, capsys, monkeypatch):
+    assert main(["reproduce", "scale-main", "--scale", "dry", *words]) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80 and "…" not in printed
+    made = json.loads((tmp_path / "out" / "scale-main-dry" / "scale-main.json").read_text())
+    assert {r["method"] for r in made["records"]} == {"adamw", "galore"}
+    assert all(r["seeds"] == 1 and r["tokens"] == 4 * 64 for r in made["records"])
+    runs = list((tmp_path / "out" / "scale-main-dry" / "runs").iterdir())
+    assert sum("steps2" in run.name for run in runs) == 6 and len(runs) == 8
+    markdown = (tmp_path / "out" / "scale-main-dry" / "scale-main.md").read_text()
+    assert "| GaLore | 34.58 | 1.151 |" in markdown and "do not compare" in markdown
+    # Again: nothing is trained.
+    monkeypatch.setattr(table_runs.Session, "_train", None)
+    assert main(["reproduce", "scale-main", "--scale", "dry", *words]) == 0
+    assert json.loads((tmp_path / "out" / "scale-main-dry" / "scale-main.json").read_text()) == made
+
+
+def test_refusals_are_one_line(words, capsys):
+    assert main(["reproduce", "scale-main", "--scale", "dry", *words, "--methods", "x"]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert error == [
+        f"error: none of these methods is in the table; it has {', '.join(SCALE.methods)}"
+    ]
+    assert main(["reproduce", "scale-main", *words, "--seeds", "0"]) == 2
