@@ -65,11 +65,15 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         ]
     methods = ("--optimizers", "sgd", "adamw", "scale", "--repeats", "50", "--no-refresh")
     contract = ["tests/test_torch_contract.py", "tests/test_torch_state.py"]
+    rows = out / "release.json"
+    released = [PYTHON, "-m", "benchmarks", "release-memory", "--model=1b", "--dtype=bfloat16"]
     plan = [
         Stage("build", [PYTHON, "csrc/build.py", "--require"], 150),
         Stage("kernels", [*pytest, "tests/test_kernels.py", "tests/test_kernels_cuda.py"], 90),
         Stage("triton", [*pytest, *TRITON], 90),
         Stage("contract", [*pytest, *contract, "-k", "CUDA or cuda"], 60),
+        Stage("release", [*pytest, "tests/test_release.py", "tests/test_release_edges.py"], 90),
+        Stage("released bytes", [*released, "--out", str(rows)], 60, rows),
         *(step_time(out, m, "bfloat16", *methods, "--no-peers") for m in ("60m", "1b")),
         step_time(out, "60m", "float32"),
         Stage("sparsity", [*pytest, "tests/test_sparsity.py", "-k", "semi_structured"], 60),

@@ -4,7 +4,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ class RunConfig:
     `min_lr_ratio`. `precision="auto"` is fp32 on a CPU and bf16-autocast on a GPU. `lowrank` makes
     the hidden weights low-rank: arguments of `optimzoo.lowrank.convert`, and `restarts` or
     `relora` with those of `Restarts` or `ReLoRA`; empty: the model is dense. `groups` has further
-    options of the parameters of a role, as `{"embedding": {"momentum": 0.9}}`.
+    options of the parameters of a role, as `{"embedding": {"momentum": 0.9}}`. `release` steps each
+    weight in the backward, with `optimzoo.release`.
     """
 
     optimizer: str
@@ -56,6 +57,7 @@ class RunConfig:
     eval_tokens: int = 65536
     lowrank: dict[str, Any] = field(default_factory=dict)
     groups: dict[str, dict[str, Any]] = field(default_factory=dict)
+    release: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "seq_len", "accumulate", "eval_tokens"):
@@ -96,7 +98,7 @@ def resolve_precision(config: RunConfig) -> str:
 def fingerprint(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
     """What a checkpoint or a finished row must agree on to be continued or reused."""
     values = {**asdict(config), "precision": resolve_precision(config), "corpus": corpus.sha256}
-    for later in ("lowrank", "groups"):
+    for later in ("lowrank", "groups", "release"):
         if not values[later]:
             del values[later]  # rows from before it was there stay valid
     return json.loads(json.dumps(values))
@@ -137,6 +139,9 @@ class Run:
             )
         except TypeError as error:
             raise ValueError(f"hyper {config.hyper} does not fit: {error}") from error
+        self.released = None
+        if config.release:
+            self.released = optimzoo.release(self.optimizer, max_norm=config.clip or None)
         self.restarts = make_restarts(self.model, self.optimizer, config.lowrank)
         if self.restarts is None:
             self.scheduler = LambdaLR(self.optimizer, lambda step: lr_factor(step, config))
@@ -162,27 +167,34 @@ class Run:
         inputs, labels = self.batches[self.step]
         total = torch.zeros((), device=self.device)
         parts = self.config.accumulate
-        for x, y in zip(inputs.chunk(parts), labels.chunk(parts), strict=True):
+        batches = zip(inputs.chunk(parts), labels.chunk(parts), strict=True)
+        for part, (x, y) in enumerate(batches, 1):
             with self.autocast():
                 loss = self.forward(x.to(self.device), y.to(self.device)) / parts
-            loss.backward()
+            held: Any = nullcontext()
+            if self.released is not None and part < parts:
+                held = self.released.paused()
+            with held:
+                loss.backward()
             total += loss.detach()
         return total
 
     def train_step(self, log: bool) -> tuple[float, dict[str, float]]:
         """One optimizer step; the loss, and the scalars to log where ``log`` asks for them."""
-        loss = self.accumulate_gradients()
-        params = list(self.model.parameters())
-        scalars: dict[str, float] = {}
-        if self.config.clip > 0:
-            norm = nn.utils.clip_grad_norm_(params, self.config.clip)
-        elif log:
-            norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         ratios = UpdateRatios(self.optimizer)
-        with ratios.around_step() if log else nullcontext():
+        with ExitStack() as around:
+            if log and self.released is not None:  # the weights move in the backward
+                around.enter_context(ratios.around_step())
+            loss = self.accumulate_gradients()
+            norm = self._clip(log)
+            if log and self.released is None:
+                around.enter_context(ratios.around_step())
             self.optimizer.step()
+        if self.released is not None and self.config.clip > 0:
+            norm = self.released.grad_norm
+        scalars: dict[str, float] = {}
         if log:
-            scalars = {"train/gradient_norm": norm.item()}
+            scalars = {} if norm is None else {"train/gradient_norm": norm.item()}
             scalars |= {f"update_ratio/{k}": v for k, v in ratios.ratios.items()}
             for group in self.optimizer.param_groups:
                 scalars[f"lr/{group.get('role', 'all')}"] = float(group["lr"])
@@ -192,6 +204,15 @@ class Run:
         self.optimizer.zero_grad()
         self.step += 1
         return loss.item(), scalars
+
+    def _clip(self, log: bool) -> Tensor | None:
+        """Clip the gradients; their norm, where it is asked for. None where they are released."""
+        if self.released is not None:
+            return None
+        if self.config.clip > 0:
+            return nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return nn.utils.get_total_norm(grads) if log else None
 
     @torch.no_grad()
     def evaluate(self, split: str) -> float:

@@ -119,7 +119,8 @@ def _row(run: Run, valid: float, tested: float, optimizer_seconds: list[float]) 
         "parameter_bytes": params,
         "state_bytes": state,
         "peak_bytes": peak_memory(),
-        "optimizer_ms": 1000 * times[len(times) // 2] if times else None,
+        # Released weights are stepped in the backward, which is not told apart.
+        "optimizer_ms": 1000 * times[len(times) // 2] if times and not config.release else None,
         "tokens_per_second": run.step * config.tokens_per_step / run.seconds,
         "curve": run.curve,
         "valid_curve": run.valid_curve,
@@ -209,6 +210,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         name = "--" + option.name.replace("_", "-")
         if option.name == "compile":
             parser.add_argument(name, action="store_true", help="torch.compile the model")
+        elif option.name == "release":
+            parser.add_argument(name, action="store_true", help="step weights in the backward")
         elif option.name == "other_lr":
             parser.add_argument(name, type=float, help="of the rest (see optimzoo.get_info)")
         else:

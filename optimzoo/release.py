@@ -61,7 +61,7 @@ def release(
     Raises:
         TypeError: not a torch optimizer.
         ValueError: LBFGS; parameters that are released already; `max_norm` for a method none of
-            whose parameters are scale-invariant, or for sharded ones.
+            whose parameters are scale-invariant.
         RuntimeError: parameters of DistributedDataParallel or of FSDP1 (FSDP2's are fine); in a
             backward, a second gradient for a parameter that was stepped, float16 gradients with
             `scaler`.
@@ -184,7 +184,8 @@ class Release:
         if self.max_norm is None or not norms:
             return
         device = norms[0].device
-        self.grad_norm = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]))
+        norm: Any = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]))
+        self.grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of shards
         factor = (self.max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
         for grad in grads:
             grad.mul_(factor.to(grad.device))
@@ -221,7 +222,7 @@ class Release:
             self._inverses[device] = one / self._scaler.scale(one)
             self._found_inf.setdefault(device, torch.zeros((), device=device))
         grad.mul_(self._inverses[device])
-        finite = bool(torch.linalg.vector_norm(grad, math.inf).isfinite())
+        finite = grad.numel() == 0 or bool(torch.linalg.vector_norm(grad, math.inf).isfinite())
         if not finite:
             self._found_inf[device].fill_(1.0)
         return finite
@@ -294,8 +295,6 @@ def _check(optimizer: Optimizer, max_norm: float | None) -> None:
             "and all its steps depend on the gradients' size; release it without max_norm, or clip "
             "without release"
         )
-    if any(hasattr(p, "full_tensor") for p, _ in params):
-        raise ValueError("max_norm needs the norm of all shards; release sharded ones without it")
 
 
 def _refuse_replicated(params: dict[Tensor, Any]) -> None:

@@ -6,62 +6,16 @@ import weakref
 
 import pytest
 import torch
+from release_runs import DEVICE, assert_equal, distance, llama, loss_of, make, train
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LinearLR
-from zoo_models import LOW, llama, reloaded
+from zoo_models import reloaded
 
 import optimzoo
 from benchmarks.llama import Llama, LlamaConfig
-from optimzoo import SCALE, create_optimizer, list_optimizers, param_groups, release
+from optimzoo import SCALE, list_optimizers, param_groups, release
 
-HYPER = {
-    "adams": {"l1": 1e-3, "total_steps": 15, "n": 3, "m": 6, "mask_every": 3},
-    **dict.fromkeys(("galore", "fira", "apollo"), LOW),
-    "natural_galore": {**LOW, "history": 3},
-    "apollo_mini": {"update_proj_gap": 4},
-    "stable_spam": {"update_proj_gap": 6},
-    "sgd": {"momentum": 0.9},
-}
 NAMES = [n for n in list_optimizers() if n != "muon" or hasattr(torch.optim, "Muon")]
-
-
-def make(name, model, **hyper):
-    return create_optimizer(name, model, **{"lr": 1e-3, **HYPER.get(name, {}), **hyper})
-
-
-def tokens(step):
-    return torch.randint(0, 97, (2, 17), generator=torch.Generator().manual_seed(step))
-
-
-def loss_of(model, step):
-    batch = tokens(step)
-    return model(batch[:, :-1], batch[:, 1:])
-
-
-def train(model, optimizer, steps, *, clip=None, released=None, scheduler=None):
-    """The norms that were clipped."""
-    norms = []
-    for step in steps:
-        loss_of(model, step).backward()
-        if clip and released is None:
-            norms.append(nn.utils.clip_grad_norm_(model.parameters(), clip).item())
-        optimizer.step()
-        if clip and released is not None:
-            norms.append(released.grad_norm.item())
-        if scheduler is not None:
-            scheduler.step()
-        optimizer.zero_grad()
-    return norms
-
-
-def assert_equal(model, other):
-    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
-        assert torch.equal(p, q), name
-
-
-def distance(model, other):
-    pairs = zip(model.parameters(), other.parameters(), strict=True)
-    return max(((p - q).norm() / p.norm()).item() for p, q in pairs)
 
 
 class LiveGradients:
@@ -82,7 +36,7 @@ class LiveGradients:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_bits_in_weights_and_state(name):
     inner = 36 if name == "adams" else 37
-    models = [Llama(LlamaConfig(97, 24, inner, 2, 2), seed=3) for _ in range(2)]
+    models = [Llama(LlamaConfig(97, 24, inner, 2, 2), seed=3).to(DEVICE) for _ in range(2)]
     optimizers = []
     for i, model in enumerate(models):
         optimizer = make(name, model, lr=1e-2)
