@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.cfg pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 
-.PHONY: help test compare tune lint type fmt memory-table gpu gpu-dry-run sanitize check-cuda check-triton clean
+.PHONY: help test compare tune lint type fmt docs notebooks memory-table gpu gpu-dry-run sanitize check-cuda check-triton clean
 
 help:
 	@echo "make compare   train a small Llama with SGD, AdamW, Muon and SCALE; print the table"
 	@echo "make test      the tests"
 	@echo "make lint type fmt    ruff, mypy, ruff format"
+	@echo "make docs notebooks   build the pages into build/site; execute every notebook"
 	@echo "make tune      the learning-rate grids behind 'make compare' (about an hour)"
 	@echo "make gpu       on a machine with a GPU: build, test, sanitize, measure"
 	@echo "make memory-table     the published memory column beside ours"
@@ -28,6 +29,10 @@ $(VENV)/.bench: $(VENV)/bin/python $(SOURCES)
 
 $(VENV)/.dev: $(VENV)/.bench
 	$(PIP) install -q -c constraints.txt -e '.[bench,dev]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.bench
+	$(PIP) install -q -c constraints.txt -e '.[bench,docs]'
 	@touch $@
 
 compare: $(VENV)/.bench
@@ -65,6 +70,13 @@ check-cuda: $(VENV)/.dev
 # Compiles every Triton kernel for GPUs that are not here, and looks at the machine code.
 check-triton: $(VENV)/.dev
 	$(BIN)/python csrc/check_triton.py
+
+# The pages, without a warning and without anything that is fetched from elsewhere.
+docs: $(VENV)/.docs
+	OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --site-dir build/site
+
+notebooks: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout=120 -n 2 notebooks
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,0 +1,256 @@
+"""What the pages get at build time: tables and figures from the committed rows, parts of README.
+
+In a page's Markdown:
+
+- ``<!-- readme: HEADING -->``: that section of the README (``intro``: what is before the first);
+- ``<!-- file: NAME -->``: that file, less its title;
+- ``<!-- table: PLAN -->`` and ``<!-- end -->``: the comparison, as in the README;
+- ``<!-- results -->``, ``<!-- notebooks -->``, ``<!-- methods -->``: what there is, listed;
+- ``{{ FIGURE METHOD }}``: one figure, see `FIGURES`.
+
+The pages of the methods are made from the registry and the docstrings.
+"""
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import optimzoo
+from benchmarks.llama import Llama, get_config
+from benchmarks.plan import Plan
+from benchmarks.report import filled
+from benchmarks.tables import HEADERS, bytes_at, cells, read_rows, summarise
+from optimzoo.memory import account
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+SIZE = "60m"
+# What has no default of its own, and the weights that it takes.
+NEEDED: dict[str, dict[str, Any]] = {"adams": {"l1": 0.0, "total_steps": 1}}
+DTYPES = {"adams": torch.float32}
+PAGES = {"CONTRIBUTING.md": "adding.md", "CHANGELOG.md": "changes.md"}
+
+
+def expand(text: str) -> str:
+    """A page's Markdown with everything that is said by a mark put in its place."""
+    text = re.sub(r"<!-- readme: (.+?) -->", lambda m: readme(m[1]), text)
+    text = re.sub(r"<!-- file: (.+?) -->", lambda m: body(ROOT / m[1]), text)
+    text = text.replace("<!-- results -->", results()).replace("<!-- notebooks -->", notebooks())
+    text = text.replace("<!-- methods -->", methods())
+    return re.sub(r"\{\{ (\w+) (\w+) \}\}", lambda m: figure(m[1], m[2]), filled(text))
+
+
+def readme(heading: str) -> str:
+    """A section of the README, its links turned to the pages here.
+
+    Raises:
+        ValueError: the README has no such section.
+    """
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    parts = re.split(r"^## (.+)\n", text, flags=re.MULTILINE)
+    sections = {"intro": parts[0], **dict(zip(parts[1::2], parts[2::2], strict=True))}
+    if heading not in sections:
+        raise ValueError(f"README.md has no section {heading!r}; it has {', '.join(sections)}")
+    section = re.sub(r"^# .+\n", "", sections[heading])
+    section = re.sub(r"\]\(docs/([\w/]+\.md)", r"](\1", section)
+    return re.sub(r"\]\((\w+\.md)\)", lambda m: f"]({PAGES.get(m[1], m[1])})", section).strip()
+
+
+def body(path: Path) -> str:
+    """A Markdown file without its title."""
+    return re.sub(r"\A# .+\n", "", path.read_text(encoding="utf-8")).strip()
+
+
+@cache
+def compared(plan: str) -> dict[str, dict[str, Any]]:
+    """The comparison's records under tuning, by method."""
+    made = Plan(plan)
+    records = summarise(made, read_rows(made.results_path))
+    return {r["method"]: r for r in records if r["protocol"] == "tuned"}
+
+
+def perplexity(method: str) -> str:
+    """Test perplexity on nano, relative to AdamW's."""
+    records = compared("nano")
+    ratio = records[method]["perplexity"] / records["adamw"]["perplexity"]
+    return f"{round(100 * (ratio - 1)):+d} %"
+
+
+def paper(method: str) -> str:
+    """Perplexity under the paper's protocol, relative to its own under tuning."""
+    made = Plan("nano")
+    records = summarise(made, read_rows(made.results_path))
+    mine = {r["protocol"]: r["perplexity"] for r in records if r["method"] == method}
+    return f"{round(100 * (mine['paper'] / mine['tuned'] - 1)):+d} %"
+
+
+def large(method: str) -> str:
+    """Gigabytes of parameters and state of the 7B Llama in bfloat16."""
+    plan = Plan("nano")
+    record = plan.methods[method]
+    name, hyper = record.get("optimizer", method), record.get("hyper", {})
+    hyper = {**hyper, **({"rank": 1024} if hyper.get("rank", 1) > 1 else {})}
+    return f"{bytes_at('7b', name, json.dumps(hyper)) / 1e9:.1f}"
+
+
+def memory(method: str) -> str:
+    """Parameters and state of the 60M Llama in bfloat16, and as a share of AdamW's."""
+    records = compared("nano")
+    mine, adamw = (records[m]["bytes_60m"] for m in (method, "adamw"))
+    return f"{mine / 1e6:.0f} MB ({100 * mine / adamw:.0f} %)"
+
+
+def step(method: str) -> str:
+    """Milliseconds of a step at 60M, float32, on a CPU, relative to fused AdamW's."""
+    record = json.loads((RESULTS / "step-time-60m-cpu.json").read_text(encoding="utf-8"))
+    times = {row["method"]: row["amortised_ms"] for row in record["rows"]}
+    return f"{times[method] / times['adamw']:.2f}" if method in times else "not measured"
+
+
+FIGURES = {
+    "perplexity": perplexity,
+    "memory": memory,
+    "step": step,
+    "paper": paper,
+    "large": large,
+}
+
+
+def figure(name: str, method: str) -> str:
+    """One figure of a method, as text.
+
+    Raises:
+        ValueError: an unknown figure, or a method without a row.
+    """
+    if name not in FIGURES or method not in compared("nano"):
+        raise ValueError(f"no figure {{{{ {name} {method} }}}}; there are {', '.join(FIGURES)}")
+    return FIGURES[name](method)
+
+
+def results() -> str:
+    """Every committed results file: its rows, and where they were made."""
+    lines = ["| file | rows | made on | commits |", "|---|--:|---|---|"]
+    for path in sorted(RESULTS.glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        rows = next(v for v in (record.get(k) for k in ("rows", "layers", *record)) if v)
+        made = [r["provenance"] for r in rows if isinstance(r, dict) and "provenance" in r]
+        made = made or [record["provenance"]]
+        devices = dict.fromkeys(f"{m['device']}, torch {m['torch']}" for m in made)
+        commits = dict.fromkeys(f"`{m['commit']}`" for m in made)
+        count = len(rows) if isinstance(rows, list) else 1
+        lines.append(
+            f"| `{path.name}` | {count} | {'; '.join(devices)} | {' '.join(list(commits))} |"
+        )
+    return "\n".join(lines)
+
+
+def notebooks() -> str:
+    """Every notebook: its file, its title and its first sentence."""
+    lines = []
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        first = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
+        title, _, text = first.partition("\n")
+        lines.append(f"- **{title.lstrip('# ')}** (`notebooks/{path.name}`). {text.strip()}")
+    return "\n".join(lines)
+
+
+def methods() -> str:
+    """The methods that have a page."""
+    lines = ["| method | | source | state |", "|---|---|---|---|"]
+    for name in method_names():
+        i = optimzoo.get_info(name)
+        lines.append(f"| [`{name}`]({name}.md) | {i.description} | {i.source} | {i.state} |")
+    return "\n".join(lines)
+
+
+def method_names() -> list[str]:
+    """The registry's methods that are classes of this package."""
+    names = optimzoo.list_optimizers()
+    return [n for n in names if optimzoo.get_info(n).make.__module__.startswith("optimzoo.")]
+
+
+def method_page(name: str) -> str:
+    """A method's page: the class's docstring, its state in bytes, its rows in the comparison."""
+    info = optimzoo.get_info(name)
+    head = f"# {name}\n\n{info.description[0].upper()}{info.description[1:]} ({info.source})."
+    call = f'```python\noptimzoo.create_optimizer("{name}", model, lr=...)\n```'
+    doc = f"::: {info.make.__module__}.{info.make.__name__}"
+    return f"{head}\n\n{call}\n\n{doc}\n\n{state_table(name)}\n\n{result_table(name)}\n"
+
+
+def state_table(name: str) -> str:
+    """Bytes of the state on the 60M Llama, by role and tensor."""
+    with torch.device("meta"):
+        model = Llama(get_config(SIZE))
+    dtype = DTYPES.get(name, torch.bfloat16)
+    counted = account(model, name, dtype=dtype, **NEEDED.get(name, {}))
+    lines = [
+        "| role | state | MB |",
+        "|---|---|--:|",
+        f"| | parameters | {counted.params / 1e6:.1f} |",
+    ]
+    for (role, key), size in sorted(counted.state.items()):
+        lines.append(f"| {role} | `{key}` | {size / 1e6:.1f} |")
+    total = (counted.params + counted.state_total) / 1e6
+    lines.append(f"| | **together** | **{total:.1f}** |")
+    kind = str(dtype).removeprefix("torch.")
+    text = f"The 58 M Llama in {kind}, default options, 1e6 bytes, by `optimzoo.memory.account`."
+    return f"## State\n\n{text}\n\n" + "\n".join(lines)
+
+
+def result_table(name: str) -> str:
+    """The method's rows of the nano comparison, if it is there."""
+    plan = Plan("nano")
+    methods = [m for m, r in plan.methods.items() if r.get("optimizer", m) == name]
+    records = summarise(plan, read_rows(plan.results_path))
+    mine = [r for r in records if r["method"] in methods]
+    if not mine:
+        return "## Results\n\nThis method is not in the [comparison](../choosing.md)."
+    adamw = [r for r in records if r["method"] == "adamw" and name != "adamw"]
+    lines = ["| " + " | ".join(h for h, _ in HEADERS) + " |", "|---" * len(HEADERS) + "|"]
+    lines += ["| " + " | ".join(cells(r)) + " |" for r in [*mine, *adamw]]
+    text = "Its rows of the [comparison](../choosing.md#the-comparison), and AdamW's."
+    return f"## Results\n\n{text}\n\n" + "\n".join(lines)
+
+
+# What mkdocs calls.
+
+
+def on_config(config: Any) -> Any:
+    """List the methods' pages under the overview of them."""
+    pages = [{name: f"methods/{name}.md"} for name in method_names()]
+    config["nav"] = [
+        {"Methods": [item["Methods"], *pages]} if "Methods" in item else item
+        for item in config["nav"]
+    ]
+    return config
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the methods' pages."""
+    from mkdocs.structure.files import File
+
+    for name in method_names():
+        path = f"methods/{name}.md"
+        files.append(File.generated(config, path, content=method_page(name)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Expand one page; the methods' pages are whole already."""
+    return markdown if page.file.generated_by else expand(markdown)
+
+
+def on_post_build(config: Any) -> None:
+    """Refuse a site that fetches a script, a style or a font from elsewhere."""
+    fetched = re.compile(r"<(?:script|link|img)[^>]+(?:src|href)=\"?https?://[^>]+>")
+    for path in Path(config["site_dir"]).rglob("*.html"):
+        tags = [
+            t for t in fetched.findall(path.read_text(encoding="utf-8")) if "canonical" not in t
+        ]
+        if tags:
+            raise ValueError(f"{path.name} fetches {tags[0]}")
