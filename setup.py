@@ -4,6 +4,7 @@ import runpy
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 from setuptools.dist import Distribution
 
@@ -26,4 +27,12 @@ class Binary(Distribution):
         return True
 
 
-setup(cmdclass={"build_py": BuildWithKernels}, distclass=Binary)
+class AnyPython(bdist_wheel):
+    """The machine code knows no Python: one wheel for all versions of a platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Python, ABI, platform."""
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(cmdclass={"build_py": BuildWithKernels, "bdist_wheel": AnyPython}, distclass=Binary)

@@ -125,3 +125,14 @@ def test_the_reference_names_what_there_is():
         module, _, attribute = name.rpartition(".")
         found = __import__(module, fromlist=[attribute])
         assert getattr(found, attribute).__doc__, name
+
+
+def test_the_notebooks_are_committed_without_outputs():
+    paths = sorted((pages.ROOT / "notebooks").glob("*.ipynb"))
+    assert len(paths) == 6
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        cells = json.loads(text)["cells"]
+        assert cells[0]["source"][0].startswith("# "), path.name
+        assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+        assert f"notebooks/{path.name}" in pages.expand(TEXTS["notebooks.md"])
