@@ -15,6 +15,7 @@ from benchmarks.scales import SCALES, Scale, rescaled
 PROTOCOLS = ("tuned", "paper")
 _CONFIGS = Path(__file__).with_name("configs")
 _RESULTS = Path(__file__).with_name("results")
+_NO_SIZES = ("methods", "default", "tuned_by")
 Row = dict[str, Any]
 
 
@@ -48,6 +49,9 @@ class Plan:
 
     A plan of another size is one of these with a size for `nano` in its name (`60m`,
     `9m-ablation`, see `SCALES`): the same methods, and a grid around what is best on nano.
+
+    A plan may take the tuned values of another, `tuned_by`, of each method those of the method that
+    it names, `tuned_as`; a method's `run` has other options of `RunConfig`.
     """
 
     def __init__(self, name: str) -> None:
@@ -58,7 +62,7 @@ class Plan:
         self.base = Plan(file.stem) if self.scale else self
         if self.scale:
             self.values |= self.scale.sizes
-        self.tune_path = _RESULTS / f"{name}-tune.json"
+        self.tune_path = _RESULTS / f"{self.values.get('tuned_by', name)}-tune.json"
         self.results_path = _RESULTS / f"{name}-compare.json"
 
     @classmethod
@@ -100,19 +104,24 @@ class Plan:
         rules = record[protocol]
         if rules.get("same_lr"):
             values["other_lr"] = values["lr"]
-        sizes = {k: v for k, v in self.values.items() if k not in ("methods", "default")}
+        sizes = {k: v for k, v in self.values.items() if k not in _NO_SIZES}
         hyper = {**record.get("hyper", {}), **rules.get("hyper", {})}
         if self.scale:
             hyper, record = rescaled(hyper, self.scale), rescaled(record, self.scale)
         name = record.get("optimizer", method)
         options: Row = {"hyper": hyper, "seed": seed}
         options |= {name: record.get(name, {}) for name in ("lowrank", "groups")}
+        sizes |= record.get("run", {})
         config = RunConfig(optimizer=name, **{**options, **sizes, **values})
         tag = "" if config.steps == self.values["steps"] else f"-steps{config.steps}"
         return Entry(method, protocol, config, tag)
 
     def grid(self, method: str, protocol: str) -> list[Entry]:
-        """The first stage of tuning: the product of the grid; at another size, along one line."""
+        """The first stage of tuning: the product of the grid; at another size, along one line.
+
+        Raises:
+            ValueError: another plan has the grids.
+        """
         if self.scale:
             best = self.base.best(method, protocol)
             factors = [self.scale.centre * factor for factor in self.scale.factors]
@@ -120,6 +129,9 @@ class Plan:
             values = [{**_times(best, factor), "steps": steps} for factor in factors]
             return [self.entry(method, protocol, 0, **point) for point in values]
         rules = self.methods[method][protocol]
+        if "grid" not in rules:
+            by = self.values["tuned_by"]
+            raise ValueError(f"plan {self.name} is tuned by plan {by}; run compare --tune on that")
         names, axes = list(rules["grid"]), list(rules["grid"].values())
         points = [dict(zip(names, point, strict=True)) for point in itertools.product(*axes)]
         return [self.entry(method, protocol, 0, **point, **rules["fixed"]) for point in points]
@@ -148,7 +160,8 @@ class Plan:
         if not self.tune_path.exists():
             raise ValueError(f"plan {self.name} has no tuned values; run compare --tune first")
         rows = json.loads(self.tune_path.read_text(encoding="utf-8"))["rows"]
-        return settings(choose(rows, method, protocol))
+        tuned = self.methods[method].get("tuned_as", method)
+        return settings(choose(rows, tuned, protocol))
 
     def chosen(self, method: str, protocol: str, seed: int) -> Entry:
         """The run at the committed values."""

@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from optimzoo.optimizers.adams import AdamS
 from optimzoo.optimizers.apollo import APOLLO, APOLLOMini
+from optimzoo.optimizers.by_role import ByRole
 from optimzoo.optimizers.fira import Fira
 from optimzoo.optimizers.galore import GaLore
 from optimzoo.optimizers.muon import Muon
@@ -20,7 +21,7 @@ from optimzoo.optimizers.natural_galore import NaturalGaLore
 from optimzoo.optimizers.scale import SCALE
 from optimzoo.optimizers.stable_spam import StableSPAM
 from optimzoo.optimizers.swan import SWAN
-from optimzoo.roles import param_groups
+from optimzoo.roles import ROLES, param_groups
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,8 @@ def create_optimizer(
         lr: learning rate of the hidden weights (`OptimInfo.main_roles`).
         other_lr: learning rate of the rest (SCALE's vectors, if `vector_lr` is given, take that);
             default: the method's own default, or `lr`.
-        **hyper: the method's other hyperparameters.
+        **hyper: the method's other hyperparameters; torch's optimizers take `rounding` and `seed`
+            too, as ours do: stochastic rounding makes them :class:`ByRole`, with float32 state.
 
     Raises:
         ValueError: an unknown name or hyperparameter, `other_lr` for parameters without roles
@@ -187,6 +189,8 @@ def create_optimizer(
     """
     info = get_info(name)
     accepted = [p for p in inspect.signature(info.make).parameters if p != "params"]
+    rounds = [] if "rounding" in accepted else ["rounding", "seed"]  # torch's own
+    accepted += rounds
     for key in hyper:
         if key not in accepted:
             raise ValueError(
@@ -207,4 +211,8 @@ def create_optimizer(
             raise ValueError("other_lr needs roles; pass a model or optimzoo.param_groups(model)")
         own = {*info.main_roles, *(["vector"] if hyper.get("vector_lr") is not None else [])}
         groups = [g if g["role"] in own else {"lr": other_lr, **g} for g in groups]
+    rounding = {key: hyper.pop(key) for key in rounds if key in hyper}
+    if rounding.get("rounding", "nearest") != "nearest":
+        rule: Any = (info.make, hyper)
+        return ByRole(groups, dict.fromkeys(ROLES, rule), **rounding)
     return info.make(groups, **hyper)

@@ -85,6 +85,8 @@ def train(model, optimizer, steps, schedulers=()) -> list[float]:
 def configurations(info: OptimizerInfo, device, *, flag: str = "foreach") -> Iterator[Any]:
     """(description, hyperparameters) of every input, with `flag` off and, if supported, on."""
     for entry in info.optim_inputs_func(device=device):
+        if "rounding" in entry.kwargs and flag != "foreach":
+            continue  # stochastic rounding excludes the other flags
         yield entry.desc, copy.deepcopy(entry.kwargs)
         # The zoo's own rules have no such path, the Adam beside them has: once for its options.
         if flag in info.supported_impls and "rank" not in entry.kwargs:
@@ -101,6 +103,9 @@ def _inputs(**named: dict[str, Any]) -> list[OptimizerInput]:
         OptimizerInput(params=None, kwargs=kwargs, desc=desc.replace("_", " "))
         for desc, kwargs in named.items()
     ]
+
+
+STOCHASTIC = {"rounding": "stochastic", "seed": 5, "weight_decay": 0.1}
 
 
 def scale_inputs(device, dtype=None) -> list[OptimizerInput]:
@@ -120,6 +125,8 @@ def scale_inputs(device, dtype=None) -> list[OptimizerInput]:
         maximize={"maximize": True},
         maximize_and_weight_decay={"maximize": True, "weight_decay": 0.1},
         no_momentum={"momentum": 0.0},
+        stochastic=STOCHASTIC,
+        stochastic_row={**STOCHASTIC, "normalize": "row"},
         epsilons={"eps": 1e-6, "vector_eps": 1e-6, "vector_betas": (0.5, 0.75)},
         capturable={"capturable": True},
         capturable_and_Tensor_lr={"capturable": True, "lr": torch.tensor(LR, device=device)},
@@ -138,6 +145,7 @@ def muon_inputs(device, dtype=None) -> list[OptimizerInput]:
         match_rms_adamw={"adjust_lr_fn": "match_rms_adamw"},
         AdamW={"other_lr": 2**-8, "other_betas": (0.5, 0.75), "other_eps": 1e-6},
         all_matrices={"roles": ("hidden", "embedding", "head")},
+        stochastic=STOCHASTIC,
     )
 
 
@@ -153,6 +161,7 @@ def zoo_inputs(**own: dict[str, Any]):
             weight_decay={"weight_decay": 0.1},
             weight_decay_and_Tensor_lr={"weight_decay": 0.1, "lr": torch.tensor(LR)},
             maximize_and_weight_decay={"maximize": True, "weight_decay": 0.1},
+            stochastic=STOCHASTIC,
             **own,
         )
 
@@ -197,6 +206,8 @@ def _common_refusals(device, dtype) -> list[ErrorOptimizerInput]:
         ([{"params": [matrix], "role": "body"}], {}, ValueError, "unknown role 'body'"),
         ([{"params": [vector], "role": "head"}], {}, ValueError, r"\(2,\).*give it the role 'vec"),
         ([{"params": [("v", vector)], "role": "hidden"}], {}, ValueError, r"^v has shape \(2,\)"),
+        (None, {"rounding": "up"}, ValueError, "Invalid rounding: 'up'; .*nearest, stochastic"),
+        (None, {"rounding": "stochastic", "seed": -1}, ValueError, "Invalid seed: -1; .*2.62 - 1"),
     ]
     at_step = ErrorOptimizerInput(
         OptimizerInput(params=[sparse], kwargs={}, desc="sparse gradient"),
@@ -218,6 +229,8 @@ def scale_error_inputs(device, dtype) -> list[ErrorOptimizerInput]:
         (None, {"normalize": "rows"}, ValueError, "Invalid normalize: 'rows'.*column, row"),
         (None, {"norm": "l1"}, ValueError, "Invalid norm: 'l1'.*rms, l2"),
         (None, {"fused": True, "normalize": "spectral"}, ValueError, "has no fused kernel"),
+        (None, {**STOCHASTIC, "capturable": True}, ValueError, "it excludes capturable=True"),
+        (None, {**STOCHASTIC, "differentiable": True}, ValueError, "and differentiable=True"),
         (None, {"fused": True, "foreach": True}, ValueError, "fused=True excludes foreach=True"),
         (None, {"foreach": True, "differentiable": True}, ValueError, "foreach=True cannot be"),
         (None, {"vector_lr": 1e-3}, ValueError, "vector_lr needs groups that carry roles"),

@@ -62,9 +62,9 @@ def net(dtype=torch.float64, **shape):
     return Net(**shape).to(dtype)
 
 
-def make(case, model):
+def make(case, model, **options):
     name, extra = CASES[case]
-    hyper = {**HYPER[name], **extra}
+    hyper = {**HYPER[name], **extra, **options}
     model = getattr(model, "module", model)
     overrides = {}
     if name == "adams":  # four of its inputs make a group

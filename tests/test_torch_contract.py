@@ -165,7 +165,7 @@ class TestStep(TestCase):
     # torch's own optimizers refuse capturable=True on the CPU; ours has no need to.
     @optims([i for i in OPTIM_DB if i.has_capturable_arg], dtypes=[torch.float64])
     def test_capturable_equals_not_capturable(self, device, dtype, optim_info):
-        for _, kwargs in configurations(optim_info, device):
+        for _, kwargs in configurations(optim_info, device, flag="capturable"):
             runs = []
             for capturable in (False, True):
                 model = Tiny(device, dtype)

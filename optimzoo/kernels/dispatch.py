@@ -33,33 +33,48 @@ class Item(NamedTuple):
     kind: int
     shape: tuple[int, int]
     whole: Tensor  # the parameter that it is, or is a part of
+    counter: Any = None  # (seed, step, index) of stochastic rounding; None: to nearest
 
 
 def matrices(
-    param: Tensor, grad: Any, exp_avg: Tensor | None, kind: int, *, stacked: bool
+    param: Tensor,
+    grad: Any,
+    exp_avg: Tensor | None,
+    kind: int,
+    *,
+    stacked: bool,
+    counter: Any = None,
 ) -> list[Item]:
     """A weight as a matrix ``[out, -1]``; a stack whose columns are reduced, matrix by matrix."""
     shape = param.shape
     if len(shape) == 2:
-        return [Item(param, grad, exp_avg, None, None, kind, (shape[0], shape[1]), param)]
+        size = (shape[0], shape[1])
+        return [Item(param, grad, exp_avg, None, None, kind, size, param, counter)]
     if stacked and kind == COLUMNS:
         count = math.prod(shape[:-2])
         averages = [None] * count if exp_avg is None else list(exp_avg.flatten(0, -3))
         slices = zip(param.detach().flatten(0, -3), grad.flatten(0, -3), averages, strict=True)
         return [
-            Item(p, g, m, None, None, kind, (shape[-2], shape[-1]), param) for p, g, m in slices
+            Item(p, g, m, None, None, kind, (shape[-2], shape[-1]), param, counter)
+            for p, g, m in slices
         ]
     # Each row of a stack is a row of its own, so a stack is one tall matrix.
     cols = shape[-1] if stacked else math.prod(shape[1:])
     rows = math.prod(shape[:-1]) if stacked else shape[0]
-    return [Item(param, grad, exp_avg, None, None, kind, (rows, cols), param)]
+    return [Item(param, grad, exp_avg, None, None, kind, (rows, cols), param, counter)]
 
 
 def vector(
-    param: Tensor, grad: Any, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor | None = None
+    param: Tensor,
+    grad: Any,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor | None = None,
+    counter: Any = None,
 ) -> Item:
     """A parameter that Adam steps."""
-    return Item(param, grad, exp_avg, exp_avg_sq, step, ADAM, (1, param.numel()), param)
+    size = (1, param.numel())
+    return Item(param, grad, exp_avg, exp_avg_sq, step, ADAM, size, param, counter)
 
 
 @functools.cache
@@ -71,6 +86,8 @@ def backend(device_type: str) -> Backend | None:
 def takes(item: Item) -> bool:
     """Whether kernels can step it; a gradient that is not contiguous is copied by them."""
     param, grad, exp_avg, exp_avg_sq = item[:4]
+    if item.counter is not None and param is not item.whole:
+        return False  # kernels would count the elements of each matrix of a stack from 0
     if not (
         type(param) in _PLAIN
         and type(grad) is Tensor
@@ -94,7 +111,7 @@ def takes(item: Item) -> bool:
 def split(
     items: Iterable[Item], fused: bool | None
 ) -> tuple[list[tuple[Backend, list[Item]]], list[Item]]:
-    """Sort items into those of each device's backend, and the rest.
+    """Sort items into those of each device's backend, one call's each, and the rest.
 
     Args:
         items: see :class:`Item`.
@@ -113,7 +130,32 @@ def split(
             raise RuntimeError(_refusal(item.param))
         else:
             rest.append(item)
-    return [(backend(device.type), chosen) for device, chosen in runs.items()], rest
+    calls = [
+        (backend(device.type), call) for device, chosen in runs.items() for call in calls_of(chosen)
+    ]
+    return calls, rest
+
+
+def calls_of(items: list[Item]) -> list[list[Item]]:
+    """Items cut where a call of a kernel ends: it counts its tensors' indices on from the first."""
+    calls: list[list[Item]] = []
+    for item in items:
+        expected = None
+        if calls and calls[-1][-1].counter is not None:
+            seed, step, index = calls[-1][-1].counter
+            expected = (seed, step, index + 1)
+        if calls and item.counter == expected:
+            calls[-1].append(item)
+        else:
+            calls.append([item])
+    return calls
+
+
+def rounding(items: list[Item]) -> dict[str, int]:
+    """The arguments on rounding of one call's items; none: to nearest."""
+    if items[0].counter is None:
+        return {}
+    return dict(zip(("seed", "step", "first_index"), items[0].counter, strict=True))
 
 
 def columns(items: list[Item]) -> tuple[list[Any], ...]:

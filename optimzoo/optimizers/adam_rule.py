@@ -5,7 +5,7 @@ bias correction; ``torch.optim.Adam`` adds it after. For whole models with plain
 """
 
 import math
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.optim.optimizer import _default_to_fused_or_foreach, _get_scalar_dtyp
 
 from optimzoo.distributed import local_part
 from optimzoo.kernels import dispatch
+from optimzoo.lowbit import Counter, one_by_one
 
 
 def init_adam_state(
@@ -59,6 +60,7 @@ def adam(
     foreach: bool | None,
     capturable: bool,
     differentiable: bool = False,
+    counters: Sequence[Counter | None] | None = None,
 ) -> None:
     """One step of Adam with decoupled weight decay, in place.
 
@@ -67,23 +69,34 @@ def adam(
         m ← β₁ m + (1 − β₁) g
         v ← β₂ v + (1 − β₂) g²
         p ← (1 − lr·wd) p − lr · √(1 − β₂ᵗ) / (1 − β₁ᵗ) · m / (√v + eps)
+
+    Parameters of 16 bits that have a counter are rounded stochastically.
     """
     if not params:
         return
+    counters = counters or [None] * len(params)
     if foreach is None and not differentiable:
         rest = _fused_adam(
-            *(params, grads, exp_avgs, exp_avg_sqs, steps),
+            *(params, grads, exp_avgs, exp_avg_sqs, steps, counters),
             *(lr, betas, eps, weight_decay, maximize),
         )
         if not rest:
             return
-        params, grads, exp_avgs, exp_avg_sqs, steps = map(list, list(zip(*rest, strict=True))[:5])
+        fields = list(map(list, zip(*rest, strict=True)))
+        params, grads, exp_avgs, exp_avg_sqs, steps = fields[:5]
+        counters = fields[-1]
         foreach = _default_to_fused_or_foreach(params, differentiable)[1]
     rule = _multi_tensor_adam if foreach else _single_tensor_adam
-    grads = [g.to(m.dtype) for g, m in zip(grads, exp_avgs, strict=True)]
-    if maximize:
-        grads = [-g for g in grads]
-    rule(params, grads, exp_avgs, exp_avg_sqs, steps, lr, betas, eps, weight_decay, capturable)
+
+    options = (lr, betas, eps, weight_decay, capturable)
+
+    def step(params: Any, grads: Any, means: Any, squares: Any, steps: Any) -> None:
+        grads = [g.to(m.dtype) for g, m in zip(grads, means, strict=True)]
+        if maximize:
+            grads = [-g for g in grads]
+        rule(params, grads, means, squares, steps, *options)
+
+    one_by_one(step, counters, params, grads, exp_avgs, exp_avg_sqs, steps)
 
 
 def _correction(step: Tensor, betas: tuple[float, float], capturable: bool) -> float | Tensor:
@@ -154,6 +167,7 @@ def _fused_adam(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     steps: list[Tensor],
+    counters: Sequence[Counter | None],
     lr: float | Tensor,
     betas: tuple[float, float],
     eps: float,
@@ -161,7 +175,7 @@ def _fused_adam(
     maximize: bool,
 ) -> list[dispatch.Item]:
     """Step what the kernels take, in one call a device; returns the rest."""
-    items = map(dispatch.vector, params, grads, exp_avgs, exp_avg_sqs, steps)
+    items = map(dispatch.vector, params, grads, exp_avgs, exp_avg_sqs, steps, counters)
     runs, rest = dispatch.split(items, None)
     for kernels, chosen in runs:
         fields = dispatch.columns(chosen)
@@ -173,5 +187,6 @@ def _fused_adam(
             weight_decay=weight_decay,
             maximize=maximize,
             eps_before=True,
+            **dispatch.rounding(chosen),
         )
     return rest

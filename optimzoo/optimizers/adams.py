@@ -4,6 +4,7 @@ arXiv 2509.25996. Two unrelated methods have the same name: `AdamS` of the pytor
 (stable weight decay) and that of arXiv 2505.16363.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.optim.optimizer import ParamsT, _default_to_fused_or_foreach
 
 from optimzoo.distributed import local_part
 from optimzoo.kernels import dispatch
+from optimzoo.lowbit import LOW, Counter, moment_dtype, one_by_one
 from optimzoo.optimizers.adam_rule import adam, init_adam_state, step_as_tensor
 from optimzoo.optimizers.base import (
     RoleOptimizer,
@@ -19,6 +21,7 @@ from optimzoo.optimizers.base import (
     check_choice,
     check_lr,
     check_nonnegative,
+    check_rounding,
     copy_group,
     scalar_lr,
 )
@@ -74,10 +77,15 @@ class AdamS(RoleOptimizer):
         maximize: ascend; the decay still pulls to zero.
         foreach: use torch's multi-tensor operations; default: on CUDA. Three weight-sized
             temporaries and one byte a weight.
+        rounding: of weights of 16 bits, once a step: `nearest`, which would swallow the decay and
+            is refused for masked weights, or `stochastic`, which has the unrounded result as its
+            expectation and keeps the moments in float32.
+        seed: of stochastic rounding.
 
     Raises:
         ValueError: a hyperparameter out of range; a hidden weight whose inputs are no multiple of
-            m, or of 16 bits, which would swallow the decay (use float32 weights and autocast).
+            m, or of 16 bits and rounded to nearest (use float32 weights and autocast, or
+            `rounding="stochastic"`).
         RuntimeError: at `step`, a sparse gradient, or a state that has moments but no mask.
 
     Example:
@@ -107,6 +115,8 @@ class AdamS(RoleOptimizer):
         weight_decay: float = 0.0,
         maximize: bool = False,
         foreach: bool | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -121,6 +131,8 @@ class AdamS(RoleOptimizer):
             "weight_decay": weight_decay,
             "maximize": maximize,
             "foreach": foreach,
+            "rounding": rounding,
+            "seed": seed,
             "sparse": True,
             **REST_DEFAULTS,
         }
@@ -144,10 +156,10 @@ class AdamS(RoleOptimizer):
             return
         names = group.get("param_names", [])
         name = names[index] if index < len(names) else f"parameter {index}"
-        if weight.dtype not in (torch.float32, torch.float64):
+        if weight.dtype in LOW and group["rounding"] == "nearest":
             raise ValueError(
                 f"{name} is {weight.dtype}, whose rounding swallows the decay of the masked "
-                "weights; keep float32 weights and train under autocast"
+                "weights; keep float32 weights and train under autocast, or rounding='stochastic'"
             )
         try:
             check_cut(weight, group["m"], **_layout(group))
@@ -179,7 +191,8 @@ class AdamS(RoleOptimizer):
                 rest.append(p)
                 continue
             self._check_weight(p, group, i)  # `model.to` may have changed it since
-            init_adam_state(state, p, capturable=False)
+            dtype = moment_dtype(p, group["rounding"])
+            init_adam_state(state, p, capturable=False, dtype=dtype)
             if not fresh and "mask" not in state:
                 raise RuntimeError(
                     f"the state counts {int(state['step'])} steps without a mask; the ramp of the "
@@ -192,44 +205,64 @@ class AdamS(RoleOptimizer):
         return masked, rest
 
     def _update(self) -> None:
+        first = self.first_index
         for group in self.param_groups:
             masked, rest = self._init_group(group)
-            masked = self._step_fused(group, masked)
+            counters = self._count(group, first)
+            first += len(group["params"])
+            masked = self._step_fused(group, masked, counters)
             shared = {k: group[k] for k in ("betas", "eps", "weight_decay", "maximize", "foreach")}
             shared["lr"] = scalar_lr(group)
             own = {k: group[k] for k in ("l1", "total_steps", "decay")} | shared
+            own["counters"] = [counters.get(p) for p in masked]
             adams(*self._lists(masked), masks=self._masks(masked), **own)
+            shared["counters"] = [counters.get(p) for p in rest]
             adam(*self._lists(rest), capturable=False, **shared)
 
-    def _step_fused(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
+    def _step_fused(
+        self, group: dict[str, Any], params: list[Tensor], counters: dict[Tensor, Counter]
+    ) -> list[Tensor]:
         """Step what the kernels take, one call a step count; returns the rest."""
         if group["foreach"] is not None or group["decay"] != "l1":
             return params
-        runs: dict[tuple[Any, float], list[int]] = {}
+        runs: dict[tuple[Any, float], list[dispatch.Item]] = {}
         lists, rest = self._lists(params), []
-        items = [dispatch.vector(*each) for each in zip(*lists, strict=True)]
-        for i, item in enumerate(items):
+        masks: dict[Tensor, Tensor] = {}
+        for p, w, g, m, v, step in zip(params, *lists, strict=True):
+            item = dispatch.vector(w, g, m, v, step, counters.get(p))
             whole_bytes = item.param[:1].numel() % 8 == 0  # else the mask's rows are padded
             kernels = dispatch.backend(item.param.device.type)
             if kernels is not None and whole_bytes and dispatch.takes(item):
-                runs.setdefault((kernels, lists[4][i].item() + 1), []).append(i)
+                masks[item.param] = local_part(self.state[p]["mask"])
+                runs.setdefault((kernels, step.item() + 1), []).append(item)
             else:
-                rest.append(params[i])
-        for (kernels, t), chosen in runs.items():
-            fields = dispatch.columns([items[i] for i in chosen])
-            kernels.adam_(
-                *fields[:5],
-                lr=dispatch.scalar(group["lr"], fields[0][0].device),
-                betas=group["betas"],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                maximize=group["maximize"],
-                eps_before=False,
-                masks=[local_part(self.state[params[i]]["mask"]) for i in chosen],
-                l1=group["l1"],
-                alpha=min(t / group["total_steps"], 1.0),
-            )
+                rest.append(p)
+        for (kernels, t), items in runs.items():
+            for call in dispatch.calls_of(items):
+                self._fused_adams(kernels, call, group, [masks[i.param] for i in call], t)
         return rest
+
+    def _fused_adams(
+        self,
+        kernels: Any,
+        items: list[dispatch.Item],
+        group: dict[str, Any],
+        masks: list[Tensor],
+        t: float,
+    ) -> None:
+        kernels.adam_(
+            *dispatch.columns(items)[:5],
+            lr=dispatch.scalar(group["lr"], items[0].param.device),
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            maximize=group["maximize"],
+            eps_before=False,
+            masks=masks,
+            l1=group["l1"],
+            alpha=min(t / group["total_steps"], 1.0),
+            **dispatch.rounding(items),
+        )
 
     def _lists(self, params: list[Tensor]) -> Lists:
         """Parameters, gradients, moments and step counts; of sharded ones the local part."""
@@ -254,6 +287,7 @@ def _check_options(options: dict[str, Any]) -> None:
             raise ValueError(f"Invalid {name}: {options[name]}; it must be at least 1")
     check_nm(options["n"], options["m"])
     check_choice("decay", options["decay"], DECAYS)
+    check_rounding(options)
 
 
 def _is_masked(param: Tensor, group: dict[str, Any]) -> bool:
@@ -281,6 +315,7 @@ def adams(
     weight_decay: float,
     maximize: bool,
     foreach: bool | None,
+    counters: Sequence[Counter | None],
 ) -> None:
     """One AdamS step on weights with bool masks of their shapes, in place (see :class:`AdamS`)."""
     if not params:
@@ -288,11 +323,16 @@ def adams(
     if foreach is None:
         foreach = _default_to_fused_or_foreach(params, False)[1]
     rule = _multi_tensor_adams if foreach else _single_tensor_adams
-    grads = [g.to(m.dtype) for g, m in zip(grads, exp_avgs, strict=True)]
-    if maximize:
-        grads = [-g for g in grads]
-    lists = (params, grads, exp_avgs, exp_avg_sqs, steps, masks)
-    rule(*lists, lr, betas, eps, l1, total_steps, decay, weight_decay)
+
+    options = (lr, betas, eps, l1, total_steps, decay, weight_decay)
+
+    def step(params: Any, grads: Any, means: Any, squares: Any, steps: Any, masks: Any) -> None:
+        grads = [g.to(m.dtype) for g, m in zip(grads, means, strict=True)]
+        if maximize:
+            grads = [-g for g in grads]
+        rule(params, grads, means, squares, steps, masks, *options)
+
+    one_by_one(step, counters, params, grads, exp_avgs, exp_avg_sqs, steps, masks)
 
 
 def _single_tensor_adams(

@@ -53,9 +53,11 @@ class APOLLO(HiddenRule):
         scale_type: `channel`, or `tensor` for one number a weight (APOLLO-Mini).
         scale_front: scale before the limiter instead of after it.
         limiter: the largest growth of the update's norm from one step to the next.
-        seed: of Ω.
+        seed: of Ω and of stochastic rounding.
         maximize: ascend.
         foreach: multi-tensor operations for the rest; `None` chooses.
+        rounding: of weights of 16 bits, once a step: `nearest`, or `stochastic`, which has the
+            unrounded result as its expectation and keeps Adam's moments in float32.
 
     Raises:
         ValueError: a hyperparameter out of range.
@@ -84,6 +86,7 @@ class APOLLO(HiddenRule):
         seed: int = 0,
         maximize: bool = False,
         foreach: bool | None = None,
+        rounding: str = "nearest",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -99,6 +102,7 @@ class APOLLO(HiddenRule):
             "seed": seed,
             "maximize": maximize,
             "foreach": foreach,
+            "rounding": rounding,
             **REST_DEFAULTS,
         }
         super().__init__(params, defaults)
@@ -174,6 +178,7 @@ class APOLLOMini(APOLLO):
         seed: int = 0,
         maximize: bool = False,
         foreach: bool | None = None,
+        rounding: str = "nearest",
     ) -> None:
         super().__init__(
             params,
@@ -190,4 +195,5 @@ class APOLLOMini(APOLLO):
             seed=seed,
             maximize=maximize,
             foreach=foreach,
+            rounding=rounding,
         )

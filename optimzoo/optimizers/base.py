@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
+from optimzoo.lowbit import LOW, ROUNDINGS, Counter, next_counter
 from optimzoo.optimizers import compiled
 from optimzoo.roles import check_role
 
@@ -146,6 +147,19 @@ class RoleOptimizer(Optimizer):
         """The method's step, without a closure."""
         raise NotImplementedError
 
+    def _count(self, group: dict[str, Any], first: int) -> dict[Tensor, Counter]:
+        """One more stochastic rounding of each 16-bit parameter with a gradient; to nearest, none.
+
+        ``first`` is the index of the group's first parameter among all of the optimizer's.
+        """
+        if group["rounding"] == "nearest":
+            return {}
+        return {
+            p: next_counter(self.state[p], seed=group["seed"], index=first + i)
+            for i, p in enumerate(group["params"])
+            if p.grad is not None and p.dtype in LOW
+        }
+
     def _run_closure(self, closure: Any) -> Any:
         if closure is None:
             return None
@@ -176,6 +190,13 @@ def scalar_lr(group: dict[str, Any]) -> float | Tensor:
     """The group's learning rate, read anew each step: a float or a 0-dim tensor."""
     lr = group["lr"]
     return lr.reshape(()) if isinstance(lr, Tensor) else lr
+
+
+def check_rounding(options: dict[str, Any]) -> None:
+    """Refuse an unknown rounding, or a seed that the stochastic one has no bits for."""
+    check_choice("rounding", options["rounding"], ROUNDINGS)
+    if options["rounding"] == "stochastic" and not 0 <= options["seed"] < 1 << 62:
+        raise ValueError(f"Invalid seed: {options['seed']}; it must be from 0 to 2^62 - 1")
 
 
 def check_nonnegative(**values: Any) -> None:

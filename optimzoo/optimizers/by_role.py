@@ -1,11 +1,15 @@
 """One optimizer made of several: each parameter group goes to the torch optimizer of its role."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from optimzoo.optimizers.base import RoleOptimizer, copy_group
+from optimzoo.distributed import local_part
+from optimzoo.lowbit import LOW, copy_, next_counter
+from optimzoo.optimizers.base import RoleOptimizer, check_rounding, copy_group
 from optimzoo.roles import role_of
 
 Rule = tuple[type[Optimizer], Mapping[str, Any]]
@@ -20,19 +24,31 @@ class ByRole(RoleOptimizer):
     Args:
         params: groups from :func:`optimzoo.param_groups`, or parameters.
         rules: for each role its optimizer class and that class's hyperparameters.
+        rounding: of weights of 16 bits: `nearest`, as the inner optimizers have it, or
+            `stochastic`: each steps a float32 stand-in of one weight after the other, so that its
+            state is in float32, and the result is rounded into the weight.
+        seed: of stochastic rounding.
 
     Raises:
         ValueError: a role without a rule; whatever the inner optimizer refuses.
     """
 
-    # torch's rules compute in the dtype of the weight: they need a loaded state cast to it.
-    _keeps_state_dtype = False
-
-    def __init__(self, params: ParamsT, rules: Mapping[str, Rule]) -> None:
+    def __init__(
+        self,
+        params: ParamsT,
+        rules: Mapping[str, Rule],
+        *,
+        rounding: str = "nearest",
+        seed: int = 0,
+    ) -> None:
         self._rules = dict(rules)
+        # To nearest, torch's rules compute in the weight's dtype: they need a loaded state cast.
+        self._keeps_state_dtype = rounding == "stochastic"
         self._inner: dict[type[Optimizer], Optimizer] = {}
         # torch adds this default on a load; there from the start, a load leaves the groups alike.
-        super().__init__(params, {"differentiable": False})
+        defaults = {"differentiable": False, "rounding": rounding, "seed": seed}
+        check_rounding(defaults)
+        super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group and hand it to the optimizer of its role."""
@@ -74,11 +90,34 @@ class ByRole(RoleOptimizer):
             self._inner[cls].state = self.state
 
     def _update(self) -> None:
+        places = (p for group in self.param_groups for p in group["params"])
+        indices = {p: i for i, p in enumerate(places, start=self.first_index)}
         for cls, inner in self._inner.items():
             # Ours are what is stepped: of a likeness that `optimzoo.release` makes, some of them.
             inner.param_groups = [g for g in self.param_groups if self._rules[g["role"]][0] is cls]
-            if inner.param_groups:
+            if inner.param_groups and self._keeps_state_dtype:
+                self._step_one_by_one(inner, indices)
+            elif inner.param_groups:
                 inner.step()
+
+    def _step_one_by_one(self, inner: Optimizer, indices: dict[Tensor, int]) -> None:
+        groups = inner.param_groups
+        try:
+            for group in groups:
+                for p in group["params"]:
+                    if p.grad is None:
+                        continue
+                    rounded, state = p.dtype in LOW, self.state[p]
+                    weight = nn.Parameter(p.detach().float() if rounded else p.detach())
+                    weight.grad = p.grad.to(weight.dtype)
+                    inner.param_groups = [{**group, "params": [weight]}]
+                    inner.state = defaultdict(dict, {weight: state})
+                    inner.step()
+                    if rounded:  # counted now: to torch, a state that is empty is a first step
+                        counter = next_counter(state, seed=group["seed"], index=indices[p])
+                        copy_(local_part(p), local_part(weight), **counter._asdict())
+        finally:
+            inner.param_groups, inner.state = groups, self.state
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_rules": self._rules}

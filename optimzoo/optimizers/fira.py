@@ -50,9 +50,11 @@ class Fira(Projected):
         projector: `randomized` (ours), `svd` (published) or `power`.
         side: `auto` (published), `left` or `right`.
         rotate: at a refresh, rotate the moments (ours); `False` is the published behaviour.
-        seed: of the range finder.
+        seed: of the range finder and of stochastic rounding.
         maximize: ascend.
         foreach: multi-tensor operations for the rest; `None` chooses.
+        rounding: of weights of 16 bits, once a step: `nearest`, or `stochastic`, which has the
+            unrounded result as its expectation and keeps Adam's moments in float32.
 
     Raises:
         ValueError: a hyperparameter out of range; `side="both"`.
@@ -80,6 +82,7 @@ class Fira(Projected):
         seed: int = 0,
         maximize: bool = False,
         foreach: bool | None = None,
+        rounding: str = "nearest",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -97,6 +100,7 @@ class Fira(Projected):
             "seed": seed,
             "maximize": maximize,
             "foreach": foreach,
+            "rounding": rounding,
             **REST_DEFAULTS,
         }
         super().__init__(params, defaults)

@@ -110,9 +110,11 @@ class GaLore(Projected):
         side: `auto` projects the shorter dimension (published), or `left`, `right`, `both`.
         rotate: at a refresh, rotate the moments into the new subspace (ours); `False`, published,
             reads them in the new one as they are.
-        seed: of the range finder.
+        seed: of the range finder and of stochastic rounding.
         maximize: ascend.
         foreach: multi-tensor operations for the rest; `None` chooses.
+        rounding: of weights of 16 bits, once a step: `nearest`, or `stochastic`, which has the
+            unrounded result as its expectation and keeps Adam's moments in float32.
 
     Raises:
         ValueError: a hyperparameter out of range.
@@ -142,6 +144,7 @@ class GaLore(Projected):
         seed: int = 0,
         maximize: bool = False,
         foreach: bool | None = None,
+        rounding: str = "nearest",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -157,6 +160,7 @@ class GaLore(Projected):
             "seed": seed,
             "maximize": maximize,
             "foreach": foreach,
+            "rounding": rounding,
             **REST_DEFAULTS,
         }
         super().__init__(params, defaults)

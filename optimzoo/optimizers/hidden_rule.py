@@ -8,12 +8,14 @@ from torch import Tensor
 
 from optimzoo.distributed import WHOLE, Shards, local_part
 from optimzoo.kernels import dispatch
+from optimzoo.lowbit import Counter, moment_dtype, stand_in
 from optimzoo.optimizers.adam_rule import adam_step, init_adam_state, step_as_tensor
 from optimzoo.optimizers.base import (
     RoleOptimizer,
     check_betas,
     check_lr,
     check_nonnegative,
+    check_rounding,
     scalar_lr,
 )
 from optimzoo.roles import matrix_view, role_of
@@ -32,7 +34,8 @@ class HiddenRule(RoleOptimizer):
     """Base of the matrix methods: a subclass says how one hidden weight is stepped.
 
     Subclasses define :meth:`_step_hidden` and list their own options' checks in
-    :meth:`_check_options`. Groups hold `lr`, `betas`, `eps`, `weight_decay`, `maximize`, `foreach`.
+    :meth:`_check_options`. Groups hold `lr`, `betas`, `eps`, `weight_decay`, `maximize`, `foreach`,
+    `rounding` and `seed`.
     """
 
     _own_roles: ClassVar[tuple[str, ...]] = ("hidden",)
@@ -45,6 +48,7 @@ class HiddenRule(RoleOptimizer):
             check_lr(options["lr"])
             check_betas(options["betas"])
             check_nonnegative(eps=options["eps"], weight_decay=options["weight_decay"])
+            check_rounding(options)
             self._check_options(options)
         super().add_param_group(group)
 
@@ -70,13 +74,19 @@ class HiddenRule(RoleOptimizer):
         """
         raise NotImplementedError
 
-    def _step_matrices(self, params: list[tuple[int, Tensor]], group: dict[str, Any]) -> None:
+    def _step_matrices(
+        self,
+        params: list[tuple[int, Tensor]],
+        group: dict[str, Any],
+        counters: dict[Tensor, Counter],
+    ) -> None:
         """:meth:`_step_hidden` on each, or on the part of it that this process has."""
         for index, p in params:
             weight, grad, shards = self._matrix(p, group)
             letters = self._letters(group, shards.shape(grad.shape))
-            with shards.opened(self.state[p], letters) as state:
-                self._step_hidden(weight, grad, state, group, index, shards)
+            opened = shards.opened(self.state[p], letters)
+            with opened as state, stand_in(weight, counters.get(p)) as wide:
+                self._step_hidden(wide, grad, state, group, index, shards)
 
     def _matrix(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor, Shards]:
         """Weight and gradient as matrices ``[..., m, n]``: what this process has of them."""
@@ -99,20 +109,24 @@ class HiddenRule(RoleOptimizer):
         index = self.first_index - 1
         for group in self.param_groups:
             hidden, rest = [], []
+            counters = self._count(group, index + 1)
             for p in group["params"]:
                 index += 1
                 if p.grad is None:
                     continue
                 self._refuse_sparse(p.grad)
                 if role_of(p, group) not in self._own_roles:
-                    init_adam_state(self.state[p], p, capturable=False)
+                    dtype = moment_dtype(p, group["rounding"])
+                    init_adam_state(self.state[p], p, capturable=False, dtype=dtype)
                     rest.append(p)
                 elif p.numel() > 0:
                     hidden.append((index, p))
-            self._step_matrices(hidden, group)
-            self._step_rest(rest, group)
+            self._step_matrices(hidden, group, counters)
+            self._step_rest(rest, group, counters)
 
-    def _step_rest(self, params: list[Tensor], group: dict[str, Any]) -> None:
+    def _step_rest(
+        self, params: list[Tensor], group: dict[str, Any], counters: dict[Tensor, Counter]
+    ) -> None:
         adam_step(
             params,
             self.state,
@@ -123,6 +137,7 @@ class HiddenRule(RoleOptimizer):
             maximize=group["maximize"],
             foreach=group["foreach"],
             capturable=False,
+            counters=[counters.get(p) for p in params],
         )
 
 
@@ -139,8 +154,9 @@ def adam_direction(state: State, grad: Tensor, group: dict[str, Any]) -> Tensor:
     """``m / (√v + eps)`` after the moments in ``state`` have taken ``grad`` in."""
     beta1, beta2 = group["betas"]
     if "exp_avg" not in state:
-        state["exp_avg"] = torch.zeros_like(grad)
-        state["exp_avg_sq"] = torch.zeros_like(grad)
+        dtype = moment_dtype(grad, group["rounding"])
+        state["exp_avg"] = torch.zeros_like(grad, dtype=dtype)
+        state["exp_avg_sq"] = torch.zeros_like(grad, dtype=dtype)
     m, v = state["exp_avg"], state["exp_avg_sq"]
     direction = _fused_direction(m, v, grad, group)
     if direction is not None:
@@ -156,7 +172,7 @@ def _fused_direction(m: Tensor, v: Tensor, grad: Tensor, group: dict[str, Any]) 
     if kernels is None:
         return None
     grad = grad.contiguous()
-    direction = torch.empty_like(grad)
+    direction = torch.empty_like(grad, dtype=m.dtype)
     if not dispatch.takes(dispatch.vector(direction, grad, m, v)):
         return None
     rule = {"lr": 0.0, "weight_decay": 0.0, "maximize": False, "eps_before": True}

@@ -91,6 +91,9 @@ class Muon(ByRole):
         other_eps: AdamW's eps.
         other_weight_decay: AdamW's weight decay.
         roles: the roles that Muon trains; the SCALE paper's memory table counts all three matrices.
+        rounding: of weights of 16 bits: `nearest`, or `stochastic`, which has the unrounded result
+            as its expectation and keeps the state in float32.
+        seed: of stochastic rounding.
 
     Raises:
         ValueError: a weight of Muon's roles that is not 2-D; a hyperparameter out of range.
@@ -114,6 +117,8 @@ class Muon(ByRole):
         other_eps: float = 1e-10,
         other_weight_decay: float = 0.0,
         roles: tuple[str, ...] = ("hidden",),
+        rounding: str = "nearest",
+        seed: int = 0,
     ) -> None:
         if not hasattr(torch.optim, "Muon"):
             raise RuntimeError(f"torch {torch.__version__} has no Muon; install torch>=2.9")
@@ -138,4 +143,4 @@ class Muon(ByRole):
         torch.optim.Muon([torch.zeros(1, 1)], **muon)  # torch checks the hyperparameters
         AdamW([torch.zeros(1)], **adamw)
         rules = {r: (ShardedMuon, muon) if r in roles else (AdamW, adamw) for r in ROLES}
-        super().__init__(params, rules)
+        super().__init__(params, rules, rounding=rounding, seed=seed)

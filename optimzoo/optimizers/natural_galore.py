@@ -59,9 +59,11 @@ class NaturalGaLore(Projected):
         side: `auto` (the paper, one-sided) or `both` (the authors' code: r × r), `left`, `right`.
         rotate: at a refresh, rotate moments and history into the new subspace (ours); `False`, the
             authors' code, reads them as they are.
-        seed: of the range finder.
+        seed: of the range finder and of stochastic rounding.
         maximize: ascend.
         foreach: multi-tensor operations for the rest; `None` chooses.
+        rounding: of weights of 16 bits, once a step: `nearest`, or `stochastic`, which has the
+            unrounded result as its expectation and keeps Adam's moments in float32.
 
     Raises:
         ValueError: a hyperparameter out of range.
@@ -94,6 +96,7 @@ class NaturalGaLore(Projected):
         seed: int = 0,
         maximize: bool = False,
         foreach: bool | None = None,
+        rounding: str = "nearest",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -113,6 +116,7 @@ class NaturalGaLore(Projected):
             "seed": seed,
             "maximize": maximize,
             "foreach": foreach,
+            "rounding": rounding,
             **REST_DEFAULTS,
         }
         super().__init__(params, defaults)

@@ -1,7 +1,7 @@
 """SCALE: column-normalised SGD with momentum on the output head alone (arXiv 2506.16659)."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.optim.optimizer import (
 
 from optimzoo.distributed import local_part
 from optimzoo.kernels import dispatch
+from optimzoo.lowbit import Counter, one_by_one
 from optimzoo.optimizers.adam_rule import adam_step, init_adam_state, step_as_tensor
 from optimzoo.optimizers.base import (
     RoleOptimizer,
@@ -21,6 +22,7 @@ from optimzoo.optimizers.base import (
     check_choice,
     check_lr,
     check_nonnegative,
+    check_rounding,
     copy_group,
     scalar_lr,
 )
@@ -69,6 +71,11 @@ class SCALE(RoleOptimizer):
         differentiable: let autograd run through the step.
         fused: one pass over the weights by compiled kernels; `None`: where there are any, unless
             `foreach=True` or `differentiable` (``optimzoo doctor`` tells); `True`: all or an error.
+        rounding: of weights of 16 bits, once a step: `nearest`, which loses updates below half a
+            last bit, or `stochastic`, which has the unrounded result as its expectation. Eager, it
+            takes one weight after the other; 8 bytes of state a weight more, a count.
+        seed: of stochastic rounding: a function of it, the parameter's index among all, its count
+            of steps and the element, so the same on resume and in any order of the parameters.
 
     Raises:
         ValueError: a hyperparameter out of range, groups that do not fit (see `param_groups`),
@@ -104,6 +111,8 @@ class SCALE(RoleOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
     ) -> None:
         if foreach and differentiable:
             raise ValueError("foreach=True cannot be differentiable; choose one")
@@ -124,6 +133,8 @@ class SCALE(RoleOptimizer):
             "capturable": capturable,
             "differentiable": differentiable,
             "fused": fused,
+            "rounding": rounding,
+            "seed": seed,
             "role": None,
             "transposed": False,
             "stacked": False,
@@ -191,13 +202,16 @@ class SCALE(RoleOptimizer):
     def _update(self) -> None:
         self._check_graph_capture()
         cut: list[Part] = []
+        first = self.first_index
         for group in self.param_groups:
             matrices, vectors = self._init_group(group)
-            parts = [cut_part(p, self.state.get(p, {}), group) for p in matrices]
+            counters = self._count(group, first)
+            first += len(group["params"])
+            parts = [cut_part(p, self.state.get(p, {}), group, counters.get(p)) for p in matrices]
             cut += [part for part in parts if part is not None]
             matrices = [p for p, part in zip(matrices, parts, strict=True) if part is None]
             if _may_fuse(group):
-                matrices, vectors = self._step_fused(group, matrices, vectors)
+                matrices, vectors = self._step_fused(group, matrices, vectors, counters)
             lr = scalar_lr(group)
             foreach = group["foreach"]
             if foreach is None:
@@ -216,6 +230,7 @@ class SCALE(RoleOptimizer):
                 eps=group["eps"],
                 maximize=group["maximize"],
                 foreach=foreach,
+                counters=[counters.get(p) for p in matrices],
             )
             adam_step(
                 vectors,
@@ -228,6 +243,7 @@ class SCALE(RoleOptimizer):
                 foreach=foreach,
                 capturable=group["capturable"],
                 differentiable=group["differentiable"],
+                counters=[counters.get(p) for p in vectors],
             )
         step_parts(cut, _single_tensor_scale, _spectral)
 
@@ -236,7 +252,11 @@ class SCALE(RoleOptimizer):
         return None if average is None else local_part(average)
 
     def _step_fused(
-        self, group: dict[str, Any], matrices: list[Tensor], vectors: list[Tensor]
+        self,
+        group: dict[str, Any],
+        matrices: list[Tensor],
+        vectors: list[Tensor],
+        counters: dict[Tensor, Counter],
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Step what the kernels take, in one call a device; returns the rest."""
         kind = dispatch.SIGN
@@ -250,11 +270,12 @@ class SCALE(RoleOptimizer):
         for p in matrices:
             m = self._average(p) if averaged else None
             grad = local_part(p.grad, like=p)  # type: ignore[arg-type]
-            items += dispatch.matrices(parts[p], grad, m, kind, stacked=group["stacked"])
+            layout = {"stacked": group["stacked"], "counter": counters.get(p)}
+            items += dispatch.matrices(parts[p], grad, m, kind, **layout)
         for p in vectors:
-            moments = [local_part(self.state[p][k]) for k in ("exp_avg", "exp_avg_sq", "step")]
+            m, v, t = (local_part(self.state[p][k]) for k in ("exp_avg", "exp_avg_sq", "step"))
             grad = local_part(p.grad, like=p)  # type: ignore[arg-type]
-            items.append(dispatch.vector(parts[p], grad, *moments))
+            items.append(dispatch.vector(parts[p], grad, m, v, t, counters.get(p)))
         runs, rest = dispatch.split(items, group["fused"])
         for kernels, chosen in runs:
             _fused_scale(kernels, chosen, group)
@@ -283,6 +304,12 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError("normalize='spectral' has no fused kernel; leave fused=None")
     if options["fused"] and (options["foreach"] or options["differentiable"]):
         raise ValueError("fused=True excludes foreach=True and differentiable=True; choose one")
+    check_rounding(options)
+    if options["rounding"] == "stochastic" and (options["capturable"] or options["differentiable"]):
+        raise ValueError(
+            "rounding='stochastic' counts its steps in Python; it excludes capturable=True and "
+            "differentiable=True"
+        )
 
 
 def scale(
@@ -300,6 +327,7 @@ def scale(
     eps: float,
     maximize: bool,
     foreach: bool,
+    counters: Sequence[Counter | None],
 ) -> None:
     """One SCALE step on weights of one layout, in place (see :class:`SCALE`)."""
     rule = _multi_tensor_scale if foreach else _single_tensor_scale
@@ -307,14 +335,17 @@ def scale(
         return
     if normalize == "row":
         normalize, dim = "column", -3 - dim
-    if maximize:
-        grads = [-g for g in grads]
 
     def direction(grad: Tensor) -> Tensor:
         matrix = matrix_view(grad, stacked=stacked)
         return normalized(matrix, dim=dim, normalize=normalize, norm=norm, eps=eps).view_as(grad)
 
-    rule(params, grads, exp_avgs, direction, lr, momentum, weight_decay)
+    def step(params: Any, grads: Any, exp_avgs: Any) -> None:
+        if maximize:
+            grads = [-g for g in grads]
+        rule(params, grads, exp_avgs, direction, lr, momentum, weight_decay)
+
+    one_by_one(step, counters, params, grads, exp_avgs)
 
 
 def normalized(grad: Tensor, *, dim: int, normalize: str, norm: str, eps: float) -> Tensor:
@@ -389,4 +420,5 @@ def _fused_scale(kernels: Any, items: list[dispatch.Item], group: dict[str, Any]
         betas=group["vector_betas"],
         adam_eps=group["vector_eps"],
         maximize=group["maximize"],
+        **dispatch.rounding(items),
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from optimzoo.distributed import Shards, by_owners, local_part, sum_packed
+from optimzoo.lowbit import Counter, stand_in
 from optimzoo.optimizers.base import scalar_lr
 from optimzoo.roles import input_dim, matrix_view
 
@@ -24,9 +25,12 @@ class Part(NamedTuple):
     shards: Shards
     dim: int
     group: dict[str, Any]
+    counter: Counter | None
 
 
-def cut_part(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Part | None:
+def cut_part(
+    p: Tensor, state: dict[str, Any], group: dict[str, Any], counter: Counter | None
+) -> Part | None:
     """The part of a weight that the processes must step together; None where each can alone."""
     if not hasattr(p, "device_mesh") or p.grad is None:
         return None
@@ -39,7 +43,7 @@ def cut_part(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Part | 
     if group["normalize"] == "sign" or not shards.cut(letters):
         return None
     average = local_part(state["exp_avg"]) if "exp_avg" in state else None
-    return Part(local_part(p), local_part(p.grad, like=p), average, shards, dim, group)
+    return Part(local_part(p), local_part(p.grad, like=p), average, shards, dim, group, counter)
 
 
 def step_parts(parts: Iterable[Part], rule: Rule, spectral: Callable[..., Tensor]) -> None:
@@ -87,4 +91,5 @@ def _averaged(part: Part) -> Tensor:
 def _write(part: Part, direction: Tensor, rule: Rule) -> None:
     update = direction.view_as(part.weight)
     lr, decay = scalar_lr(part.group), part.group["weight_decay"]
-    rule([part.weight], [part.grad], [None], lambda _: update, lr, 0.0, decay)
+    with stand_in(part.weight, part.counter) as weight:
+        rule([weight], [part.grad], [None], lambda _: update, lr, 0.0, decay)

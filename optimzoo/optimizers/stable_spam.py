@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from optimzoo.distributed import WHOLE, Shards
+from optimzoo.lowbit import moment_dtype
 from optimzoo.optimizers.base import check_betas, check_choice, scalar_lr
 from optimzoo.optimizers.hidden_rule import (
     REST_DEFAULTS,
@@ -50,6 +51,9 @@ class StableSPAM(HiddenRule):
         reset_step: `clean` starts the moments anew before the step (ours); `authors` makes that one
             step with the old moments under a fresh bias correction, as their code does.
         maximize: ascend.
+        rounding: of weights of 16 bits, once a step: `nearest`, or `stochastic`, which has the
+            unrounded result as its expectation and keeps Adam's moments in float32.
+        seed: of stochastic rounding.
 
     Raises:
         ValueError: a hyperparameter out of range.
@@ -76,6 +80,8 @@ class StableSPAM(HiddenRule):
         eta_min: float = 0.5,
         reset_step: str = "clean",
         maximize: bool = False,
+        rounding: str = "nearest",
+        seed: int = 0,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -91,6 +97,8 @@ class StableSPAM(HiddenRule):
             "reset_step": reset_step,
             "maximize": maximize,
             "foreach": None,
+            "rounding": rounding,
+            "seed": seed,
             **REST_DEFAULTS,
         }
         super().__init__(params, defaults)
@@ -125,7 +133,9 @@ class StableSPAM(HiddenRule):
         grad = clip_norm(grad, state, step, shrink, group, shards)
         beta1, beta2 = group["betas"][0] * shrink, group["betas"][1]
         if "exp_avg" not in state:
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(grad), torch.zeros_like(grad)
+            dtype = moment_dtype(grad, group["rounding"])
+            state["exp_avg"] = torch.zeros_like(grad, dtype=dtype)
+            state["exp_avg_sq"] = torch.zeros_like(grad, dtype=dtype)
             state["moment_step"] = torch.zeros_like(state["step"])
         m, v = state["exp_avg"], state["exp_avg_sq"]
         gap = group["update_proj_gap"]

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from optimzoo.distributed import by_owners
+from optimzoo.lowbit import Counter, stand_in
 from optimzoo.optimizers.base import scalar_lr
 from optimzoo.optimizers.hidden_rule import REST_DEFAULTS, HiddenRule, subtract_
 from optimzoo.roles import role_of
@@ -40,6 +41,9 @@ class SWAN(HiddenRule):
         rescale: give U the norm of Ĝ.
         maximize: ascend.
         foreach: multi-tensor operations for the rest; `None` chooses.
+        rounding: of weights of 16 bits, once a step: `nearest`, or `stochastic`, which has the
+            unrounded result as its expectation and keeps Adam's moments in float32.
+        seed: of stochastic rounding.
 
     Raises:
         ValueError: a hyperparameter out of range.
@@ -62,6 +66,8 @@ class SWAN(HiddenRule):
         rescale: bool = True,
         maximize: bool = False,
         foreach: bool | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -73,6 +79,8 @@ class SWAN(HiddenRule):
             "rescale": rescale,
             "maximize": maximize,
             "foreach": foreach,
+            "rounding": rounding,
+            "seed": seed,
             **REST_DEFAULTS,
         }
         super().__init__(params, defaults)
@@ -90,7 +98,12 @@ class SWAN(HiddenRule):
         """
         return role_of(param, group) == "hidden"
 
-    def _step_matrices(self, params: list[tuple[int, Tensor]], group: dict[str, Any]) -> None:
+    def _step_matrices(
+        self,
+        params: list[tuple[int, Tensor]],
+        group: dict[str, Any],
+        counters: dict[Tensor, Counter],
+    ) -> None:
         parts = [self._matrix(p, group) for _, p in params]
         lr = float(scalar_lr(group))
         keep = 1 - lr * group["weight_decay"]
@@ -99,7 +112,8 @@ class SWAN(HiddenRule):
             [grad for _, grad, _ in parts],
             [shards for _, _, shards in parts],
         ):
-            subtract_(parts[i][0], update, size=lr, keep=keep)
+            with stand_in(parts[i][0], counters.get(params[i][1])) as weight:
+                subtract_(weight, update, size=lr, keep=keep)
 
 
 def direction(grad: Tensor, group: dict[str, Any]) -> Tensor:

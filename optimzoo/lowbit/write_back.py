@@ -1,0 +1,80 @@
+"""How a step is stored in weights of 16 bits: to nearest, or stochastically, by counters.
+
+The eager rules step a float32 stand-in of such a weight, which is then rounded into it: one
+rounding a step, in one place, whatever the rule. The kernels round what they hold in registers, by
+the same counters.
+"""
+
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from optimzoo.lowbit.stochastic import copy_
+
+ROUNDINGS = ("nearest", "stochastic")
+LOW = (torch.bfloat16, torch.float16)
+STEP = "rounding_step"  # in a parameter's state: how often it has been rounded
+
+
+class Counter(NamedTuple):
+    """What a tensor's random bits depend on, beside the element: see :mod:`.stochastic`."""
+
+    seed: int
+    step: int
+    index: int  # type: ignore[assignment]  # tuple has a method of this name
+
+
+def next_counter(state: MutableMapping[str, Any], *, seed: int, index: int) -> Counter:
+    """Count one more step in ``state``, as an int64 on the CPU; the counter of that step, from 1.
+
+    The count is a parameter's own, so the bits do not depend on which others are stepped, or when.
+    """
+    step = int(state.get(STEP, 0)) + 1
+    state[STEP] = torch.tensor(step)  # a load may have brought the last one to another device
+    return Counter(seed, step, index)
+
+
+@contextmanager
+def stand_in(weight: Tensor, counter: Counter | None) -> Iterator[Tensor]:
+    """What a rule steps in the place of ``weight``: itself, or a float32 copy to be rounded.
+
+    It is a copy where there is a counter and the weight is of 16 bits; on leaving the context the
+    copy is rounded into the weight. An exception leaves the weight as it was.
+    """
+    if counter is None or weight.dtype not in LOW:
+        yield weight
+        return
+    wide = weight.detach().float()
+    yield wide
+    copy_(weight, wide, **counter._asdict())
+
+
+def one_by_one(
+    rule: Callable[..., None],
+    counters: Sequence[Counter | None],
+    params: Sequence[Tensor],
+    *columns: Sequence[Any],
+) -> None:
+    """``rule`` on the lists ``params, *columns``; on each weight's stand-in where one is counted.
+
+    Weights that are counted are stepped one after the other: one stand-in at a time.
+    """
+    if not any(counters):
+        rule(params, *columns)
+        return
+    for counter, param, *rest in zip(counters, params, *columns, strict=True):
+        with stand_in(param, counter) as wide:
+            rule([wide], *([entry] for entry in rest))
+
+
+def moment_dtype(param: Tensor, rounding: str) -> torch.dtype:
+    """Of Adam's moments: the parameter's; float32 at least where rounding is stochastic.
+
+    In bfloat16 a second moment with β₂ = 0.999 hardly moves: its steps are below half a last bit.
+    """
+    if rounding == "nearest":
+        return param.dtype
+    return torch.promote_types(param.dtype, torch.float32)
