@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.cfg pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 
-.PHONY: help test compare tune lint type fmt docs notebooks memory-table gpu gpu-dry-run sanitize check-cuda check-triton clean
+.PHONY: help test test-distributed compare tune lint type fmt docs notebooks memory-table gpu gpu-dry-run sanitize check-cuda check-triton clean
 
 help:
 	@echo "make compare   train a small Llama with SGD, AdamW, Muon and SCALE; print the table"
 	@echo "make test      the tests"
+	@echo "make test-distributed    all tests of sharded training, on two and four processes"
 	@echo "make lint type fmt    ruff, mypy, ruff format"
 	@echo "make docs notebooks   build the pages into build/site; execute every notebook"
 	@echo "make tune      the learning-rate grids behind 'make compare' (about an hour)"
@@ -47,6 +48,10 @@ memory-table: $(VENV)/.bench
 # One thread a worker: the tests are many and small.
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# FSDP2, DDP, tensor parallelism and distributed checkpoints, with gloo.
+test-distributed: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed_full.py
 
 # With the Python that has the GPU's torch: nothing is installed. Rows come to $(OUT).
 OUT ?= runs/gpu

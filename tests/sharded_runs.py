@@ -2,8 +2,15 @@
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 from optimzoo import param_groups
 from optimzoo.registry import get_info
@@ -102,10 +109,50 @@ def distance(model, expected):
     """The largest difference of a weight, as a part of the largest entry of that weight."""
     worst, where = 0.0, ""
     for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
-        off = (whole(p.detach()) - q.detach()).abs().max() / q.detach().abs().max()
+        p, q = whole(p.detach()), whole(q.detach())
+        off = (p - q).abs().max() / q.abs().max()
         if not off.item() <= worst:
             worst, where = off.item(), name
     return worst, where
+
+
+def state_dicts(model, optimizer):
+    return {
+        "model": get_model_state_dict(model),
+        "optim": get_optimizer_state_dict(model, optimizer),
+    }
+
+
+def save(model, optimizer, folder):
+    dcp.save(state_dicts(model, optimizer), checkpoint_id=folder)
+
+
+def load(model, optimizer, folder):
+    held = state_dicts(model, optimizer)
+    dcp.load(held, checkpoint_id=folder)
+    put(model, optimizer, held)
+
+
+def put(model, optimizer, held):
+    set_model_state_dict(model, held["model"])
+    set_optimizer_state_dict(model, optimizer, held["optim"])
+
+
+def whole_state(model, optimizer):
+    """Of each parameter, as one process would have it."""
+    return {
+        name: {key: whole(value).clone() for key, value in optimizer.state[p].items()}
+        for name, p in model.named_parameters()
+    }
+
+
+def assert_same_state(model, optimizer, other_model, other):
+    first, second = whole_state(model, optimizer), whole_state(other_model, other)
+    for name, own in first.items():
+        assert own.keys() == second[name].keys(), name
+        for key, value in own.items():
+            assert value.dtype == second[name][key].dtype, (name, key)
+            assert torch.equal(value, second[name][key]), (name, key)
 
 
 def _entry(rank, world, folder, function, args):

@@ -1,38 +1,115 @@
-"""Sharded weights train as whole ones: FSDP2 and DDP in two processes, every method."""
+"""Sharded weights train as whole ones, in two processes; `make test-distributed` has the rest."""
 
+import copy
+
+import pytest
 import torch
 import torch.distributed as dist
-from sharded_runs import CASES, distance, make, net, shard, spawn, train
+from sharded_runs import (
+    CASES,
+    HYPER,
+    assert_same_state,
+    distance,
+    load,
+    make,
+    net,
+    save,
+    shard,
+    spawn,
+    train,
+)
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.tensor.debug import CommDebugMode
 
-STEPS = 10
+from optimzoo.distributed import traffic
+
+STEPS = 8
 
 
-def trained_alike(rank, world, cases):
-    for case in cases:
+def everything(rank, world, folder):
+    for case in CASES:
         alone, sharded = net(), shard(net())
         train(alone, make(case, alone), STEPS)
-        train(sharded, make(case, sharded), STEPS)
+        optimizer = make(case, sharded)
+        train(sharded, optimizer, STEPS)
         worst, name = distance(sharded, alone)
         assert worst <= 1e-10, f"{case}: {name} is off by {worst:.1e}"
+        if case in HYPER:
+            again = shard(net())
+            restored = make(case, again)
+            save(sharded, optimizer, f"{folder}/{case}")
+            load(again, restored, f"{folder}/{case}")
+            assert_same_state(sharded, optimizer, again, restored)
+            for pair in ((sharded, optimizer), (again, restored)):
+                train(*pair, 1, start=STEPS)
+            assert distance(again, sharded) == (0, ""), case
+    replicas_agree(rank, world)
+    communication_is_counted()
 
 
-def replicated_alike(rank, world, cases):
-    for case in cases:
+def replicas_agree(rank, world):
+    for case in ("scale", "natural_galore", "muon"):
         alone, model = net(), net()
         replica = torch.nn.parallel.DistributedDataParallel(model)
         train(alone, make(case, alone), STEPS)
         train(replica, make(case, replica), STEPS)
-        worst, name = distance(model, alone)
-        assert worst <= 1e-10, f"{case}: {name} is off by {worst:.1e}"
-        ends = [torch.cat([p.detach().flatten() for p in model.parameters()])]
-        others = [torch.empty_like(ends[0]) for _ in range(world)]
-        dist.all_gather(others, ends[0])
-        assert all(torch.equal(other, ends[0]) for other in others), case
+        assert distance(model, alone)[0] <= 1e-10, case
+        end = torch.cat([p.detach().flatten() for p in model.parameters()])
+        others = [torch.empty_like(end) for _ in range(world)]
+        dist.all_gather(others, end)
+        assert all(torch.equal(other, end) for other in others), case
 
 
-def test_every_method_under_fsdp2(tmp_path):
-    spawn(trained_alike, 2, tmp_path, list(CASES))
+def communication_is_counted():
+    def sent(case, steps, **extra):
+        model = shard(net())
+        optimizer = make(case, model, **extra)
+        train(model, optimizer, steps)
+        with traffic() as count, CommDebugMode() as seen:
+            optimizer.step()
+        calls = sum(n for n, _ in count.values())
+        assert seen.get_total_counts() == calls, case
+        return {name: tuple(entry) for name, entry in count.items()}
+
+    assert sent("scale", 1) == {"all_reduce": (1, 12 * 8)}  # d squares of the embedding's columns
+    assert sent("scale sign", 1) == sent("adams", 1) == sent("adamw", 1) == {}
+    # Between refreshes r x n for the two weights of fewer rows than columns, rows being cut.
+    assert sent("galore", 1) == {"all_reduce": (2, 3 * (19 + 12) * 8)}
+    assert sent("galore", 1, side="right") == {}
+    # Six hidden weights of which each process sends its part, and gets it back, in two rounds each.
+    assert sent("swan", 1)["all_to_all"][0] == 2 * 3
 
 
-def test_every_method_under_ddp(tmp_path):
-    spawn(replicated_alike, 2, tmp_path, list(CASES))
+def test_two_processes_do_what_one_does(tmp_path):
+    spawn(everything, 2, tmp_path, str(tmp_path))
+    for case in HYPER:  # what two have saved, one loads
+        model = net()
+        optimizer = make(case, model)
+        load(model, optimizer, str(tmp_path / case))
+        train(model, optimizer, 1, start=STEPS)
+        alone = net()
+        train(alone, make(case, alone), STEPS + 1)
+        assert distance(model, alone)[0] <= 1e-10, case
+    dcp_to_torch_save(tmp_path / "galore", tmp_path / "one.pt")
+    assert "optim" in torch.load(tmp_path / "one.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", [c for c in CASES if c not in ("adamw", "sgd")])
+def test_a_look_at_the_state_changes_nothing(case, dtype):
+    """Before a load DCP takes a step with gradients and learning rate of zero."""
+    if (case, dtype) == ("adams", torch.bfloat16):
+        dtype = torch.float64
+    model = net(dtype)
+    looked = copy.deepcopy(model)
+    optimizer, other = make(case, model), make(case, looked)
+    state = get_optimizer_state_dict(looked, other)["state"]
+    train(model, optimizer, 1)
+    names = {p: name for name, p in model.named_parameters()}
+    for p, own in optimizer.state.items():  # the keys and shapes that a load needs are there
+        shapes = {key: value.shape for key, value in own.items()}
+        assert {k: v.shape for k, v in state[names[p]].items()} == shapes
+    train(model, optimizer, STEPS, start=1)
+    train(looked, other, STEPS + 1)
+    assert distance(looked, model) == (0, "")

@@ -1,5 +1,6 @@
 """What the zoo adds to ``torch.optim.Optimizer``: roles, and state that is kept as saved."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from itertools import chain
@@ -9,9 +10,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
+from optimzoo.distributed import Shards, local_part, sum_packed
 from optimzoo.lowbit import LOW, ROUNDINGS, Counter, next_counter
 from optimzoo.optimizers import compiled
 from optimzoo.roles import check_role
+
+# What a step counts, or makes of a gradient of zero (AdamS's decay goes into the second moment), as
+# it is before the first step. No step is limited by a norm without bound.
+_UNTOUCHED = {"step": 0, "moment_step": 0, "exp_avg_sq": 0, "update_norm": math.inf}
 
 
 class RoleOptimizer(Optimizer):
@@ -141,7 +147,9 @@ class RoleOptimizer(Optimizer):
 
     def _seen_update(self) -> None:
         self._opt_called = True
+        trial = self._begin_trial()
         self._update()
+        self._end_trial(trial)
 
     def _update(self) -> None:
         """The method's step, without a closure."""
@@ -165,6 +173,36 @@ class RoleOptimizer(Optimizer):
             return None
         with torch.enable_grad():
             return closure()
+
+    def _begin_trial(self) -> list[Tensor]:
+        """The parameters of which this step is only to make the state.
+
+        Before a load ``torch.distributed.checkpoint`` takes a step with gradients of zero and a
+        learning rate of zero, to see what there is to load. If nothing is loaded then, training
+        must go on as if it had not been.
+        """
+        fresh: list[Tensor] = []
+        for group in self.param_groups:
+            lr = group["lr"]
+            if isinstance(lr, Tensor) and lr.device.type != "cpu":
+                continue  # on a GPU it would have to be waited for
+            if lr == 0:
+                given = [p for p in group["params"] if p.grad is not None]
+                fresh += [p for p in given if not p.grad.is_sparse and not self.state.get(p)]
+        if not fresh:
+            return fresh
+        grads = [local_part(p.grad, like=p) for p in fresh]  # type: ignore[arg-type]
+        entries = [(g != 0).any().float().reshape(1) for g in grads]
+        sum_packed(entries, [Shards.of(p) for p in fresh], ["smn"] * len(fresh))
+        return [p for p, entry in zip(fresh, entries, strict=True) if not entry.item()]
+
+    def _end_trial(self, params: list[Tensor]) -> None:
+        """Take back what a step with a gradient of zero counts."""
+        for p in params:
+            state = self.state[p]
+            for key, value in _UNTOUCHED.items():
+                if isinstance(state.get(key), Tensor):
+                    local_part(state[key]).fill_(value)
 
     def _check_graph_capture(self) -> None:
         """Torch's check of `capturable` under graph capture; newer torch has renamed it."""

@@ -60,6 +60,9 @@ class Projected(HiddenRule):
         shards: Shards,
     ) -> Tensor:
         """The low-rank gradient, after a refresh of the subspace where one is due."""
+        if step == 1:  # one made to show the state is not to start from
+            for key in ("projector_left", "projector_right"):
+                state.pop(key, None)
         if not has_projector(state) or (step - 1) % group["update_proj_gap"] == 0:
             seed = (
                 group["seed"] + 7919 * index + step

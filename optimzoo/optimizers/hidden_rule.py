@@ -115,6 +115,7 @@ class HiddenRule(RoleOptimizer):
                 if p.grad is None:
                     continue
                 self._refuse_sparse(p.grad)
+                self.state[p]  # there even if empty: a distributed checkpoint asks for each
                 if role_of(p, group) not in self._own_roles:
                     dtype = moment_dtype(p, group["rounding"])
                     init_adam_state(self.state[p], p, capturable=False, dtype=dtype)

@@ -184,7 +184,7 @@ class SCALE(RoleOptimizer):
             self._refuse_sparse(p.grad)
             if group["differentiable"] and hasattr(p, "device_mesh"):
                 raise RuntimeError("differentiable=True does not step sharded weights")
-            state = self.state.get(p, {})
+            state = self.state[p]  # there even if empty: a distributed checkpoint asks for each
             if role_of(p, group) == "vector":
                 # float32 at least: in bfloat16 a second moment with β₂ = 0.999 would never move.
                 dtype = torch.promote_types(p.dtype, torch.float32)
@@ -194,8 +194,6 @@ class SCALE(RoleOptimizer):
                 if group["averaged"] and group["momentum"] != 0 and "exp_avg" not in state:
                     state["exp_avg"] = torch.zeros_like(p)
                 matrices.append(p)
-            if state:
-                self.state[p] = state
         return matrices, vectors
 
     @_use_grad_for_differentiable

@@ -72,7 +72,8 @@ def refresh(
         if old is not None:
             rotations[name] = new.mT @ old.to(new.dtype)
             rotated = True
-        state[key] = cut.part(new).to(grad.dtype)
+        # Contiguous, as a checkpoint gives it back: products round by the layout of their factors.
+        state[key] = cut.part(new).to(grad.dtype).contiguous()
     return Rotation(**rotations) if rotated else None
 
 
