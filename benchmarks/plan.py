@@ -154,9 +154,10 @@ class Plan:
         Raises:
             ValueError: the plan has not been tuned.
         """
-        grid = self.grid(method, protocol)
-        if len(grid) == 1:
-            return settings({"config": asdict(grid[0].config)})
+        if "tuned_by" not in self.values:
+            grid = self.grid(method, protocol)
+            if len(grid) == 1:
+                return settings({"config": asdict(grid[0].config)})
         if not self.tune_path.exists():
             raise ValueError(f"plan {self.name} has no tuned values; run compare --tune first")
         rows = json.loads(self.tune_path.read_text(encoding="utf-8"))["rows"]
