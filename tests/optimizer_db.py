@@ -127,6 +127,7 @@ def scale_inputs(device, dtype=None) -> list[OptimizerInput]:
         no_momentum={"momentum": 0.0},
         stochastic=STOCHASTIC,
         stochastic_row={**STOCHASTIC, "normalize": "row"},
+        codes={"state_bits": 8, "rounding": "stochastic"},
         epsilons={"eps": 1e-6, "vector_eps": 1e-6, "vector_betas": (0.5, 0.75)},
         capturable={"capturable": True},
         capturable_and_Tensor_lr={"capturable": True, "lr": torch.tensor(LR, device=device)},
@@ -166,6 +167,11 @@ def zoo_inputs(**own: dict[str, Any]):
         )
 
     return inputs
+
+
+def coded_inputs(**own: dict[str, Any]):
+    """:func:`zoo_inputs`, and moments as codes."""
+    return zoo_inputs(codes={"state_bits": 8}, **own)
 
 
 LOW = {"rank": 2, "update_proj_gap": 2}
@@ -220,6 +226,8 @@ def _common_refusals(device, dtype) -> list[ErrorOptimizerInput]:
 def scale_error_inputs(device, dtype) -> list[ErrorOptimizerInput]:
     matrix = nn.Parameter(torch.randn(3, 2, device=device, dtype=dtype))
     cases = [
+        (None, {"state_bits": 4}, ValueError, "Invalid state_bits: 4; it must be None or 8"),
+        (None, {"state_bits": 8, "capturable": True}, ValueError, "excludes capturable=True"),
         (None, {"momentum": -0.5}, ValueError, "momentum.*-0.5"),
         (None, {"momentum": 1.0}, ValueError, r"Invalid momentum value: 1.0; .* \[0, 1\)"),
         (None, {"eps": 0.0}, ValueError, "Invalid eps value: 0.0; it must be > 0"),
@@ -333,7 +341,7 @@ class PlannedAdamS(AdamS):
 def _zoo_info(cls, inputs, refusals, *, foreach=True) -> OptimizerInfo:
     return OptimizerInfo(
         cls,
-        optim_inputs_func=zoo_inputs(**inputs),
+        optim_inputs_func=(zoo_inputs if cls is PlannedAdamS else coded_inputs)(**inputs),
         optim_error_inputs_func=zoo_error_inputs(**refusals),
         scheduler_inputs=SCHEDULERS,
         supported_impls=("foreach",) if foreach else (),

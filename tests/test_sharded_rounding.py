@@ -1,5 +1,6 @@
 """Stochastic rounding of sharded weights: each process rounds its rows with their own counters."""
 
+import pytest
 import torch
 from sharded_runs import HYPER, make, net, shard, spawn, train, whole
 
@@ -21,6 +22,18 @@ def rounded_in_parts(rank, world, names):
         # The bits differ from those of a whole weight, so the weights do, by their spacing.
         for a, b in zip(alone, first, strict=True):
             assert (a - b).norm() < 0.1 * a.norm() + 0.1, name
+
+
+def codes_refused(rank, world):
+    for name in ("scale", "galore", "stable_spam"):
+        model = shard(net())
+        optimizer = make(name, model, state_bits=8)
+        with pytest.raises(RuntimeError, match="state_bits=8 has blocks that no cut"):
+            train(model, optimizer, 1)
+
+
+def test_codes_of_sharded_moments_are_refused(tmp_path):
+    spawn(codes_refused, 2, tmp_path)
 
 
 def test_sharded_runs_are_their_own_and_reproducible(tmp_path):

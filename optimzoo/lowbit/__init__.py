@@ -1,5 +1,6 @@
-"""Low-precision storage: stochastic rounding."""
+"""Low-precision storage: stochastic rounding, moments in 8 bits."""
 
+from optimzoo.lowbit.blockwise import dequantize, opened, quantize
 from optimzoo.lowbit.stochastic import copy_, round_stochastic
 from optimzoo.lowbit.write_back import (
     LOW,
@@ -16,9 +17,12 @@ __all__ = [
     "ROUNDINGS",
     "Counter",
     "copy_",
+    "dequantize",
     "moment_dtype",
     "next_counter",
     "one_by_one",
+    "opened",
+    "quantize",
     "round_stochastic",
     "stand_in",
 ]

@@ -62,6 +62,13 @@ def copy_(dst: Tensor, src: Tensor, *, seed: int, step: int, index: int) -> Tens
         return dst.copy_(round_stochastic(src, dst.dtype, seed=seed, step=step, index=index))
 
 
+def random_uniform(
+    start: int, count: int, counter: tuple[int, int, int], device: torch.device
+) -> Tensor:
+    """Multiples of 2^-24 in [0, 1) for ``count`` elements from ``start``; by seed, step, index."""
+    return _shift(_random_bits(start, count, _key(*counter), device), 8).float() * 2.0**-24
+
+
 @torch.no_grad()
 def _round_into(out: Tensor, x: Tensor, seed: int, step: int, index: int) -> None:
     key = _key(seed, step, index)

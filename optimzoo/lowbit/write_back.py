@@ -5,7 +5,7 @@ rounding a step, in one place, whatever the rule. The kernels round what they ho
 the same counters.
 """
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -70,11 +70,11 @@ def one_by_one(
             rule([wide], *([entry] for entry in rest))
 
 
-def moment_dtype(param: Tensor, rounding: str) -> torch.dtype:
-    """Of Adam's moments: the parameter's; float32 at least where rounding is stochastic.
+def moment_dtype(param: Tensor, group: Mapping[str, Any]) -> torch.dtype:
+    """Of Adam's moments: the parameter's; float32 at least with stochastic rounding, or codes.
 
     In bfloat16 a second moment with β₂ = 0.999 hardly moves: its steps are below half a last bit.
     """
-    if rounding == "nearest":
+    if group["rounding"] == "nearest" and group.get("state_bits") is None:
         return param.dtype
     return torch.promote_types(param.dtype, torch.float32)

@@ -24,6 +24,8 @@ _MOMENTS |= {"max_avg", "norm_avg", "norm_avg_sq", "history", "gram"}  # Stable-
 _COUNTS = {"step": 0, "moment_step": 0, "mu_product": 1}
 # Not momentum: subspaces, masks, the growth limiter.
 _KEPT = {"projector_left", "projector_right", "projector_seed", "update_norm", "mask"}
+_MOMENTS |= {"exp_avg_codes", "exp_avg_sq_codes"}  # of 8 bits: 0 is the code of 0, whatever the
+_KEPT |= {"exp_avg_scale", "exp_avg_sq_scale", "rounding_step"}  # scale of its block
 
 
 class MomentumReset(Clock):

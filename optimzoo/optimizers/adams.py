@@ -191,7 +191,7 @@ class AdamS(RoleOptimizer):
                 rest.append(p)
                 continue
             self._check_weight(p, group, i)  # `model.to` may have changed it since
-            dtype = moment_dtype(p, group["rounding"])
+            dtype = moment_dtype(p, group)
             init_adam_state(state, p, capturable=False, dtype=dtype)
             if not fresh and "mask" not in state:
                 raise RuntimeError(

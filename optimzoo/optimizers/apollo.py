@@ -58,6 +58,9 @@ class APOLLO(HiddenRule):
         foreach: multi-tensor operations for the rest; `None` chooses.
         rounding: of weights of 16 bits, once a step: `nearest`, or `stochastic`, which has the
             unrounded result as its expectation and keeps Adam's moments in float32.
+        state_bits: 8 keeps Adam's moments of 4,096 elements and up as 8-bit codes, with a float32
+            scale for each 256, rounded as `rounding` says; they are float32 temporaries while their
+            weight is stepped. Not for sharded weights.
 
     Raises:
         ValueError: a hyperparameter out of range.
@@ -87,6 +90,7 @@ class APOLLO(HiddenRule):
         maximize: bool = False,
         foreach: bool | None = None,
         rounding: str = "nearest",
+        state_bits: int | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -103,6 +107,7 @@ class APOLLO(HiddenRule):
             "maximize": maximize,
             "foreach": foreach,
             "rounding": rounding,
+            "state_bits": state_bits,
             **REST_DEFAULTS,
         }
         super().__init__(params, defaults)
@@ -179,6 +184,7 @@ class APOLLOMini(APOLLO):
         maximize: bool = False,
         foreach: bool | None = None,
         rounding: str = "nearest",
+        state_bits: int | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -196,4 +202,5 @@ class APOLLOMini(APOLLO):
             maximize=maximize,
             foreach=foreach,
             rounding=rounding,
+            state_bits=state_bits,
         )

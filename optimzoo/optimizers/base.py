@@ -156,8 +156,9 @@ class RoleOptimizer(Optimizer):
         raise NotImplementedError
 
     def _count(self, group: dict[str, Any], first: int) -> dict[Tensor, Counter]:
-        """One more stochastic rounding of each 16-bit parameter with a gradient; to nearest, none.
+        """One more stochastic rounding of each parameter with a gradient; to nearest, none.
 
+        Those of float32 have nothing to round, unless their moments are codes of 8 bits.
         ``first`` is the index of the group's first parameter among all of the optimizer's.
         """
         if group["rounding"] == "nearest":
@@ -165,7 +166,7 @@ class RoleOptimizer(Optimizer):
         return {
             p: next_counter(self.state[p], seed=group["seed"], index=first + i)
             for i, p in enumerate(group["params"])
-            if p.grad is not None and p.dtype in LOW
+            if p.grad is not None and (p.dtype in LOW or group.get("state_bits") == 8)
         }
 
     def _run_closure(self, closure: Any) -> Any:
@@ -209,6 +210,13 @@ class RoleOptimizer(Optimizer):
         check = getattr(self, "_accelerator_graph_capture_health_check", None)
         (check or self._cuda_graph_capture_health_check)()
 
+    def _refuse_cut_codes(self, param: Tensor) -> None:
+        if hasattr(param, "device_mesh"):
+            raise RuntimeError(
+                f"state_bits=8 has blocks that no cut of a weight {list(param.shape)} follows; "
+                "leave state_bits=None for sharded weights"
+            )
+
     def _refuse_sparse(self, grad: Tensor) -> None:
         if grad.is_sparse:
             raise RuntimeError(
@@ -235,6 +243,12 @@ def check_rounding(options: dict[str, Any]) -> None:
     check_choice("rounding", options["rounding"], ROUNDINGS)
     if options["rounding"] == "stochastic" and not 0 <= options["seed"] < 1 << 62:
         raise ValueError(f"Invalid seed: {options['seed']}; it must be from 0 to 2^62 - 1")
+
+
+def check_state_bits(bits: Any) -> None:
+    """Refuse widths of the state that there are no codes for."""
+    if bits not in (None, 8):
+        raise ValueError(f"Invalid state_bits: {bits!r}; it must be None or 8")
 
 
 def check_nonnegative(**values: Any) -> None:

@@ -1,6 +1,7 @@
 """Optimizers with a rule of their own for the hidden weights; Adam trains the rest."""
 
 from collections.abc import MutableMapping
+from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from optimzoo.distributed import WHOLE, Shards, local_part
 from optimzoo.kernels import dispatch
-from optimzoo.lowbit import Counter, moment_dtype, stand_in
+from optimzoo.lowbit import Counter, moment_dtype, opened, stand_in
 from optimzoo.optimizers.adam_rule import adam_step, init_adam_state, step_as_tensor
 from optimzoo.optimizers.base import (
     RoleOptimizer,
@@ -16,6 +17,7 @@ from optimzoo.optimizers.base import (
     check_lr,
     check_nonnegative,
     check_rounding,
+    check_state_bits,
     scalar_lr,
 )
 from optimzoo.roles import matrix_view, role_of
@@ -35,7 +37,7 @@ class HiddenRule(RoleOptimizer):
 
     Subclasses define :meth:`_step_hidden` and list their own options' checks in
     :meth:`_check_options`. Groups hold `lr`, `betas`, `eps`, `weight_decay`, `maximize`, `foreach`,
-    `rounding` and `seed`.
+    `rounding`, `seed` and `state_bits`.
     """
 
     _own_roles: ClassVar[tuple[str, ...]] = ("hidden",)
@@ -49,6 +51,7 @@ class HiddenRule(RoleOptimizer):
             check_betas(options["betas"])
             check_nonnegative(eps=options["eps"], weight_decay=options["weight_decay"])
             check_rounding(options)
+            check_state_bits(options["state_bits"])
             self._check_options(options)
         super().add_param_group(group)
 
@@ -84,8 +87,13 @@ class HiddenRule(RoleOptimizer):
         for index, p in params:
             weight, grad, shards = self._matrix(p, group)
             letters = self._letters(group, shards.shape(grad.shape))
-            opened = shards.opened(self.state[p], letters)
-            with opened as state, stand_in(weight, counters.get(p)) as wide:
+            counter = counters.get(p)
+            with ExitStack() as stack:
+                state = stack.enter_context(shards.opened(self.state[p], letters))
+                if group["state_bits"] == 8:
+                    self._refuse_cut_codes(p)
+                    stack.enter_context(opened(state, 8, counter))
+                wide = stack.enter_context(stand_in(weight, counter))
                 self._step_hidden(wide, grad, state, group, index, shards)
 
     def _matrix(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor, Shards]:
@@ -117,13 +125,21 @@ class HiddenRule(RoleOptimizer):
                 self._refuse_sparse(p.grad)
                 self.state[p]  # there even if empty: a distributed checkpoint asks for each
                 if role_of(p, group) not in self._own_roles:
-                    dtype = moment_dtype(p, group["rounding"])
-                    init_adam_state(self.state[p], p, capturable=False, dtype=dtype)
-                    rest.append(p)
+                    self._init_rest(p, group)
+                    if group["state_bits"] == 8:  # one after the other: their moments are wide
+                        with opened(self.state[p], 8, counters.get(p)):
+                            self._step_rest([p], group, counters)
+                    else:
+                        rest.append(p)
                 elif p.numel() > 0:
                     hidden.append((index, p))
             self._step_matrices(hidden, group, counters)
             self._step_rest(rest, group, counters)
+
+    def _init_rest(self, p: Tensor, group: dict[str, Any]) -> None:
+        if group["state_bits"] == 8:
+            self._refuse_cut_codes(p)
+        init_adam_state(self.state[p], p, capturable=False, dtype=moment_dtype(p, group))
 
     def _step_rest(
         self, params: list[Tensor], group: dict[str, Any], counters: dict[Tensor, Counter]
@@ -155,7 +171,7 @@ def adam_direction(state: State, grad: Tensor, group: dict[str, Any]) -> Tensor:
     """``m / (√v + eps)`` after the moments in ``state`` have taken ``grad`` in."""
     beta1, beta2 = group["betas"]
     if "exp_avg" not in state:
-        dtype = moment_dtype(grad, group["rounding"])
+        dtype = moment_dtype(grad, group)
         state["exp_avg"] = torch.zeros_like(grad, dtype=dtype)
         state["exp_avg_sq"] = torch.zeros_like(grad, dtype=dtype)
     m, v = state["exp_avg"], state["exp_avg_sq"]

@@ -64,6 +64,9 @@ class NaturalGaLore(Projected):
         foreach: multi-tensor operations for the rest; `None` chooses.
         rounding: of weights of 16 bits, once a step: `nearest`, or `stochastic`, which has the
             unrounded result as its expectation and keeps Adam's moments in float32.
+        state_bits: 8 keeps Adam's moments of 4,096 elements and up as 8-bit codes, with a float32
+            scale for each 256, rounded as `rounding` says; they are float32 temporaries while their
+            weight is stepped. Not for sharded weights.
 
     Raises:
         ValueError: a hyperparameter out of range.
@@ -97,6 +100,7 @@ class NaturalGaLore(Projected):
         maximize: bool = False,
         foreach: bool | None = None,
         rounding: str = "nearest",
+        state_bits: int | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -117,6 +121,7 @@ class NaturalGaLore(Projected):
             "maximize": maximize,
             "foreach": foreach,
             "rounding": rounding,
+            "state_bits": state_bits,
             **REST_DEFAULTS,
         }
         super().__init__(params, defaults)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.optim.optimizer import (
 
 from optimzoo.distributed import local_part
 from optimzoo.kernels import dispatch
-from optimzoo.lowbit import Counter, one_by_one
+from optimzoo.lowbit import Counter, one_by_one, opened
 from optimzoo.optimizers.adam_rule import adam_step, init_adam_state, step_as_tensor
 from optimzoo.optimizers.base import (
     RoleOptimizer,
@@ -23,6 +24,7 @@ from optimzoo.optimizers.base import (
     check_lr,
     check_nonnegative,
     check_rounding,
+    check_state_bits,
     copy_group,
     scalar_lr,
 )
@@ -74,6 +76,9 @@ class SCALE(RoleOptimizer):
         rounding: of weights of 16 bits, once a step: `nearest`, which loses updates below half a
             last bit, or `stochastic`, which has the unrounded result as its expectation. Eager, it
             takes one weight after the other; 8 bytes of state a weight more, a count.
+        state_bits: 8 keeps the momentum as int8 codes, with a float32 scale for each 256 of them,
+            rounded as `rounding` says (:mod:`optimzoo.lowbit.blockwise`); it is a float32 temporary
+            while its weight is stepped. Default: in the weight's dtype. Not for sharded weights.
         seed: of stochastic rounding: a function of it, the parameter's index among all, its count
             of steps and the element, so the same on resume and in any order of the parameters.
 
@@ -113,6 +118,7 @@ class SCALE(RoleOptimizer):
         fused: bool | None = None,
         rounding: str = "nearest",
         seed: int = 0,
+        state_bits: int | None = None,
     ) -> None:
         if foreach and differentiable:
             raise ValueError("foreach=True cannot be differentiable; choose one")
@@ -135,6 +141,7 @@ class SCALE(RoleOptimizer):
             "fused": fused,
             "rounding": rounding,
             "seed": seed,
+            "state_bits": state_bits,
             "role": None,
             "transposed": False,
             "stacked": False,
@@ -191,10 +198,17 @@ class SCALE(RoleOptimizer):
                 init_adam_state(state, p, capturable=group["capturable"], dtype=dtype)
                 vectors.append(p)
             else:
-                if group["averaged"] and group["momentum"] != 0 and "exp_avg" not in state:
-                    state["exp_avg"] = torch.zeros_like(p)
+                if group["averaged"] and group["momentum"] != 0:
+                    self._init_average(state, p, group)
                 matrices.append(p)
         return matrices, vectors
+
+    def _init_average(self, state: dict[str, Any], p: Tensor, group: dict[str, Any]) -> None:
+        if group["state_bits"] == 8:
+            self._refuse_cut_codes(p)
+        if not {"exp_avg", "exp_avg_codes"} & state.keys():
+            wide = torch.promote_types(p.dtype, torch.float32)
+            state["exp_avg"] = torch.zeros_like(p, dtype=wide if group["state_bits"] else None)
 
     @_use_grad_for_differentiable
     def _update(self) -> None:
@@ -205,45 +219,58 @@ class SCALE(RoleOptimizer):
             matrices, vectors = self._init_group(group)
             counters = self._count(group, first)
             first += len(group["params"])
-            parts = [cut_part(p, self.state.get(p, {}), group, counters.get(p)) for p in matrices]
-            cut += [part for part in parts if part is not None]
-            matrices = [p for p, part in zip(matrices, parts, strict=True) if part is None]
-            if _may_fuse(group):
-                matrices, vectors = self._step_fused(group, matrices, vectors, counters)
-            lr = scalar_lr(group)
-            foreach = group["foreach"]
-            if foreach is None:
-                foreach = _default_to_fused_or_foreach(matrices, group["differentiable"])[1]
-            scale(
-                [local_part(p) for p in matrices],
-                [local_part(p.grad, like=p) for p in matrices if p.grad is not None],
-                [self._average(p) for p in matrices],
-                lr=lr,
-                momentum=group["momentum"],
-                weight_decay=group["weight_decay"],
-                dim=input_dim(group["role"] or "hidden", transposed=group["transposed"]),
-                stacked=group["stacked"],
-                normalize=group["normalize"],
-                norm=group["norm"],
-                eps=group["eps"],
-                maximize=group["maximize"],
-                foreach=foreach,
-                counters=[counters.get(p) for p in matrices],
-            )
-            adam_step(
-                vectors,
-                self.state,
-                lr=lr,
-                betas=group["vector_betas"],
-                eps=group["vector_eps"],
-                weight_decay=group["weight_decay"],
-                maximize=group["maximize"],
-                foreach=foreach,
-                capturable=group["capturable"],
-                differentiable=group["differentiable"],
-                counters=[counters.get(p) for p in vectors],
-            )
+            with ExitStack() as stack:
+                for p in matrices if group["state_bits"] == 8 else []:
+                    stack.enter_context(opened(self.state[p], 8, counters.get(p)))
+                cut += self._step_group(group, matrices, vectors, counters)
         step_parts(cut, _single_tensor_scale, _spectral)
+
+    def _step_group(
+        self,
+        group: dict[str, Any],
+        matrices: list[Tensor],
+        vectors: list[Tensor],
+        counters: dict[Tensor, Counter],
+    ) -> list[Part]:
+        """Step what this process can alone; returns the rest."""
+        parts = [cut_part(p, self.state.get(p, {}), group, counters.get(p)) for p in matrices]
+        matrices = [p for p, part in zip(matrices, parts, strict=True) if part is None]
+        if _may_fuse(group):
+            matrices, vectors = self._step_fused(group, matrices, vectors, counters)
+        lr = scalar_lr(group)
+        foreach = group["foreach"]
+        if foreach is None:
+            foreach = _default_to_fused_or_foreach(matrices, group["differentiable"])[1]
+        scale(
+            [local_part(p) for p in matrices],
+            [local_part(p.grad, like=p) for p in matrices if p.grad is not None],
+            [self._average(p) for p in matrices],
+            lr=lr,
+            momentum=group["momentum"],
+            weight_decay=group["weight_decay"],
+            dim=input_dim(group["role"] or "hidden", transposed=group["transposed"]),
+            stacked=group["stacked"],
+            normalize=group["normalize"],
+            norm=group["norm"],
+            eps=group["eps"],
+            maximize=group["maximize"],
+            foreach=foreach,
+            counters=[counters.get(p) for p in matrices],
+        )
+        adam_step(
+            vectors,
+            self.state,
+            lr=lr,
+            betas=group["vector_betas"],
+            eps=group["vector_eps"],
+            weight_decay=group["weight_decay"],
+            maximize=group["maximize"],
+            foreach=foreach,
+            capturable=group["capturable"],
+            differentiable=group["differentiable"],
+            counters=[counters.get(p) for p in vectors],
+        )
+        return [part for part in parts if part is not None]
 
     def _average(self, p: Tensor) -> Tensor | None:
         average = self.state.get(p, {}).get("exp_avg")
@@ -303,6 +330,9 @@ def _check_options(options: dict[str, Any]) -> None:
     if options["fused"] and (options["foreach"] or options["differentiable"]):
         raise ValueError("fused=True excludes foreach=True and differentiable=True; choose one")
     check_rounding(options)
+    check_state_bits(options["state_bits"])
+    if options["state_bits"] and (options["capturable"] or options["differentiable"]):
+        raise ValueError("state_bits=8 excludes capturable=True and differentiable=True")
     if options["rounding"] == "stochastic" and (options["capturable"] or options["differentiable"]):
         raise ValueError(
             "rounding='stochastic' counts its steps in Python; it excludes capturable=True and "

@@ -54,6 +54,9 @@ class StableSPAM(HiddenRule):
         rounding: of weights of 16 bits, once a step: `nearest`, or `stochastic`, which has the
             unrounded result as its expectation and keeps Adam's moments in float32.
         seed: of stochastic rounding.
+        state_bits: 8 keeps Adam's moments of 4,096 elements and up as 8-bit codes, with a float32
+            scale for each 256, rounded as `rounding` says; they are float32 temporaries while their
+            weight is stepped. Not for sharded weights.
 
     Raises:
         ValueError: a hyperparameter out of range.
@@ -82,6 +85,7 @@ class StableSPAM(HiddenRule):
         maximize: bool = False,
         rounding: str = "nearest",
         seed: int = 0,
+        state_bits: int | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -99,6 +103,7 @@ class StableSPAM(HiddenRule):
             "foreach": None,
             "rounding": rounding,
             "seed": seed,
+            "state_bits": state_bits,
             **REST_DEFAULTS,
         }
         super().__init__(params, defaults)
@@ -133,7 +138,7 @@ class StableSPAM(HiddenRule):
         grad = clip_norm(grad, state, step, shrink, group, shards)
         beta1, beta2 = group["betas"][0] * shrink, group["betas"][1]
         if "exp_avg" not in state:
-            dtype = moment_dtype(grad, group["rounding"])
+            dtype = moment_dtype(grad, group)
             state["exp_avg"] = torch.zeros_like(grad, dtype=dtype)
             state["exp_avg_sq"] = torch.zeros_like(grad, dtype=dtype)
             state["moment_step"] = torch.zeros_like(state["step"])

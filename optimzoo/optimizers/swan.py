@@ -44,6 +44,9 @@ class SWAN(HiddenRule):
         rounding: of weights of 16 bits, once a step: `nearest`, or `stochastic`, which has the
             unrounded result as its expectation and keeps Adam's moments in float32.
         seed: of stochastic rounding.
+        state_bits: 8 keeps Adam's moments of 4,096 elements and up as 8-bit codes, with a float32
+            scale for each 256, rounded as `rounding` says; they are float32 temporaries while their
+            weight is stepped. Not for sharded weights.
 
     Raises:
         ValueError: a hyperparameter out of range.
@@ -68,6 +71,7 @@ class SWAN(HiddenRule):
         foreach: bool | None = None,
         rounding: str = "nearest",
         seed: int = 0,
+        state_bits: int | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -81,6 +85,7 @@ class SWAN(HiddenRule):
             "foreach": foreach,
             "rounding": rounding,
             "seed": seed,
+            "state_bits": state_bits,
             **REST_DEFAULTS,
         }
         super().__init__(params, defaults)
