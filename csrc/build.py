@@ -81,7 +81,7 @@ def build_cpu(target: Path = TARGET / "_cpu.so", extra: tuple[str, ...] = ()) ->
     for name, flags in sets.items():
         for operation in OPERATIONS:
             source = str(SOURCES / "cpu" / f"{operation}.cpp")
-            jobs[OBJECTS / f"{operation}-{name}.o"] = [
+            jobs[objects / f"{operation}-{name}.o"] = [
                 *common,
                 *flags,
                 f"-DOZ_ISA={name}",
