@@ -23,6 +23,7 @@ from benchmarks.provenance import provenance, write_json
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+SHAPES = (("60m",), ("1b",), ("7b", "--layers", "1"))
 TRITON = ("tests/kernels_triton_rules.py", "tests/kernels_triton_edges.py")
 
 
@@ -44,6 +45,19 @@ def step_time(out: Path, model: str, dtype: str, *more: str) -> Stage:
     return Stage(f"steps {model} {dtype}", [*command, "--out", str(rows), *more], 90, rows)
 
 
+def shapes(out: Path, model: str, *more: str, native: bool = True) -> Stage:
+    """SCALE in bfloat16 by CUDA kernels, or by Triton's, beside its loop, its graph and torch's."""
+    kernels = "cuda" if native else "triton"
+    rows = out / f"step-{model}-{kernels}.json"
+    methods = ["sgd", "adamw", "scale"]
+    methods += ["scale-loop", "scale-captured", "scale-compiled"] if native else []
+    command = [PYTHON, "-m", "benchmarks", "step-time", "--model", model, "--dtype", "bfloat16"]
+    command += ["--optimizers", *methods, "--repeats", "50", "--no-refresh", "--no-peers", *more]
+    environment = {} if native else {"OPTIMZOO_NATIVE": "0"}
+    name = f"steps {model} {kernels}"
+    return Stage(name, [*command, "--out", str(rows)], 60, rows, environment)
+
+
 def measured(out: Path, command: str, *more: str) -> Stage:
     """Another command of `python -m benchmarks` that writes its rows to a file."""
     rows = out / f"{command}.json"
@@ -56,14 +70,22 @@ def stages(out: Path, dry: bool) -> list[Stage]:
     """What is run, in order."""
     pytest = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     if dry:
-        few = ("--optimizers", "sgd", "scale", "--repeats", "3", "--no-refresh", "--no-peers")
+        few = (
+            "--optimizers",
+            "sgd",
+            "scale",
+            "scale-loop",
+            "--repeats",
+            "3",
+            "--no-refresh",
+            "--no-peers",
+        )
         return [
             Stage("build", [PYTHON, "csrc/build.py", "--require"], 300),
             Stage("kernels", [*pytest, "tests/test_kernels.py", "-k", "zeros or chosen"], 120),
             step_time(out, "nano", "float32", *few),
             measured(out, "sparse-time", "--model", "nano", "--repeats", "3"),
         ]
-    methods = ("--optimizers", "sgd", "adamw", "scale", "--repeats", "50", "--no-refresh")
     contract = ["tests/test_torch_contract.py", "tests/test_torch_state.py"]
     rows = out / "release.json"
     released = [PYTHON, "-m", "benchmarks", "release-memory", "--model=1b", "--dtype=bfloat16"]
@@ -74,8 +96,10 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         Stage("contract", [*pytest, *contract, "-k", "CUDA or cuda"], 60),
         Stage("release", [*pytest, "tests/test_release.py", "tests/test_release_edges.py"], 90),
         Stage("released bytes", [*released, "--out", str(rows)], 60, rows),
-        *(step_time(out, m, "bfloat16", *methods, "--no-peers") for m in ("60m", "1b")),
         step_time(out, "60m", "float32"),
+        *(shapes(out, m, *few) for m, *few in SHAPES),
+        *(shapes(out, m, *few, native=False) for m, *few in SHAPES),
+        Stage("compiled", [*pytest, "tests/test_compile.py"], 60),
         Stage("sparsity", [*pytest, "tests/test_sparsity.py", "-k", "semi_structured"], 60),
         measured(out, "sparse-time"),
     ]

@@ -9,6 +9,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,12 @@ FLOOR = {
     "scale": {"hidden": 3, "embedding": 4, "head": 5, "vector": 7},
 }
 FUSED = ("sgd", "adamw", "adam")
+# `scale-loop` and so on: options of a method that is called in another way.
+HOW = {
+    "loop": {"fused": False, "foreach": False},
+    "captured": {"capturable": True},
+    "compiled": {},
+}
 LOW_RANK = ("galore", "natural_galore", "fira", "apollo")
 REFRESH_SHAPES = ((1376, 512), (4096, 1376))
 Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
@@ -41,9 +48,10 @@ Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 def ours(name: str, rank: int, gap: int) -> Make:
     """A method of the registry, at the given rank, fused where it is torch's."""
-    options: dict[str, Any] = {"fused": True} if name in FUSED else {}
+    name, _, how = name.partition("-")
+    options: dict[str, Any] = {"fused": True} if name in FUSED else dict(HOW.get(how, {}))
     if name in LOW_RANK:
-        options = {"rank": rank, "update_proj_gap": gap}
+        options |= {"rank": rank, "update_proj_gap": gap}
     return lambda groups: optimzoo.create_optimizer(name, groups, lr=1e-4, **options)
 
 
@@ -67,48 +75,79 @@ class Subject:
         for group, source in zip(groups, sources, strict=True):
             for p, original in zip(group["params"], source["params"], strict=True):
                 p.grad = gradient[original]
-        tensors = FLOOR.get(name)
+        method, _, how = name.partition("-")
+        tensors = FLOOR.get(method) if how in ("", *HOW) else None
         self.floor_bytes = tensors and sum(
             tensors[g["role"]] * p.numel() * p.element_size() for g in groups for p in g["params"]
         )
-        self.optimizer = make(groups)
+        optimizer = make(groups)
+        self.step: Callable[[], Any] = optimizer.step
+        if how == "captured":
+            self.step = captured(optimizer)
+        elif how == "compiled":
+            self.step = torch.compile(optimizer.step, fullgraph=True)
         self.first = self.timed()  # makes the state and, for projected methods, the first subspace
         self.times: list[float] = []
 
     def timed(self) -> float:
         """Milliseconds of one step."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        synchronize()
         start = time.perf_counter()
-        self.optimizer.step()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        self.step()
+        synchronize()
         return 1000 * (time.perf_counter() - start)
 
 
-class Copy:
-    """The bandwidth of a plain copy of as many bytes as the gradients have, at most 256 MB."""
+class Streams:
+    """What the memory gives: the better of a copy and of a sum in place, on at most 256 MB each.
+
+    A copy counts two tensors, but on a CPU the target is read too before it is written; a sum in
+    place counts three and moves three, as a step without state does.
+    """
 
     def __init__(self, grads: list[torch.Tensor]) -> None:
         size = min(sum(g.numel() * g.element_size() for g in grads), 2**28)
         self.source = torch.ones(size // 4, device=grads[0].device)
-        self.target = torch.empty_like(self.source)
+        self.target = torch.zeros_like(self.source)
+        self.rates: dict[str, list[float]] = {"copy": [], "add": []}
 
-    def gigabytes_per_second(self) -> float:
-        """One copy, read and write counted."""
-        if self.source.is_cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        self.target.copy_(self.source)
-        if self.source.is_cuda:
-            torch.cuda.synchronize()
-        return 8 * self.source.numel() / (time.perf_counter() - start) / 1e9
+    def measure(self) -> None:
+        """One pass of each."""
+        calls = {"copy": (self.target.copy_, 2), "add": (self.target.add_, 3)}
+        for name, (call, tensors) in calls.items():
+            synchronize()
+            start = time.perf_counter()
+            call(self.source)
+            synchronize()
+            took = time.perf_counter() - start
+            self.rates[name].append(tensors * 4 * self.source.numel() / took / 1e9)
+
+    def best(self) -> float:
+        """Gigabytes a second: the better median."""
+        return max(statistics.median(rates) for rates in self.rates.values())
+
+
+def synchronize() -> None:
+    """Wait for the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def captured(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    """The step as a CUDA graph, after one that made the state."""
+    optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    return graph.replay
 
 
 def measure_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of median milliseconds: a plain step, the first step, and both amortised."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = Llama(get_config(args.model)).to(device, getattr(torch, args.dtype))
+    config = get_config(args.model)
+    config = replace(config, num_hidden_layers=args.layers or config.num_hidden_layers)
+    model = Llama(config).to(device, getattr(torch, args.dtype))
     generator = torch.Generator().manual_seed(0)
     grads = [(torch.randn(p.shape, generator=generator) * 1e-3).to(p) for p in model.parameters()]
     makers = {name: ours(name, args.rank, args.gap) for name in args.optimizers}
@@ -119,10 +158,10 @@ def measure_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
             bar.start(f"first step of {name}", 1)
             subjects.append(Subject(name, make, model, grads, args.roles))
         gc.collect()
-        copy, copies = Copy(grads), []
+        streams = Streams(grads)
         for _ in range(args.repeats):
             bar.start("steps in turn", 1)
-            copies.append(copy.gigabytes_per_second())
+            streams.measure()
             for subject in subjects:
                 subject.times.append(subject.timed())
     rows = []
@@ -135,7 +174,7 @@ def measure_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "method": subject.name,
                 "step_ms": plain,
                 "floor_gb_per_s": rate,
-                "share_of_copy": rate and rate / statistics.median(copies),
+                "share_of_stream": rate and rate / streams.best(),
                 "first_ms": subject.first,
                 # a refresh every `gap` steps, counted at the cost of the first step
                 "amortised_ms": (subject.first + (args.gap - 1) * plain) / args.gap,
@@ -177,6 +216,7 @@ def measure_refresh(rank: int, repeats: int) -> list[dict[str, Any]]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m benchmarks step-time`."""
     parser.add_argument("--model", default="60m")
+    parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--optimizers", nargs="+", default=list(DEFAULT), metavar="NAME")
     parser.add_argument("--roles", nargs="+", choices=ROLES, help="of the weights to step")
@@ -191,11 +231,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Print both tables, and write the rows where asked to."""
     for name in args.optimizers:
-        optimzoo.get_info(name)
+        optimzoo.get_info(name.partition("-")[0])
     steps = measure_steps(args)
     console = Console()
     table = Table(box=box.SIMPLE_HEAD, title=f"{args.model}, {args.dtype}, rank {args.rank}")
-    for name in ("method", "step ms", "ratio", "of copy", "first ms", "amortised ms", "ratio"):
+    for name in ("method", "step ms", "ratio", "of stream", "first ms", "amortised ms", "ratio"):
         table.add_column(name, justify="left" if name == "method" else "right")
     base = steps[0]
     for row in steps:
@@ -203,7 +243,7 @@ def main(args: argparse.Namespace) -> int:
             row["method"],
             f"{row['step_ms']:.1f}",
             f"{row['step_ms'] / base['step_ms']:.2f}",
-            f"{100 * row['share_of_copy']:.0f} %" if row["share_of_copy"] else "",
+            f"{100 * row['share_of_stream']:.0f} %" if row["share_of_stream"] else "",
             f"{row['first_ms']:.0f}",
             f"{row['amortised_ms']:.1f}",
             f"{row['amortised_ms'] / base['step_ms']:.2f}",
