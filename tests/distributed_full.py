@@ -107,7 +107,7 @@ def other_ways(rank, world, cases):
     ways = {
         "mixed precision": {"mp_policy": mixed},
         "offload": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
-        "hybrid": {"mesh": init_device_mesh("cpu", (2, world // 2))},
+        "hybrid": {"mesh": init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("r", "s"))},
     }
     for way, options in ways.items():
         limit = 1e-10 if way == "hybrid" else 1e-4

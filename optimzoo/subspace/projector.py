@@ -73,7 +73,9 @@ def refresh(
             rotations[name] = new.mT @ old.to(new.dtype)
             rotated = True
         # Contiguous, as a checkpoint gives it back: products round by the layout of their factors.
-        state[key] = cut.part(new).to(grad.dtype).contiguous()
+        # And a copy: a part would keep the storage of the whole.
+        part = cut.part(new).to(grad.dtype)
+        state[key] = part.clone(memory_format=torch.contiguous_format)
     return Rotation(**rotations) if rotated else None
 
 
