@@ -123,7 +123,7 @@ class Plan:
             ValueError: another plan has the grids.
         """
         if self.scale:
-            best = self.base.best(method, protocol)
+            best = self.base.centre(method, protocol)
             factors = [self.scale.centre * factor for factor in self.scale.factors]
             steps = min(self.scale.grid_steps, self.values["steps"])
             values = [{**_times(best, factor), "steps": steps} for factor in factors]
@@ -163,6 +163,15 @@ class Plan:
         rows = json.loads(self.tune_path.read_text(encoding="utf-8"))["rows"]
         tuned = self.methods[method].get("tuned_as", method)
         return settings(choose(rows, tuned, protocol))
+
+    def centre(self, method: str, protocol: str) -> Row:
+        """Where a grid of another size lies: at the committed values, or this grid's middle."""
+        if self.tune_path.exists():
+            rows = json.loads(self.tune_path.read_text(encoding="utf-8"))["rows"]
+            if any((r["method"], r["protocol"]) == (method, protocol) for r in rows):
+                return settings(choose(rows, method, protocol))
+        points = self.grid(method, protocol)
+        return settings({"config": asdict(points[len(points) // 2].config)})
 
     def chosen(self, method: str, protocol: str, seed: int) -> Entry:
         """The run at the committed values."""
