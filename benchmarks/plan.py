@@ -124,10 +124,9 @@ class Plan:
         """
         if self.scale:
             best = self.base.centre(method, protocol)
-            factors = [self.scale.centre * factor for factor in self.scale.factors]
             steps = min(self.scale.grid_steps, self.values["steps"])
-            values = [{**_times(best, factor), "steps": steps} for factor in factors]
-            return [self.entry(method, protocol, 0, **point) for point in values]
+            points = [_times(best, self.scale.centre, factor) for factor in self.scale.factors]
+            return [self.entry(method, protocol, 0, **point, steps=steps) for point in points]
         rules = self.methods[method][protocol]
         if "grid" not in rules:
             by = self.values["tuned_by"]
@@ -192,9 +191,10 @@ def _scale_of(name: str) -> tuple[Scale | None, Path]:
     raise ValueError(f"unknown plan {name!r}: {hint}there are {', '.join(names)}")
 
 
-def _times(values: Row, factor: float) -> Row:
-    """Tuned values with their learning rates times a factor."""
-    rates = {k: values[k] * factor for k in ("lr", "other_lr") if values[k] is not None}
+def _times(values: Row, centre: tuple[float, float], factor: float) -> Row:
+    """Tuned values with their learning rates times the size's multiples and a factor."""
+    pairs = zip(("lr", "other_lr"), centre, strict=True)
+    rates = {k: values[k] * c * factor for k, c in pairs if values[k] is not None}
     return {**values, **rates}
 
 
