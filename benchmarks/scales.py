@@ -72,7 +72,10 @@ def rescaled(options: dict[str, Any], scale: Scale) -> dict[str, Any]:
     """A method's options with the rank and the gap of another size."""
     own = {"rank": scale.rank, "update_proj_gap": scale.gap, "every": scale.gap}
     own |= {"recovery_steps": min(10, scale.gap // 2)}
-    return {
-        key: rescaled(value, scale) if isinstance(value, dict) else own.get(key, value)
-        for key, value in options.items()
-    }
+
+    def changed(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return rescaled(value, scale)
+        return own[key] if value and key in own else value  # no recovery stays none
+
+    return {key: changed(key, value) for key, value in options.items()}
