@@ -111,7 +111,7 @@ def test_every_worker_saves_however_long_its_step(folder, monkeypatch, capsys):
             time.sleep(0.01)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compare, "as_completed", stopped)
+    monkeypatch.setattr(compare, "wait", stopped)
     only = ["--optimizers", "scale", "--protocol", "paper", "--jobs=2", "--out=out"]
     assert main(["compare", "--plan=tiny", "--tune", *only, *text(folder)]) == 130
     assert "Traceback" not in capsys.readouterr().err
