@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.cfg pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 
-.PHONY: help test test-distributed compare tune lint type fmt docs notebooks memory-table gpu gpu-dry-run sanitize check-cuda check-triton clean
+.PHONY: help test test-distributed compare tune lint type fmt docs notebooks memory-table gpu gpu-dry-run gpu-tables gpu-tables-dry-run sanitize check-cuda check-triton clean
 
 help:
 	@echo "make compare   train a small Llama with SGD, AdamW, Muon and SCALE; print the table"
@@ -15,6 +15,7 @@ help:
 	@echo "make docs notebooks   build the pages into build/site; execute every notebook"
 	@echo "make tune      the learning-rate grids behind 'make compare' (about an hour)"
 	@echo "make gpu       on a machine with a GPU: build, test, sanitize, measure"
+	@echo "make gpu-tables  on a machine with a GPU: the papers' tables at 60M"
 	@echo "make memory-table     the published memory column beside ours"
 
 $(VENV)/bin/python:
@@ -60,6 +61,20 @@ gpu:
 
 gpu-dry-run: $(VENV)/.dev
 	$(BIN)/python -m benchmarks gpu --dry-run --out $(OUT)
+
+# The papers' tables on a GPU, on the text files of $(TEXT): 60M tokens a method after a grid of three
+# rates. Run it again until it ends with 0: each run stops after MINUTES and the next goes on.
+TEXT ?=
+MINUTES ?= 8.5
+TABLES ?= scale-main scale-ablation natural-galore low-rank
+gpu-tables:
+	@test -n "$(TEXT)" || { echo "say which text: make gpu-tables TEXT='train.jsonl.xz ...'"; exit 1; }
+	$(PYTHON) -m benchmarks reproduce $(TABLES) --scale 60m --seeds 1 --data $(TEXT) \
+	  --stop-after $(MINUTES) --out runs/gpu-tables --store
+
+gpu-tables-dry-run: $(VENV)/.bench
+	$(BIN)/python -m benchmarks reproduce $(TABLES) --scale dry --seeds 1 --data stdlib \
+	  --max-chars 200000 --out runs/gpu-tables-dry-run
 
 # The kernel tests on a build with the address and undefined-behaviour sanitizers.
 sanitize: $(VENV)/.dev

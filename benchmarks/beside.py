@@ -191,6 +191,7 @@ def records(table: Beside, scale: str, rows: dict[str, list[Row]]) -> list[Row]:
                 **record,
                 "size": size,
                 "tokens": rows[method][0]["tokens"],
+                "tried": _tried(plans[method], method, table.protocol),
                 "paper": paper.get(method),
                 "paper_ratio": _ratio(paper, method, table.reference),
                 "ratio": _ratio(
@@ -203,6 +204,12 @@ def records(table: Beside, scale: str, rows: dict[str, list[Row]]) -> list[Row]:
         for place, record in enumerate(sorted(both, key=lambda r: r[key]), start=1):
             record[name] = place
     return sorted(made, key=lambda r: r["perplexity"])
+
+
+def _tried(plan: Plan, method: str, protocol: str) -> int:
+    """How many points of its grid a method's rates were chosen from, as committed."""
+    rows = read_rows(plan.tune_path) if plan.tune_path.exists() else []
+    return sum((row["method"], row["protocol"]) == (method, protocol) for row in rows)
 
 
 def _ratio(values: dict[str, float], method: str, reference: str) -> float | None:
@@ -269,14 +276,22 @@ def lines_below(table: Beside, made: list[Row]) -> list[str]:
         f"paper: C4 at {size}. {WARNING} Ranks count the methods that both have. MiB: parameters + "
         f"optimizer state as trained, exact. Seeds: {', '.join(map(str, seeds))}."
     )
+    counts = sorted({r["tried"] for r in made}, reverse=True)
+    by_count = [(n, [r["label"] for r in made if r["tried"] == n]) for n in counts]
+    texts = [f"{n} ({', '.join(labels)})" for n, labels in by_count]
+    lines.append(f"Points of the grid tried, as committed: {'; '.join(texts)}.")
     return [*lines, *table.notes]
+
+
+def markdown_rows(made: list[Row]) -> str:
+    """The table in Markdown."""
+    lines = ["| " + " | ".join(HEADERS) + " |", "|---" + "|--:" * (len(HEADERS) - 1) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(cells(record)) + " |" for record in made)])
 
 
 def markdown(table: Beside, made: list[Row], more: Iterable[str] = ()) -> str:
     """The table in Markdown, with the lines below it."""
-    lines = ["| " + " | ".join(HEADERS) + " |", "|---" + "|--:" * (len(HEADERS) - 1) + "|"]
-    lines += ["| " + " | ".join(cells(record)) + " |" for record in made]
-    return "\n".join([*lines, "", " ".join([*lines_below(table, made), *more])])
+    return f"{markdown_rows(made)}\n\n" + " ".join([*lines_below(table, made), *more])
 
 
 def show(name: str, made: list[Row], out: Path, more: list[str]) -> None:

@@ -123,11 +123,10 @@ class Plan:
             ValueError: another plan has the grids.
         """
         if self.scale:
-            best = self.base.best(method, protocol)
-            factors = [self.scale.centre * factor for factor in self.scale.factors]
+            best = self.base.centre(method, protocol)
             steps = min(self.scale.grid_steps, self.values["steps"])
-            values = [{**_times(best, factor), "steps": steps} for factor in factors]
-            return [self.entry(method, protocol, 0, **point) for point in values]
+            points = [_times(best, self.scale.centre, factor) for factor in self.scale.factors]
+            return [self.entry(method, protocol, 0, **point, steps=steps) for point in points]
         rules = self.methods[method][protocol]
         if "grid" not in rules:
             by = self.values["tuned_by"]
@@ -164,6 +163,15 @@ class Plan:
         tuned = self.methods[method].get("tuned_as", method)
         return settings(choose(rows, tuned, protocol))
 
+    def centre(self, method: str, protocol: str) -> Row:
+        """Where a grid of another size lies: at the committed values, or this grid's middle."""
+        if self.tune_path.exists():
+            rows = json.loads(self.tune_path.read_text(encoding="utf-8"))["rows"]
+            if any((r["method"], r["protocol"]) == (method, protocol) for r in rows):
+                return settings(choose(rows, method, protocol))
+        points = self.grid(method, protocol)
+        return settings({"config": asdict(points[len(points) // 2].config)})
+
     def chosen(self, method: str, protocol: str, seed: int) -> Entry:
         """The run at the committed values."""
         return self.entry(method, protocol, seed, **self.best(method, protocol))
@@ -183,9 +191,10 @@ def _scale_of(name: str) -> tuple[Scale | None, Path]:
     raise ValueError(f"unknown plan {name!r}: {hint}there are {', '.join(names)}")
 
 
-def _times(values: Row, factor: float) -> Row:
-    """Tuned values with their learning rates times a factor."""
-    rates = {k: values[k] * factor for k in ("lr", "other_lr") if values[k] is not None}
+def _times(values: Row, centre: tuple[float, float], factor: float) -> Row:
+    """Tuned values with their learning rates times the size's multiples and a factor."""
+    pairs = zip(("lr", "other_lr"), centre, strict=True)
+    rates = {k: values[k] * c * factor for k, c in pairs if values[k] is not None}
     return {**values, **rates}
 
 

@@ -10,14 +10,14 @@ from benchmarks.provenance import write_atomic
 from benchmarks.tables import LEGEND, caption, markdown_table, read_rows, write_report
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-_PLACE = re.compile(r"(<!-- (table|beside): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_PLACE = re.compile(r"(<!-- (table|beside|rows): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def filled(text: str) -> str:
     """``text`` with every table between its marks made anew from the committed rows."""
 
     def fill(match: re.Match[str]) -> str:
-        body = (_comparison if match[2] == "table" else _beside)(match[3])
+        body = _comparison(match[3]) if match[2] == "table" else _beside(match[3], match[2])
         return f"{match[1]}{body}\n{match[4]}"
 
     return _PLACE.sub(fill, text)
@@ -31,11 +31,15 @@ def _comparison(name: str) -> str:
     return f"{markdown_table(plan, rows)}\n\n{caption(rows)}. {LEGEND}"
 
 
-def _beside(name: str) -> str:
-    """A paper's table beside ours, as `scale-main@nano`."""
+def _beside(name: str, kind: str) -> str:
+    """A paper's table beside ours, as `scale-main@nano`; `rows`: how it was made, no notes."""
     table, scale = name.split("@")
     rows = beside.stored_rows(beside.TABLES[table], scale)
-    return beside.markdown(beside.TABLES[table], beside.records(beside.TABLES[table], scale, rows))
+    made = beside.records(beside.TABLES[table], scale, rows)
+    if kind == "beside":
+        return beside.markdown(beside.TABLES[table], made)
+    every = [row for mine in rows.values() for row in mine]
+    return f"{beside.markdown_rows(made)}\n\n{caption(every)}."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

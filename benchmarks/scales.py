@@ -13,7 +13,7 @@ class Scale:
         rank: of the low-rank methods.
         gap: steps between two refreshes of a subspace, and between two restarts.
         grid_steps: length of a run of the grid.
-        centre: the middle of the grid, as multiples of the rates that are best on nano.
+        centre: the middle of the grid, as multiples of the two rates that are best on nano.
         factors: the grid: both learning rates, times each of these.
     """
 
@@ -21,14 +21,14 @@ class Scale:
     rank: int
     gap: int
     grid_steps: int
-    centre: float = 1.0
+    centre: tuple[float, float] = (1.0, 1.0)
     factors: tuple[float, ...] = (0.5, 1.0, 2.0)
 
 
 def _pico(batch: int) -> Scale:
     """A very small model at one of three batches: where the paper's order of norms begins."""
-    sizes = {"model": "pico", "steps": 200, "batch_size": batch, "seq_len": 128}
-    return Scale({**sizes, "eval_tokens": 65536}, 16, 50, grid_steps=200, centre=4.0)
+    sizes = {"model": "pico", "steps": 100, "batch_size": batch, "seq_len": 64}
+    return Scale({**sizes, "eval_tokens": 65536}, 16, 50, grid_steps=100, centre=(4.0, 0.5))
 
 
 # 60m: 16,384 tokens a step, the grid 10 M tokens a run, the final runs 60 M. bf16 throughout, as
@@ -53,9 +53,9 @@ SCALES = {
         gap=2,
         grid_steps=2,
     ),
-    "pico-1k": _pico(8),
-    "pico-4k": _pico(32),
-    "pico-16k": _pico(128),
+    "pico-1k": _pico(16),
+    "pico-4k": _pico(64),
+    "pico-16k": _pico(256),
     "9m": Scale(
         {"model": "9m", "steps": 1000, "batch_size": 16, "seq_len": 256, "eval_tokens": 131072},
         rank=64,
@@ -71,7 +71,11 @@ SCALES = {
 def rescaled(options: dict[str, Any], scale: Scale) -> dict[str, Any]:
     """A method's options with the rank and the gap of another size."""
     own = {"rank": scale.rank, "update_proj_gap": scale.gap, "every": scale.gap}
-    return {
-        key: rescaled(value, scale) if isinstance(value, dict) else own.get(key, value)
-        for key, value in options.items()
-    }
+    own |= {"recovery_steps": min(10, scale.gap // 2)}
+
+    def changed(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return rescaled(value, scale)
+        return own[key] if value and key in own else value  # no recovery stays none
+
+    return {key: changed(key, value) for key, value in options.items()}

@@ -100,7 +100,7 @@ class TableRuns:
         elif self._committed(plan):
             values = plan.best(method, protocol)
         else:
-            values = plan.base.best(method, protocol)
+            values = plan.base.centre(method, protocol)
         return plan.entry(method, protocol, seed, **values)
 
     def _store(self, path: Path, rows: list[Row], more: Row) -> None:

@@ -12,11 +12,13 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch.optim.optimizer import Optimizer
 
 from benchmarks.llama import Llama, get_config
 from benchmarks.low_rank import convert_model
 from benchmarks.plan import Plan, Row, choose, perplexity, settings
 from benchmarks.provenance import write_atomic
+from optimzoo import create_optimizer
 from optimzoo.lowrank import support_bytes
 from optimzoo.memory import account
 
@@ -29,15 +31,24 @@ def read_rows(path: Path) -> list[Row]:
 
 
 @cache
-def bytes_at(size: str, optimizer: str, hyper: str, lowrank: str = "{}") -> int:
+def bytes_at(size: str, optimizer: str, hyper: str, lowrank: str = "{}", groups: str = "{}") -> int:
     """Parameters and state in bfloat16 at a published size, from shapes.
 
-    ``hyper`` and ``lowrank`` are JSON. The positions of sparse parts count as parameters.
+    ``hyper``, ``lowrank`` and ``groups`` are JSON. The positions of sparse parts count as
+    parameters.
     """
     with torch.device("meta"):
         model = Llama(get_config(size))
     convert_model(model, json.loads(lowrank), seed=0)
-    counted = account(model, optimizer, dtype=torch.bfloat16, **json.loads(hyper))
+    if by_role := json.loads(groups):
+
+        def make(params: list[dict[str, Any]]) -> Optimizer:
+            params = [{**group, **by_role.get(group["role"], {})} for group in params]
+            return create_optimizer(optimizer, params, **json.loads(hyper))
+
+        counted = account(model, make, dtype=torch.bfloat16)
+    else:
+        counted = account(model, optimizer, dtype=torch.bfloat16, **json.loads(hyper))
     return counted.params + support_bytes(model) + counted.state_total
 
 
@@ -66,6 +77,7 @@ def summarise(plan: Plan, rows: list[Row]) -> list[Row]:
                     first["optimizer"],
                     json.dumps(first["hyper"]),
                     json.dumps(first.get("lowrank", {})),
+                    json.dumps(first.get("groups", {})),
                 ),
                 "peak_bytes": statistics.median(r["peak_bytes"] for r in mine),
                 "optimizer_ms": statistics.median(times) if times else math.nan,

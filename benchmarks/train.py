@@ -19,6 +19,7 @@ from benchmarks.provenance import provenance, write_json
 from benchmarks.run import PRECISIONS, Run, RunConfig, fingerprint
 from benchmarks.signals import HeldSignals
 from benchmarks.telemetry import Scalars, peak_memory, reset_peak_memory
+from benchmarks.utilisation import speed_text
 
 LOG_EVERY = 10
 
@@ -47,10 +48,10 @@ def train(
     run.resume()
     scalars = Scalars(out, first_step=run.step)
     reset_peak_memory()
-    optimizer_seconds = _time_steps(run.optimizer)
+    optimizer_seconds, times = _time_steps(run.optimizer), list[float]()
     with HeldSignals() as signals:
         try:
-            finite = _take_steps(run, scalars, signals, progress, save_every, eval_every)
+            finite = _take_steps(run, scalars, signals, progress, save_every, eval_every, times)
             valid = run.evaluate("valid") if finite else math.nan
             tested = run.evaluate("test") if test and math.isfinite(valid) else math.nan
         except KeyboardInterrupt:
@@ -58,7 +59,7 @@ def train(
             if not signals.urgent:
                 run.save()
             raise
-        row = _row(run, valid, tested, optimizer_seconds)
+        row = _row(run, valid, tested, optimizer_seconds, times)
         scalars.close(row["config"], **{"hparam/valid_loss": valid})
         if out is not None:
             write_json(out / "row.json", row)
@@ -73,6 +74,7 @@ def _take_steps(
     progress: Progress | None,
     save_every: int,
     eval_every: int,
+    step_seconds: list[float],
 ) -> bool:
     """Train to the last step; False where a loss is not finite, and there it stops."""
     config = run.config
@@ -82,6 +84,7 @@ def _take_steps(
         loss, values = run.train_step(log and run.out is not None)
         took = time.perf_counter() - start
         run.seconds += took
+        step_seconds.append(took)
         if not math.isfinite(loss):
             return False
         if log:
@@ -102,10 +105,11 @@ def _take_steps(
     return True
 
 
-def _row(run: Run, valid: float, tested: float, optimizer_seconds: list[float]) -> dict[str, Any]:
+def _row(
+    run: Run, valid: float, tested: float, optimizer_seconds: list[float], steps: list[float]
+) -> dict[str, Any]:
     config, corpus = run.config, run.corpus
     params, state = run.state_bytes()
-    times = sorted(optimizer_seconds)
     return {
         "config": asdict(config),
         "fingerprint": fingerprint(config, corpus),
@@ -120,7 +124,8 @@ def _row(run: Run, valid: float, tested: float, optimizer_seconds: list[float]) 
         "state_bytes": state,
         "peak_bytes": peak_memory(),
         # Released weights are stepped in the backward, which is not told apart.
-        "optimizer_ms": 1000 * times[len(times) // 2] if times and not config.release else None,
+        "optimizer_ms": None if config.release else _median_ms(optimizer_seconds),
+        "step_ms": _median_ms(steps),
         "tokens_per_second": run.step * config.tokens_per_step / run.seconds,
         "curve": run.curve,
         "valid_curve": run.valid_curve,
@@ -145,6 +150,10 @@ def _finished_row(out: Path) -> dict[str, Any]:
         return row if isinstance(row["fingerprint"], dict) else {}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} cannot be read ({error}); delete it to run again") from None
+
+
+def _median_ms(seconds: list[float]) -> float | None:
+    return 1000 * sorted(seconds)[len(seconds) // 2] if seconds else None
 
 
 def _finite(value: float) -> float | None:
@@ -244,4 +253,6 @@ def main(args: argparse.Namespace) -> int:
         f"{config.optimizer}: validation perplexity {perplexity(row['valid_loss']):.2f}, "
         f"test {perplexity(row['test_loss']):.2f}, {row['tokens_per_second']:,.0f} tokens/s"
     )
+    if torch.cuda.is_available() and row.get("step_ms") and row["optimizer_ms"]:
+        print(speed_text(row, get_config(config.model)))
     return 0

@@ -14,7 +14,7 @@ from benchmarks import compare, plan, tables
 from benchmarks.__main__ import main
 from benchmarks.compare import _train_in_worker as run_job
 from benchmarks.llama import CONFIGS
-from benchmarks.run import Run
+from benchmarks.run import Run, RunConfig
 
 
 @pytest.fixture
@@ -86,6 +86,27 @@ def test_missing_values_are_found_before_anything_is_read_or_deleted(folder, cap
     assert kept.exists()
 
 
+def test_groups_give_a_role_options_of_its_own(folder, capsys):
+    options = {"hyper": {"momentum": 0.0}, "groups": {"embedding": {"momentum": 0.9}}}
+    config = RunConfig("scale", lr=0.01, model="tiny", steps=1, **options)
+    run = Run(config, tiny_benchmarks.tiny_corpus(folder))
+    run.train_step(log=False)
+    held = {
+        g["role"]: sum("exp_avg" in run.optimizer.state[p] for p in g["params"])
+        for g in run.optimizer.param_groups
+        if g["role"] != "vector"
+    }
+    assert held == {"hidden": 0, "embedding": 1, "head": 0}
+    hyper, head = json.dumps(options["hyper"]), 2 * 32000 * 512
+    plain = tables.bytes_at("60m", "scale", hyper)
+    groups = json.dumps(options["groups"])
+    assert tables.bytes_at("60m", "scale", hyper, "{}", groups) == plain + head
+    capsys.readouterr()
+    assert main(train_words(folder, groups='{"heads": {}}')) == 2
+    error = "error: groups has the role 'heads'; there are hidden, embedding, head, vector\n"
+    assert capsys.readouterr().err.endswith(error)
+
+
 def slow_worker(args, entry, folder, test):
     """A worker that says when it has begun to train; at one learning rate its steps take long."""
     CONFIGS["tiny"] = tiny_benchmarks.TINY
@@ -111,7 +132,7 @@ def test_every_worker_saves_however_long_its_step(folder, monkeypatch, capsys):
             time.sleep(0.01)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compare, "as_completed", stopped)
+    monkeypatch.setattr(compare, "wait", stopped)
     only = ["--optimizers", "scale", "--protocol", "paper", "--jobs=2", "--out=out"]
     assert main(["compare", "--plan=tiny", "--tune", *only, *text(folder)]) == 130
     assert "Traceback" not in capsys.readouterr().err
