@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from optimzoo.memory.fake import Values, cuda_choices, fake_copy
 from optimzoo.memory.tracker import MODEL, PARAMETERS, STATE, STEP, WORKSPACES, Peak, Tracker
 from optimzoo.registry import create_optimizer, get_info
+from optimzoo.release import release as step_in_backward
 from optimzoo.roles import param_groups
 
 Step = Callable[[nn.Module], Tensor]
@@ -46,6 +47,7 @@ def simulate(
     step: Step | None = None,
     dtype: torch.dtype | None = None,
     checkpointing: bool = False,
+    release: bool = False,
     micro_batches: int = 1,
     device: str = "cpu",
     **hyper: Any,
@@ -65,34 +67,42 @@ def simulate(
         step: from the model to the loss, for models that do not take `input_ids` and `labels`.
         dtype: of floating-point parameters and buffers; default: as the model has them.
         checkpointing: recompute each block in the backward pass (:func:`checkpoint_blocks`).
+        release: step in the backward pass (:func:`optimzoo.release`).
         micro_batches: backward passes a step; with two and more, gradients wait for the next.
         device: `cpu`, or `cuda`: what torch and our kernels choose on a GPU, sizes as its allocator
             rounds them, and cuBLAS's workspaces.
         **hyper: hyperparameters, where ``optimizer`` is a name.
 
     Raises:
-        ValueError: a module that cannot run on fake tensors; the message says why.
+        ValueError: a module that cannot run on fake tensors (the message says why), an unknown
+            optimizer, ``release`` with several micro-batches.
     """
     if isinstance(optimizer, str):
         get_info(optimizer)  # an unknown name fails at once
-    session = _Session(model, dtype, device)
+    if release and micro_batches > 1:
+        raise ValueError(
+            f"release steps at the first gradient, and micro_batches={micro_batches} gives several"
+        )
+    step = step or language_model_step(batch, seq)
+    session = Session(model, dtype, device, checkpointing=checkpointing)
     with session:
-        if checkpointing:
-            checkpoint_blocks(session.model)
-        session.run_model(step or language_model_step(batch, seq), min(micro_batches, 2))
+        if not release:
+            session.run_model(step, min(micro_batches, 2))
         groups = param_groups(session.model)
         if isinstance(optimizer, str):
             made = create_optimizer(optimizer, groups, **hyper)
         else:
             made = optimizer(groups)
-        steps = session.run_steps(made)
+        steps = session.run_released(made, step) if release else session.run_steps(made)
     return Simulation(max(steps.values(), key=lambda peak: peak.bytes), steps)
 
 
-class _Session:
+class Session:
     """One copy of a model as shapes, and the tracker that counts what happens to it."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None, device: str) -> None:
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype | None, device: str, *, checkpointing: bool
+    ) -> None:
         if device not in ("cpu", "cuda"):
             raise ValueError(f"cannot simulate device {device!r}; it must be cpu or cuda")
         self.cuda = device == "cuda"
@@ -102,8 +112,10 @@ class _Session:
         self._values = Values(lambda: self.tracker.stepping)
         with self._explained():
             self.model = fake_copy(model, self._fake, dtype)
+        if checkpointing:
+            checkpoint_blocks(self.model)
 
-    def __enter__(self) -> "_Session":
+    def __enter__(self) -> "Session":
         self._choices = cuda_choices() if self.cuda else nullcontext()
         for context in self._contexts():
             context.__enter__()
@@ -118,27 +130,42 @@ class _Session:
     def _contexts(self) -> list[Any]:
         return [self._choices, self._fake, self._values, self.tracker]
 
-    def run_model(self, step: Step, passes: int) -> None:
+    def run_model(self, step: Step, passes: int = 1) -> Peak:
+        """The peak of forward and backward; gradients stay."""
         with self._explained():
             for _ in range(passes):
                 step(self.model).backward()
+        return self.tracker.peak(MODEL)
+
+    def run_released(self, optimizer: Optimizer, step: Step) -> dict[str, Peak]:
+        """The peaks of whole steps whose gradients are applied in the backward pass."""
+        self.tracker.bracket(self.model.parameters(), lambda: step_in_backward(optimizer))
+        steps = {}
+        for name in _kinds_of_steps(optimizer):
+            self.tracker.restart()
+            self.run_model(step)
+            with self._explained():
+                optimizer.step()
+            steps[name] = self.on_device(self.tracker.peak())
+        return steps
 
     def run_steps(self, optimizer: Optimizer) -> dict[str, Peak]:
         """The peaks of the optimizer's steps, each with the model's passes before it."""
         tracker = self.tracker
         passes, held, steps = tracker.peak(MODEL), tracker.held(optimizer), {}
-        for name in ("first", "next", "refresh"):
-            if name == "refresh" and not _refresh_next(optimizer):
-                break
+        for name in _kinds_of_steps(optimizer):
             tracker.restart()
             with self._explained():
                 optimizer.step()
             # The state stays while the model runs, and nothing else of a step does.
             both = (passes.plus(STATE, held), tracker.peak(STEP))
-            peak = max(both, key=lambda peak: peak.bytes)
-            steps[name] = peak.plus(WORKSPACES, _CUDA_WORKSPACES) if self.cuda else peak
+            steps[name] = self.on_device(max(both, key=lambda peak: peak.bytes))
             held = tracker.held(optimizer)
         return steps
+
+    def on_device(self, peak: Peak) -> Peak:
+        """With what the device's libraries hold."""
+        return peak.plus(WORKSPACES, _CUDA_WORKSPACES) if self.cuda else peak
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -152,12 +179,15 @@ class _Session:
             ) from error
 
 
-def _refresh_next(optimizer: Optimizer) -> bool:
-    """Make the next step of a projected method refresh its subspace; false for other methods."""
+def _kinds_of_steps(optimizer: Optimizer) -> Iterator[str]:
+    """`first`, `next`, and where there are projectors `refresh`, whose step then does that."""
+    yield "first"
+    yield "next"
     groups = [g for g in optimizer.param_groups if "update_proj_gap" in g]
     for group in groups:
         group["update_proj_gap"] = 1
-    return bool(groups)
+    if groups:
+        yield "refresh"
 
 
 def language_model_step(batch: int, seq: int) -> Step:

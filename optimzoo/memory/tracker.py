@@ -3,7 +3,7 @@
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,6 +122,22 @@ class Tracker(TorchDispatchMode):
             parts[storage.category] += storage.bytes
         by_category = {name: parts[name] for name in CATEGORIES if parts[name]}
         return Peak(self._most[phase], phase, by_category)
+
+    def bracket(self, parameters: Iterable[Tensor], attach: Callable[[], Any]) -> None:
+        """Count as an optimizer step what the gradient hooks do that ``attach()`` registers."""
+        parameters = [p for p in parameters if p.requires_grad]
+
+        def hook(more: int) -> Callable[[Tensor], None]:
+            def change(_: Tensor) -> None:
+                self._depth += more
+
+            return change
+
+        for p in parameters:
+            self._handles.append(p.register_post_accumulate_grad_hook(hook(1)))
+        attach()
+        for p in parameters:
+            self._handles.append(p.register_post_accumulate_grad_hook(hook(-1)))
 
     def held(self, optimizer: Optimizer) -> int:
         """Bytes of an optimizer's state, as they are counted here."""
