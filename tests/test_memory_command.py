@@ -2,6 +2,7 @@
 
 import json
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def test_the_page_has_every_method_and_80_columns(capsys, tmp_path):
     assert max(map(len, lines)) <= 80
     assert any(line.startswith("adams") and "bfloat16" in line for line in lines)
     methods = {m["method"]: m for m in json.loads(file.read_text())["methods"]}
-    assert list(methods)[0] == "adadelta" and "scale" in methods
+    assert next(iter(methods)) == "adadelta" and "scale" in methods
     counted = account(on_meta(), "scale", dtype=torch.bfloat16)
     assert methods["scale"]["held"] == counted.total
     assert methods["scale"]["state"]["head"] == {"exp_avg": counted.state["head", "exp_avg"]}
@@ -76,7 +77,7 @@ def test_what_fits_is_sorted_by_the_change_it_takes(capsys, tmp_path):
     limit = planner.peak(method, 4).bytes
     fits = list(planner.fits(method, limit))
     assert (fits[0].checkpointing, fits[0].release, fits[0].batch) == (False, False, 4)
-    assert all(a.batch < b.batch for a, b in zip(fits, fits[1:], strict=False))
+    assert all(a.batch < b.batch for a, b in pairwise(fits))
     assert all(fit.peak.bytes <= limit for fit in fits)
     file = tmp_path / "fits.json"
     options = ("--optimizer", "scale", "--seq", "64", "--json", str(file))

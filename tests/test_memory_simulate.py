@@ -1,11 +1,13 @@
 """Simulated peaks against real steps: against our tracker, and against torch's own allocator."""
 
 import gc
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
+import optimzoo
 from optimzoo import create_optimizer, list_optimizers
 from optimzoo.memory import (
     account,
@@ -36,12 +38,15 @@ def hyper_of(name: str) -> dict:
     return {**NEEDS.get(name, {}), **ranked, **gap}
 
 
-def really(name, dtype, *, batch=2, seq=33, checkpointing=False, micro_batches=1, **hyper):
+def really(
+    name, dtype, *, batch=2, seq=33, checkpointing=False, micro_batches=1, release=False, **hyper
+):
     """Three real training steps of the same model."""
     model = Llama(CONFIG).to(dtype)
     if checkpointing:
         checkpoint_blocks(model)
     optimizer = create_optimizer(name, model, lr=1e-3, **hyper)
+    released = optimzoo.release(optimizer) if release else nullcontext()
     loss_of = language_model_step(batch, seq)
 
     def step():
@@ -50,7 +55,8 @@ def really(name, dtype, *, batch=2, seq=33, checkpointing=False, micro_batches=1
         optimizer.step()
         optimizer.zero_grad()
 
-    return measure(step, steps=3)
+    with released:
+        return measure(step, steps=3)
 
 
 @pytest.mark.parametrize(
@@ -74,8 +80,10 @@ def test_the_simulated_peak_is_that_of_real_steps(name, dtype):
 
 
 @pytest.mark.parametrize("name", ("adamw", "scale", "galore"))
-@pytest.mark.parametrize("more", ({"checkpointing": True}, {"micro_batches": 3}), ids=str)
-def test_checkpointing_and_micro_batches(name, more):
+@pytest.mark.parametrize(
+    "more", ({"checkpointing": True}, {"micro_batches": 3}, {"release": True}), ids=str
+)
+def test_checkpointing_micro_batches_and_release(name, more):
     hyper = hyper_of(name)
     simulated = simulate(on_meta(), name, batch=2, seq=33, dtype=torch.float32, **more, **hyper)
     measured = really(name, torch.float32, **more, **hyper).tensors

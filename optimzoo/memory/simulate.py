@@ -1,7 +1,7 @@
 """The peak of a training step, by category, from shapes alone: no weights and no GPU needed."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,14 +139,18 @@ class Session:
 
     def run_released(self, optimizer: Optimizer, step: Step) -> dict[str, Peak]:
         """The peaks of whole steps whose gradients are applied in the backward pass."""
-        self.tracker.bracket(self.model.parameters(), lambda: step_in_backward(optimizer))
-        steps = {}
-        for name in _kinds_of_steps(optimizer):
-            self.tracker.restart()
-            self.run_model(step)
-            with self._explained():
-                optimizer.step()
-            steps[name] = self.on_device(self.tracker.peak())
+        with ExitStack() as released:  # what is not removed keeps its weights alive
+            self.tracker.bracket(
+                self.model.parameters(),
+                lambda: released.enter_context(step_in_backward(optimizer)),
+            )
+            steps = {}
+            for name in _kinds_of_steps(optimizer):
+                self.tracker.restart()
+                self.run_model(step)
+                with self._explained():
+                    optimizer.step()
+                steps[name] = self.on_device(self.tracker.peak())
         return steps
 
     def run_steps(self, optimizer: Optimizer) -> dict[str, Peak]:

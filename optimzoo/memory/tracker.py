@@ -99,7 +99,9 @@ class Tracker(TorchDispatchMode):
         found = [o for o in gc.get_objects() if issubclass(type(o), (Tensor, Optimizer))]
         self.count([o for o in found if isinstance(o, Tensor) and not isinstance(o, FakeTensor)])
         for optimizer in (o for o in found if isinstance(o, Optimizer)):
-            self._learn(optimizer)
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            if not any(isinstance(p, FakeTensor) for p in params):  # of a simulation
+                self._learn(optimizer)
 
     def count(self, tensors: Iterable[Tensor], category: str = OTHER) -> None:
         """Count tensors that were made elsewhere; of known ones, set the category."""
