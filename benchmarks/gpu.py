@@ -66,6 +66,13 @@ def measured(out: Path, command: str, *more: str) -> Stage:
     )
 
 
+def memory(out: Path, *more: str) -> Stage:
+    """Simulated peaks beside the allocator's, and a 7B step for real."""
+    rows = out / "memory.json"
+    command = [PYTHON, "-m", "benchmarks", "memory", "--checks", "simulate", "plan"]
+    return Stage("memory", [*command, "--out", str(rows), *more], 150, rows)
+
+
 def stages(out: Path, dry: bool) -> list[Stage]:
     """What is run, in order."""
     pytest = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
@@ -85,6 +92,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
             Stage("kernels", [*pytest, "tests/test_kernels.py", "-k", "zeros or chosen"], 120),
             step_time(out, "nano", "float32", *few),
             measured(out, "sparse-time", "--model", "nano", "--repeats", "3"),
+            memory(out, "--models", "nano", "--optimizers", "scale", "--plan-model", "9m"),
         ]
     contract = ["tests/test_torch_contract.py", "tests/test_torch_state.py"]
     rows = out / "release.json"
@@ -102,6 +110,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         Stage("compiled", [*pytest, "tests/test_compile.py"], 60),
         Stage("sparsity", [*pytest, "tests/test_sparsity.py", "-k", "semi_structured"], 60),
         measured(out, "sparse-time"),
+        memory(out, "--models", "60m", "350m", "1b"),
     ]
     tool = shutil.which("compute-sanitizer")
     for check in ("memcheck", "racecheck") if tool else ():

@@ -1,9 +1,10 @@
-"""``optimzoo list`` and ``optimzoo doctor``, also as ``python -m optimzoo``."""
+"""``optimzoo list``, ``doctor`` and ``memory``, also as ``python -m optimzoo``."""
 
 import argparse
 import sys
 
 from optimzoo import doctor
+from optimzoo.memory import command as memory
 from optimzoo.registry import get_info, list_optimizers
 
 
@@ -25,9 +26,13 @@ def main(argv: list[str] | None = None) -> int:
     listing = commands.add_parser("list", help="the optimizers of create_optimizer")
     listing.add_argument("pattern", nargs="?", default="*", help="a shell pattern, as 'ada*'")
     commands.add_parser("doctor", help="the kernels of this machine, and whether they are right")
+    text = "what fits: exact bytes, the peak of a training step, a script's live peak"
+    memory.add_arguments(commands.add_parser("memory", help=text, description=text))
     args = parser.parse_args(argv)
     try:
+        if args.command == "memory":
+            return memory.main(args)
         return doctor.main() if args.command == "doctor" else list_methods(args.pattern)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -13,11 +13,11 @@ from benchmarks.llama import (
     CONFIGS,
     Llama,
     LlamaConfig,
-    RMSNorm,
     count_parameters,
     flops_per_token,
     get_config,
 )
+from optimzoo.models.llama import RMSNorm
 
 # Three heads, a small RoPE base and weights large enough that attention is far from uniform: a
 # wrong pairing, base or scale shows up well above the tolerance.

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from optimzoo.kernels import native, triton
 
 BACKENDS: dict[str, tuple[Any, ...]] = {"cpu": (native.CPU,), "cuda": (native.CUDA, triton)}
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
 ROWS, COLUMNS, SIGN, ADAM = range(4)  # enum oz_kind
 Backend = Any  # an object with the functions of native.py
 
@@ -89,8 +90,8 @@ def takes(item: Item) -> bool:
     if item.counter is not None and param is not item.whole:
         return False  # kernels would count the elements of each matrix of a stack from 0
     if not (
-        type(param) in _PLAIN
-        and type(grad) is Tensor
+        type(param) in PLAIN
+        and type(grad) in (Tensor, FakeTensor)
         and param.dtype in TYPES
         and grad.dtype in TYPES
         and param.is_contiguous()

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 _ABI = 1
 _TENSOR = struct.Struct("=7Q2q4i")  # oz_tensor
@@ -220,9 +221,11 @@ class Library:
         return self._history("combine", history, weights, history.shape[1])
 
     def _history(self, operation: str, history: Tensor, vector: Tensor, size: int) -> Tensor:
+        out = torch.empty(size)
+        if isinstance(history, FakeTensor):
+            return out
         library = self._loaded[0]
         assert library is not None
-        out = torch.empty(size)
         pointers = [ctypes.c_void_p(t.data_ptr()) for t in (history, vector, out)]
         sizes = [ctypes.c_int64(n) for n in history.shape]
         threads = ctypes.c_int32(torch.get_num_threads())
@@ -231,10 +234,12 @@ class Library:
 
     def nm_mask(self, weight: Tensor, n: int, m: int) -> Tensor:
         """The packed N:M mask of a contiguous weight, ``[rows, ⌈rest / 8⌉]``; CPU only."""
-        library = self._loaded[0]
-        assert library is not None
         rows, cols = weight.shape[0], weight[:1].numel()
         mask = torch.empty(rows, -(-cols // 8), dtype=torch.uint8)
+        if isinstance(weight, FakeTensor):
+            return mask
+        library = self._loaded[0]
+        assert library is not None
         pointers = [ctypes.c_void_p(t.data_ptr()) for t in (weight, mask)]
         numbers = [_TYPES[weight.dtype], n, m, torch.get_num_threads()]
         library.oz_cpu_nm_mask(
@@ -272,12 +277,12 @@ class Library:
             grad_scale: a float32 tensor; gradients are divided by it.
             found_inf: a float32 tensor; if it is not zero, nothing is written.
         """
+        params, grads, exp_avgs = columns[:3]
+        if not params or isinstance(params[0], FakeTensor):
+            return  # of shapes alone a kernel asks nothing, and it holds nothing
         library, why = self._loaded
         if library is None:
             raise RuntimeError(f"no {self.kind} kernels: {why}")
-        params, grads, exp_avgs = columns[:3]
-        if not params:
-            return
         options.seed, options.step = seed or 0, step
         options.rounding, options.first_index = seed is not None, first_index
         held = [lr] if isinstance(lr, Tensor) else []

@@ -1,5 +1,24 @@
-"""What training needs in memory: exact bytes of weights, gradients and optimizer state."""
+"""What training needs in memory: exact bytes, the peak from shapes, the peak as measured."""
 
 from optimzoo.memory.account import Account, account
+from optimzoo.memory.measure import Measurement, measure, measure_script
+from optimzoo.memory.simulate import (
+    Simulation,
+    checkpoint_blocks,
+    language_model_step,
+    simulate,
+)
+from optimzoo.memory.tracker import Peak
 
-__all__ = ["Account", "account"]
+__all__ = [
+    "Account",
+    "Measurement",
+    "Peak",
+    "Simulation",
+    "account",
+    "checkpoint_blocks",
+    "language_model_step",
+    "measure",
+    "measure_script",
+    "simulate",
+]

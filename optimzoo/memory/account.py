@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from optimzoo.distributed import local_part
+from optimzoo.memory.sharded import pretended_mesh, shard_of
 from optimzoo.registry import create_optimizer
 from optimzoo.roles import param_groups, role_of
 
@@ -27,12 +30,18 @@ class Account:
         """Bytes of the optimizer's state."""
         return sum(self.state.values())
 
+    @property
+    def total(self) -> int:
+        """Bytes of all three."""
+        return self.params + self.grads + self.state_total
+
 
 def account(
     model: nn.Module,
     optimizer: str | Callable[[list[dict[str, Any]]], Optimizer],
     *,
     dtype: torch.dtype | None = None,
+    shards: int = 1,
     **hyper: Any,
 ) -> Account:
     """Count the bytes that training ``model`` with ``optimizer`` holds between two steps.
@@ -44,14 +53,32 @@ def account(
         model: any module.
         optimizer: a name of the registry, or a function from parameter groups to an optimizer.
         dtype: parameters and gradients in this dtype; default: as the model has them.
+        shards: processes that share everything under FSDP2; the bytes are those of the first,
+            which has the most.
         **hyper: hyperparameters, where ``optimizer`` is a name.
+
+    Raises:
+        ValueError: an unknown optimizer or hyperparameter, shards below one.
     """
+    if shards < 1:
+        raise ValueError(f"Invalid shards: {shards}; it must be at least 1")
+    with pretended_mesh(shards) if shards > 1 else nullcontext() as mesh:
+        return _account(model, optimizer, dtype, mesh, hyper)
+
+
+def _account(
+    model: nn.Module,
+    optimizer: str | Callable[[list[dict[str, Any]]], Optimizer],
+    dtype: torch.dtype | None,
+    mesh: Any,
+    hyper: dict[str, Any],
+) -> Account:
     named = isinstance(optimizer, str)
     groups = param_groups(model)
     copies: dict[Tensor, int] = {}
     for group in groups:
         # The registry's optimizers hold the same for tensors alike; of others one cannot know.
-        shadows = _on_meta(group["params"], dtype, merge=named)
+        shadows = _on_meta(group["params"], dtype, merge=named, mesh=mesh)
         group["params"] = list(shadows)
         copies |= shadows
         if named:
@@ -63,27 +90,44 @@ def account(
     with _ZeroForValues():
         made.step()
     frozen = [p for p in model.parameters() if not p.requires_grad]
-    result = Account(params=sum(p.numel() * _itemsize(p, dtype) for p in frozen))
+    sizes = [_first_part(p, mesh) * _itemsize(p, dtype) for p in frozen]
+    result = Account(params=sum(sizes))
     for group in made.param_groups:
         for p in group["params"]:
-            result.params += copies[p] * p.numel() * p.element_size()
-            result.grads += copies[p] * p.numel() * p.element_size()
+            result.params += copies[p] * _bytes(p)
+            result.grads += copies[p] * _bytes(p)
             for name, value in made.state.get(p, {}).items():
                 if isinstance(value, Tensor):
-                    bytes_ = value.numel() * value.element_size()
-                    result.state[role_of(p, group), name] += copies[p] * bytes_
+                    result.state[role_of(p, group), name] += copies[p] * _bytes(value)
     return result
 
 
-def _on_meta(params: list[Tensor], dtype: torch.dtype | None, *, merge: bool) -> dict[Tensor, int]:
+def _bytes(tensor: Tensor) -> int:
+    held = local_part(tensor)
+    return held.numel() * held.element_size()
+
+
+def _first_part(param: Tensor, mesh: Any) -> int:
+    """Elements of the largest shard of a parameter."""
+    if mesh is None or param.ndim == 0:
+        return param.numel()
+    return -(-param.shape[0] // mesh.size()) * param[:1].numel()
+
+
+def _on_meta(
+    params: list[Tensor], dtype: torch.dtype | None, *, merge: bool, mesh: Any
+) -> dict[Tensor, int]:
     """Parameters without data, with gradients, and how many of ``params`` each stands for."""
     kinds: dict[Any, list[Tensor]] = {}
     for index, p in enumerate(params):
         kinds.setdefault((p.shape, p.stride(), p.dtype) if merge else index, []).append(p)
     shadows: dict[Tensor, int] = {}
     for alike in kinds.values():
-        shadow = nn.Parameter(torch.empty_like(alike[0], device="meta", dtype=dtype))
-        shadow.grad = torch.empty_like(shadow)
+        if mesh is not None:
+            shadow = shard_of(alike[0], dtype or alike[0].dtype, mesh)
+        else:
+            shadow = nn.Parameter(torch.empty_like(alike[0], device="meta", dtype=dtype))
+            shadow.grad = torch.empty_like(shadow)
         shadows[shadow] = len(alike)
     return shadows
 

@@ -99,7 +99,9 @@ def packed_mask(
     check_nm(n, m)
     grouped(weight, m, transposed=transposed, stacked=stacked)
     weight = weight.detach()
-    plain = type(weight) is Tensor and weight.device.type == "cpu" and weight.is_contiguous()
+    plain = (
+        type(weight) in dispatch.PLAIN and weight.device.type == "cpu" and weight.is_contiguous()
+    )
     fits = not transposed and m in (2, 4, 8) and weight.dtype in dispatch.TYPES
     if plain and fits and native.CPU.available():
         return native.CPU.nm_mask(weight, n, m)

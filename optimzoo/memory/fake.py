@@ -1,0 +1,111 @@
+"""Modules and optimizer steps on shapes alone: fake tensors, and values where code asks for one."""
+
+import copy
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_any, tree_map
+
+from optimzoo.kernels import dispatch, native
+
+
+def fake_copy(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None) -> nn.Module:
+    """A copy of ``module`` whose parameters and buffers are fake tensors on the CPU.
+
+    As under ``module.to(dtype)``, floating-point ones take ``dtype``.
+    """
+    copies: dict[int, Any] = {}
+    with mode:
+        for tensor in chain(module.parameters(), module.buffers()):
+            if id(tensor) in copies:
+                continue
+            kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            fake: Tensor = torch.empty_like(tensor, dtype=kind, device="cpu")
+            if isinstance(tensor, nn.Parameter):
+                fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+            copies[id(tensor)] = fake
+        return copy.deepcopy(module, copies)
+
+
+class Values(TorchDispatchMode):
+    """Gives values to code that asks for one: a fake tensor has none.
+
+    A number read from a fake tensor is one, or true: finite, not zero, no exception to anything.
+    Integers are zero, since those are mostly the status of a factorisation. While ``computes()``,
+    single elements are real tensors, so that an optimizer's counters count.
+    """
+
+    def __init__(self, computes: Callable[[], bool]) -> None:
+        super().__init__()
+        self.computes = computes
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.ops.aten._local_scalar_dense.default and _is_fake(args[0]):
+            return _value(args[0].dtype)
+        if not self.computes():
+            return func(*args, **kwargs)
+        fake = tree_any(_is_fake, (args, kwargs))
+        if not fake and tree_any(_is_real, (args, kwargs)):
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        generator = kwargs.pop("generator", None)
+        result = func(*args, **kwargs, **({"generator": None} if generator else {}))
+        if func._schema.is_mutable or _is_view(func):
+            return result
+        return tree_map(lambda t: _made_real(t, func) if _is_fake(t) else t, result)
+
+
+def _is_fake(value: Any) -> bool:
+    return isinstance(value, FakeTensor)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, FakeTensor)
+
+
+def _is_view(func: Any) -> bool:
+    return any(r.alias_info is not None for r in func._schema.returns)
+
+
+def _value(dtype: torch.dtype) -> Any:
+    return dtype.is_floating_point * 1.0 if dtype.is_floating_point else dtype is torch.bool
+
+
+def _made_real(fake: Tensor, func: Any) -> Tensor:
+    if fake.numel() != 1:
+        return fake
+    value = 0 if "zeros" in func.__name__ else _value(fake.dtype)
+    with unset_fake_temporarily():
+        return torch.full(fake.shape, value, dtype=fake.dtype)
+
+
+@contextmanager
+def cuda_choices() -> Iterator[None]:
+    """On fake tensors of the CPU, what torch and the kernels would choose on a GPU.
+
+    That is multi-tensor steps by default, and a kernel for everything that kernels take.
+    """
+    optim = importlib.import_module("torch.optim.optimizer")  # no attribute of torch.optim
+    with ExitStack() as stack:
+        for module, name, value in (
+            (optim, "_foreach_supported_types", [*optim._foreach_supported_types, FakeTensor]),
+            (optim, "_get_foreach_kernels_supported_devices", lambda: ["cpu", "cuda"]),
+            (dispatch, "backend", lambda device_type: native.CPU),
+        ):
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, value)
+        yield

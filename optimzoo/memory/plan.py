@@ -1,0 +1,172 @@
+"""Peaks of many methods and settings at once, from a few simulations that they share.
+
+Between its backward pass and its step a training loop keeps nothing but weights, gradients and
+state. So the peak of a method is ``max(passes + state, held + temporaries)``, where only the second
+term and the state are the method's: forward and backward are simulated once for all of them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optimzoo.memory.account import Account, account
+from optimzoo.memory.simulate import Session, Step, language_model_step
+from optimzoo.memory.tracker import (
+    GRADIENTS,
+    OTHER,
+    PARAMETERS,
+    STATE,
+    STEP,
+    TEMPORARIES,
+    WORKSPACES,
+    Peak,
+)
+from optimzoo.registry import create_optimizer
+from optimzoo.roles import param_groups
+
+# What a user changes, smallest change first.
+CHANGES = ((False, False), (False, True), (True, False), (True, True))  # checkpointing, release
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method on one model: what it holds, and what its step needs beside that.
+
+    Attributes:
+        name: of the registry.
+        account: parameters, gradients and state.
+        temporaries: bytes of a step of all parameters.
+        alone: the most bytes of a step of one parameter, which is what release does.
+    """
+
+    name: str
+    account: Account
+    temporaries: int
+    alone: int
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A setting that fits: its peak and the largest micro-batch."""
+
+    method: str
+    checkpointing: bool
+    release: bool
+    batch: int
+    peak: Peak
+
+
+class Planner:
+    """Peaks for one model; what does not depend on the method is simulated once."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        dtype: torch.dtype | None = None,
+        seq: int = 256,
+        step: Step | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self.model, self.dtype, self.seq, self.step, self.device = model, dtype, seq, step, device
+        self._passes: dict[tuple[int, bool, bool], Peak] = {}
+
+    def method(self, name: str, **hyper: Any) -> Method:
+        """Account for a method, and simulate its step.
+
+        Raises:
+            ValueError: the method refuses the model, its dtype or a hyperparameter.
+        """
+        counted = account(self.model, name, dtype=self.dtype, **hyper)
+        one, two = (self._step_of(name, hyper, copies) for copies in (1, 2))
+        # A step that needs no more for twice as many weights takes them one after the other.
+        whole = one if two == one else self._step_of(name, hyper, None)
+        return Method(name, counted, whole, one)
+
+    def peak(
+        self, method: Method, batch: int, *, checkpointing: bool = False, release: bool = False
+    ) -> Peak:
+        """The peak of a training step; with ``release`` an upper bound of it."""
+        held = method.account
+        passes = self.passes(batch, checkpointing, release).plus(STATE, held.state_total)
+        if release:
+            return passes.plus(TEMPORARIES, method.alone)
+        parts = {PARAMETERS: held.params, GRADIENTS: held.grads, STATE: held.state_total}
+        parts |= {TEMPORARIES: method.temporaries, OTHER: self._buffers}
+        parts |= {WORKSPACES: passes.by_category.get(WORKSPACES, 0)}
+        step = Peak(sum(parts.values()), STEP, {k: v for k, v in parts.items() if v})
+        return max(passes, step, key=lambda peak: peak.bytes)
+
+    def fits(self, method: Method, limit: int, most: int = 1024) -> Iterator[Fit]:
+        """For each setting the largest micro-batch, a power of two, that fits in ``limit`` bytes.
+
+        The smallest change comes first; a setting that does not allow more than a smaller change
+        is left out.
+        """
+        best = 0
+        for checkpointing, release in CHANGES:
+            found: Fit | None = None
+            batch = max(1, best)
+            while batch <= most:
+                peak = self.peak(method, batch, checkpointing=checkpointing, release=release)
+                if peak.bytes > limit:
+                    break
+                found = Fit(method.name, checkpointing, release, batch, peak)
+                batch *= 2
+            if found is not None and found.batch > best:
+                best = found.batch
+                yield found
+
+    def passes(self, batch: int, checkpointing: bool, release: bool) -> Peak:
+        """The peak of forward and backward without any state; simulated once."""
+        key = (batch, checkpointing, release)
+        if key not in self._passes:
+            session = Session(self.model, self.dtype, self.device, checkpointing=checkpointing)
+            with session:
+                if release:
+                    session.tracker.bracket(session.model.parameters(), lambda: _drop(session))
+                peak = session.run_model(self.step or language_model_step(batch, self.seq))
+            self._passes[key] = session.on_device(peak)
+        return self._passes[key]
+
+    @cached_property
+    def _buffers(self) -> int:
+        return sum(b.numel() * b.element_size() for b in self.model.buffers())
+
+    def _step_of(self, name: str, hyper: dict[str, Any], copies: int | None) -> int:
+        """Temporaries of a step, with so many parameters of each kind (None: all)."""
+        session = Session(nn.Module(), None, self.device, checkpointing=False)
+        with session:
+            groups = param_groups(self.model)
+            for group in groups:
+                group["params"] = self._shapes(group["params"], copies)
+                del group["param_names"]
+            optimizer = create_optimizer(name, groups, **hyper)
+            steps = session.run_steps(optimizer)
+        return max(peak.by_category.get(TEMPORARIES, 0) for peak in steps.values())
+
+    def _shapes(self, params: list[Tensor], copies: int | None) -> list[Tensor]:
+        seen: dict[Any, int] = {}
+        shapes: list[Tensor] = []
+        for p in params:
+            kind = (p.shape, p.stride(), p.dtype)
+            seen[kind] = seen.get(kind, 0) + 1
+            if copies is None or seen[kind] <= copies:
+                dtype = self.dtype if p.is_floating_point() else None
+                shape = nn.Parameter(torch.empty_like(p, dtype=dtype, device="cpu"))
+                shape.grad = torch.empty_like(shape)
+                shapes.append(shape)
+        return shapes
+
+
+def _drop(session: Session) -> None:
+    def drop(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    for p in session.model.parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(drop)

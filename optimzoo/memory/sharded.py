@@ -1,0 +1,52 @@
+"""Weights as the first of several processes holds them under FSDP2, without the others."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from optimzoo.memory.fake import Values
+
+
+@contextmanager
+def pretended_mesh(processes: int) -> Iterator[Any]:
+    """A device mesh of so many processes, all but this one pretended, on fake tensors.
+
+    Raises:
+        ValueError: a process group exists already.
+    """
+    if dist.is_initialized():
+        raise ValueError("shards pretend a process group, and this process is in a real one")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
+    try:
+        mesh = init_device_mesh("cpu", (processes,))
+        with FakeTensorMode(allow_non_fake_inputs=True), Values(lambda: True):
+            yield mesh
+    finally:
+        dist.destroy_process_group()
+
+
+def shard_of(param: Tensor, dtype: torch.dtype, mesh: Any) -> nn.Parameter:
+    """A parameter cut along dimension 0, with a gradient, as the first process has it.
+
+    The first process has the most rows, ⌈rows / processes⌉.
+    """
+    from torch.distributed.tensor import DTensor, Shard
+
+    def part() -> Tensor:
+        shape = (-(-param.shape[0] // mesh.size()), *param.shape[1:])
+        local = torch.empty(shape, dtype=dtype)
+        whole: dict[str, Any] = {"shape": param.shape, "stride": param.stride()}
+        made: Tensor = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, **whole)
+        return made
+
+    shadow = nn.Parameter(part())
+    shadow.grad = part()
+    return shadow

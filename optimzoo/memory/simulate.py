@@ -1,0 +1,243 @@
+"""The peak of a training step, by category, from shapes alone: no weights and no GPU needed."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim.optimizer import Optimizer
+from torch.utils.checkpoint import checkpoint
+
+from optimzoo.memory.fake import Values, cuda_choices, fake_copy
+from optimzoo.memory.tracker import MODEL, PARAMETERS, STATE, STEP, WORKSPACES, Peak, Tracker
+from optimzoo.registry import create_optimizer, get_info
+from optimzoo.release import release as step_in_backward
+from optimzoo.roles import param_groups
+
+Step = Callable[[nn.Module], Tensor]
+MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
+_CUDA_BLOCK = 512  # bytes: what CUDA's caching allocator rounds up to
+# cuBLAS keeps 32 MiB a thread on Hopper (8 MiB before): the forward and the backward thread's.
+_CUDA_WORKSPACES = 2 * 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What :func:`simulate` found.
+
+    Attributes:
+        peak: the highest of ``steps``.
+        steps: the peak of the `first` step, which makes the state, of the `next`, and of one that
+            refreshes the projectors, `refresh`, where the method has any.
+    """
+
+    peak: Peak
+    steps: dict[str, Peak]
+
+
+def simulate(
+    model: nn.Module,
+    optimizer: str | MakeOptimizer,
+    *,
+    batch: int = 1,
+    seq: int = 256,
+    step: Step | None = None,
+    dtype: torch.dtype | None = None,
+    checkpointing: bool = False,
+    release: bool = False,
+    micro_batches: int = 1,
+    device: str = "cpu",
+    **hyper: Any,
+) -> Simulation:
+    """The peak bytes of training steps of ``model`` with ``optimizer``, on fake tensors.
+
+    Every operation of forward, backward and optimizer step runs on shapes alone, and each tensor
+    counts from the operation that makes it to its last use. So whatever allocates is counted:
+    state, a projector's refresh, multi-tensor temporaries, gradients that wait. What an operation
+    holds inside itself (a factorisation's workspace) is not.
+
+    Args:
+        model: any module, on any device or on ``meta``; it is copied as shapes, and not touched.
+        optimizer: a name of the registry, or a function from parameter groups to an optimizer.
+        batch: sequences a micro-batch.
+        seq: tokens a sequence.
+        step: from the model to the loss, for models that do not take `input_ids` and `labels`.
+        dtype: of floating-point parameters and buffers; default: as the model has them.
+        checkpointing: recompute each block in the backward pass (:func:`checkpoint_blocks`).
+        release: step in the backward pass (:func:`optimzoo.release`).
+        micro_batches: backward passes a step; with two and more, gradients wait for the next.
+        device: `cpu`, or `cuda`: what torch and our kernels choose on a GPU, sizes as its allocator
+            rounds them, and cuBLAS's workspaces.
+        **hyper: hyperparameters, where ``optimizer`` is a name.
+
+    Raises:
+        ValueError: a module that cannot run on fake tensors (the message says why), an unknown
+            optimizer, ``release`` with several micro-batches.
+    """
+    if isinstance(optimizer, str):
+        get_info(optimizer)  # an unknown name fails at once
+    if release and micro_batches > 1:
+        raise ValueError(
+            f"release steps at the first gradient, and micro_batches={micro_batches} gives several"
+        )
+    step = step or language_model_step(batch, seq)
+    session = Session(model, dtype, device, checkpointing=checkpointing)
+    with session:
+        if not release:
+            session.run_model(step, min(micro_batches, 2))
+        groups = param_groups(session.model)
+        if isinstance(optimizer, str):
+            made = create_optimizer(optimizer, groups, **hyper)
+        else:
+            made = optimizer(groups)
+        steps = session.run_released(made, step) if release else session.run_steps(made)
+    return Simulation(max(steps.values(), key=lambda peak: peak.bytes), steps)
+
+
+class Session:
+    """One copy of a model as shapes, and the tracker that counts what happens to it."""
+
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype | None, device: str, *, checkpointing: bool
+    ) -> None:
+        if device not in ("cpu", "cuda"):
+            raise ValueError(f"cannot simulate device {device!r}; it must be cpu or cuda")
+        self.cuda = device == "cuda"
+        self.name = type(model).__name__
+        self.tracker = Tracker(block=_CUDA_BLOCK if self.cuda else 1)
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._values = Values(lambda: self.tracker.stepping)
+        with self._explained():
+            self.model = fake_copy(model, self._fake, dtype)
+        if checkpointing:
+            checkpoint_blocks(self.model)
+
+    def __enter__(self) -> "Session":
+        self._choices = cuda_choices() if self.cuda else nullcontext()
+        for context in self._contexts():
+            context.__enter__()
+        self.tracker.count(self.model.buffers())
+        self.tracker.count(self.model.parameters(), PARAMETERS)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for context in reversed(self._contexts()):
+            context.__exit__(*error)
+
+    def _contexts(self) -> list[Any]:
+        return [self._choices, self._fake, self._values, self.tracker]
+
+    def run_model(self, step: Step, passes: int = 1) -> Peak:
+        """The peak of forward and backward; gradients stay."""
+        with self._explained():
+            for _ in range(passes):
+                step(self.model).backward()
+        return self.tracker.peak(MODEL)
+
+    def run_released(self, optimizer: Optimizer, step: Step) -> dict[str, Peak]:
+        """The peaks of whole steps whose gradients are applied in the backward pass."""
+        with ExitStack() as released:  # what is not removed keeps its weights alive
+            self.tracker.bracket(
+                self.model.parameters(),
+                lambda: released.enter_context(step_in_backward(optimizer)),
+            )
+            steps = {}
+            for name in _kinds_of_steps(optimizer):
+                self.tracker.restart()
+                self.run_model(step)
+                with self._explained():
+                    optimizer.step()
+                steps[name] = self.on_device(self.tracker.peak())
+        return steps
+
+    def run_steps(self, optimizer: Optimizer) -> dict[str, Peak]:
+        """The peaks of the optimizer's steps, each with the model's passes before it."""
+        tracker = self.tracker
+        passes, held, steps = tracker.peak(MODEL), tracker.held(optimizer), {}
+        for name in _kinds_of_steps(optimizer):
+            tracker.restart()
+            with self._explained():
+                optimizer.step()
+            # The state stays while the model runs, and nothing else of a step does.
+            both = (passes.plus(STATE, held), tracker.peak(STEP))
+            steps[name] = self.on_device(max(both, key=lambda peak: peak.bytes))
+            held = tracker.held(optimizer)
+        return steps
+
+    def on_device(self, peak: Peak) -> Peak:
+        """With what the device's libraries hold."""
+        return peak.plus(WORKSPACES, _CUDA_WORKSPACES) if self.cuda else peak
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"{self.name} cannot be simulated on fake tensors: {first}; "
+                "measure a real step instead (optimzoo.memory.measure)"
+            ) from error
+
+
+def _kinds_of_steps(optimizer: Optimizer) -> Iterator[str]:
+    """`first`, `next`, and where there are projectors `refresh`, whose step then does that."""
+    yield "first"
+    yield "next"
+    groups = [g for g in optimizer.param_groups if "update_proj_gap" in g]
+    for group in groups:
+        group["update_proj_gap"] = 1
+    if groups:
+        yield "refresh"
+
+
+def language_model_step(batch: int, seq: int) -> Step:
+    """The loss of ``batch`` sequences of ``seq`` tokens, for a model as Hugging Face's are called.
+
+    It is called with `input_ids` and `labels`, and returns the loss or something that has it.
+    """
+
+    def loss_of(model: nn.Module) -> Tensor:
+        device = next(model.parameters()).device
+        tokens = torch.zeros(batch, seq, dtype=torch.long, device=device)
+        result = model(input_ids=tokens, labels=tokens)
+        loss = result if isinstance(result, Tensor) else result.loss
+        return loss
+
+    return loss_of
+
+
+def checkpoint_blocks(model: nn.Module) -> None:
+    """Let each block recompute its forward pass in the backward pass, in place.
+
+    Blocks are the elements of the outermost ``nn.ModuleList``s (or ``nn.Sequential``s).
+
+    Raises:
+        ValueError: there are none.
+    """
+    blocks: list[nn.Module] = []
+    pending = [model]
+    while pending:
+        module = pending.pop()
+        children = list(module.children())
+        if isinstance(module, nn.ModuleList | nn.Sequential):
+            blocks += children
+        else:
+            pending += children
+    if not blocks:
+        raise ValueError(
+            f"{type(model).__name__} has no nn.ModuleList of blocks to checkpoint; "
+            "checkpoint inside its forward and leave checkpointing off"
+        )
+    for block in blocks:
+        block.forward = _recomputed(block.forward)
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return run

@@ -1,0 +1,68 @@
+"""Where a model to plan for comes from: a name, a Hugging Face config, a function of one's own."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from optimzoo.memory.simulate import Step
+from optimzoo.models import Llama, get_config
+
+
+def load_model(name: str) -> nn.Module:
+    """A model on ``meta``: `llama-7b` or `7b`, or the path of a Hugging Face ``config.json``.
+
+    Raises:
+        ValueError: an unknown name (the message has the nearest ones), a file that is no config.
+        ImportError: a config, and `transformers` is not installed.
+    """
+    path = Path(name)
+    if path.suffix != ".json" and not path.is_dir():
+        with torch.device("meta"):
+            return Llama(get_config(name))
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        kind = fields.pop("model_type")
+    except (OSError, json.JSONDecodeError, KeyError, AttributeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is not a Hugging Face config: {reason}") from None
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError:
+        raise ImportError(
+            f"{path} is a Hugging Face config, which needs transformers: pip install transformers"
+        ) from None
+    fields["use_cache"] = False  # keys and values are for generation, and cost memory
+    config = AutoConfig.for_model(kind, **fields)
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config)
+    return model.train()
+
+
+def load_function(where: str) -> tuple[nn.Module, Step | None]:
+    """What ``path.py:function`` returns: a module, or a module and a function from it to the loss.
+
+    It is called under ``torch.device("meta")``, so that a large model costs nothing.
+
+    Raises:
+        ValueError: no such file or function, or it returns something else.
+    """
+    path, _, name = where.rpartition(":")
+    if not path or not Path(path).is_file():
+        raise ValueError(f"--module takes path.py:function, and {where!r} names no file")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"{path} has no function {name!r}")
+    with torch.device("meta"):
+        made = function()
+    model, step = made if isinstance(made, tuple) else (made, None)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{where} returns a {type(model).__name__}, not a torch.nn.Module")
+    return model, step

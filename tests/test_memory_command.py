@@ -1,0 +1,170 @@
+"""``optimzoo memory``: its page, JSON, picture, what fits, sources of models, bad input."""
+
+import json
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+
+from benchmarks.llama import Llama, LlamaConfig
+from optimzoo.cli import main
+from optimzoo.memory import account, simulate
+from optimzoo.memory.command import parse_size
+from optimzoo.memory.plan import CHANGES, Planner
+from optimzoo.models import CONFIGS
+
+TINY = LlamaConfig(509, 48, 132, 2, 3)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(CONFIGS, "tiny", TINY)
+
+
+def run(*arguments: str) -> int:
+    return main(["memory", *arguments])
+
+
+def on_meta() -> Llama:
+    with torch.device("meta"):
+        return Llama(TINY)
+
+
+def test_the_page_has_every_method_and_80_columns(capsys, tmp_path):
+    file = tmp_path / "out.json"
+    assert run("--model", "llama-tiny", "--account", "--json", str(file)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(line.startswith("adams") and "bfloat16" in line for line in lines)
+    methods = {m["method"]: m for m in json.loads(file.read_text())["methods"]}
+    assert next(iter(methods)) == "adadelta" and "scale" in methods
+    counted = account(on_meta(), "scale", dtype=torch.bfloat16)
+    assert methods["scale"]["held"] == counted.total
+    assert methods["scale"]["state"]["head"] == {"exp_avg": counted.state["head", "exp_avg"]}
+
+
+def test_one_method_with_its_peak_and_a_picture(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    picture, file = tmp_path / "bars.png", tmp_path / "out.json"
+    options = ("--hyper", "rank=8", "--batch", "2", "--seq", "33", "--json", str(file))
+    more = ("--optimizer", "galore", "--picture", str(picture))
+    assert run("--model", "tiny", *more, *options) == 0
+    assert "the peak, in the " in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    [record] = json.loads(file.read_text())["methods"]
+    settings = {"batch": 2, "seq": 33, "dtype": torch.bfloat16, "rank": 8}
+    assert record["peak"]["bytes"] == simulate(on_meta(), "galore", **settings).peak.bytes
+
+
+@pytest.mark.parametrize("name", ("adamw", "scale"))
+def test_shared_simulations_give_what_each_alone_gives(name):
+    planner = Planner(on_meta(), dtype=torch.bfloat16, seq=33)
+    method = planner.method(name)
+    for checkpointing, release in CHANGES:
+        settings = {"checkpointing": checkpointing, "release": release}
+        planned = planner.peak(method, 2, **settings)
+        alone = simulate(on_meta(), name, dtype=torch.bfloat16, batch=2, seq=33, **settings).peak
+        if release:  # a bound, but for the scalar of a loss
+            assert alone.bytes - 8 <= planned.bytes <= 1.3 * alone.bytes
+        else:
+            assert planned == alone
+
+
+def test_what_fits_is_sorted_by_the_change_it_takes(capsys, tmp_path):
+    planner = Planner(on_meta(), dtype=torch.bfloat16, seq=64)
+    method = planner.method("scale")
+    limit = planner.peak(method, 4).bytes
+    fits = list(planner.fits(method, limit))
+    assert (fits[0].checkpointing, fits[0].release, fits[0].batch) == (False, False, 4)
+    assert all(a.batch < b.batch for a, b in pairwise(fits))
+    assert all(fit.peak.bytes <= limit for fit in fits)
+    file = tmp_path / "fits.json"
+    options = ("--optimizer", "scale", "--seq", "64", "--json", str(file))
+    assert run("--model", "tiny", "--fits", f"{limit}B", *options) == 0
+    assert json.loads(file.read_text())["fits"][0]["batch"] == 4
+    assert run("--model", "tiny", "--fits", "1KB", "--optimizer", "scale") == 1
+    assert "nothing fits in 1KB" in capsys.readouterr().out
+
+
+def test_shards_divide_what_every_process_holds():
+    whole, one = account(on_meta(), "adamw"), account(on_meta(), "adamw", shards=4)
+    rows = {p: -(-p.shape[0] // 4) * p[:1].numel() for p in on_meta().parameters()}
+    assert one.params == one.grads == 4 * sum(rows.values()) < whole.params
+    steps = 4 * len(rows)
+    assert one.state_total == 2 * one.params + steps
+    scale = account(on_meta(), "scale", shards=4)
+    assert scale.state["head", "exp_avg"] == 4 * -(-509 // 4) * 48
+    with pytest.raises(ValueError, match="Invalid shards: 0; it must be at least 1"):
+        account(on_meta(), "adamw", shards=0)
+
+
+def test_a_hugging_face_config_and_a_module_of_ones_own(capsys, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 101}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    assert run("--model", str(path), "--optimizer", "scale", "--seq", "16") == 0
+    own = tmp_path / "own.py"
+    own.write_text(
+        "import torch\n"
+        "def make():\n"
+        "    model = torch.nn.Linear(64, 3)\n"
+        "    return model, lambda m: m(torch.ones(5, 64)).sum()\n"
+        "def number(): return 3\n"
+    )
+    assert run("--module", f"{own}:make", "--optimizer", "adamw") == 0
+    capsys.readouterr()
+    for where, message in (
+        (f"{own}:number", "returns a int, not a torch.nn.Module"),
+        (f"{own}:nothing", "has no function 'nothing'"),
+        ("nowhere.py:make", "names no file"),
+    ):
+        assert run("--module", where, "--optimizer", "scale") == 2
+        assert message in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert run("--model", str(path)) == 2
+    assert "needs transformers: pip install transformers" in capsys.readouterr().err
+
+
+def test_a_script_with_its_arguments(capsys, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("import sys, torch\nx = torch.ones(int(sys.argv[2]))\n1 / 0\n")
+    assert run("--script", str(script), "--size", "1000000") == 1
+    out = capsys.readouterr().out
+    assert "resident peak" in out and "it failed after" in out
+    assert out.rstrip().endswith("ZeroDivisionError: division by zero")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "llama-60n"), "unknown model 'llama-60n': did you mean 60m"),
+        (("--model", "tiny", "--optimizer", "scal"), "unknown optimizer 'scal'; did you mean"),
+        (("--model", "tiny", "--fits", "much"), "'much' is not a size; write 24GB or 24GiB"),
+        (("--model", "tiny", "--optimizer", "scale", "--hyper", "rank=2"), "no hyperparameter"),
+        (("--model", "tiny", "--hyper", "rank"), "--hyper takes NAME=VALUE, not 'rank'"),
+        (("--model", "tiny", "--batch", "0"), "must be at least 1"),
+        (("--model", "nothing.json"), "is not a Hugging Face config"),
+        (("--script", "nothing.py"), "there is no script 'nothing.py'"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, arguments, message):
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_machine_without_cuda_asked_for_cuda(capsys, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is CUDA here")
+    script = tmp_path / "train.py"
+    script.write_text("")
+    assert run("--device", "cuda", "--script", str(script)) == 2
+    assert "torch finds no CUDA device" in capsys.readouterr().err
+
+
+def test_sizes():
+    assert parse_size("24GB") == parse_size("24 gb") == parse_size("24G") == 24 * 10**9
+    assert parse_size("1.5GiB") == 3 * 2**29
