@@ -10,7 +10,7 @@ SOURCES := setup.cfg pyproject.toml constraints.txt setup.py $(shell find csrc -
 help:
 	@echo "make compare   train a small Llama with SGD, AdamW, Muon and SCALE; print the table"
 	@echo "make test      the tests"
-	@echo "make test-distributed    all tests of sharded training, on two and four processes"
+	@echo "make test-distributed    all tests of several processes: sharding, the harness, faults"
 	@echo "make lint type fmt    ruff, mypy, ruff format"
 	@echo "make docs notebooks   build the pages into build/site; execute every notebook"
 	@echo "make tune      the learning-rate grids behind 'make compare' (about an hour)"
@@ -50,9 +50,9 @@ memory-table: $(VENV)/.bench
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# FSDP2, DDP, tensor parallelism and distributed checkpoints, with gloo.
+# FSDP2, DDP, tensor parallelism, checkpoints, other world sizes and killed processes, with gloo.
 test-distributed: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed_full.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed_full.py tests/distributed
 
 # With the Python that has the GPU's torch: nothing is installed. Rows come to $(OUT).
 OUT ?= runs/gpu

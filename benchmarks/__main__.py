@@ -1,6 +1,7 @@
 """`python -m benchmarks COMMAND`: train, compare, reproduce, report."""
 
 import argparse
+import os
 import signal
 import sys
 
@@ -45,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         kept = getattr(args, "out", None) is not None
         text = "the same command goes on from here" if kept else "nothing is saved without --out"
-        print(f"stopped; {text}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun one says it
+            print(f"stopped; {text}", file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -114,7 +114,8 @@ def carry_out(run: Run, finish: Callable[[], Row], label: str, progress: Any = N
     torch.save({k: v.cpu() for k, v in run.model.state_dict().items()}, buffer)
     write_atomic(out / "weights.pt", buffer.getvalue())
     write_json(path, row)
-    (out / "checkpoint.pt").unlink(missing_ok=True)
+    if run.checkpoints is not None:
+        run.checkpoints.clear()
     return row
 
 

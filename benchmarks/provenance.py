@@ -66,10 +66,13 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         raise
 
 
-def remove_unfinished(path: Path) -> None:
-    """Remove the temporaries that killed processes have left beside ``path``."""
-    for left in path.parent.glob(f".{path.name}.*"):
-        left.unlink(missing_ok=True)
+def sync_folder(folder: Path) -> None:
+    """Put on disk which files a folder has."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,6 +1,5 @@
-"""One training run: its configuration, its step, its evaluation, its checkpoint."""
+"""One training run: its configuration, its step, its evaluation, its state."""
 
-import io
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -14,13 +13,14 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import optimzoo
+from benchmarks.checkpoint import FORMAT, Checkpoints
 from benchmarks.data import Batches, Corpus, iterate_eval
 from benchmarks.llama import Llama, get_config
 from benchmarks.low_rank import check, convert_model, make_restarts
-from benchmarks.provenance import remove_unfinished, write_atomic
+from benchmarks.parallel import ALONE, Parallel, whole
 from benchmarks.telemetry import UpdateRatios
 from optimzoo.lowrank import support_bytes
-from optimzoo.roles import ROLES
+from optimzoo.roles import ROLES, role_of
 
 PRECISIONS = ("auto", "fp32", "bf16-autocast", "bf16")
 
@@ -114,10 +114,26 @@ def lr_factor(step: int, config: RunConfig) -> float:
 
 
 class Run:
-    """One training run: model, optimizer, schedule, data, and how far it is."""
+    """One training run: model, optimizer, schedule, data, and how far it is.
 
-    def __init__(self, config: RunConfig, corpus: Corpus, out: Path | None = None) -> None:
-        self.config, self.corpus, self.out = config, corpus, out
+    With ``out`` it has ``checkpoints`` there; ``parallel`` says with whom it is run.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        corpus: Corpus,
+        out: Path | None = None,
+        *,
+        parallel: Parallel = ALONE,
+        keep: int = 3,
+    ) -> None:
+        self.config, self.corpus, self.out, self.parallel = config, corpus, out, parallel
+        self.checkpoints = None if out is None else Checkpoints(out / "checkpoints", keep)
+        if config.lowrank and parallel.kind == "fsdp":
+            raise ValueError("lowrank weights cannot be sharded; take --parallel ddp")
+        if config.release and parallel.kind != "none":
+            raise ValueError(f"release is for one process; leave out --parallel {parallel.kind}")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.precision = resolve_precision(config)
         shape = replace(get_config(config.model), vocab_size=corpus.vocab_size)
@@ -126,9 +142,10 @@ class Run:
         convert_model(self.model, config.lowrank, config.seed)
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         self.model.to(self.device, dtype)
-        self.forward: Callable[..., Tensor] = self.model
+        self.replica = parallel.wrap(self.model)
+        self.forward: Callable[..., Tensor] = self.replica
         if config.compile:
-            self.forward = torch.compile(self.model)
+            self.forward = torch.compile(self.forward)
         rates = {"lr": config.lr, "other_lr": config.other_lr}
         groups = optimzoo.param_groups(self.model)
         for group in groups:
@@ -163,18 +180,20 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def accumulate_gradients(self) -> Tensor:
-        """Forward and backward over one step's batch; the mean loss."""
+        """Forward and backward over this process's rows of a step's batch; their mean loss."""
         inputs, labels = self.batches[self.step]
         total = torch.zeros((), device=self.device)
         parts = self.config.accumulate
         batches = zip(inputs.chunk(parts), labels.chunk(parts), strict=True)
         for part, (x, y) in enumerate(batches, 1):
-            with self.autocast():
-                loss = self.forward(x.to(self.device), y.to(self.device)) / parts
-            held: Any = nullcontext()
+            rows, weight = self.parallel.rows(len(x))
+            held: Any = self.parallel.local_gradients(self.replica, part == parts)
             if self.released is not None and part < parts:
                 held = self.released.paused()
             with held:
+                with self.autocast():
+                    loss = self.forward(x[rows].to(self.device), y[rows].to(self.device))
+                    loss = loss * weight / parts
                 loss.backward()
             total += loss.detach()
         return total
@@ -185,7 +204,7 @@ class Run:
         with ExitStack() as around:
             if log and self.released is not None:  # the weights move in the backward
                 around.enter_context(ratios.around_step())
-            loss = self.accumulate_gradients()
+            loss = self.parallel.mean(self.accumulate_gradients().item())
             norm = self._clip(log)
             if log and self.released is None:
                 around.enter_context(ratios.around_step())
@@ -194,7 +213,7 @@ class Run:
             norm = self.released.grad_norm
         scalars: dict[str, float] = {}
         if log:
-            scalars = {} if norm is None else {"train/gradient_norm": norm.item()}
+            scalars = {} if norm is None else {"train/gradient_norm": whole(norm).item()}
             scalars |= {f"update_ratio/{k}": v for k, v in ratios.ratios.items()}
             for group in self.optimizer.param_groups:
                 scalars[f"lr/{group.get('role', 'all')}"] = float(group["lr"])
@@ -203,7 +222,7 @@ class Run:
         self.scheduler.step()
         self.optimizer.zero_grad()
         self.step += 1
-        return loss.item(), scalars
+        return loss, scalars
 
     def _clip(self, log: bool) -> Tensor | None:
         """Clip the gradients; their norm, where it is asked for. None where they are released."""
@@ -219,11 +238,12 @@ class Run:
         """Mean loss a token over ``eval_tokens`` of a split (``valid`` or ``test``)."""
         total, count = 0.0, 0
         for x, y in self._windows(split):
+            rows, weight = self.parallel.rows(len(x))
             with self.autocast():
-                loss = self.forward(x.to(self.device), y.to(self.device))
-            total += loss.item() * y.numel()
+                loss = self.forward(x[rows].to(self.device), y[rows].to(self.device))
+            total += loss.item() * y.numel() * weight
             count += y.numel()
-        return total / count
+        return self.parallel.mean(total) / count
 
     def _windows(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
         config, tokens = self.config, getattr(self.corpus, split)
@@ -240,55 +260,56 @@ class Run:
         state = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
         return params, state
 
-    def save(self) -> None:
-        """Write the checkpoint, if this run has a folder."""
-        if self.out is None:
-            return
-        buffer = io.BytesIO()
-        state = {
-            "fingerprint": json.dumps(fingerprint(self.config, self.corpus)),
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree on: formats, settings, text, every parameter's role."""
+        names = {p: name for name, p in self.model.named_parameters()}
+        roles = {
+            names[p]: f"{role_of(p, group)} {list(p.shape)}"
+            for group in self.optimizer.param_groups
+            for p in group["params"]
+        }
+        versions = {"format": FORMAT, "optimzoo": optimzoo.__version__}
+        return {**versions, **fingerprint(self.config, self.corpus), **roles}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the run goes on from."""
+        return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": {"last_epoch": self.scheduler.last_epoch},
             "restarts": self.restarts.state_dict() if self.restarts is not None else {},
             "progress": json.dumps([self.step, self.seconds, self.curve, self.valid_curve]),
         }
-        torch.save(state, buffer)
-        write_atomic(self.out / "checkpoint.pt", buffer.getvalue())
 
-    def resume(self) -> bool:
-        """Continue from the folder's checkpoint, if there is one.
-
-        Raises:
-            ValueError: the checkpoint is damaged, or of a run with other settings.
-        """
-        path = self.out / "checkpoint.pt" if self.out is not None else None
-        if path is None:
-            return False
-        remove_unfinished(path)
-        if not path.exists():
-            return False
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            saved = json.loads(state["fingerprint"])
-        except Exception as error:
-            reason = str(error).split("\n", 1)[0]
-            raise ValueError(f"{path} cannot be read ({reason}); delete it to start over") from None
-        ours = fingerprint(self.config, self.corpus)
-        differ = [
-            f"{key}={saved.get(key)!r}, not {ours.get(key)!r}"
-            for key in {**ours, **saved}
-            if saved.get(key) != ours.get(key)
-        ]
-        if differ:
-            raise ValueError(
-                f"{path} belongs to a run with {'; '.join(differ)}; use another --out, or delete it"
-            )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there; the state is whole, however many processes share the run."""
+        self.parallel.load(self.model, self.optimizer, state)
         self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
         if self.restarts is not None:
             self.restarts.load_state_dict(state["restarts"])
         self.step, self.seconds, curve, valid = json.loads(state["progress"])
         self.curve, self.valid_curve = [tuple(x) for x in curve], [tuple(x) for x in valid]
-        return True
+
+    def save(self) -> None:
+        """Write a checkpoint, if this run has a folder."""
+        if self.checkpoints is None:
+            return
+        state = self.parallel.gather(self.state_dict())
+        if self.parallel.leads:
+            self.checkpoints.save(self.step, state, self.identity())
+
+    def resume(self, *, skip_damaged: bool = False) -> bool:
+        """Continue from the folder's newest checkpoint, if there is one.
+
+        Raises:
+            ValueError: it is damaged (and not to be passed over), or of a run with other settings.
+        """
+        if self.checkpoints is None:
+            return False
+        found = self.checkpoints.newest(self.identity(), skip_damaged=skip_damaged)
+        if found is not None:
+            self.load_state_dict(found[1])
+        self.parallel.barrier()  # all have read
+        if self.parallel.leads:
+            self.checkpoints.settle(found[0] if found is not None else None)
+        return found is not None

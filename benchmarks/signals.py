@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -37,9 +38,9 @@ class HeldSignals:
         if error is None:
             self.check()
 
-    def check(self) -> None:
-        """Raise KeyboardInterrupt if a signal has come."""
-        if self._held:
+    def check(self, agreed: Callable[[bool], bool] = bool) -> None:
+        """Raise KeyboardInterrupt if a signal has come, or as processes have ``agreed``."""
+        if agreed(self._held):
             raise KeyboardInterrupt
 
     def _receive(self, number: int, _: Any) -> None:

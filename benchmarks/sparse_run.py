@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from benchmarks.data import Corpus
-from benchmarks.provenance import write_json
 from benchmarks.run import Run, RunConfig
 from optimzoo import param_groups
 from optimzoo.optimizers.adams import AdamS
@@ -173,22 +172,17 @@ class SparseRun(Run):
                 weight = parts.weight.original
                 parts.weight[0].mask = unpack(self.optimizer.state[weight]["mask"], weight.shape)
 
-    def save(self) -> None:
-        """Write the checkpoint, if this run has a folder."""
-        if self.out is not None:
-            write_json(self.out / "masked.json", self.masked_curve)
-        super().save()
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the run goes on from."""
+        return {**super().state_dict(), "masked": json.dumps(self.masked_curve)}
 
-    def resume(self) -> bool:
-        """Continue from the folder's checkpoint, if there is one, with its masks."""
-        found = super().resume()
-        if found and self.out is not None and self.method.decay and self.step:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there, with its masks."""
+        super().load_state_dict(state)
+        self.masked_curve = [tuple(x) for x in json.loads(state["masked"])]
+        if self.method.decay and self.step:
             self._refresh_forward()
             self.last = report(self.model, self.optimizer)
-            # Written before the checkpoint, so it may know of later steps.
-            points = json.loads((self.out / "masked.json").read_text(encoding="utf-8"))
-            self.masked_curve = [tuple(x) for x in points if x[0] <= self.step]
-        return found
 
     def finish(self) -> dict[str, Any]:
         """Prune for good; losses before and after, and the shares of zeros."""

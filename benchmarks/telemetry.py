@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from benchmarks.parallel import whole
 from optimzoo.roles import role_of
 
 
@@ -28,8 +29,8 @@ class UpdateRatios:
         yield
         sums: dict[str, list[Tensor]] = {}
         for p, role, old in before:
-            moved = (p.detach() - old).float().square().sum()
-            sums.setdefault(role, []).append(torch.stack([moved, old.float().square().sum()]))
+            squares = [x.float().square().sum() for x in (p.detach() - old, old)]
+            sums.setdefault(role, []).append(torch.stack([whole(x) for x in squares]))
         for role, parts in sums.items():
             moved, size = torch.stack(parts).sum(0).sqrt().tolist()
             self.ratios[role] = moved / max(size, 1e-12)

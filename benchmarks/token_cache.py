@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.corpus import SPLITS
+from benchmarks.provenance import sync_folder
 
 UNFINISHED = ".unfinished-"
 
@@ -119,14 +120,14 @@ def build(folder: Path, fill: Callable[[Path], None], identity: Mapping[str, Any
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _unfinished(folder) as built:
         fill(built)
-        _sync_folder(built)
+        sync_folder(built)
         while not _moved(built, folder):
             with suppress(StaleCacheError):
                 open_tokens(folder, identity)
                 return
             with suppress(FileNotFoundError):
                 os.rename(folder, _new_name(folder))  # swept with the dead ones
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
     sweep(folder.parent)
 
 
@@ -191,11 +192,3 @@ def _write_synced(path: Path, text: str) -> None:
 def _sync(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -5,6 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from benchmarks.data import Corpus, load_corpus
 from benchmarks.llama import get_config
+from benchmarks.parallel import ALONE, KINDS, Parallel, start
 from benchmarks.plan import perplexity
 from benchmarks.progress import RunProgress
 from benchmarks.provenance import provenance, write_json
@@ -35,18 +37,22 @@ def train(
     save_every: int = 0,
     eval_every: int = 0,
     test: bool = True,
+    parallel: Parallel = ALONE,
+    keep: int = 3,
+    skip_damaged: bool = False,
 ) -> dict[str, Any]:
     """Train, and return the run's row: configuration, losses, bytes, times, provenance.
 
-    With ``out`` the run writes ``checkpoint.pt``, TensorBoard events and ``row.json`` there; a
-    finished run is not run again, an unfinished one goes on where it was saved, to the same bits.
-    A run whose loss is not finite stops there, with ``diverged`` in its row.
+    With ``out`` the run writes ``checkpoints`` (the last ``keep``), TensorBoard events and
+    ``row.json`` there; a finished run is not run again, an unfinished one goes on where it was
+    saved, to the same bits, on as many processes as ``parallel`` now has. A run whose loss is not
+    finite stops there, with ``diverged`` in its row.
     """
     if row := finished(config, corpus, out, test=test):
         return row
-    run = Run(config, corpus, out)
-    run.resume()
-    scalars = Scalars(out, first_step=run.step)
+    run = Run(config, corpus, out, parallel=parallel, keep=keep)
+    run.resume(skip_damaged=skip_damaged)
+    scalars = Scalars(out if parallel.leads else None, first_step=run.step)
     reset_peak_memory()
     optimizer_seconds, times = _time_steps(run.optimizer), list[float]()
     with HeldSignals() as signals:
@@ -61,9 +67,9 @@ def train(
             raise
         row = _row(run, valid, tested, optimizer_seconds, times)
         scalars.close(row["config"], **{"hparam/valid_loss": valid})
-        if out is not None:
+        if run.checkpoints is not None and out is not None and parallel.leads:
             write_json(out / "row.json", row)
-            (out / "checkpoint.pt").unlink(missing_ok=True)
+            run.checkpoints.clear()
     return row
 
 
@@ -101,7 +107,7 @@ def _take_steps(
             run.save()
         if progress is not None:
             progress(run.step, loss, run.step * config.tokens_per_step / run.seconds)
-        signals.check()
+        signals.check(run.parallel.any)
     return True
 
 
@@ -116,6 +122,7 @@ def _row(
         "corpus": {"name": corpus.name, "sha256": corpus.sha256, "vocab_size": corpus.vocab_size},
         "provenance": provenance(),
         "precision": run.precision,
+        "parallel": {"kind": run.parallel.kind, "processes": run.parallel.size},
         "tokens": config.steps * config.tokens_per_step,
         "diverged": not math.isfinite(perplexity(valid)),
         "valid_loss": _finite(valid),
@@ -189,13 +196,14 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache-dir", type=Path, default=Path(".cache/optimzoo"))
 
 
-def corpus_from(args: argparse.Namespace, model: str) -> Corpus:
+def corpus_from(args: argparse.Namespace, model: str, *, progress: bool = True) -> Corpus:
     """The corpus that the options ask for, tokenised for a model."""
     source = args.data[0] if args.data in (["stdlib"], ["c4"]) else args.data
     return load_corpus(
         source,
         vocab_size=get_config(model).vocab_size,
         cache_dir=args.cache_dir,
+        progress=progress,
         max_chars=args.max_chars,
         max_tokens=args.max_tokens,
     )
@@ -228,24 +236,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             kind = type(option.default)
             parser.add_argument(name, type=kind, default=option.default, choices=choices)
     add_corpus_arguments(parser)
-    parser.add_argument("--out", type=Path, help="folder of checkpoint, TensorBoard and row.json")
+    parser.add_argument("--out", type=Path, help="folder of checkpoints, TensorBoard and row.json")
     parser.add_argument("--save-every", type=int, default=100, metavar="STEPS")
+    parser.add_argument("--keep", type=int, default=3, metavar="N", help="checkpoints to keep")
+    parser.add_argument(
+        "--skip-damaged", action="store_true", help="go on from the newest whole checkpoint"
+    )
     parser.add_argument("--eval-every", type=int, default=0, metavar="STEPS")
+    parser.add_argument(
+        "--parallel", choices=KINDS, default="none", help="how the processes of torchrun share it"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
     """Train with a progress bar, and print the result."""
     config = RunConfig(**{f.name: getattr(args, f.name) for f in fields(RunConfig)})
-    corpus = corpus_from(args, config.model)
-    with RunProgress(config.steps) as bar:
-        row = train(
-            config,
-            corpus,
-            out=args.out,
-            progress=bar.start(config.optimizer, config.steps),
-            save_every=args.save_every,
-            eval_every=args.eval_every,
-        )
+    with start(args.parallel) as parallel:
+        corpus = parallel.first(lambda: corpus_from(args, config.model, progress=parallel.leads))
+        bars = RunProgress(config.steps) if parallel.leads else nullcontext()
+        with bars as bar:
+            row = train(
+                config,
+                corpus,
+                out=args.out,
+                progress=bar.start(config.optimizer, config.steps) if bar else None,
+                save_every=args.save_every,
+                eval_every=args.eval_every,
+                parallel=parallel,
+                keep=args.keep,
+                skip_damaged=args.skip_damaged,
+            )
+    return _print_result(config, row) if parallel.leads else int(row["diverged"])
+
+
+def _print_result(config: RunConfig, row: dict[str, Any]) -> int:
     if row["diverged"]:
         print(f"{config.optimizer} diverged; try a smaller --lr than {config.lr:g}")
         return 1

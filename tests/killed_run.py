@@ -16,24 +16,18 @@ from typing import Any
 import torch
 import torch._dynamo  # imported by the first step: once here, not in every child
 import torch.utils.tensorboard
-from tiny_benchmarks import TINY, tiny_corpus
+from tiny_benchmarks import TINY, saved_step, tiny_corpus
 
 from benchmarks import llama
+from benchmarks.checkpoint import Checkpoints
 from benchmarks.run import RunConfig
 from benchmarks.train import train
 
 CONFIG = RunConfig("scale", 1e-2, model="tiny", steps=100, batch_size=2, seq_len=16)
 
 
-def written(checkpoint: Path) -> int:
-    try:
-        return checkpoint.stat().st_mtime_ns
-    except FileNotFoundError:
-        return 0
-
-
-def steps_done(checkpoint: Path) -> int:
-    return int(json.loads(torch.load(checkpoint, weights_only=True)["progress"])[0])
+def newest(out: Path) -> int:
+    return max(Checkpoints(out / "checkpoints").steps(), default=0)
 
 
 def main(folder: Path, seed: int, kills: int) -> dict[str, Any]:
@@ -41,15 +35,13 @@ def main(folder: Path, seed: int, kills: int) -> dict[str, Any]:
     llama.CONFIGS["tiny"] = TINY
     corpus, rng = tiny_corpus(folder), random.Random(seed)
     out, steps = folder / "killed", [0]
-    checkpoint = out / "checkpoint.pt"
     for _ in range(kills):
         child = os.fork()
         if child == 0:
             train(CONFIG, corpus, out=out, save_every=1)
             os._exit(0)
-        # Its first checkpoint replaces the one that the last process has left.
-        before, ended = written(checkpoint), (0, 0)
-        while written(checkpoint) == before and ended == (0, 0):
+        before, ended = newest(out), (0, 0)
+        while newest(out) == before and ended == (0, 0):
             time.sleep(0.001)
             ended = os.waitpid(child, os.WNOHANG)
         if ended != (0, 0):  # it failed, which the run below shows, or has come to its end
@@ -59,7 +51,7 @@ def main(folder: Path, seed: int, kills: int) -> dict[str, Any]:
         os.waitpid(child, 0)
         if (out / "row.json").exists():
             break
-        steps.append(steps_done(checkpoint))
+        steps.append(saved_step(out))
     row = train(CONFIG, corpus, out=out, save_every=1)
     straight = train(CONFIG, corpus)
     keys = ("curve", "valid_loss", "test_loss")

@@ -190,7 +190,7 @@ def test_interrupted_in_the_middle_it_goes_on(folder, monkeypatch, capsys, tuned
     assert capsys.readouterr().err.endswith("stopped; the same command goes on from here\n")
     assert not (folder / "out" / "results.json").exists()
     assert len(list((folder / "out" / "runs").glob("*/row.json"))) == 2
-    assert len(list((folder / "out" / "runs").glob("*/checkpoint.pt"))) == 1
+    assert len(list((folder / "out" / "runs").glob("*/checkpoints/latest"))) == 1
 
     steps = []
     train_step = Run.train_step

@@ -10,6 +10,7 @@ from reference.lowrank_numpy import recovering
 
 from benchmarks import reproduce, tables
 from benchmarks.__main__ import main
+from benchmarks.checkpoint import Checkpoints
 from benchmarks.llama import CONFIGS
 from benchmarks.plan import Plan
 from benchmarks.run import Run, RunConfig, fingerprint, lr_factor
@@ -59,7 +60,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(name, precision, corpus, tm
         with pytest.raises(KeyboardInterrupt):
             train(config, corpus, out=tmp_path, eval_every=2, progress=stop_at(last))
         if name == "relora" and last == 4:  # the merge has just been, and is in the checkpoint
-            state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+            state = Checkpoints(tmp_path / "checkpoints").load(4)[0]
             assert state["restarts"] == {"steps": 4}
             assert not state["model"]["model.layers.0.mlp.up_proj.B"].any()
     row = train(config, corpus, out=tmp_path, eval_every=2)

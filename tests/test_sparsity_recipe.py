@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import tiny_benchmarks
 import torch
 from tiny_benchmarks import TINY, VOCAB, tiny_corpus
 from torch import nn
@@ -82,14 +83,14 @@ def test_a_stopped_run_goes_on_to_the_same_bits(corpus, tmp_path, monkeypatch, n
     words = ["cast", *SMALL, "--out", str(tmp_path / "cut"), "--methods", name]
     monkeypatch.setattr(cast.SparseRun, "train_step", stopping)
     assert command.main(words) == 130
-    assert (tmp_path / "cut" / name / "checkpoint.pt").exists()
+    assert tiny_benchmarks.saved_step(tmp_path / "cut" / name) == 8
     monkeypatch.setattr(cast.SparseRun, "train_step", step)
     again = run(tmp_path / "cut", "--methods", name)[name]
     same = ("valid_before", "valid_loss", "test_loss", "curve", "masked_curve", "zeros")
     assert {k: again[k] for k in same} == {k: whole[k] for k in same}
     pair = [weights(tmp_path / folder, name) for folder in ("whole", "cut")]
     torch.testing.assert_close(*pair, rtol=0, atol=0)
-    assert not (tmp_path / "cut" / name / "checkpoint.pt").exists()
+    assert not (tmp_path / "cut" / name / "checkpoints").exists()
 
 
 def test_finished_runs_are_read_and_others_run_again(corpus, tmp_path, monkeypatch):

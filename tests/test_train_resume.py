@@ -1,25 +1,23 @@
 """Training that is interrupted, terminated or killed, and goes on to the same bits."""
 
-import io
 import json
 import os
-import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import tiny_benchmarks
 import torch
 from data_helpers import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_benchmarks import saved_step
 
 import benchmarks.train as train_module
-from benchmarks.__main__ import main
 from benchmarks.llama import CONFIGS
 from benchmarks.provenance import write_atomic
 from benchmarks.run import Run, RunConfig
@@ -59,11 +57,6 @@ def stop_at(last: int):
     return progress
 
 
-def saved_step(out: Path) -> int:
-    state = torch.load(out / "checkpoint.pt", weights_only=True)
-    return json.loads(state["progress"])[0]
-
-
 def assert_same_bits(row, straight) -> None:
     for key in ("curve", "valid_curve", "valid_loss", "test_loss", "state_bytes", "diverged"):
         assert row[key] == straight[key], key
@@ -85,7 +78,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(name, precision, corpus, tm
             train(config, corpus, out=out, eval_every=2, progress=stop_at(last))
         assert saved_step(out) == last
     assert_same_bits(train(config, corpus, out=out, eval_every=2), straight)
-    assert not (out / "checkpoint.pt").exists()
+    assert not (out / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("moment", ["after the last step", "while it evaluates"])
@@ -168,7 +161,7 @@ def test_sigterm_saves_and_leaves_with_one_line(tmp_path):
     words += ["--data", *text, f"--cache-dir={tmp_path / 'cache'}"]
     process = tiny_benchmarks.start(tmp_path, words)
     try:
-        while process.poll() is None and not (out / "checkpoint.pt").exists():
+        while process.poll() is None and not (out / "checkpoints" / "latest").exists():
             time.sleep(0.01)
         process.terminate()
         printed, error = process.communicate(timeout=600)
@@ -180,7 +173,7 @@ def test_sigterm_saves_and_leaves_with_one_line(tmp_path):
     assert lines == ["stopped; the same command goes on from here"]
     assert "Traceback" not in printed
     assert saved_step(out) >= 1
-    assert not list(out.glob(".*"))
+    assert not list(out.rglob(".*"))
 
 
 def test_killed_again_and_again(tmp_path):
@@ -213,77 +206,16 @@ def test_a_finished_run_is_not_run_again(corpus, tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-@pytest.fixture
-def checkpoint(corpus, tmp_path) -> Path:
-    with pytest.raises(KeyboardInterrupt):
-        train(SGD, corpus, out=tmp_path / "run", progress=stop_at(4))
-    return tmp_path / "run" / "checkpoint.pt"
-
-
-def test_a_checkpoint_of_other_settings_is_refused(checkpoint, corpus):
-    saved = checkpoint.read_bytes()
-    others = {"lr": 0.25, "clip": 1.0, "seed": 3, "optimizer": "adamw", "hyper": {"momentum": 0.5}}
-    for name, value in others.items():
-        message = f"{name}={getattr(SGD, name)!r}, not {value!r}; use another --out"
-        with pytest.raises(ValueError, match=re.escape(message)) as caught:
-            train(replace(SGD, **{name: value}), corpus, out=checkpoint.parent)
-        assert str(checkpoint) in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match=r"lr=0.5, not 0.25; seed=0, not 3") as caught:
-        train(replace(SGD, lr=0.25, seed=3), corpus, out=checkpoint.parent)
-    with pytest.raises(ValueError, match=r"corpus='\w+', not 'other'"):
-        train(SGD, replace(corpus, sha256="other"), out=checkpoint.parent)
-    assert checkpoint.read_bytes() == saved
-    assert_same_bits(train(SGD, corpus, out=checkpoint.parent), train(SGD, corpus))
-
-
-def as_file(value) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
-
-
-@pytest.mark.parametrize("damage", ["half", "short", "empty", "garbage", "list", "keys", "object"])
-def test_a_damaged_checkpoint_is_refused(damage, checkpoint, corpus, capsys):
-    whole = checkpoint.read_bytes()
-    content = {
-        "half": whole[: len(whole) // 2],
-        "short": whole[:-1],
-        "empty": b"",
-        "garbage": os.urandom(1000),
-        "list": as_file([1, 2]),
-        "keys": as_file({"model": {}}),
-        "object": as_file(SGD),
-    }
-    checkpoint.write_bytes(content[damage])
-    with pytest.raises(ValueError, match=r"cannot be read .*; delete it to start over") as caught:
-        train(SGD, corpus, out=checkpoint.parent)
-    assert str(caught.value).startswith(str(checkpoint)) and "\n" not in str(caught.value)
-    checkpoint.unlink()
-    assert not train(SGD, corpus, out=checkpoint.parent)["diverged"]
-
-
-def test_the_command_refuses_in_one_line(checkpoint, corpus, tmp_path, capsys):
-    checkpoint.write_bytes(b"no checkpoint")
-    text = map(str, tiny_benchmarks.write_text(tmp_path))
-    words = ["train", "--optimizer=sgd", "--lr=0.5", "--model=tiny", "--steps=9", "--seq-len=16"]
-    words += ["--data", *text, "--cache-dir", str(tmp_path / "cache")]
-    assert main([*words, "--out", str(checkpoint.parent)]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"error: {checkpoint} cannot be read")
-
-
 def test_no_scalar_is_doubled_or_lost_by_going_on(corpus, tmp_path):
     config = replace(SGD, steps=45)
     straight = train(config, corpus, out=tmp_path / "straight", eval_every=7)
     out = tmp_path / "run"
-    checkpoints = []
     for last in (21, 37):  # at 21 both are logged
         with pytest.raises(KeyboardInterrupt):
             train(config, corpus, out=out, eval_every=7, progress=stop_at(last))
-        checkpoints.append((out / "checkpoint.pt").read_bytes())
         time.sleep(1.1)  # the files of one second are read in any order
     # As after a kill: more is logged than the checkpoint knows.
-    (out / "checkpoint.pt").write_bytes(checkpoints[0])
+    shutil.rmtree(out / "checkpoints" / "step-00000037")
     assert_same_bits(train(config, corpus, out=out, eval_every=7), straight)
     for name, steps in (("train/loss", [1, 11, 21, 31, 41, 45]), ("valid/loss", range(7, 46, 7))):
         events = [

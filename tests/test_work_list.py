@@ -99,7 +99,7 @@ def test_two_processes_share_one_list_and_one_is_killed(folder):
                     holders[path.parent.name] = json.loads(path.read_text())["pid"]
                 except (OSError, ValueError):
                     continue
-            saved = list(folder.glob("out/runs/*/checkpoint.pt"))
+            saved = list(folder.glob("out/runs/*/checkpoints/latest"))
             if len(set(holders.values())) == 2 and len(saved) == 2:
                 break
             time.sleep(0.005)
@@ -113,7 +113,7 @@ def test_two_processes_share_one_list_and_one_is_killed(folder):
             process.kill()
     assert both[1].returncode == 0, error
     assert not list(folder.glob("out/runs/*/claim.*"))
-    assert not list(folder.glob("out/runs/*/checkpoint.pt"))
+    assert not list(folder.glob("out/runs/*/checkpoints/latest"))
     shared = rows_of(folder / "out")
     alone = start(folder, compare(folder, 1, "alone", "--seeds=1"))
     assert alone.wait(timeout=240) == 0

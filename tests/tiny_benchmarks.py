@@ -15,6 +15,7 @@ from typing import Any
 from data_helpers import ROOT, load, make_texts
 
 from benchmarks import llama, plan
+from benchmarks.checkpoint import Checkpoints
 from benchmarks.data import Corpus
 from benchmarks.llama import LlamaConfig
 
@@ -64,6 +65,14 @@ def write_text(folder: Path) -> list[Path]:
 
 def tiny_corpus(folder: Path) -> Corpus:
     return load(write_text(folder), folder / "cache", vocab_size=VOCAB)
+
+
+def saved_step(out: Path) -> int:
+    """The step of a run's newest checkpoint, which is whole."""
+    checkpoints = Checkpoints(out / "checkpoints")
+    step = checkpoints.steps()[-1]
+    assert json.loads(checkpoints.load(step)[0]["progress"])[0] == step
+    return step
 
 
 def write_plan(folder: Path, values: dict[str, Any] = PLAN) -> None:

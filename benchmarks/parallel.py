@@ -1,0 +1,180 @@
+"""Several processes that train one model: what each of them sees, and what they agree on.
+
+``torchrun --nproc-per-node N -m benchmarks train ... --parallel ddp`` starts them; the engine is
+torch.distributed. All see the same batches, each takes its rows of them, and the gradients are
+averaged: the run is that of one process, up to rounding.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+KINDS = ("none", "ddp", "fsdp")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """One process of those that train a model together; by default the only one.
+
+    Attributes:
+        kind: ``none``; ``ddp``, every process has the whole model; ``fsdp``, rows of each weight.
+        rank: which one.
+        size: of how many.
+    """
+
+    kind: str = "none"
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the files and shows the progress."""
+        return self.rank == 0
+
+    def wrap(self, model: Any) -> Callable[..., Any]:
+        """The forward to call; a model that is to be sharded is sharded in place."""
+        if self.kind == "ddp":
+            with warnings.catch_warnings():  # newer torch has another name for broadcast_buffers
+                warnings.simplefilter("ignore", FutureWarning)
+                # DDP lays its buckets out anew after the first step, unless it looks for unused
+                # parameters: the order of the sums, and a resumed run's bits, would depend on it.
+                return nn.parallel.DistributedDataParallel(
+                    model, broadcast_buffers=False, find_unused_parameters=True
+                )
+        if self.kind == "fsdp":
+            from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+            policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+            for block in model.model.layers:
+                fully_shard(block, mp_policy=policy)
+            fully_shard(model, mp_policy=policy)
+        forward: Callable[..., Any] = model
+        return forward
+
+    def rows(self, count: int) -> tuple[slice, float]:
+        """Which of ``count`` rows are this process's, and the weight of their mean in `mean`.
+
+        One that has none takes the first, with weight 0, since a forward is everybody's affair.
+        """
+        here = len(range(self.rank, count, self.size))
+        rows = slice(self.rank, None, self.size) if here else slice(0, 1)
+        return rows, here * self.size / count
+
+    def local_gradients(self, forward: Any, last: bool) -> AbstractContextManager[Any]:
+        """For the backward of a part of a batch: gradients are averaged after the last one only."""
+        wait = self.kind == "ddp" and not last
+        return forward.no_sync() if wait else nullcontext()
+
+    def mean(self, value: float) -> float:
+        """Of the values that the processes hand in."""
+        if self.size == 1:
+            return value
+        return self._sum(value) / self.size
+
+    def any(self, flag: bool) -> bool:
+        """Whether one of the processes says so."""
+        return flag if self.size == 1 else self._sum(float(flag)) > 0
+
+    def barrier(self) -> None:
+        """Wait for the others."""
+        self.any(False)
+
+    def first(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns, called by the leader first: the others then find its cache."""
+        if not self.leads:
+            self.barrier()
+        made = make()
+        if self.leads:
+            self.barrier()
+        return made
+
+    def _sum(self, value: float) -> float:
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        total = torch.tensor(value, dtype=torch.float64, device=device)
+        dist.all_reduce(total)
+        return float(total)
+
+    def gather(self, state: Any) -> Any:
+        """A state with its sharded tensors whole, one after the other; every process must call."""
+        if isinstance(state, Mapping):
+            return {key: self.gather(value) for key, value in state.items()}
+        if isinstance(state, list | tuple):
+            return type(state)(self.gather(value) for value in state)
+        if not hasattr(state, "full_tensor"):
+            return state
+        full = whole(state)
+        return full.cpu() if self.leads else None
+
+    def load(self, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+        """Load the ``model`` and ``optimizer`` of a state that is whole; each takes its part."""
+        weights, saved, held = state["model"], state["optimizer"], dict[Any, Any]()
+        if self.kind == "fsdp":
+            from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+            # Takes a step without gradients, if none was taken: how the state is cut is known then.
+            get_optimizer_state_dict(model, optimizer)
+            held = optimizer.state_dict()["state"]
+            own = model.state_dict()
+            weights = {name: _placed(value, own[name]) for name, value in weights.items()}
+        values = {
+            index: {
+                key: _placed(value, held.get(index, {}).get(key)) for key, value in kept.items()
+            }
+            for index, kept in saved["state"].items()
+        }
+        optimizer.load_state_dict({**saved, "state": values})
+        model.load_state_dict(weights)  # last: that step may have touched them
+
+
+ALONE = Parallel()
+
+
+def _placed(value: Any, like: Any) -> Any:
+    """A copy of what a file has, cut as ``like`` is."""
+    if not isinstance(value, Tensor):
+        return value
+    if not hasattr(like, "device_mesh"):
+        return value.clone()
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+
+
+def whole(tensor: Any) -> Any:
+    """A sharded tensor in one piece; others as they are."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+@contextmanager
+def start(kind: str) -> Iterator[Parallel]:
+    """Join the processes that ``torchrun`` has started.
+
+    Raises:
+        ValueError: it has started none, or several that would all do the same.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "0"))
+    if kind == "none":
+        if started > 1:
+            raise ValueError(
+                f"{started} processes would all train the same; add --parallel ddp or fsdp"
+            )
+        yield Parallel()
+        return
+    if not started:
+        raise ValueError(
+            f"--parallel {kind} needs torchrun: torchrun --nproc-per-node N -m benchmarks train ..."
+        )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    yield Parallel(kind, dist.get_rank(), dist.get_world_size())
+    dist.destroy_process_group()  # not after an error: the others are not there to answer
