@@ -113,7 +113,10 @@ class Streams:
 
     def measure(self) -> None:
         """One pass of each."""
-        calls = {"copy": (self.target.copy_, 2), "add": (self.target.add_, 3)}
+        calls: dict[str, tuple[Callable[..., Any], int]] = {
+            "copy": (self.target.copy_, 2),
+            "add": (self.target.add_, 3),
+        }
         for name, (call, tensors) in calls.items():
             synchronize()
             start = time.perf_counter()
