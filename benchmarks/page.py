@@ -24,16 +24,17 @@ LEAD = (
 
 def sections() -> list[Row]:
     """What the page shows: one record a table that has rows."""
-    found = []
+    found, stored = [], {plan.name: plan for plan in Plan.stored()}
     for scale in ("nano", *SCALES):
         for name, table in beside.TABLES.items():
-            if (table.plans == ("full",)) != scale.endswith("-full"):
+            full = table.plans == ("full",)
+            names = {scale} if full else {p.replace("nano", scale, 1) for p in table.plans}
+            if full != scale.endswith("-full") or not names & stored.keys():
                 continue
             rows = beside.stored_rows(table, scale.removesuffix("-full"))
             if len(rows) > 1:
                 found.append(_beside_section(name, table, scale, rows))
-    plan = Plan("nano")
-    if plan.results_path.exists():
+    if plan := stored.get("nano"):
         found.append(_protocols(plan, tables.read_rows(plan.results_path)))
     if cast_beside.RESULTS.exists():
         found.append(_cast())
