@@ -50,10 +50,10 @@ CONFIGS = {
 
 def get_config(name: str) -> LlamaConfig:
     """Return the configuration named `7b` or `llama-7b`; an unknown name gives the nearest ones."""
-    short = name.lower().removeprefix("llama-")
+    short = name.removeprefix("llama-")
     if short in CONFIGS:
         return CONFIGS[short]
-    nearest = difflib.get_close_matches(short, CONFIGS, n=3, cutoff=0.4)
+    nearest = difflib.get_close_matches(short.lower(), CONFIGS, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(nearest)}? " if nearest else ""
     raise ValueError(f"unknown model {name!r}: {hint}known models: {', '.join(CONFIGS)}")
 
