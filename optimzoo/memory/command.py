@@ -76,9 +76,9 @@ def main(args: argparse.Namespace) -> int:
         notes = [f"{args.batch} x {args.seq} tokens"]
         notes += ["checkpointing"] if args.checkpointing else []
         notes += ["release"] if args.release else []
-        title += "; peak of a step of " + ", ".join(notes)
+        title += "\npeak of a step of " + ", ".join(notes)
     if args.shards > 1:
-        title += f"; one of {args.shards} shards"
+        title += f"\none of {args.shards} shards"
     print(report.page(title, rows, refused))
     if len(rows) == 1 and rows[0].peak:
         print("\n" + report.breakdown(rows[0].peak))
@@ -126,7 +126,7 @@ def _fits(
     _progress("")
     order = {change: i for i, change in enumerate(report.CHANGES)}
     fits.sort(key=lambda f: (order[f.checkpointing, f.release], f.peak.bytes / f.batch))
-    title += f"; what fits in {args.fits} at {args.seq} tokens a sequence"
+    title += f"\nwhat fits in {args.fits} at {args.seq} tokens a sequence"
     print(report.fits_page(title, fits, args.fits))
     if args.json:
         report.write_json(args.json, {"title": title, "fits": [report.asdict(f) for f in fits]})
