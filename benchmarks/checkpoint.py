@@ -248,7 +248,7 @@ def _seal(manifest: Mapping[str, Any]) -> str:
 def _differences(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     differ = [
         f"{key}={saved.get(key)!r}, not {ours.get(key)!r}"
-        for key in {**ours, **saved}
+        for key in sorted({**ours, **saved}, key=lambda key: "." in key)  # settings, then weights
         if saved.get(key) != ours.get(key)
     ]
     more = [f"{len(differ) - _NAMED} differences more"] if len(differ) > _NAMED else []

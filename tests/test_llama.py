@@ -235,7 +235,9 @@ def test_an_unknown_config_names_the_nearest(name, nearest):
 
 
 def test_an_unknown_config_without_a_neighbour_lists_all():
-    with pytest.raises(ValueError, match=r"^unknown model 'zzz': known models: nano, 9m, 20m"):
+    with pytest.raises(
+        ValueError, match=r"^unknown model 'zzz': known models: pico, nano, 9m, 20m"
+    ):
         get_config("zzz")
 
 

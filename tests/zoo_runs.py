@@ -125,7 +125,8 @@ def compare(
     params = weights(dtype, names)
     start = {n: p.detach().double().numpy().copy() for n, p in params.items()}
     optimizer = make(groups(params, other_lr), lr=lr, **hyper)
-    known = set(inspect.signature(make).parameters) - {"lr", "foreach", "seed", "history_dtype"}
+    ours = {"lr", "foreach", "seed", "history_dtype", "rounding", "state_bits"}
+    known = set(inspect.signature(make).parameters) - ours
     options = {k: v for k, v in optimizer.defaults.items() if k in known}
     kind = options.pop("projector", None)
     if make in (GaLore, NaturalGaLore, Fira):

@@ -120,7 +120,8 @@ class ByRole(RoleOptimizer):
             inner.param_groups, inner.state = groups, self.state
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_rules": self._rules}
+        own = {"_rules": self._rules, "_keeps_state_dtype": self._keeps_state_dtype}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
