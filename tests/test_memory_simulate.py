@@ -81,7 +81,7 @@ def test_the_simulated_peak_is_that_of_real_steps(name, dtype):
     assert simulated.bytes == pytest.approx(measured.bytes, rel=0.002)
     assert simulated.phase == measured.phase
     for category, bytes_ in measured.by_category.items():
-        assert simulated.by_category[category] == pytest.approx(bytes_, rel=0.01, abs=4096)
+        assert simulated.by_category.get(category, 0) == pytest.approx(bytes_, rel=0.01, abs=4096)
 
 
 @pytest.mark.parametrize("name", ("adamw", "scale", "galore"))
