@@ -5,8 +5,8 @@ As in `step_time`, all takes turns in one process, and the ratios are what count
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,10 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks.provenance import provenance, write_json
+from benchmarks.timing import in_turn, timed
 from optimzoo.lowrank import LowRankLinear, SparseLowRankLinear, balanced_factors
 
 MIB = 1024**2
-
-
-def timed(call: Callable[[], Any]) -> float:
-    """Milliseconds of one call, device work waited for."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - start)
 
 
 def measure_refactorization(shape: list[int], rank: int, repeats: int) -> dict[str, Any]:
@@ -70,19 +60,19 @@ def measure_sparse(shape: list[int], rank: int, tokens: int, repeats: int) -> di
         "low_rank": lambda: low(x),
         "dense": lambda: dense(x),
     }
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(repeats + 1):
-        for name, call in calls.items():
-            took = timed(lambda call=call: call().backward(grad))  # type: ignore[misc]
-            if turn:  # the first warms up
-                times[name].append(took)
+    steps = {name: partial(backward, call, grad) for name, call in calls.items()}
     return {
         "shape": shape,
         "rank": rank,
         "tokens": tokens,
-        "ms": {name: statistics.median(values) for name, values in times.items()},
+        "ms": in_turn(steps, repeats),
         "kept_bytes": {name: kept_bytes(call) for name, call in calls.items()},
     }
+
+
+def backward(call: Callable[[], Tensor], grad: Tensor) -> None:
+    """A layer's forward and backward."""
+    call().backward(grad)
 
 
 def kept_bytes(call: Callable[[], Tensor]) -> int:

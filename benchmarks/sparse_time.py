@@ -4,7 +4,6 @@ As in `step_time`, all takes turns in one process, and the ratios are what count
 """
 
 import argparse
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,23 +14,12 @@ from torch import nn
 
 import optimzoo
 from benchmarks.llama import Llama, get_config
-from benchmarks.lowrank_time import timed
 from benchmarks.provenance import provenance, write_json
+from benchmarks.timing import in_turn
 from optimzoo.sparsity import nm_mask, to_semi_structured
 from optimzoo.sparsity.masks import packed_mask
 
 LAYERS = ((4096, 4096), (11008, 4096), (4096, 11008))  # of a 7B Llama, [out, in]
-
-
-def measured(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each call, taken in turn after one that warms up."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(repeats + 1):
-        for name, call in calls.items():
-            took = timed(call)
-            if turn:
-                times[name].append(took)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def measure_mask(model: str, dtype: torch.dtype, repeats: int) -> dict[str, float]:
@@ -48,7 +36,7 @@ def measure_mask(model: str, dtype: torch.dtype, repeats: int) -> dict[str, floa
         "copy": lambda: [t.copy_(w) for t, w in zip(targets, weights, strict=True)],
         "mask": lambda: [packed_mask(w, 2, 4) for w in weights],
     }
-    return measured(calls, repeats)
+    return in_turn(calls, repeats)
 
 
 @torch.no_grad()
@@ -62,7 +50,7 @@ def measure_layer(shape: tuple[int, int], tokens: int, repeats: int) -> dict[str
     to_semi_structured(sparse)
     x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.bfloat16)
     error = (sparse(x) - dense(x)).float().norm() / dense(x).float().norm()
-    ms = measured({"dense": lambda: dense(x), "sparse": lambda: sparse(x)}, repeats)
+    ms = in_turn({"dense": lambda: dense(x), "sparse": lambda: sparse(x)}, repeats)
     return {"shape": list(shape), "tokens": tokens, "ms": ms, "error": error.item()}
 
 

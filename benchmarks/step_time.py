@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from benchmarks.llama import Llama, get_config
 from benchmarks.peers import peers
 from benchmarks.progress import RunProgress
 from benchmarks.provenance import provenance, write_json
+from benchmarks.timing import timed
 from optimzoo.roles import ROLES
 from optimzoo.subspace.bases import leading_basis
 
@@ -91,11 +93,7 @@ class Subject:
 
     def timed(self) -> float:
         """Milliseconds of one step."""
-        synchronize()
-        start = time.perf_counter()
-        self.step()
-        synchronize()
-        return 1000 * (time.perf_counter() - start)
+        return timed(self.step)
 
 
 class Streams:
@@ -118,22 +116,12 @@ class Streams:
             "add": (self.target.add_, 3),
         }
         for name, (call, tensors) in calls.items():
-            synchronize()
-            start = time.perf_counter()
-            call(self.source)
-            synchronize()
-            took = time.perf_counter() - start
-            self.rates[name].append(tensors * 4 * self.source.numel() / took / 1e9)
+            took = timed(partial(call, self.source))
+            self.rates[name].append(tensors * 4 * self.source.numel() / took / 1e6)
 
     def best(self) -> float:
         """Gigabytes a second: the better median."""
         return max(statistics.median(rates) for rates in self.rates.values())
-
-
-def synchronize() -> None:
-    """Wait for the GPU, where there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def captured(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:

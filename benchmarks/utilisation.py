@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks.llama import LlamaConfig
+from benchmarks.llama import LlamaConfig, flops_per_token
 
 # Dense bfloat16 products, 1e12 operations a second, from the vendors' data sheets.
 PEAK = {
@@ -17,19 +17,6 @@ PEAK = {
 }
 
 
-def flops_per_token(config: LlamaConfig, seq_len: int) -> int:
-    r"""Floating-point operations that training takes a token: forward once, backward twice.
-
-    ``6 N + 6 L T d``: N weights of matrix products (the embedding is looked up, the head is not),
-    each 2 operations a token; in each of L layers ``q kᵀ`` and the weighted sum of v, each 2 d
-    operations for each of the T / 2 earlier tokens that a causal mask leaves on average.
-    Recomputation does not count.
-    """
-    d, ffn, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    weights = layers * (4 * d * d + 3 * d * ffn) + config.vocab_size * d
-    return 6 * weights + 6 * layers * seq_len * d
-
-
 def peak_flops(device: str) -> float | None:
     """Operations a second of a GPU by its name; None if it is not in the table."""
     return next((1e12 * value for name, value in PEAK.items() if name in device), None)
@@ -40,7 +27,7 @@ def speed_text(row: dict[str, Any], config: LlamaConfig) -> str:
     run = row["config"]
     tokens = run["batch_size"] * run["accumulate"] * run["seq_len"]
     seconds = row["step_ms"] / 1000
-    flops = flops_per_token(config, run["seq_len"]) * tokens / seconds
+    flops = flops_per_token(config, run["seq_len"], causal=True) * tokens / seconds
     share = row["optimizer_ms"] / row["step_ms"]
     text = f"step {row['step_ms']:.1f} ms, the optimizer {share:.1%} of it; "
     text += f"{flops / 1e12:.1f} model Tflop/s"
