@@ -15,7 +15,7 @@
 
 #include <stdint.h>
 
-#define OZ_ABI 1
+#define OZ_ABI 2
 
 #ifdef __cplusplus
 extern "C" {

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-_ABI = 1
+_ABI = 2
 _TENSOR = struct.Struct("=7Q2q4i")  # oz_tensor
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ROWS, _COLUMNS, _SIGN, _ADAM = range(4)
