@@ -19,13 +19,19 @@ def peers(rank: int, gap: int) -> dict[str, Make]:
     low_rank = {"rank": rank, "update_proj_gap": gap, "scale": 0.25, "proj_type": "std"}
     apollo = {**low_rank, "scale": 1, "proj": "random", "scale_type": "channel"}
     kozistr = {k: v for k, v in low_rank.items() if k != "proj_type"} | {"projection_type": "std"}
+    kozistr_apollo = {**kozistr, "scale": 1.0, "projection_type": "random", "scale_type": "channel"}
     quiet = {"no_deprecation_warning": True}
     known: list[tuple[str, str, str, dict[str, Any] | None, dict[str, Any]]] = [
         ("galore-torch", "galore_torch", "GaLoreAdamW", low_rank, quiet),
         ("apollo-torch", "apollo_torch", "APOLLOAdamW", apollo, {}),
         ("pytorch_optimizer GaLore", "pytorch_optimizer", "GaLore", kozistr, {}),
+        ("pytorch_optimizer Fira", "pytorch_optimizer", "Fira", kozistr, {}),
+        ("pytorch_optimizer APOLLO", "pytorch_optimizer", "APOLLO", kozistr_apollo, {}),
+        ("pytorch_optimizer StableSPAM", "pytorch_optimizer", "StableSPAM", None, {}),
         ("pytorch_optimizer StableAdamW", "pytorch_optimizer", "StableAdamW", None, {}),
+        ("heavyball AdamW", "heavyball", "AdamW", None, {}),
         ("bitsandbytes AdamW8bit", "bitsandbytes.optim", "AdamW8bit", None, {}),
+        ("torchao AdamW8bit", "torchao.optim", "AdamW8bit", None, {}),
     ]
     found: dict[str, Make] = {}
     for name, module, cls, extra, options in known:
