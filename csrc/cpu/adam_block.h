@@ -33,7 +33,7 @@ inline AdamRule adam_rule(const oz_options &o, const Scalars &s, const float *st
 /* What differs between calls, decided outside of the loops. */
 enum Variant { STEP, DIRECTION, MASKED };
 
-/* The same arithmetic for one element (float, with `kept` a bool) and for sixteen (floats). */
+/* The same arithmetic for one element (float, with `kept` a bool) and for a register of them. */
 template <Variant VARIANT, typename F, typename Kept, typename Root>
 inline F adam_element(F p, F g, F &m, F &v, Kept kept, const AdamRule &r, Root root) {
   m += r.rest1 * (r.sign * g - m);
@@ -50,9 +50,16 @@ inline F adam_element(F p, F g, F &m, F &v, Kept kept, const AdamRule &r, Root r
   return p - r.lr * (update + r.decay * p);
 }
 
-inline floats root_of(floats v) {
-  for (int64_t i = 0; i < LANES; ++i) v[i] = std::sqrt(v[i]);
-  return v;
+/* All ones in the lanes whose bit is set, from the bit of element i. */
+inline ints kept_lanes(const uint8_t *mask, int64_t i) {
+#if OZ_LANES == 16
+  constexpr ints BITS = {1,       1 << 1,  1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
+                         1 << 8,  1 << 9,  1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
+  return ((ints{} + (mask[i >> 3] | mask[(i >> 3) + 1] << 8)) & BITS) != 0;
+#else
+  constexpr ints BITS = {1, 1 << 1, 1 << 2, 1 << 3, 1 << 4, 1 << 5, 1 << 6, 1 << 7};
+  return ((ints{} + mask[i >> 3]) & BITS) != 0;
+#endif
 }
 
 /* Elements [0, n); `mask` begins with the bit of the first. */
@@ -62,17 +69,15 @@ inline void adam_loop(typename Element<TYPE>::raw *p, const typename Element<TYP
                       const uint8_t *mask, int64_t n, const AdamRule &r) {
   using P = Element<TYPE>;
   using S = Element<STATE>;
-  typedef int32_t lanes __attribute__((vector_size(64)));
-  constexpr lanes PLACES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const auto root = [](float x) { return std::sqrt(x); };
   int64_t i = 0;
   for (; i + LANES <= n; i += LANES) {
     floats mean = get<STATE>(m + i), square = get<STATE>(v + i);
     const floats weight = VARIANT == DIRECTION ? floats{} : get<TYPE>(p + i);
-    lanes kept = {};
-    if constexpr (VARIANT == MASKED)
-      kept = (((lanes{} + (mask[i >> 3] | mask[(i >> 3) + 1] << 8)) >> PLACES) & 1) != 0;
-    put<TYPE>(p + i, adam_element<VARIANT>(weight, get<TYPE>(g + i), mean, square, kept, r, root_of));
+    ints kept = {};
+    if constexpr (VARIANT == MASKED) kept = kept_lanes(mask, i);
+    const auto roots = [](floats x) { return root_of(x); };
+    put<TYPE>(p + i, adam_element<VARIANT>(weight, get<TYPE>(g + i), mean, square, kept, r, roots));
     put<STATE>(m + i, mean);
     put<STATE>(v + i, square);
   }

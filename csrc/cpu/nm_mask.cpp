@@ -4,15 +4,17 @@
 
 namespace {
 
-typedef int32_t ints __attribute__((vector_size(64)));
-
 /* Lane i of the result is the member of i's group of M that stands `by` places after it. */
 template <int M, int BY>
 inline ints turned(ints v) {
 #define OZ_AT(i) ((i & ~(M - 1)) | ((i + BY) & (M - 1)))
   return __builtin_shufflevector(v, v, OZ_AT(0), OZ_AT(1), OZ_AT(2), OZ_AT(3), OZ_AT(4), OZ_AT(5),
-                                 OZ_AT(6), OZ_AT(7), OZ_AT(8), OZ_AT(9), OZ_AT(10), OZ_AT(11),
-                                 OZ_AT(12), OZ_AT(13), OZ_AT(14), OZ_AT(15));
+                                 OZ_AT(6), OZ_AT(7)
+#if OZ_LANES == 16
+                                 , OZ_AT(8), OZ_AT(9), OZ_AT(10), OZ_AT(11), OZ_AT(12), OZ_AT(13),
+                                 OZ_AT(14), OZ_AT(15)
+#endif
+  );
 #undef OZ_AT
 }
 
@@ -32,24 +34,13 @@ inline ints beaten(ints size) {
   return result;
 }
 
-/* The sign bits, lowest lane first. */
-inline uint16_t bits_of(ints lanes) {
-#if defined(__AVX512DQ__)
-  return _mm512_movepi32_mask((__m512i)lanes);
-#else
-  uint16_t bits = 0;
-  for (int i = 0; i < LANES; ++i) bits |= static_cast<uint16_t>(lanes[i] < 0) << i;
-  return bits;
-#endif
-}
-
 template <int M>
-inline uint16_t kept(floats weight, int n) {
+inline int kept(floats weight, int n) {
   /* The bits of magnitudes are ordered as they are; NaN counts as infinite. */
   ints size = (ints)weight & 0x7fffffff;
   const ints infinite = (ints){} + 0x7f800000;
   size = size > infinite ? infinite : size;
-  return bits_of(beaten<M>(size) > -n ? (ints){} - 1 : (ints){});
+  return sign_bits(beaten<M>(size) > -n ? (ints){} - 1 : (ints){});
 }
 
 template <int TYPE, int M>
@@ -61,16 +52,14 @@ void rows_of(const void *weight, uint8_t *mask, int64_t from, int64_t to, int64_
     uint8_t *out = mask + row * stride;
     int64_t at = 0;
     for (; at + LANES <= cols; at += LANES) {
-      const uint16_t bits = kept<M>(get<TYPE>(w + at), n);
-      out[at / 8] = static_cast<uint8_t>(bits);
-      out[at / 8 + 1] = static_cast<uint8_t>(bits >> 8);
+      const int bits = kept<M>(get<TYPE>(w + at), n);
+      for (int64_t i = 0; i < LANES; i += 8) out[(at + i) / 8] = static_cast<uint8_t>(bits >> i);
     }
     if (at == cols) continue;
     raw rest[LANES] = {};
     std::memcpy(rest, w + at, (cols - at) * sizeof(raw));
-    const uint16_t bits = kept<M>(get<TYPE>(rest), n) & ((1u << (cols - at)) - 1);
-    out[at / 8] = static_cast<uint8_t>(bits);
-    if (cols - at > 8) out[at / 8 + 1] = static_cast<uint8_t>(bits >> 8);
+    const int bits = kept<M>(get<TYPE>(rest), n) & ((1 << (cols - at)) - 1);
+    for (int64_t i = 0; at + i < cols; i += 8) out[(at + i) / 8] = static_cast<uint8_t>(bits >> i);
   }
 }
 

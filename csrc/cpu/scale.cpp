@@ -202,8 +202,9 @@ inline int64_t size_of(const oz_tensor &t) { return by_rows(t) ? t.cols : BLOCK;
 
 /* Sums at the start of a cache line: across two, each sixteen of them cost two accesses, and the
  * pass over an embedding twice its time. */
+constexpr int64_t A_LINE = 16;
 struct alignas(64) Line {
-  float at[LANES];
+  float at[A_LINE];
 };
 
 }  // namespace
@@ -217,12 +218,12 @@ OZ_FUNCTION(scale) {
   std::vector<int64_t> offset(count + 1, 0); /* of a tensor's columns among those of all */
   for (int64_t i = 0; i < count; ++i) {
     const int64_t cols = tensors[i].kind == OZ_COLUMNS ? tensors[i].cols : 0;
-    offset[i + 1] = offset[i] + (cols + LANES - 1) / LANES * LANES; /* each begins a cache line */
+    offset[i + 1] = offset[i] + (cols + A_LINE - 1) / A_LINE * A_LINE; /* each begins a cache line */
   }
   const int64_t columns = offset[count];
   const int most = threads_of(o);
-  std::vector<Line> sums_of_all(static_cast<size_t>(columns / LANES) * most);
-  std::vector<Line> factors_of_all(columns / LANES);
+  std::vector<Line> sums_of_all(static_cast<size_t>(columns / A_LINE) * most);
+  std::vector<Line> factors_of_all(columns / A_LINE);
   float *partial = reinterpret_cast<float *>(sums_of_all.data());
   float *factors = reinterpret_cast<float *>(factors_of_all.data());
 #pragma omp parallel num_threads(most)

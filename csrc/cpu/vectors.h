@@ -1,52 +1,83 @@
-/* Sixteen elements at a time, by GCC's and clang's vector extension: one source for every
- * instruction set. The compilers' own vectorisation of 16-bit loops is half as fast. */
+/* A register of elements at a time, by GCC's and clang's vector extension: one source for every
+ * instruction set. The compilers' own vectorisation of 16-bit loops is half as fast, and vectors
+ * wider than the registers go through the stack. */
 #ifndef OZ_CPU_VECTORS_H
 #define OZ_CPU_VECTORS_H
 
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
 #include "types.h"
 
+#ifdef __AVX512F__
+#define OZ_LANES 16
+#else
+#define OZ_LANES 8
+#endif
+
 namespace {
 
-constexpr int64_t LANES = 16;
-typedef float floats __attribute__((vector_size(64)));
-typedef uint32_t words __attribute__((vector_size(64)));
-typedef uint16_t halves __attribute__((vector_size(32)));
-typedef _Float16 float16s __attribute__((vector_size(32)));
+constexpr int64_t LANES = OZ_LANES;
+typedef float floats __attribute__((vector_size(4 * OZ_LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * OZ_LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * OZ_LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * OZ_LANES)));
+typedef _Float16 float16s __attribute__((vector_size(2 * OZ_LANES)));
 
-#ifdef __AVX512F__
 /* One instruction each, where GCC 12 makes six of the portable conversions of integers, and goes
- * through float16 one by one. The full mask keeps GCC from warning about its own header. */
-constexpr __mmask16 ALL = 0xffff;
+ * through float16 one by one. */
+#if defined(__AVX512F__)
+constexpr __mmask16 ALL = 0xffff; /* keeps GCC from warning about its own header */
 inline words widened(halves h) { return (words)_mm512_maskz_cvtepu16_epi32(ALL, (__m256i)h); }
 inline halves narrowed(words w) { return (halves)_mm512_maskz_cvtepi32_epi16(ALL, (__m512i)w); }
 inline floats widened(float16s h) { return (floats)_mm512_maskz_cvtph_ps(ALL, (__m256i)h); }
 inline float16s narrowed(floats v) {
   return (float16s)_mm512_maskz_cvtps_ph(ALL, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
 }
+inline int sign_bits(ints v) { return _mm512_movepi32_mask((__m512i)v); }
+inline floats root_of(floats v) { return (floats)_mm512_maskz_sqrt_ps(ALL, (__m512)v); }
+#elif defined(__AVX2__)
+inline words widened(halves h) { return (words)_mm256_cvtepu16_epi32((__m128i)h); }
+inline halves narrowed(words w) { /* of words below 2^16 */
+  const __m256i v = (__m256i)w;
+  return (halves)_mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+}
+inline floats widened(float16s h) { return (floats)_mm256_cvtph_ps((__m128i)h); }
+inline float16s narrowed(floats v) {
+  return (float16s)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+}
+inline int sign_bits(ints v) { return _mm256_movemask_ps((__m256)v); }
+inline floats root_of(floats v) { return (floats)_mm256_sqrt_ps((__m256)v); }
 #else
 inline words widened(halves h) { return __builtin_convertvector(h, words); }
 inline halves narrowed(words w) { return __builtin_convertvector(w, halves); }
 inline floats widened(float16s h) { return __builtin_convertvector(h, floats); }
 inline float16s narrowed(floats v) { return __builtin_convertvector(v, float16s); }
+inline int sign_bits(ints v) {
+  int bits = 0;
+  for (int i = 0; i < LANES; ++i) bits |= (v[i] < 0) << i;
+  return bits;
+}
+inline floats root_of(floats v) {
+  for (int i = 0; i < LANES; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+}
 #endif
 
 template <int TYPE>
 inline floats get(const typename Element<TYPE>::raw *x) {
   if constexpr (TYPE == OZ_F32) {
     floats v;
-    std::memcpy(&v, x, 64);
+    std::memcpy(&v, x, sizeof v);
     return v;
   } else if constexpr (TYPE == OZ_BF16) {
     halves h;
-    std::memcpy(&h, x, 32);
+    std::memcpy(&h, x, sizeof h);
     return (floats)(widened(h) << 16);
   } else {
     float16s h;
-    std::memcpy(&h, x, 32);
+    std::memcpy(&h, x, sizeof h);
     return widened(h);
   }
 }
@@ -54,26 +85,26 @@ inline floats get(const typename Element<TYPE>::raw *x) {
 template <int TYPE>
 inline void put(typename Element<TYPE>::raw *x, floats v) {
   if constexpr (TYPE == OZ_F32) {
-    std::memcpy(x, &v, 64);
+    std::memcpy(x, &v, sizeof v);
   } else if constexpr (TYPE == OZ_BF16) {
     const words u = (words)v;
     const words nearest = u + 0x7fffu + ((u >> 16) & 1u);
     const words quiet = u | 0x400000u; /* v != v: a NaN stays one. Infinity does as it is. */
     const words chosen = (v == v) ? nearest : quiet;
     const halves h = narrowed(chosen >> 16);
-    std::memcpy(x, &h, 32);
+    std::memcpy(x, &h, sizeof h);
   } else {
     const float16s h = narrowed(v);
-    std::memcpy(x, &h, 32);
+    std::memcpy(x, &h, sizeof h);
   }
 }
 
 inline float total(floats v) {
   typedef float eight __attribute__((vector_size(32)));
   typedef float four __attribute__((vector_size(16)));
-  eight e[2];
-  std::memcpy(e, &v, 64);
-  const eight sum = e[0] + e[1];
+  eight e[OZ_LANES / 8];
+  std::memcpy(e, &v, sizeof v);
+  const eight sum = OZ_LANES == 16 ? e[0] + e[OZ_LANES / 8 - 1] : e[0];
   four f[2];
   std::memcpy(f, &sum, 32);
   const four g = f[0] + f[1];
