@@ -9,6 +9,7 @@ import ctypes
 import functools
 import os
 import struct
+from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,30 @@ class _Options(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("l2", "maximize", "rounding", "eps_before")),
         *((name, ctypes.c_int32) for name in ("direction", "threads", "reserved")),
     ]
+
+
+class Table:
+    """One call's tensors, as the kernels read them; kept, only gradients are written anew."""
+
+    def __init__(
+        self, columns: tuple[Sequence[Any], ...], shapes: Shapes, kinds: Sequence[int]
+    ) -> None:
+        self.size = len(shapes)
+        self.bytes = bytearray(_TENSOR.size * self.size)
+        self.buffer = (ctypes.c_char * len(self.bytes)).from_buffer(self.bytes)
+        self._grads = memoryview(self.bytes).cast("Q")[1 :: _TENSOR.size // 8]
+        pointers = [[0 if t is None else t.data_ptr() for t in column] for column in columns]
+        types = [
+            (_TYPES[p.dtype], _TYPES[g.dtype], 0 if m is None else _TYPES[m.dtype])
+            for p, g, m in zip(*columns[:3], strict=True)
+        ]
+        rows = zip(zip(*pointers, strict=True), shapes, types, kinds, strict=True)
+        for i, (row, shape, kind_of, kind) in enumerate(rows):
+            _TENSOR.pack_into(self.bytes, i * _TENSOR.size, *row, *shape, *kind_of, kind)
+
+    def set_grads(self, grads: Tensors) -> None:
+        """Other gradients of the same dtypes."""
+        self._grads[:] = memoryview(array("Q", [g.data_ptr() for g in grads]))
 
 
 class Library:
@@ -261,6 +286,7 @@ class Library:
         first_index: int = 0,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
+        table: Table | None = None,
     ) -> None:
         """Fill the table, make the call.
 
@@ -276,8 +302,9 @@ class Library:
             first_index: of the first tensor, in stochastic rounding.
             grad_scale: a float32 tensor; gradients are divided by it.
             found_inf: a float32 tensor; if it is not zero, nothing is written.
+            table: of an earlier call with the same columns but for the gradients.
         """
-        params, grads, exp_avgs = columns[:3]
+        params, grads = columns[:2]
         if not params or isinstance(params[0], FakeTensor):
             return  # of shapes alone a kernel asks nothing, and it holds nothing
         library, why = self._loaded
@@ -292,30 +319,20 @@ class Library:
             options.lr = lr
         options.grad_scale = None if grad_scale is None else grad_scale.data_ptr()
         options.found_inf = None if found_inf is None else found_inf.data_ptr()
-        table = bytearray(_TENSOR.size * len(params))
-        pointers = [[0 if t is None else t.data_ptr() for t in column] for column in columns]
-        types = [
-            (_TYPES[p.dtype], _TYPES[g.dtype], 0 if m is None else _TYPES[m.dtype])
-            for p, g, m in zip(params, grads, exp_avgs, strict=True)
-        ]
-        at = 0
-        rows = zip(*pointers, strict=True)
-        for row, shape, kind_of, kind in zip(rows, shapes, types, kinds, strict=True):
-            _TENSOR.pack_into(table, at, *row, *shape, *kind_of, kind)
-            at += _TENSOR.size
+        if table is None:
+            table = Table(columns, shapes, kinds)
+        else:
+            table.set_grads(grads)
         function = getattr(library, f"oz_{self.kind}_{operation}")
-        buffer = (ctypes.c_char * len(table)).from_buffer(table)
         device = params[0].device
-        stream = None
+        arguments = (table.buffer, ctypes.c_int64(table.size), ctypes.byref(options))
         if self.kind == "cuda":
             with torch.cuda.device(device):
                 stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
-                status = function(
-                    buffer, ctypes.c_int64(len(params)), ctypes.byref(options), stream
-                )
+                status = function(*arguments, stream)
         else:
             options.threads = torch.get_num_threads()
-            status = function(buffer, ctypes.c_int64(len(params)), ctypes.byref(options), stream)
+            status = function(*arguments, None)
         if status:
             raise RuntimeError(
                 f"the {self.kind} kernel {operation} failed with CUDA error {status}"

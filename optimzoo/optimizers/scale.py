@@ -14,7 +14,6 @@ from torch.optim.optimizer import (
 )
 
 from optimzoo.distributed import local_part
-from optimzoo.kernels import dispatch
 from optimzoo.lowbit import Counter, one_by_one, opened
 from optimzoo.optimizers.adam_rule import adam_step, init_adam_state, step_as_tensor
 from optimzoo.optimizers.base import (
@@ -28,6 +27,7 @@ from optimzoo.optimizers.base import (
     copy_group,
     scalar_lr,
 )
+from optimzoo.optimizers.scale_fused import FusedSteps, local_average, may_fuse
 from optimzoo.optimizers.scale_sharded import Part, cut_part, step_parts
 from optimzoo.roles import input_dim, matrix_view, role_of
 from optimzoo.subspace.newton_schulz import orthogonalize
@@ -147,6 +147,7 @@ class SCALE(RoleOptimizer):
             "stacked": False,
         }
         _check_options(defaults)
+        self._fused = FusedSteps()
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -178,6 +179,7 @@ class SCALE(RoleOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._fused = FusedSteps()
         for group in self.param_groups:
             for p in group["params"]:  # a converted checkpoint may count the steps with a number
                 step_as_tensor(self.state.get(p, {}), p, capturable=group["capturable"])
@@ -215,28 +217,33 @@ class SCALE(RoleOptimizer):
         self._check_graph_capture()
         cut: list[Part] = []
         first = self.first_index
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
+            if may_fuse(group) and self._fused.again(number, self.state, group):
+                first += len(group["params"])
+                continue
             matrices, vectors = self._init_group(group)
             counters = self._count(group, first)
             first += len(group["params"])
             with ExitStack() as stack:
                 for p in matrices if group["state_bits"] == 8 else []:
                     stack.enter_context(opened(self.state[p], 8, counters.get(p)))
-                cut += self._step_group(group, matrices, vectors, counters)
+                cut += self._step_group(number, matrices, vectors, counters)
         step_parts(cut, _single_tensor_scale, _spectral)
 
     def _step_group(
         self,
-        group: dict[str, Any],
+        number: int,
         matrices: list[Tensor],
         vectors: list[Tensor],
         counters: dict[Tensor, Counter],
     ) -> list[Part]:
-        """Step what this process can alone; returns the rest."""
+        """Step what this process can of a group alone; returns the rest."""
+        group = self.param_groups[number]
         parts = [cut_part(p, self.state.get(p, {}), group, counters.get(p)) for p in matrices]
         matrices = [p for p, part in zip(matrices, parts, strict=True) if part is None]
-        if _may_fuse(group):
-            matrices, vectors = self._step_fused(group, matrices, vectors, counters)
+        if may_fuse(group):
+            lists = (matrices, vectors, counters)
+            matrices, vectors = self._fused.step(number, self.state, group, *lists)
         lr = scalar_lr(group)
         foreach = group["foreach"]
         if foreach is None:
@@ -244,7 +251,7 @@ class SCALE(RoleOptimizer):
         scale(
             [local_part(p) for p in matrices],
             [local_part(p.grad, like=p) for p in matrices if p.grad is not None],
-            [self._average(p) for p in matrices],
+            [local_average(self.state, p) for p in matrices],
             lr=lr,
             momentum=group["momentum"],
             weight_decay=group["weight_decay"],
@@ -271,48 +278,6 @@ class SCALE(RoleOptimizer):
             counters=[counters.get(p) for p in vectors],
         )
         return [part for part in parts if part is not None]
-
-    def _average(self, p: Tensor) -> Tensor | None:
-        average = self.state.get(p, {}).get("exp_avg")
-        return None if average is None else local_part(average)
-
-    def _step_fused(
-        self,
-        group: dict[str, Any],
-        matrices: list[Tensor],
-        vectors: list[Tensor],
-        counters: dict[Tensor, Counter],
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Step what the kernels take, in one call a device; returns the rest."""
-        kind = dispatch.SIGN
-        if group["normalize"] != "sign":
-            dim = input_dim(group["role"] or "hidden", transposed=group["transposed"])
-            along_rows = (dim == -1) == (group["normalize"] == "column")
-            kind = dispatch.ROWS if along_rows else dispatch.COLUMNS
-        averaged = group["averaged"] and group["momentum"] != 0
-        items = []
-        parts = {p: local_part(p) for p in (*matrices, *vectors)}
-        for p in matrices:
-            m = self._average(p) if averaged else None
-            grad = local_part(p.grad, like=p)  # type: ignore[arg-type]
-            layout = {"stacked": group["stacked"], "counter": counters.get(p)}
-            items += dispatch.matrices(parts[p], grad, m, kind, **layout)
-        for p in vectors:
-            m, v, t = (local_part(self.state[p][k]) for k in ("exp_avg", "exp_avg_sq", "step"))
-            grad = local_part(p.grad, like=p)  # type: ignore[arg-type]
-            items.append(dispatch.vector(parts[p], grad, m, v, t, counters.get(p)))
-        runs, rest = dispatch.split(items, group["fused"])
-        for kernels, chosen in runs:
-            _fused_scale(kernels, chosen, group)
-        left = {id(item.whole) for item in rest}
-        return [p for p in matrices if id(parts[p]) in left], [
-            p for p in vectors if id(parts[p]) in left
-        ]
-
-
-def _may_fuse(group: dict[str, Any]) -> bool:
-    eager = group["foreach"] or group["differentiable"] or group["normalize"] == "spectral"
-    return bool(group["fused"] or (group["fused"] is None and not eager))
 
 
 def _check_options(options: dict[str, Any]) -> None:
@@ -435,18 +400,3 @@ def _multi_tensor_scale(
         torch._foreach_add_(updates, params, alpha=weight_decay)
     torch._foreach_mul_(updates, lr)
     torch._foreach_sub_(params, updates)
-
-
-def _fused_scale(kernels: Any, items: list[dispatch.Item], group: dict[str, Any]) -> None:
-    kernels.scale_(
-        *dispatch.columns(items),
-        lr=dispatch.scalar(group["lr"], items[0].param.device),
-        momentum=group["momentum"],
-        weight_decay=group["weight_decay"],
-        l2=group["norm"] == "l2",
-        eps=group["eps"],
-        betas=group["vector_betas"],
-        adam_eps=group["vector_eps"],
-        maximize=group["maximize"],
-        **dispatch.rounding(items),
-    )

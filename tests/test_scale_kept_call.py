@@ -1,0 +1,145 @@
+"""SCALE keeps a group's call of the kernels: what changes between steps changes no result."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import optimzoo
+from optimzoo.kernels import dispatch
+
+pytestmark = pytest.mark.skipif(dispatch.backend("cpu") is None, reason="no CPU kernels were built")
+
+
+def make():
+    torch.manual_seed(0)
+    model = nn.ModuleDict(
+        {
+            "embed": nn.Embedding(11, 7),
+            "hidden": nn.Linear(7, 5),
+            "norm": nn.LayerNorm(5),
+            "lm_head": nn.Linear(5, 11, bias=False),
+        }
+    )
+    groups = optimzoo.param_groups(model)
+    return model, optimzoo.SCALE(groups, lr=1e-2, vector_lr=1e-2, weight_decay=0.1)
+
+
+def give_grads(model, step):
+    generator = torch.Generator().manual_seed(step)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+
+
+def replace_state(model, optimizer):
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def replace_entry(model, optimizer):
+    state = optimizer.state[model["lm_head"].weight]
+    state["exp_avg"] = state["exp_avg"] * 2
+
+
+def move_weights(model, optimizer):
+    for p in model.parameters():
+        p.data = p.data.clone()
+
+
+def halve_rates(model, optimizer):
+    for group in optimizer.param_groups:
+        group["lr"] *= 0.5
+
+
+def change_options(model, optimizer):
+    for group in optimizer.param_groups:
+        group.update(norm="l2", momentum=0.5, maximize=True, weight_decay=0.0, eps=1e-3)
+
+
+def stop_momentum(model, optimizer):
+    for group in optimizer.param_groups:
+        group["momentum"] = 0.0
+
+
+def sign(model, optimizer):
+    for group in optimizer.param_groups:
+        group["normalize"] = "sign"
+
+
+def miss_gradients(model, optimizer):
+    model["hidden"].weight.grad = None
+    model["norm"].bias.grad = None
+
+
+def cut_gradient(model, optimizer):
+    wide = torch.randn(5, 14, generator=torch.Generator().manual_seed(9))
+    model["hidden"].weight.grad = wide[:, ::2]
+
+
+def grow(model, optimizer):
+    extra = nn.Parameter(torch.ones(3, 4))
+    extra.grad = torch.arange(12.0).view(3, 4)
+    model["extra"] = nn.ParameterList([extra])
+    optimizer.add_param_group({"params": [("extra", extra)], "role": "hidden"})
+
+
+def shape_anew(model, optimizer):
+    weight = model["hidden"].weight
+    weight.data, weight.grad = weight.data.view(7, 5), weight.grad.view(7, 5)
+
+
+CHANGES = [
+    *(replace_state, replace_entry, move_weights, halve_rates, change_options, stop_momentum, sign),
+    *(miss_gradients, cut_gradient, grow, shape_anew),
+]
+
+
+def run(change, *, keep):
+    model, optimizer = make()
+    for step in range(6):
+        give_grads(model, step)
+        if step == 3:
+            change(model, optimizer)
+        if not keep:
+            optimizer._fused._kept.clear()
+        optimizer.step()
+    return [p.detach() for p in model.parameters()], optimizer
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_kept_call_gives_the_same_bits(change):
+    kept, optimizer = run(change, keep=True)
+    anew, _ = run(change, keep=False)
+    assert len(optimizer._fused._kept) >= 4
+    for one, other in zip(kept, anew, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_it_is_used_where_nothing_has_changed():
+    model, optimizer = make()
+    for step in range(2):
+        give_grads(model, step)
+        optimizer.step()
+    give_grads(model, 2)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    for number, group in enumerate(optimizer.param_groups):
+        assert optimizer._fused.again(number, optimizer.state, group)
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_copies_and_pickles_keep_no_call():
+    model, optimizer = make()
+    give_grads(model, 0)
+    optimizer.step()
+    assert optimizer._fused._kept
+    assert not copy.deepcopy(optimizer)._fused._kept
+
+
+def test_a_stochastic_step_is_not_kept():
+    weight = nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
+    groups = [{"params": [weight], "role": "hidden"}]
+    optimizer = optimzoo.SCALE(groups, lr=1e-2, rounding="stochastic")
+    for _ in range(2):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    assert not optimizer._fused._kept
