@@ -137,22 +137,6 @@ inline void store(const float *from, void *to, int64_t at, int64_t n, int type) 
   }
 }
 
-inline void store_stochastic(const float *from, void *to, int64_t at, int64_t n, int type,
-                             uint32_t key) {
-  if (type == OZ_F32) return;
-  char *place = static_cast<char *>(to) + 2 * at;
-  for (int64_t i = 0; i < n; ++i) {
-    uint32_t random = random_bits(static_cast<uint64_t>(at + i), key);
-    if (type == OZ_BF16) {
-      uint16_t half = bf16_stochastic(from[i], random);
-      std::memcpy(place + 2 * i, &half, 2);
-    } else {
-      _Float16 half = static_cast<_Float16>(f16_stochastic(from[i], random));
-      std::memcpy(place + 2 * i, &half, 2);
-    }
-  }
-}
-
 }  // namespace
 
 #endif

@@ -237,6 +237,49 @@ inline void add_squares(float *sums, const typename Element<TYPE>::raw *x, int64
   for (; i < n; ++i) sums[i] += Element<TYPE>::get(x[i]) * Element<TYPE>::get(x[i]);
 }
 
+inline words hashed(words x) {
+  x ^= x >> 16;
+  x *= 0x85ebca6bu;
+  x ^= x >> 13;
+  x *= 0xc2b2ae35u;
+  return x ^ (x >> 16);
+}
+
+/* bfloat16 from `from[0, n)`, elements [at, at + n) of a tensor, a register at a time; returns how
+ * many it did. Elements whose indices differ in their upper half are left. */
+inline int64_t bf16_stochastic(const float *from, char *place, int64_t at, int64_t n, uint32_t key) {
+  const uint64_t first = static_cast<uint64_t>(at), last = first + static_cast<uint64_t>(n);
+  if (high(first) != high(last)) return 0;
+  const uint32_t inner = hashed(high(first) ^ key);
+  words element = words{} + low(first);
+  for (int i = 0; i < LANES; ++i) element[i] += i;
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES, element += LANES) {
+    const words u = (words)get<OZ_F32>(from + i), random = hashed(element ^ inner);
+    const words special = u | ((u & 0xffffu) != 0 ? words{} + 0x400000u : words{});
+    const words chosen = (u & 0x7f800000u) != 0x7f800000u ? u + (random & 0xffffu) : special;
+    const halves h = narrowed(chosen >> 16);
+    std::memcpy(place + 2 * i, &h, sizeof h);
+  }
+  return i;
+}
+
+inline void store_stochastic(const float *from, void *to, int64_t at, int64_t n, int type,
+                             uint32_t key) {
+  if (type == OZ_F32) return;
+  char *place = static_cast<char *>(to) + 2 * at;
+  for (int64_t i = type == OZ_BF16 ? bf16_stochastic(from, place, at, n, key) : 0; i < n; ++i) {
+    uint32_t random = random_bits(static_cast<uint64_t>(at + i), key);
+    if (type == OZ_BF16) {
+      uint16_t half = bf16_stochastic(from[i], random);
+      std::memcpy(place + 2 * i, &half, 2);
+    } else {
+      _Float16 half = static_cast<_Float16>(f16_stochastic(from[i], random));
+      std::memcpy(place + 2 * i, &half, 2);
+    }
+  }
+}
+
 }  // namespace
 
 #endif

@@ -6,7 +6,7 @@
 
 #include <algorithm>
 
-#include "types.h"
+#include "vectors.h"
 
 /* Each operation is compiled once for each instruction set, under a name of its own. */
 #define OZ_PASTE(a, b) a##_##b
