@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from zoo_models import METHODS, llama, make, normal, one_weight, reloaded, train
 
-from optimzoo.optimizers.hidden_rule import NormGrowthLimiter
+from optimzoo.optimizers.channel_rule import limited
 
 every_method = pytest.mark.parametrize("name", METHODS)
 
@@ -63,15 +63,15 @@ def test_bfloat16_weights_are_rounded_once_a_step(name, shape):
 
 def test_the_norm_growth_limiter_is_exact_under_bfloat16():
     """1.01 lies between two of its numbers: a limit rounded to one would raise every norm."""
-    limiter, state = NormGrowthLimiter(1.01), {}
+    state = {}
     update = normal(40, 30, dtype=torch.bfloat16)
     for _ in range(50):
-        assert torch.equal(limiter(update, state), update)
+        assert torch.equal(limited(update, state, 1.01), update)
     norm = update.float().norm().item()
     for step in range(1, 40):
-        limited = limiter(update * 100, state)
-        assert limited.dtype == torch.bfloat16
-        assert limited.float().norm().item() == pytest.approx(norm * 1.01**step, rel=2e-3)
+        grown = limited(update * 100, state, 1.01)
+        assert grown.dtype == torch.bfloat16
+        assert grown.float().norm().item() == pytest.approx(norm * 1.01**step, rel=2e-3)
 
 
 def test_stable_spams_averages_move_under_bfloat16():

@@ -68,8 +68,8 @@ def matrices(
 def vector(
     param: Tensor,
     grad: Any,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
     step: Tensor | None = None,
     counter: Any = None,
 ) -> Item:

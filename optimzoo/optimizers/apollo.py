@@ -8,17 +8,14 @@ from torch.optim.optimizer import ParamsT
 
 from optimzoo.distributed import Shards
 from optimzoo.optimizers.base import check_choice, scalar_lr
-from optimzoo.optimizers.fira import check_limiter
+from optimzoo.optimizers.channel_rule import channel_ratio, check_limiter, subtract_scaled_
 from optimzoo.optimizers.hidden_rule import (
     REST_DEFAULTS,
     HiddenRule,
-    NormGrowthLimiter,
     State,
     adam_direction,
     bias_correction,
-    channel_ratio,
     count_step,
-    subtract_,
 )
 from optimzoo.subspace.projector import gaussian, resolve_side
 
@@ -147,17 +144,27 @@ class APOLLO(HiddenRule):
         low = omega.mT @ grad if left else grad @ omega
         shards.sum_([low], projected)
         direction = adam_direction(state, low, group)
+        dim: int | tuple[int, int] = (-2, -1)
         if group["scale_type"] == "channel":
-            ratio = channel_ratio(direction, low, dim=-2 if left else -1)
+            dim = -2 if left else -1
+            ratio = channel_ratio(direction, low, dim=dim)
         else:
-            ratio = channel_ratio(direction, low, dim=(-2, -1), shards=shards, over=over)
+            ratio = channel_ratio(direction, low, dim=dim, shards=shards, over=over)
         factor = group["scale"] ** 0.5
-        update = grad * (ratio * (factor if group["scale_front"] else 1.0)).to(grad.dtype)
-        update = NormGrowthLimiter(group["limiter"])(update, state, shards)
         lr = float(scalar_lr(group))
-        size = lr * bias_correction(step, group["betas"])
-        size *= 1.0 if group["scale_front"] else factor
-        subtract_(weight, update, size=size, keep=1 - lr * group["weight_decay"])
+        subtract_scaled_(
+            weight,
+            grad,
+            ratio * (factor if group["scale_front"] else 1.0),
+            state,
+            dim=dim,
+            limit=group["limiter"],
+            size=lr
+            * bias_correction(step, group["betas"])
+            * (1.0 if group["scale_front"] else factor),
+            keep=1 - lr * group["weight_decay"],
+            shards=shards,
+        )
 
 
 class APOLLOMini(APOLLO):

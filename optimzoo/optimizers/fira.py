@@ -2,23 +2,29 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from optimzoo.distributed import Shards
 from optimzoo.optimizers.base import check_choice, scalar_lr
+from optimzoo.optimizers.channel_rule import (
+    Channels,
+    channel_ratio,
+    check_limiter,
+    excess,
+    limited,
+)
 from optimzoo.optimizers.galore import Projected
 from optimzoo.optimizers.hidden_rule import (
     REST_DEFAULTS,
-    NormGrowthLimiter,
     State,
     adam_direction,
     bias_correction,
-    channel_ratio,
     count_step,
     subtract_,
 )
-from optimzoo.subspace.projector import back, resolve_side
+from optimzoo.subspace.projector import back, resolve_side, subtract_back_
 
 
 class Fira(Projected):
@@ -130,17 +136,33 @@ class Fira(Projected):
         direction = adam_direction(state, low, group)
         dim = -2 if resolve_side(group["side"], shards.shape(grad.shape)) == "left" else -1
         alpha = group["scale"]
-        subtracted = alpha if group["residual_scale"] == "alpha" else 1.0
-        ratio = channel_ratio(direction, low, dim=dim).to(grad.dtype)
-        residual = (grad - subtracted * back(state, low)) * ratio
-        residual = NormGrowthLimiter(group["limiter"])(residual, state, shards)
+        less = alpha if group["residual_scale"] == "alpha" else 1.0
+        ratio = channel_ratio(direction, low, dim=dim)
         lr = float(scalar_lr(group))
         size = lr * bias_correction(step, group["betas"])
+        keep = 1 - lr * group["weight_decay"]
+        channels = Channels.of(weight, grad, dim, shards)
+        # Two parts, one after the other: not for weights that would be rounded after each. With
+        # less = 1 the residual's norm would be a difference of numbers that are nearly equal.
+        if channels is not None and weight.dtype == torch.float32 and less <= 0.5:
+            squares = channels.squares() - back_squares(state, low, less)
+            norm = (ratio.flatten().square() * squares.clamp_min(0)).sum().sqrt()
+            by = excess(norm, state, group["limiter"])
+            ratio = ratio if by is None else ratio / by
+            channels.subtract_(ratio, size=size, keep=keep)
+            part = alpha * direction - low * (less * ratio)
+            subtract_back_(weight, state, part, size=size, keep=1.0)
+            return
+        residual = (grad - less * back(state, low)) * ratio.to(grad.dtype)
+        residual = limited(residual, state, group["limiter"], shards)
         update = alpha * back(state, direction) + residual
-        subtract_(weight, update, size=size, keep=1 - lr * group["weight_decay"])
+        subtract_(weight, update, size=size, keep=keep)
 
 
-def check_limiter(limiter: float) -> None:
-    """Refuse a limiter below 1, which would shrink every update to nothing."""
-    if not limiter >= 1.0:
-        raise ValueError(f"Invalid limiter: {limiter}; it must be >= 1")
+def back_squares(state: State, low: Tensor, less: float) -> Tensor:
+    """``‖g‖² − ‖g − less · P r‖²`` of each channel ``g`` with projection ``r = Pᵀg``."""
+    left = state.get("projector_left")
+    basis, rows = (left, low) if left is not None else (state["projector_right"], low.mT)
+    basis, rows = basis.float(), rows.float()
+    through = (basis.mT @ basis) @ rows  # P has orthonormal columns only as far as it is rounded
+    return (2 * less * rows.square() - less * less * rows * through).sum(0)

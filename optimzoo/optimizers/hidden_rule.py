@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from optimzoo.distributed import WHOLE, Shards, local_part
+from optimzoo.distributed import Shards, local_part
 from optimzoo.kernels import dispatch
 from optimzoo.lowbit import Counter, moment_dtype, opened, stand_in
 from optimzoo.optimizers.adam_rule import adam_step, init_adam_state, step_as_tensor
@@ -212,35 +212,3 @@ def subtract_(weight: Tensor, update: Tensor, *, size: float, keep: float) -> No
         weight.sub_(update)
     else:
         weight.sub_(update, alpha=size)
-
-
-class NormGrowthLimiter:
-    """Fira's limiter: a matrix's norm may grow by a factor of at most ``limit`` a step."""
-
-    def __init__(self, limit: float) -> None:
-        self.limit = limit
-
-    def __call__(self, update: Tensor, state: State, shards: Shards = WHOLE) -> Tensor:
-        """``update``, limited; its norm is kept in ``state["update_norm"]``."""
-        # In float32 at least: bfloat16 has no number between 1 and 1.0078.
-        norm = shards.norm(update, dim=(-2, -1), over="mn")
-        norm = norm if update.ndim > 2 else norm.reshape(())
-        if "update_norm" in state:
-            growth = norm / (state["update_norm"] + 1e-8)
-            excess = growth.clamp_min(self.limit) / self.limit
-            update, norm = update / excess, norm / excess
-        state["update_norm"] = norm
-        return update
-
-
-def channel_ratio(
-    direction: Tensor,
-    low: Tensor,
-    *,
-    dim: int | tuple[int, int],
-    shards: Shards = WHOLE,
-    over: str = "",
-) -> Tensor:
-    """How much Adam scaled each channel: ``‖N‖ / (‖R‖ + 1e-8)`` along ``dim``."""
-    norms = [shards.norm(x, dim=dim, over=over) for x in (direction, low)]
-    return norms[0] / (norms[1] + 1e-8)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from optimzoo.distributed import WHOLE, Shards
+from optimzoo.kernels import dispatch
 from optimzoo.lowbit import moment_dtype
 from optimzoo.optimizers.base import check_betas, check_choice, scalar_lr
 from optimzoo.optimizers.hidden_rule import (
@@ -134,8 +135,12 @@ class StableSPAM(HiddenRule):
     ) -> None:
         step = count_step(state, weight)
         shrink = cosine_factor(step, group["total_steps"], group["eta_min"])
-        grad = clip_spikes(grad, state, step, group["gamma3"], shards)
-        grad = clip_norm(grad, state, step, shrink, group, shards)
+        kernels = _kernels(weight, grad, state, shards)
+        if kernels is None:
+            grad = clip_spikes(grad, state, step, group["gamma3"], shards)
+            grad = clip_norm(grad, state, step, shrink, group, shards)
+        else:
+            clips = _clips(kernels, grad, state, step, shrink, group)
         beta1, beta2 = group["betas"][0] * shrink, group["betas"][1]
         if "exp_avg" not in state:
             dtype = moment_dtype(grad, group)
@@ -150,12 +155,24 @@ class StableSPAM(HiddenRule):
             if group["reset_step"] == "clean":
                 m, v = state["exp_avg"], state["exp_avg_sq"]
         state["moment_step"] += 1
+        lr = float(scalar_lr(group))
+        if kernels is not None:
+            kernels.adam_(
+                *([weight], [grad], [m], [v], [state["moment_step"].to(grad.device)]),
+                lr=lr,
+                betas=(beta1, beta2),
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                maximize=False,
+                eps_before=False,
+                clips=[clips],
+            )
+            return
         k = int(state["moment_step"].item())
         grad = grad.to(m.dtype)
         m.lerp_(grad, 1 - beta1)
         v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         denominator = (v / (1 - beta2**k)).sqrt_().add_(group["eps"])
-        lr = float(scalar_lr(group))
         size = lr / (1 - beta1**k)
         subtract_(weight, m / denominator, size=size, keep=1 - lr * group["weight_decay"])
 
@@ -172,10 +189,7 @@ def clip_spikes(
 ) -> Tensor:
     """Scale entries beyond the running largest entry down to it."""
     largest = _norm(grad, math.inf, shards)
-    if "max_avg" not in state:
-        state["max_avg"] = torch.zeros_like(largest)
-    average = state["max_avg"].mul_(gamma).add_(largest, alpha=1 - gamma)
-    bound = average / (1 - gamma**step)
+    bound = _spike_bound(largest, state, step, gamma)
     tiny = torch.finfo(largest.dtype).tiny
     clipped = grad / largest.clamp_min(tiny) * bound
     return torch.where(grad.abs() > bound, clipped, grad).to(grad.dtype)
@@ -191,13 +205,53 @@ def clip_norm(
 ) -> Tensor:
     """Give the gradient the running norm in place of its own."""
     norm = _norm(grad, 2, shards)
+    return (grad * _norm_factor(norm, state, step, shrink, group)).to(grad.dtype)
+
+
+def _spike_bound(largest: Tensor, state: State, step: int, gamma: float) -> Tensor:
+    """The running largest entry, ``largest`` taken in."""
+    if "max_avg" not in state:
+        state["max_avg"] = torch.zeros_like(largest)
+    average = state["max_avg"].mul_(gamma).add_(largest, alpha=1 - gamma)
+    return average / (1 - gamma**step)
+
+
+def _norm_factor(
+    norm: Tensor, state: State, step: int, shrink: float, group: dict[str, Any]
+) -> Tensor:
+    """What makes a gradient of this norm one of the running norm."""
     if "norm_avg" not in state:
         state["norm_avg"], state["norm_avg_sq"] = torch.zeros_like(norm), torch.zeros_like(norm)
     gamma1, gamma2 = group["gamma1"] * shrink, group["gamma2"]
     mean = state["norm_avg"].mul_(gamma1).add_(norm, alpha=1 - gamma1)
     square = state["norm_avg_sq"].mul_(gamma2).add_(norm.square(), alpha=1 - gamma2)
     target = mean / (1 - gamma1**step) / ((square / (1 - gamma2**step)).sqrt() + group["eps"])
-    return (grad * (target / norm.clamp_min(torch.finfo(norm.dtype).tiny))).to(grad.dtype)
+    return target / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+
+
+def _kernels(weight: Tensor, grad: Tensor, state: State, shards: Shards) -> Any:
+    """The kernels that step a whole tensor; None where none does."""
+    kernels = dispatch.backend(grad.device.type)
+    if kernels is None or shards.mesh is not None or grad.ndim > 2 or grad.shape != weight.shape:
+        return None
+    item = dispatch.vector(weight, grad, state.get("exp_avg"), state.get("exp_avg_sq"))
+    return kernels if grad.is_contiguous() and dispatch.takes(item) else None
+
+
+def _clips(
+    kernels: Any, grad: Tensor, state: State, step: int, shrink: float, group: dict[str, Any]
+) -> Tensor:
+    """Both clips as the kernels apply them: bound of an entry, ratio beyond it, factor of all."""
+    tiny = torch.finfo(torch.float32).tiny
+    sums = torch.zeros(4, device=grad.device)  # largest entry, sum of squares, bound, ratio
+    call = ([grad], [sums], [dispatch.SIGN], [(1, grad.numel())])
+    kernels.reduce_(*call)
+    bound = _spike_bound(sums[0].clone(), state, step, group["gamma3"])
+    ratio = bound / sums[0].clamp_min(tiny)
+    sums[2:] = torch.stack((bound, ratio))
+    kernels.reduce_(*call)
+    factor = _norm_factor(sums[1].sqrt(), state, step, shrink, group)
+    return torch.stack((bound, ratio, factor))
 
 
 def _norm(grad: Tensor, order: float, shards: Shards) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from optimzoo.distributed import by_owners
+from optimzoo.kernels import dispatch
 from optimzoo.lowbit import Counter, stand_in
 from optimzoo.optimizers.base import scalar_lr
 from optimzoo.optimizers.hidden_rule import REST_DEFAULTS, HiddenRule, subtract_
@@ -133,6 +134,12 @@ def direction(grad: Tensor, group: dict[str, Any]) -> Tensor:
 
 def normalize_rows(grad: Tensor, eps: float) -> Tensor:
     """Each row less its mean, over its standard deviation, in at least float32."""
-    grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
+    out = torch.empty_like(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
+    kernels = dispatch.backend(grad.device.type)
+    item = dispatch.matrices(out, grad, None, dispatch.ROWS, stacked=True)[0]
+    if kernels is not None and grad.is_contiguous() and dispatch.takes(item):
+        kernels.center_([out], [grad], [item.shape], eps=eps)
+        return out
+    grad = grad.to(out.dtype)
     centred = grad - grad.mean(-1, keepdim=True)
     return centred / centred.square().mean(-1, keepdim=True).sqrt().clamp_min(eps)
