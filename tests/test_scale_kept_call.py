@@ -143,3 +143,37 @@ def test_a_stochastic_step_is_not_kept():
         weight.grad = torch.ones_like(weight)
         optimizer.step()
     assert not optimizer._fused._kept
+
+
+@pytest.mark.parametrize("clip", [False, True], ids=["", "unscaled first"])
+def test_a_gradient_scaler_leaves_unscaling_and_skipping_to_the_kernels(clip):
+    """Its steps equal those with plain gradients, and a step with an infinity is none at all."""
+    results = []
+    for scaled in (True, False):
+        model, _ = make()
+        groups = optimzoo.param_groups(model)
+        optimizer = optimzoo.SCALE(groups, lr=1e-2, vector_lr=1e-2, weight_decay=0.1, fused=True)
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=scaled)
+        for step in range(5):
+            give_grads(model, step)
+            if step == 3:
+                if not scaled:
+                    continue
+                model["norm"].weight.grad[0] = torch.inf
+            for p in model.parameters():
+                p.grad *= 64.0 if scaled else 1.0
+            scaler.scale(torch.zeros(()))  # as a loss is scaled: makes the scale
+            if clip:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update(64.0 if scaled else None)
+        counts = [state["step"].item() for state in optimizer.state.values() if "step" in state]
+        assert counts == [4.0] * 3
+        results.append([p.detach() for p in model.parameters()])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+def test_a_scaler_unscales_by_itself_where_steps_may_be_eager():
+    _, optimizer = make()
+    assert not optimizer._step_supports_amp_scaling

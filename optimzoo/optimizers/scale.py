@@ -72,7 +72,8 @@ class SCALE(RoleOptimizer):
         capturable: safe under CUDA graphs.
         differentiable: let autograd run through the step.
         fused: one pass over the weights by compiled kernels; `None`: where there are any, unless
-            `foreach=True` or `differentiable` (``optimzoo doctor`` tells); `True`: all or an error.
+            `foreach=True` or `differentiable` (``optimzoo doctor`` tells); `True`: all or an error,
+            and `torch.amp.GradScaler` leaves the unscaling to them (no sync with `capturable`).
         rounding: of weights of 16 bits, once a step: `nearest`, which loses updates below half a
             last bit, or `stochastic`, which has the unrounded result as its expectation. Eager, it
             takes one weight after the other; 8 bytes of state a weight more, a count.
@@ -174,6 +175,11 @@ class SCALE(RoleOptimizer):
         averaged = group["averaged"] and group["momentum"] != 0
         return role_of(param, group) != "vector" and not averaged
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether `torch.amp.GradScaler` leaves the unscaling, and a skip, to the kernels."""
+        return all(group["fused"] for group in self.param_groups)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_vector_lr": self._vector_lr}
 
@@ -215,6 +221,7 @@ class SCALE(RoleOptimizer):
     @_use_grad_for_differentiable
     def _update(self) -> None:
         self._check_graph_capture()
+        scaled = self._fused.scaled_by(self)
         cut: list[Part] = []
         first = self.first_index
         for number, group in enumerate(self.param_groups):
@@ -228,6 +235,11 @@ class SCALE(RoleOptimizer):
                 for p in matrices if group["state_bits"] == 8 else []:
                     stack.enter_context(opened(self.state[p], 8, counters.get(p)))
                 cut += self._step_group(number, matrices, vectors, counters)
+        if scaled and cut:
+            raise RuntimeError(
+                "norms that several processes share need unscaled gradients; call "
+                "scaler.unscale_(optimizer) before scaler.step, or leave fused=None"
+            )
         step_parts(cut, _single_tensor_scale, _spectral)
 
     def _step_group(

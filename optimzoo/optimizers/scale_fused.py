@@ -57,6 +57,14 @@ class FusedSteps:
 
     def __init__(self) -> None:
         self._kept: dict[int, _Kept] = {}
+        self._scaler: dict[str, Tensor] = {}
+
+    def scaled_by(self, optimizer: Any) -> bool:
+        """Take what ``torch.amp.GradScaler`` has set on the optimizer; True if it has."""
+        names = ("grad_scale", "found_inf")
+        given = {name: getattr(optimizer, name, None) for name in names}
+        self._scaler = {name: t.reshape(()).float() for name, t in given.items() if t is not None}
+        return bool(self._scaler)
 
     def again(self, number: int, states: States, group: dict[str, Any]) -> bool:
         """Step group ``number`` by its kept call; False: there is none that fits."""
@@ -85,7 +93,7 @@ class FusedSteps:
         if counts:
             torch._foreach_add_(counts, 1)
         columns = (params, grads, *(fields[name] for name in _STATES), kept.kinds, kept.shapes)
-        _call(kept.kernels, columns, group, table=kept.table)
+        self._call(kept.kernels, columns, group, counts, table=kept.table)
         return True
 
     def step(
@@ -117,7 +125,9 @@ class FusedSteps:
             items.append(dispatch.vector(parts[p], grad, m, v, t, counters.get(p)))
         runs, rest = dispatch.split(items, group["fused"])
         for kernels, chosen in runs:
-            _call(kernels, dispatch.columns(chosen), group, **dispatch.rounding(chosen))
+            counts = [item.step for item in chosen if item.step is not None]
+            how = dispatch.rounding(chosen)
+            self._call(kernels, dispatch.columns(chosen), group, counts, **how)
         if len(runs) == 1 and not rest:
             self._keep(number, states, group, *runs[0])
         left = {id(item.whole) for item in rest}
@@ -171,21 +181,32 @@ class FusedSteps:
             ),
         )
 
+    def _call(
+        self,
+        kernels: Any,
+        columns: tuple[Any, ...],
+        group: dict[str, Any],
+        counts: list[Tensor],
+        **how: Any,
+    ) -> None:
+        device = columns[0][0].device
+        scaler = {name: tensor.to(device) for name, tensor in self._scaler.items()}
+        kernels.scale_(
+            *columns,
+            lr=dispatch.scalar(group["lr"], device),
+            momentum=group["momentum"],
+            weight_decay=group["weight_decay"],
+            l2=group["norm"] == "l2",
+            eps=group["eps"],
+            betas=group["vector_betas"],
+            adam_eps=group["vector_eps"],
+            maximize=group["maximize"],
+            **scaler,
+            **how,
+        )
+        for count in counts if "found_inf" in scaler else []:  # a skipped step is not counted
+            count.sub_(scaler["found_inf"].to(count.device))
+
 
 def _layout(group: dict[str, Any]) -> tuple[Any, ...]:
     return (*(group[name] for name in _LAYOUT), group["momentum"] != 0)
-
-
-def _call(kernels: Any, columns: tuple[Any, ...], group: dict[str, Any], **how: Any) -> None:
-    kernels.scale_(
-        *columns,
-        lr=dispatch.scalar(group["lr"], columns[0][0].device),
-        momentum=group["momentum"],
-        weight_decay=group["weight_decay"],
-        l2=group["norm"] == "l2",
-        eps=group["eps"],
-        betas=group["vector_betas"],
-        adam_eps=group["vector_eps"],
-        maximize=group["maximize"],
-        **how,
-    )
