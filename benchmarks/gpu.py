@@ -2,7 +2,8 @@
 
 ``make gpu`` writes, into ``--out``, ``gpu.json`` (how each stage ended, and the rows of the step
 times) and ``gpu.log`` (all output). A stage that fails or runs out of its time does not stop the
-next. Without a GPU it refuses, but for ``--dry-run``, which runs what a CPU can, at small sizes.
+next, and what the whole has no time left for is named, to be run with ``--only``. Without a GPU it
+refuses, but for ``--dry-run``, which runs what a CPU can, at small sizes.
 """
 
 import argparse
@@ -126,10 +127,13 @@ def stages(out: Path, dry: bool) -> list[Stage]:
     return plan
 
 
-def run(stage: Stage, log: Path) -> dict[str, Any]:
-    """Run one stage; how it ended, and its rows."""
+def run(stage: Stage, log: Path, left: float) -> dict[str, Any]:
+    """Run one stage in at most ``left`` seconds; how it ended, and its rows."""
     print(f"{stage.name} ...", end=" ", flush=True)
-    start = time.perf_counter()
+    if left < 2:
+        print("not run: no time left", flush=True)
+        return {"stage": stage.name, "ended": "not run: no time left", "seconds": 0.0}
+    start, limit = time.perf_counter(), min(stage.seconds, left)
     with log.open("ab") as file:
         file.write(f"\n=== {stage.name}: {' '.join(stage.command)}\n".encode())
         file.flush()
@@ -141,11 +145,11 @@ def run(stage: Stage, log: Path) -> dict[str, Any]:
                 env={**os.environ, "PYTHONUNBUFFERED": "1", **stage.environment},
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                timeout=stage.seconds,
+                timeout=limit,
             )
             ended = "ok" if done.returncode == 0 else f"failed with status {done.returncode}"
         except subprocess.TimeoutExpired:
-            ended = f"stopped after {stage.seconds} s"
+            ended = f"stopped after {limit:.0f} s"
     result: dict[str, Any] = {"stage": stage.name, "ended": ended}
     result["seconds"] = round(time.perf_counter() - start, 1)
     if stage.rows is not None and stage.rows.exists():
@@ -158,6 +162,8 @@ def run(stage: Stage, log: Path) -> dict[str, Any]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m benchmarks gpu`."""
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
+    parser.add_argument("--minutes", type=float, default=8.8, help="of the whole, at most")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="run these alone")
     parser.add_argument("--dry-run", action="store_true", help="what a CPU can run, small")
 
 
@@ -169,9 +175,17 @@ def main(args: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     log = out / "gpu.log"
     log.unlink(missing_ok=True)
+    plan = stages(out, args.dry_run)
+    names = [stage.name for stage in plan]
+    for name in args.only or []:
+        if name not in names:
+            raise ValueError(f"no stage {name!r}; there are: {', '.join(names)}")
     results = []
-    for stage in stages(out, args.dry_run):
-        results.append(run(stage, log))
+    end = time.perf_counter() + 60 * args.minutes
+    for stage in plan:
+        if args.only and stage.name not in args.only:
+            continue
+        results.append(run(stage, log, end - time.perf_counter()))
         write_json(out / "gpu.json", {"stages": results, "provenance": provenance()})
     failed = [r["stage"] for r in results if r["ended"] != "ok"]
     print(f"written to {out}" + (f"; look at gpu.log for {', '.join(failed)}" if failed else ""))
