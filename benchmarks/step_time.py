@@ -52,6 +52,8 @@ def ours(name: str, rank: int, gap: int) -> Make:
     """A method of the registry, at the given rank, fused where it is torch's."""
     name, _, how = name.partition("-")
     options: dict[str, Any] = {"fused": True} if name in FUSED else dict(HOW.get(how, {}))
+    if name == "adams":
+        options |= {"l1": 1e-7, "total_steps": 10_000}
     if name in LOW_RANK:
         options |= {"rank": rank, "update_proj_gap": gap}
     return lambda groups: optimzoo.create_optimizer(name, groups, lr=1e-4, **options)

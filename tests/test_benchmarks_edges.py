@@ -163,3 +163,14 @@ def test_the_widest_table_fits(monkeypatch, capsys):
     assert max(map(len, out.splitlines())) <= 80 and "…" not in out
     for cell in ("0.00025/0.016/0", "156.22 ±11.04", "130.0", "1024", "123.4", "12,345"):
         assert out.count(cell) == len(nano.methods), cell
+
+
+def test_growth_writes_a_row_a_size(tmp_path, capsys):
+    rows = tmp_path / "growth.json"
+    command = ["growth", "--sizes", "1024", "4096", "--repeats", "1", "--out", str(rows)]
+    assert main([*command, "--optimizers", "sgd", "scale"]) == 0
+    found = json.loads(rows.read_text())["rows"]
+    assert [row["weights"] for row in found] == [1024, 4096]
+    assert all(set(row["ms"]) == {"sgd", "scale"} for row in found)
+    assert main(["growth", "--sizes", "0"]) == 2
+    assert "--sizes 0" in capsys.readouterr().err
