@@ -1,7 +1,10 @@
 """Write the committed results into the README, and as a page: no figure is typed by hand."""
 
 import argparse
+import json
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from benchmarks import beside, page
@@ -10,15 +13,15 @@ from benchmarks.provenance import write_atomic
 from benchmarks.tables import LEGEND, caption, markdown_table, read_rows, write_report
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-_PLACE = re.compile(r"(<!-- (table|beside|rows): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+RESULTS = Path(__file__).resolve().parent / "results"
+_PLACE = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def filled(text: str) -> str:
     """``text`` with every table between its marks made anew from the committed rows."""
 
     def fill(match: re.Match[str]) -> str:
-        body = _comparison(match[3]) if match[2] == "table" else _beside(match[3], match[2])
-        return f"{match[1]}{body}\n{match[4]}"
+        return f"{match[1]}{_MADE[match[2]](match[3])}\n{match[4]}"
 
     return _PLACE.sub(fill, text)
 
@@ -31,15 +34,48 @@ def _comparison(name: str) -> str:
     return f"{markdown_table(plan, rows)}\n\n{caption(rows)}. {LEGEND}"
 
 
-def _beside(name: str, kind: str) -> str:
-    """A paper's table beside ours, as `scale-main@nano`; `rows`: how it was made, no notes."""
+def _beside(name: str, *, notes: bool = True) -> str:
+    """A paper's table beside ours, as `scale-main@nano`; without notes, how it was made."""
     table, scale = name.split("@")
     rows = beside.stored_rows(beside.TABLES[table], scale)
     made = beside.records(beside.TABLES[table], scale, rows)
-    if kind == "beside":
+    if notes:
         return beside.markdown(beside.TABLES[table], made)
     every = [row for mine in rows.values() for row in mine]
     return f"{beside.markdown_rows(made)}\n\n{caption(every)}."
+
+
+def _gradients(name: str) -> str:
+    """Gradients alive at once by way of stepping, of ``release-memory-NAME.json``."""
+    rows = json.loads((RESULTS / f"release-memory-{name}.json").read_text(encoding="utf-8"))["rows"]
+    return ", ".join(f"{row['gradient_bytes'] / 1e6:.0f} MB {row['mode']}" for row in rows) + "."
+
+
+def _steps(name: str) -> str:
+    """One step's time by method, of ``step-time-NAME.json``."""
+    record = json.loads((RESULTS / f"step-time-{name}.json").read_text(encoding="utf-8"))
+    rows, made = record["rows"], record["provenance"]
+    times = {row["method"]: row["amortised_ms"] for row in rows}
+    lines = ["| method | step | to fused SGD | to fused AdamW |", "|---|--:|--:|--:|"]
+    lines += [
+        f"| {method} | {ms:.1f} ms | {ms / times['sgd']:.2f} | {ms / times['adamw']:.2f} |"
+        for method, ms in times.items()
+    ]
+    settings = record["args"]
+    return "\n".join(lines) + (
+        f"\n\n{settings['model']}, {settings['dtype']}, rank {settings['rank']}, refreshes every "
+        f"{settings['gap']} steps included; {made['device']}, {made['threads']} threads, torch "
+        f"{made['torch']}."
+    )
+
+
+_MADE: dict[str, Callable[[str], str]] = {
+    "table": _comparison,
+    "beside": _beside,
+    "rows": partial(_beside, notes=False),
+    "gradients": _gradients,
+    "steps": _steps,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
