@@ -187,7 +187,9 @@ def measure_refresh(rank: int, repeats: int) -> list[dict[str, Any]]:
         values = torch.arange(1, n + 1).float().reciprocal()
         grad = (left * values) @ right.mT
         best = values[:rank].square().sum()
-        previous = leading_basis(grad + 1e-3 * torch.randn(m, n, generator=generator), rank)
+        # The shorter side is projected: its directions are those of the transpose.
+        earlier = grad + 1e-3 * torch.randn(m, n, generator=generator)
+        previous = leading_basis(earlier.mT, rank)
         times: dict[str, list[float]] = {"svd": [], "cold": [], "warm": []}
         captured = {}
         for _ in range(repeats):
@@ -197,10 +199,11 @@ def measure_refresh(rank: int, repeats: int) -> list[dict[str, Any]]:
                     torch.linalg.svd(grad, full_matrices=False)
                     basis = None
                 else:
-                    basis = leading_basis(grad, rank, previous=previous if kind == "warm" else None)
+                    last = previous if kind == "warm" else None
+                    basis = leading_basis(grad.mT, rank, previous=last)
                 times[kind].append(1000 * (time.perf_counter() - start))
                 if basis is not None:
-                    captured[kind] = float((basis.mT @ grad).square().sum() / best)
+                    captured[kind] = float((grad @ basis).square().sum() / best)
         medians = {kind: statistics.median(values) for kind, values in times.items()}
         rows.append({"shape": [m, n], "rank": rank, "ms": medians, "captured": captured})
     return rows

@@ -1,4 +1,13 @@
-/* What the operations share: the options read once, and a call's work dealt to threads. */
+/* What the operations share: the options read once, and a call's work dealt to threads.
+ *
+ * Why no two threads race (ThreadSanitizer cannot tell: libgomp's barriers are not built for it). deal()
+ * cuts the units of all tensors into contiguous shares, so a unit has one thread, and a thread writes
+ * only what belongs to its units: their elements of param and moments, which are disjoint ranges of
+ * memory (rows, or blocks of a multiple of eight elements, so that packed masks are read by byte and
+ * written by row); their entries of `partial` sums (reduce), or a row of sums of its own (scale,
+ * history). What others have written is read behind a barrier alone: factors by the second pass of
+ * scale, sums after the parallel region of reduce, under `critical` in history. Options, tables and
+ * gradients are only read. */
 #ifndef OZ_CPU_WORK_H
 #define OZ_CPU_WORK_H
 

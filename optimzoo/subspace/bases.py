@@ -77,8 +77,10 @@ def _largest(grad: Tensor, shards: Shards) -> Tensor:
     """The largest entry of each matrix; infinite where one is not a number."""
     if grad.numel() == 0:
         size = grad.new_zeros(*grad.shape[:-2], 1, 1)
+    elif grad.ndim == 2:  # one pass, no temporary; vector_norm(ord=inf) takes 15 times as long
+        low, high = (grad if grad.is_contiguous() else grad.mT).aminmax()
+        size = torch.maximum(-low, high).reshape(1, 1)
     else:
-        # vector_norm(ord=inf) takes 15 times as long.
         size = grad.abs().amax((-2, -1), keepdim=True)
     size = size.nan_to_num(nan=math.inf, posinf=math.inf)
     shards.max_([size])
