@@ -338,11 +338,11 @@ def test_other_instruction_sets_pass_the_same_tests(isa):
     assert " passed" in run.stdout
 
 
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 17), (20, 4096), (20, 8321), (5, 1023)])
-def test_the_passes_over_a_history_are_products(shape):
-    history, vector, weights = (
-        normal(s, i, F32) for i, s in enumerate((shape, shape[1:], shape[:1]))
-    )
+def test_the_passes_over_a_history_are_products(shape, dtype):
+    history, vector = (normal(s, i, dtype) for i, s in enumerate((shape, shape[1:])))
+    weights = normal(shape[:1], 2, F32)
     rows = wide(history) @ wide(vector)
     np.testing.assert_allclose(wide(native.CPU.history_dot(history, vector)), rows, atol=3e-4)
     columns = wide(weights) @ wide(history)

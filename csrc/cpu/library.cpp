@@ -18,13 +18,13 @@ OZ_DECLARE(reduce)
 OZ_DECLARE(apply)
 OZ_DECLARE(center)
 
-#define OZ_DECLARE_HISTORY(op)                                                        \
-  int op##_baseline(const float *, const float *, float *, int64_t, int64_t, int);    \
-  int op##_avx2(const float *, const float *, float *, int64_t, int64_t, int);        \
-  int op##_avx512(const float *, const float *, float *, int64_t, int64_t, int);
+#define OZ_DECLARE_HISTORY(set)                                                                     \
+  int history_dot_##set(const void *, const void *, float *, int64_t, int64_t, int, int);          \
+  int history_combine_##set(const void *, const float *, float *, int64_t, int64_t, int, int);
 
-OZ_DECLARE_HISTORY(history_dot)
-OZ_DECLARE_HISTORY(history_combine)
+OZ_DECLARE_HISTORY(baseline)
+OZ_DECLARE_HISTORY(avx2)
+OZ_DECLARE_HISTORY(avx512)
 
 #define OZ_DECLARE_MASK(set)                                                                  \
   int nm_mask_##set(const void *, uint8_t *, int64_t, int64_t, int, int, int, int);
@@ -86,14 +86,14 @@ OZ_EXPORT(reduce)
 OZ_EXPORT(apply)
 OZ_EXPORT(center)
 
-int oz_cpu_history_dot(const float *history, const float *vector, float *out, int64_t rows,
-                       int64_t cols, int32_t threads) {
-  return OZ_CHOOSE(history_dot, history, vector, out, rows, cols, threads);
+int oz_cpu_history_dot(const void *history, const void *vector, float *out, int64_t rows,
+                       int64_t cols, int32_t type, int32_t threads) {
+  return OZ_CHOOSE(history_dot, history, vector, out, rows, cols, type, threads);
 }
 
-int oz_cpu_history_combine(const float *history, const float *weights, float *out, int64_t rows,
-                           int64_t cols, int32_t threads) {
-  return OZ_CHOOSE(history_combine, history, weights, out, rows, cols, threads);
+int oz_cpu_history_combine(const void *history, const float *weights, float *out, int64_t rows,
+                           int64_t cols, int32_t type, int32_t threads) {
+  return OZ_CHOOSE(history_combine, history, weights, out, rows, cols, type, threads);
 }
 
 int oz_cpu_nm_mask(const void *weight, uint8_t *mask, int64_t rows, int64_t cols, int32_t type,

@@ -15,7 +15,7 @@
 
 #include <stdint.h>
 
-#define OZ_ABI 2
+#define OZ_ABI 3
 
 #ifdef __cplusplus
 extern "C" {
@@ -119,13 +119,14 @@ int oz_cpu_apply(const oz_tensor *tensors, int64_t count, const oz_options *opti
  * is an output here, and never read. */
 int oz_cpu_center(const oz_tensor *tensors, int64_t count, const oz_options *options, void *stream);
 
-/* Natural GaLore's passes over its history, float32 [rows, cols], on the CPU only:
+/* Natural GaLore's passes over its history [rows, cols] of enum oz_type `type` (float32 or bfloat16),
+ * on the CPU only; `vector` is of that type too:
  *     dot:      out[i] = sum_j history[i, j] vector[j]       (rows floats)
  *     combine:  out[j] = sum_i weights[i] history[i, j]      (cols floats) */
-int oz_cpu_history_dot(const float *history, const float *vector, float *out, int64_t rows,
-                       int64_t cols, int32_t threads);
-int oz_cpu_history_combine(const float *history, const float *weights, float *out, int64_t rows,
-                           int64_t cols, int32_t threads);
+int oz_cpu_history_dot(const void *history, const void *vector, float *out, int64_t rows,
+                       int64_t cols, int32_t type, int32_t threads);
+int oz_cpu_history_combine(const void *history, const float *weights, float *out, int64_t rows,
+                           int64_t cols, int32_t type, int32_t threads);
 
 /* The N:M mask of a weight [rows, cols] of enum oz_type `type`, on the CPU only: mask[i, e / 8] has
  * bit e % 8 set where |weight_ie| is one of the n largest of its group of m consecutive columns (of

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-_ABI = 2
+_ABI = 3
 _TENSOR = struct.Struct("=7Q2q4i")  # oz_tensor
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ROWS, _COLUMNS, _SIGN, _ADAM = range(4)
@@ -238,11 +238,11 @@ class Library:
         self._call("center", columns, shapes, [_ROWS] * len(outs), options, **shared)
 
     def history_dot(self, history: Tensor, vector: Tensor) -> Tensor:
-        """``history @ vector`` for a contiguous float32 ``[rows, cols]``; CPU only."""
+        """``history @ vector``, both float32 or bfloat16, ``[rows, cols]``; CPU only."""
         return self._history("dot", history, vector, history.shape[0])
 
     def history_combine(self, history: Tensor, weights: Tensor) -> Tensor:
-        """``weights @ history`` for a contiguous float32 ``[rows, cols]``; CPU only."""
+        """``weights @ history`` for one of float32 or bfloat16; CPU only."""
         return self._history("combine", history, weights, history.shape[1])
 
     def _history(self, operation: str, history: Tensor, vector: Tensor, size: int) -> Tensor:
@@ -253,8 +253,8 @@ class Library:
         assert library is not None
         pointers = [ctypes.c_void_p(t.data_ptr()) for t in (history, vector, out)]
         sizes = [ctypes.c_int64(n) for n in history.shape]
-        threads = ctypes.c_int32(torch.get_num_threads())
-        getattr(library, f"oz_cpu_history_{operation}")(*pointers, *sizes, threads)
+        how = map(ctypes.c_int32, (_TYPES[history.dtype], torch.get_num_threads()))
+        getattr(library, f"oz_cpu_history_{operation}")(*pointers, *sizes, *how)
         return out
 
     def nm_mask(self, weight: Tensor, n: int, m: int) -> Tensor:

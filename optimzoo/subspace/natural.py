@@ -87,7 +87,7 @@ def _combination(history: Tensor, weights: Tensor) -> Tensor:
 def _has_kernel(history: Tensor, other: Tensor) -> bool:
     """Whether the CPU's kernels take it: all threads read, where BLAS has one read."""
     plain = history.device.type == "cpu" and history.ndim == 2 and history.is_contiguous()
-    floats = history.dtype == other.dtype == torch.float32
+    floats = history.dtype in (torch.float32, torch.bfloat16) and other.dtype == torch.float32
     return plain and floats and native.CPU.available()
 
 
