@@ -93,7 +93,7 @@ def test_twenty_kills_cost_no_bit(text, straight, tmp_path):
     assert faults(out) == places and len(places) == KILLS
     begun = starts(out)
     assert len(begun) == KILLS + 1, begun
-    assert all(a <= b for a, b in pairwise(begun)) and len(set(begun)) > KILLS // 2, begun
+    assert all(a <= b for a, b in pairwise(begun)) and begun[-1] > KILLS, begun
     assert_as_undisturbed(out, straight)
 
 
