@@ -1,6 +1,5 @@
 """What a step sends beyond FSDP's own traffic, seen by torch and not by our own count."""
 
-import pytest
 import torch
 import torch.distributed as dist
 from sharded_runs import HYPER, Net, make, net, shard, spawn, train
@@ -81,22 +80,14 @@ def what_is_sent(rank, world):
         assert beyond_fsdp(net, "galore", before, side="right") == [], before
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_scale_sends_d_floats_and_galore_its_partial_sums(tmp_path, world):
-    spawn(what_is_sent, world, tmp_path)
-
-
 def refreshed(rank, world):
+    """Sketches, and never a weight."""
     for case in LOW_RANK:
         own = beyond_fsdp(large, case, before=7)
         quiet = beyond_fsdp(large, case, before=6)
         assert {name for name, _ in own} == {SUM}, (case, own)
         assert max(size for _, size in own) < 48 * 48, (case, own)
         assert sum(size for _, size in own) >= sum(size for _, size in quiet), case
-
-
-def test_a_refresh_sends_sketches_and_never_a_weight(tmp_path):
-    spawn(refreshed, 4, tmp_path)
 
 
 def alike(rank, world):
@@ -115,19 +106,24 @@ def alike(rank, world):
                 assert all(torch.equal(other, mine) for other in others), (case, name, key)
 
 
-def test_all_processes_have_the_same_basis(tmp_path):
-    spawn(alike, 4, tmp_path)
+def everything(rank, world):
+    what_is_sent(rank, world)
+    refreshed(rank, world)
+    alike(rank, world)
 
 
-def three_steps(rank, world, case):
+def test_scale_sends_d_floats_and_galore_sums_and_sketches(tmp_path, monkeypatch, capfd):
+    monkeypatch.delenv("OPTIMZOO_TRAFFIC", raising=False)
+    spawn(everything, 4, tmp_path)
+    assert capfd.readouterr().out == ""  # nobody has asked
+
+
+def three_steps(rank, world):
     model = shard(net())
-    train(model, make(case, model), 3)
+    train(model, make("scale", model), 3)
 
 
 def test_the_debug_flag_prints_what_each_step_sends(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("OPTIMZOO_TRAFFIC", "1")
-    spawn(three_steps, 2, tmp_path, "scale")
+    spawn(three_steps, 2, tmp_path)
     assert capfd.readouterr().out.splitlines() == ["SCALE: all_reduce 1 x, 96 bytes"] * 3
-    monkeypatch.setenv("OPTIMZOO_TRAFFIC", "0")
-    spawn(three_steps, 2, tmp_path / "quiet", "scale")
-    assert capfd.readouterr().out == ""
