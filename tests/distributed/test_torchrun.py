@@ -13,7 +13,7 @@ from data_helpers import ROOT
 from parallel_runs import LOW, distance
 from tiny_benchmarks import saved_step, tiny_corpus
 
-STEPS, KILLS = 80, 20
+STEPS, KILLS = 110, 20
 # Of each place how often it may be passed before the kill: up to some ten steps.
 PLACES = {"step": 140, "refresh": 60, "write": 400, "sync": 20, "call": 40_000}
 
