@@ -175,6 +175,21 @@ def start(kind: str) -> Iterator[Parallel]:
         )
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    _meet("nccl" if torch.cuda.is_available() else "gloo")
     yield Parallel(kind, dist.get_rank(), dist.get_world_size())
     dist.destroy_process_group()  # not after an error: the others are not there to answer
+
+
+def _meet(backend: str) -> None:
+    """Form the process group, out of the processes of this start alone.
+
+    torchrun keeps one store for all its starts (pytorch issue 135712): those that are started again
+    would find the addresses of killed ones there, and wait for them.
+    """
+    if os.environ.get("GROUP_WORLD_SIZE") != "1":  # machines count their starts each by itself
+        dist.init_process_group(backend)
+        return
+    store, rank, size = next(dist.rendezvous("env://"))
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    own = dist.PrefixStore(f"start-{start}", store)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=size)

@@ -10,7 +10,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -109,22 +110,28 @@ def _wait(children: list[int]) -> list[int]:
     return [ends[child] for child in children]
 
 
-def trained(out: Path, parallel: Parallel, run: RunConfig, corpus: Corpus, **options: Any) -> None:
-    """Train in one of the processes; the leader keeps the weights beside the row."""
-    kept: dict[str, Any] = {}
+@contextmanager
+def weights_kept(out: Path) -> Iterator[None]:
+    """The leader of a run keeps the final weights as ``weights.pt``, beside the row."""
     evaluate = Run.evaluate
 
     def keeping(self: Run, split: str) -> float:
-        kept.update(self.parallel.gather(self.model.state_dict()))
+        state = self.parallel.gather(self.model.state_dict())
+        if self.parallel.leads:
+            torch.save(state, out / "weights.pt")
         return evaluate(self, split)
 
     Run.evaluate = keeping  # type: ignore[method-assign]
     try:
-        train(run, corpus, out=out, parallel=parallel, **options)
+        yield
     finally:
         Run.evaluate = evaluate  # type: ignore[method-assign]
-    if parallel.leads:
-        torch.save(kept, out / "weights.pt")
+
+
+def trained(out: Path, parallel: Parallel, run: RunConfig, corpus: Corpus, **options: Any) -> None:
+    """Train in one of the processes."""
+    with weights_kept(out):
+        train(run, corpus, out=out, parallel=parallel, **options)
 
 
 def distance(out: Path, other: Path) -> float:
@@ -133,7 +140,8 @@ def distance(out: Path, other: Path) -> float:
     assert a.keys() == b.keys()
     off = [float((a[k] - b[k]).abs().max() / b[k].abs().max()) for k in a]
     rows = [json.loads((folder / "row.json").read_text()) for folder in (out, other)]
-    off += [abs(rows[0][k] / rows[1][k] - 1) for k in ("valid_loss", "test_loss", "state_bytes")]
+    assert rows[0]["state_bytes"] == rows[1]["state_bytes"]
+    off += [abs(rows[0][k] / rows[1][k] - 1) for k in ("valid_loss", "test_loss")]
     off += [abs(x[1] - y[1]) for x, y in zip(rows[0]["curve"], rows[1]["curve"], strict=True)]
     return max(off)
 
@@ -179,7 +187,12 @@ def elastic(folder: Path, name: str, chain: list[tuple[str, int]], **changes: An
 
 
 def arm(place: str, count: int) -> None:
-    """End this process with SIGKILL when it has been in a place for the ``count``-th time."""
+    """End this process with SIGKILL when it has been in a place for the ``count``-th time.
+
+    The place ``call`` is any call of any function, in Python or C, by the main thread.
+    """
+    if place == "call":
+        return _arm_any_call(count)
     owner, name = {
         "step": (galore.GaLore, "_step_hidden"),
         "refresh": (galore, "refresh"),
@@ -196,6 +209,18 @@ def arm(place: str, count: int) -> None:
         return made
 
     setattr(owner, name, counted)
+
+
+def _arm_any_call(count: int) -> None:
+    left = count
+
+    def counted(frame: Any, event: str, argument: Any) -> None:
+        nonlocal left
+        left -= event in ("call", "c_call")
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.setprofile(counted)
 
 
 def killed(folder: Path, kind: str, size: int, seed: int, kills: int) -> dict[str, Any]:

@@ -41,6 +41,18 @@ VARIANTS = {
     "apollo tensor": ("apollo", {"scale_type": "tensor", "scale_front": True}),
 }
 CASES = {**{name: (name, {}) for name in HYPER}, **VARIANTS}
+# The rest of torch's, but for those that refuse sharded weights (REFUSING).
+TORCH = {
+    "adam": {"lr": 0.01, "amsgrad": True},
+    "nadam": {"lr": 0.01},
+    "radam": {"lr": 0.01},
+    "adamax": {"lr": 0.01},
+    "adagrad": {"lr": 0.02},
+    "adadelta": {"lr": 0.5},
+    "rmsprop": {"lr": 0.005, "momentum": 0.9},
+    "asgd": {"lr": 0.1, "t0": 5},
+}
+REFUSING = ["adafactor", "rprop"]
 
 
 class Net(nn.Module):
@@ -70,8 +82,8 @@ def net(dtype=torch.float64, **shape):
 
 
 def make(case, model, **options):
-    name, extra = CASES[case]
-    hyper = {**HYPER[name], **extra, **options}
+    name, extra = CASES.get(case, (case, {}))
+    hyper = {**{**HYPER, **TORCH}.get(name, {}), **extra, **options}
     model = getattr(model, "module", model)
     overrides = {}
     if name == "adams":  # four of its inputs make a group
@@ -133,15 +145,15 @@ def load(model, optimizer, folder):
     put(model, optimizer, held)
 
 
-def put(model, optimizer, held):
+def put(model, optimizer, held, options=None):
     set_model_state_dict(model, held["model"])
-    set_optimizer_state_dict(model, optimizer, held["optim"])
+    set_optimizer_state_dict(model, optimizer, held["optim"], options=options)
 
 
 def whole_state(model, optimizer):
     """Of each parameter, as one process would have it."""
     return {
-        name: {key: whole(value).clone() for key, value in optimizer.state[p].items()}
+        name: {k: torch.as_tensor(whole(v)).clone() for k, v in optimizer.state[p].items()}
         for name, p in model.named_parameters()
     }
 
