@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.cfg pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 
-.PHONY: help test test-distributed compare tune lint type fmt docs notebooks memory-table gpu gpu-dry-run gpu-tables gpu-tables-dry-run sanitize check-cuda check-triton clean
+.PHONY: help test test-thorough test-distributed compare tune lint type fmt docs notebooks memory-table gpu gpu-dry-run gpu-tables gpu-tables-dry-run sanitize check-cuda check-triton clean
 
 help:
 	@echo "make compare   train a small Llama with SGD, AdamW, Muon and SCALE; print the table"
 	@echo "make test      the tests"
+	@echo "make test-thorough       those that take minutes: all instruction sets, killed runs"
 	@echo "make test-distributed    all tests of several processes: sharding, the harness, faults"
 	@echo "make lint type fmt    ruff, mypy, ruff format"
 	@echo "make docs notebooks   build the pages into build/site; execute every notebook"
@@ -49,6 +50,10 @@ memory-table: $(VENV)/.bench
 # One thread a worker: the tests are many and small.
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# What takes minutes of CPU: other instruction sets, Triton's interpreter, killed processes.
+test-thorough: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m thorough
 
 # FSDP2, DDP, tensor parallelism, checkpoints, other world sizes and killed processes, with gloo.
 test-distributed: $(VENV)/.dev

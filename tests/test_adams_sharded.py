@@ -10,6 +10,7 @@ from optimzoo import param_groups
 from optimzoo.optimizers.adams import AdamS
 from optimzoo.sparsity import pack, unpack
 
+pytestmark = pytest.mark.thorough
 STEPS = 6
 
 

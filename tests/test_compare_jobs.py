@@ -15,7 +15,10 @@ from benchmarks import plan
 from benchmarks.__main__ import main
 from benchmarks.llama import CONFIGS
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc"),
+]
 
 
 @pytest.fixture

@@ -19,6 +19,8 @@ from tests.tiny_llama import (  # noqa: E402
     weights,
 )
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture(autouse=True)
 def fresh_state():

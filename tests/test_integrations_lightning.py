@@ -22,7 +22,7 @@ from tests.tiny_llama import (  # noqa: E402
     weights,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning")
+pytestmark = [pytest.mark.thorough, pytest.mark.filterwarnings("ignore:.*:UserWarning")]
 
 
 def decay(step):

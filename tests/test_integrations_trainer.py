@@ -18,6 +18,7 @@ from tests.tiny_llama import (
     weights,
 )
 
+pytestmark = pytest.mark.thorough
 HYPER = {"lr": 3e-3, "vector_lr": 1e-2}
 
 

@@ -319,6 +319,7 @@ def test_tensors_of_a_call_do_not_touch_each_other():
 MASKS = Path(__file__).with_name("test_sparsity_masks.py")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_other_instruction_sets_pass_the_same_tests(isa):
     """In a process of its own: the choice is made once."""

@@ -27,6 +27,7 @@ def run(*arguments, **environment):
 
 
 @needs_triton
+@pytest.mark.thorough
 @pytest.mark.parametrize("cases", ["rules", "edges"])
 def test_in_the_interpreter(cases):
     file = f"tests/kernels_triton_{cases}.py"
