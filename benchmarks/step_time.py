@@ -29,7 +29,13 @@ from benchmarks.timing import timed
 from optimzoo.roles import ROLES
 from optimzoo.subspace.bases import leading_basis
 
-DEFAULT = ("sgd", "adamw", "scale", "galore", "natural_galore", "fira", "apollo", "apollo_mini")
+DEFAULT = (
+    *("sgd", "adamw", "scale", "scale_spectral", "adams", "muon", "galore", "natural_galore"),
+    *("fira", "apollo", "apollo_mini", "swan", "stable_spam"),
+)
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "scale_spectral": ("scale", {"normalize": "spectral"})
+}
 # Tensors of the weight's size that a step has to read or write, by role: the floor of its time.
 FLOOR = {
     "sgd": {"hidden": 3, "embedding": 3, "head": 3, "vector": 3},
@@ -38,7 +44,7 @@ FLOOR = {
 }
 FUSED = ("sgd", "adamw", "adam")
 # `scale-loop` and so on: options of a method that is called in another way.
-HOW = {
+HOW: dict[str, dict[str, Any]] = {
     "loop": {"fused": False, "foreach": False},
     "captured": {"capturable": True},
     "compiled": {},
@@ -51,7 +57,8 @@ Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 def ours(name: str, rank: int, gap: int) -> Make:
     """A method of the registry, at the given rank, fused where it is torch's."""
     name, _, how = name.partition("-")
-    options: dict[str, Any] = {"fused": True} if name in FUSED else dict(HOW.get(how, {}))
+    name, options = VARIANTS.get(name, (name, HOW.get(how, {})))
+    options = {"fused": True} if name in FUSED else dict(options)
     if name == "adams":
         options |= {"l1": 1e-7, "total_steps": 10_000}
     if name in LOW_RANK:
@@ -227,7 +234,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Print both tables, and write the rows where asked to."""
     for name in args.optimizers:
-        optimzoo.get_info(name.partition("-")[0])
+        name = name.partition("-")[0]
+        optimzoo.get_info(VARIANTS.get(name, (name,))[0])
     steps = measure_steps(args)
     console = Console()
     table = Table(box=box.SIMPLE_HEAD, title=f"{args.model}, {args.dtype}, rank {args.rank}")
