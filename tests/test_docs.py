@@ -20,8 +20,9 @@ TEXTS = {p.name: p.read_text(encoding="utf-8") for p in sorted(DOCS.glob("*.md")
 def test_every_mark_is_expanded(name):
     text = pages.expand(TEXTS[name])
     assert "{{" not in text
-    assert set(re.findall(r"<!-- (\w+)", text)) <= {"table", "end"}
-    assert text.count("<!-- table") == text.count("<!-- end")
+    marks = re.findall(r"<!-- (\w+)", text)
+    assert set(marks) <= {"table", "steps", "gradients", "end"}
+    assert 2 * marks.count("end") == len(marks)
 
 
 def test_the_comparison_is_the_readmes():
