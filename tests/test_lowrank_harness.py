@@ -170,7 +170,7 @@ def test_the_committed_plan():
         rules, grid = plan.methods[method]["tuned"], plan.grid(method, "tuned")
         get_info(grid[0].config.optimizer)
         lengths = tuple((name, len(values)) for name, values in rules["grid"].items())
-        budgets.add((lengths, str(rules["fixed"]), str(rules["then"])))
+        budgets.add((lengths, str(rules["fixed"]), str(rules.get("then"))))
         lowrank = grid[0].config.lowrank
         ranks.add(lowrank.get("rank", grid[0].config.hyper.get("rank")))
         configs += [entry.config for entry in grid]
