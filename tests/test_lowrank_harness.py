@@ -179,8 +179,8 @@ def test_the_committed_plan():
     assert len({tuple(getattr(config, name) for name in common) for config in configs}) == 1
     nano = Plan("nano")  # the dense methods are run as they are in the main comparison
     for method in ("adamw", "galore", "fira"):
-        ours = [entry.config for entry in plan.grid(method, "tuned")]
-        assert ours == [entry.config for entry in nano.grid(method, "tuned")]
+        theirs = [entry.config for entry in nano.grid(method, "tuned")]
+        assert all(entry.config in theirs for entry in plan.grid(method, "tuned"))
 
 
 def test_each_method_of_the_plan_trains(corpus):
