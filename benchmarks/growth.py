@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print nanoseconds a weight by size, and write the rows where asked to."""
+    """Print milliseconds, and picoseconds a weight, by size, and write the rows where asked to."""
     for size in args.sizes:
         if size < 1:
             raise ValueError(f"--sizes {size}: a model has at least one weight")

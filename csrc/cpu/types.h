@@ -23,8 +23,9 @@ inline float float_of(uint32_t u) {
 
 inline bool is_finite(uint32_t u) { return (u & 0x7f800000u) != 0x7f800000u; }
 
-/* The 32-bit finaliser of MurmurHash3. */
-inline uint32_t hashed(uint32_t x) {
+/* The 32-bit finaliser of MurmurHash3, of a word or of a register of them. */
+template <typename W>
+inline W hashed(W x) {
   x ^= x >> 16;
   x *= 0x85ebca6bu;
   x ^= x >> 13;

@@ -237,14 +237,6 @@ inline void add_squares(float *sums, const typename Element<TYPE>::raw *x, int64
   for (; i < n; ++i) sums[i] += Element<TYPE>::get(x[i]) * Element<TYPE>::get(x[i]);
 }
 
-inline words hashed(words x) {
-  x ^= x >> 16;
-  x *= 0x85ebca6bu;
-  x ^= x >> 13;
-  x *= 0xc2b2ae35u;
-  return x ^ (x >> 16);
-}
-
 /* bfloat16 from `from[0, n)`, elements [at, at + n) of a tensor, a register at a time; returns how
  * many it did. Elements whose indices differ in their upper half are left. */
 inline int64_t bf16_stochastic(const float *from, char *place, int64_t at, int64_t n, uint32_t key) {
