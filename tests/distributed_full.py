@@ -42,14 +42,32 @@ def each(function, cases):
     assert not failed, "\n".join(failed)
 
 
-def alike(case, dtype, wrap):
-    """The largest difference of twenty steps of one process from those of all."""
-    alone, model = net(dtype), net(dtype)
+def alike(case, dtype, wrap, **shape):
+    """The largest difference of twenty steps of one process from those of all.
+
+    The bound, or, where training itself amplifies rounding beyond it, ten times what becomes of a
+    one-process run whose start is moved by about a last place.
+    """
+    alone, model = net(dtype, **shape), net(dtype, **shape)
     train(alone, make(case, alone), 20)
     wrapped = wrap(model)
     train(wrapped, make(case, wrapped), 20)
     worst, name = distance(model, alone)
-    assert worst <= DTYPES[dtype], f"{name} is off by {worst:.1e}"
+    if worst > DTYPES[dtype]:
+        floor = amplified(case, dtype, alone, **shape)
+        assert worst <= 10 * floor, f"{name} is off by {worst:.1e}, a nudged start by {floor:.1e}"
+
+
+def amplified(case, dtype, alone, **shape):
+    """How far a run ends from ``alone`` whose start is moved by at most a last place."""
+    nudged = net(dtype, **shape)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in nudged.parameters():
+            share = 2 * torch.rand(p.shape, generator=generator, dtype=dtype) - 1
+            p.mul_(1 + torch.finfo(dtype).eps * share)
+    train(nudged, make(case, nudged), 20)
+    return distance(nudged, alone)[0]
 
 
 def fsdp2(rank, world, cases):
@@ -88,13 +106,12 @@ def followed(model, case, steps, limit, **options):
 
 
 def long(rank, world, cases):
-    """With the same gradients: in float32 a training amplifies the last place a thousand times."""
     shape = {"inner": 1001, "vocab": 1001}
 
     def same(at):
         case, dtype = at
-        model, lr = shard(net(dtype, **shape)), HYPER[case]["lr"] / 2
-        followed(model, case, 20, DTYPES[dtype], lr=lr)
+        followed(shard(net(dtype, **shape)), case, 20, DTYPES[dtype])
+        alike(case, dtype, shard, **shape)
 
     each(same, itertools.product(cases, DTYPES))
 

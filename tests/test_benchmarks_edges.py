@@ -118,6 +118,7 @@ def slow_worker(args, entry, folder, test):
     return run_job(args, entry, folder, test)
 
 
+@pytest.mark.thorough
 def test_every_worker_saves_however_long_its_step(folder, monkeypatch, capsys):
     """Of the one that is done first the pool makes a SIGTERM more for the others."""
     values = copy.deepcopy(tiny_benchmarks.PLAN)

@@ -248,6 +248,7 @@ def repeated(count, dtype, period):
     return torch.frombuffer(memory, dtype=dtype), lambda: libc.munmap(ctypes.c_void_p(base), size)
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's mmap flags")
 def test_elements_beyond_2_to_the_31(threads):
     """Zero gradients move nothing, so 4 GB of weights may be the same 3 MB again and again."""

@@ -184,6 +184,7 @@ def test_nothing_is_written_where_the_scaler_found_infinities(on):
         assert torch.equal(out, torch.ones(129, device=device))
 
 
+@pytest.mark.thorough
 def test_sanitizer_run_touches_nothing_behind_a_tensor(monkeypatch):
     """What compute-sanitizer watches on a GPU: here each storage ends where memory ends."""
     spec = importlib.util.spec_from_file_location(

@@ -266,7 +266,9 @@ def test_autocast_stays_near_fp32():
     assert 0 < error < 0.03
 
 
-@pytest.mark.parametrize("mode", ["fp32", "bf16", "autocast"])
+@pytest.mark.parametrize(
+    "mode", ["fp32", *(pytest.param(m, marks=pytest.mark.thorough) for m in ("bf16", "autocast"))]
+)
 def test_compiles_to_one_graph(mode):
     config = replace(ODD, num_hidden_layers=1)
     model = Llama(config).to(torch.bfloat16 if mode == "bf16" else torch.float32)

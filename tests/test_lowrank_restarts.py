@@ -118,7 +118,9 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("stop", [3, 6, 11])
+@pytest.mark.parametrize(
+    "stop", [6, *(pytest.param(n, marks=pytest.mark.thorough) for n in (3, 11))]
+)
 def test_resumed_to_the_same_bits(case, stop):
     straight = Session(**case)
     losses = straight.run(15)
@@ -178,6 +180,7 @@ def replica(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch is built without gloo")
 def test_replicas_stay_equal_to_the_bit(tmp_path):
     mp.spawn(replica, (str(tmp_path),), nprocs=2)

@@ -70,7 +70,9 @@ def test_every_method_ends_in_a_plain_checkpoint(corpus, tmp_path, capsys, monke
     assert list((tmp_path / "a" / "cast").glob("events*"))
 
 
-@pytest.mark.parametrize("name", ["cast", "srste", "fixed"])
+@pytest.mark.parametrize(
+    "name", ["cast", *(pytest.param(n, marks=pytest.mark.thorough) for n in ("srste", "fixed"))]
+)
 def test_a_stopped_run_goes_on_to_the_same_bits(corpus, tmp_path, monkeypatch, name):
     whole = run(tmp_path / "whole", "--methods", name)[name]
     step = cast.SparseRun.train_step

@@ -176,6 +176,7 @@ def test_sigterm_saves_and_leaves_with_one_line(tmp_path):
     assert not list(out.rglob(".*"))
 
 
+@pytest.mark.thorough
 def test_killed_again_and_again(tmp_path):
     words = [sys.executable, str(ROOT / "tests" / "killed_run.py"), str(tmp_path), "0", "6"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
