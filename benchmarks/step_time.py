@@ -83,15 +83,18 @@ class Subject:
         gradient = dict(zip(model.parameters(), grads, strict=True))
         for group in groups:
             group["params"] = [nn.Parameter(p.detach().clone()) for p in group["params"]]
-        for group, source in zip(groups, sources, strict=True):
-            for p, original in zip(group["params"], source["params"], strict=True):
-                p.grad = gradient[original]
+        self.grads = {
+            p: gradient[original]
+            for group, source in zip(groups, sources, strict=True)
+            for p, original in zip(group["params"], source["params"], strict=True)
+        }
         method, _, how = name.partition("-")
         tensors = FLOOR.get(method) if how in ("", *HOW) else None
         self.floor_bytes = tensors and sum(
             tensors[g["role"]] * p.numel() * p.element_size() for g in groups for p in g["params"]
         )
         optimizer = make(groups)
+        self.give_grads()
         self.step: Callable[[], Any] = optimizer.step
         if how == "captured":
             self.step = captured(optimizer)
@@ -102,7 +105,13 @@ class Subject:
 
     def timed(self) -> float:
         """Milliseconds of one step."""
+        self.give_grads()
         return timed(self.step)
+
+    def give_grads(self) -> None:
+        """Before each step: heavyball takes gradients away when it has used them."""
+        for p, grad in self.grads.items():
+            p.grad = grad
 
 
 class Streams:

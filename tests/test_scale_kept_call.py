@@ -8,6 +8,7 @@ from torch import nn
 
 import optimzoo
 from optimzoo.kernels import dispatch
+from optimzoo.optimizers.scale_fused import FusedSteps
 
 pytestmark = pytest.mark.skipif(dispatch.backend("cpu") is None, reason="no CPU kernels were built")
 
@@ -125,6 +126,20 @@ def test_it_is_used_where_nothing_has_changed():
     for number, group in enumerate(optimizer.param_groups):
         assert optimizer._fused.again(number, optimizer.state, group)
     assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(("place", "kept"), [("cpu", 1), ("meta", 0)])
+def test_a_count_on_another_device_is_not_kept(place, kept):
+    """Beside weights on a GPU it lies on the CPU, where the kernels cannot read it."""
+    weight = nn.Parameter(torch.ones(4))
+    weight.grad = torch.ones(4)
+    group = optimzoo.SCALE([{"params": [weight], "role": "vector"}], lr=1e-2).param_groups[0]
+    state = {name: torch.zeros(4) for name in ("exp_avg", "exp_avg_sq")}
+    state["step"] = torch.zeros((), device=place)
+    items = [dispatch.vector(weight, weight.grad, *state.values())]
+    steps = FusedSteps()
+    steps._keep(0, {weight: state}, group, dispatch.backend("cpu"), items)
+    assert len(steps._kept) == kept
 
 
 def test_copies_and_pickles_keep_no_call():

@@ -163,12 +163,16 @@ def columns(items: list[Item]) -> tuple[list[Any], ...]:
     """The items field by field, for a call: gradients contiguous, steps counted and at hand."""
     fields = [list(field) for field in list(zip(*items, strict=True))[:7]]
     fields[1] = [g.contiguous() for g in fields[1]]
-    device = items[0].param.device
-    counts = [step for step in fields[4] if step is not None]
+    fields[4] = counted(fields[4], items[0].param.device)
+    return tuple(fields)
+
+
+def counted(steps: list[Tensor | None], device: torch.device) -> list[Tensor | None]:
+    """Count Adam's steps on, and have them where the kernels read them."""
+    counts = [step for step in steps if step is not None]
     if counts:
         torch._foreach_add_(counts, 1)
-        fields[4] = [None if step is None else step.to(device) for step in fields[4]]
-    return tuple(fields)
+    return [None if step is None else step.to(device) for step in steps]
 
 
 def scalar(value: float | Tensor, device: torch.device) -> float | Tensor:

@@ -27,7 +27,7 @@ from optimzoo.optimizers.base import (
     copy_group,
     scalar_lr,
 )
-from optimzoo.optimizers.scale_fused import FusedSteps, local_average, may_fuse
+from optimzoo.optimizers.scale_fused import FusedSteps, has_momentum, local_average, may_fuse
 from optimzoo.optimizers.scale_sharded import Part, cut_part, step_parts
 from optimzoo.roles import input_dim, matrix_view, role_of
 from optimzoo.subspace.newton_schulz import orthogonalize
@@ -172,8 +172,7 @@ class SCALE(RoleOptimizer):
 
         That of a matrix without momentum is, as long as the divisor is above `eps`.
         """
-        averaged = group["averaged"] and group["momentum"] != 0
-        return role_of(param, group) != "vector" and not averaged
+        return role_of(param, group) != "vector" and not has_momentum(group)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -206,7 +205,7 @@ class SCALE(RoleOptimizer):
                 init_adam_state(state, p, capturable=group["capturable"], dtype=dtype)
                 vectors.append(p)
             else:
-                if group["averaged"] and group["momentum"] != 0:
+                if has_momentum(group):
                     self._init_average(state, p, group)
                 matrices.append(p)
         return matrices, vectors

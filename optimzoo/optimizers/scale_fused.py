@@ -26,6 +26,11 @@ def may_fuse(group: dict[str, Any]) -> bool:
     return bool(group["fused"] or (group["fused"] is None and not eager))
 
 
+def has_momentum(group: dict[str, Any]) -> bool:
+    """Whether the group's matrices have a moving average of their gradient."""
+    return bool(group["averaged"] and group["momentum"] != 0)
+
+
 def local_average(states: States, p: Tensor) -> Tensor | None:
     """This process's part of a weight's momentum, if it has one."""
     average = states.get(p, {}).get("exp_avg")
@@ -90,8 +95,7 @@ class FusedSteps:
         if [t.data_ptr() for t in (*params, *held)] != kept.addresses:
             return False
         counts = [step for step in fields["step"] if step is not None]
-        if counts:
-            torch._foreach_add_(counts, 1)
+        fields["step"] = dispatch.counted(fields["step"], params[0].device)
         columns = (params, grads, *(fields[name] for name in _STATES), kept.kinds, kept.shapes)
         self._call(kept.kernels, columns, group, counts, table=kept.table)
         return True
@@ -113,9 +117,8 @@ class FusedSteps:
             kind = dispatch.ROWS if along_rows else dispatch.COLUMNS
         items = []
         parts = {p: local_part(p) for p in (*matrices, *vectors)}
-        averaged = group["averaged"] and group["momentum"] != 0
         for p in matrices:
-            m = local_average(states, p) if averaged else None
+            m = local_average(states, p) if has_momentum(group) else None
             grad = local_part(p.grad, like=p)  # type: ignore[arg-type]
             layout = {"stacked": group["stacked"], "counter": counters.get(p)}
             items += dispatch.matrices(parts[p], grad, m, kind, **layout)
@@ -152,6 +155,8 @@ class FusedSteps:
             and len(items) == len(place)
             and all(id(p) in place and type(p) in dispatch.PLAIN[:2] for p in params)
             and all(item.counter is None and item.grad.is_contiguous() for item in items)
+            # a count beside the weight: one on the CPU is brought to a GPU anew at each step
+            and all(i.step is None or i.step.device == i.param.device for i in items)
             # their scratch is the call's own
             and not (kernels.kind == "cuda" and any(i.kind == dispatch.COLUMNS for i in items))
         )
