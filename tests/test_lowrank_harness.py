@@ -51,9 +51,7 @@ def stop_at(last: int):
     return progress
 
 
-@pytest.mark.parametrize(
-    "precision", ["fp32", pytest.param("bf16", marks=pytest.mark.thorough)]
-)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", CASES)
 def test_an_interrupted_run_goes_on_to_the_same_bits(name, precision, corpus, tmp_path):
     config = replace(BASE, lowrank=CASES[name], precision=precision, clip=0.5)

@@ -118,9 +118,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize(
-    "stop", [6, *(pytest.param(n, marks=pytest.mark.thorough) for n in (3, 11))]
-)
+@pytest.mark.parametrize("stop", [3, 6, 11])
 def test_resumed_to_the_same_bits(case, stop):
     straight = Session(**case)
     losses = straight.run(15)

@@ -25,8 +25,6 @@ CONFIG = LlamaConfig(509, 48, 132, 1, 3)
 NEEDS = {"adams": {"l1": 1e-4, "total_steps": 100}}
 PROJECTED = ("galore", "natural_galore", "fira")
 NAMES = [n for n in list_optimizers() if n != "muon" or hasattr(torch.optim, "Muon")]
-QUICK = ("adamw", "scale", "galore", "adams")
-thorough = pytest.mark.thorough
 
 
 def on_meta(config: LlamaConfig = CONFIG) -> Llama:
@@ -68,9 +66,8 @@ def really(
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [pytest.param(n, torch.float32, marks=() if n in QUICK else thorough) for n in NAMES]
-    + [pytest.param(n, torch.bfloat16, marks=thorough) for n in ("adamw", "galore", "swan")]
-    + [("scale", torch.bfloat16), ("adams", torch.bfloat16)],
+    [(name, torch.float32) for name in NAMES]
+    + [(name, torch.bfloat16) for name in ("adamw", "scale", "galore", "swan", "adams")],
     ids=str,
 )
 def test_the_simulated_peak_is_that_of_real_steps(name, dtype):
@@ -87,9 +84,7 @@ def test_the_simulated_peak_is_that_of_real_steps(name, dtype):
         assert simulated.by_category.get(category, 0) == pytest.approx(bytes_, rel=0.01, abs=4096)
 
 
-@pytest.mark.parametrize(
-    "name", (pytest.param("adamw", marks=thorough), "scale", pytest.param("galore", marks=thorough))
-)
+@pytest.mark.parametrize("name", ("adamw", "scale", "galore"))
 @pytest.mark.parametrize(
     "more", ({"checkpointing": True}, {"micro_batches": 3}, {"release": True}), ids=str
 )

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from sharded_runs import (
     CASES,
     HYPER,
+    VARIANTS,
     assert_same_state,
     distance,
     load,
@@ -27,8 +28,8 @@ from optimzoo.distributed import traffic
 STEPS = 8
 
 
-def everything(rank, world, folder):
-    for case in CASES:
+def everything(rank, world, folder, cases):
+    for case in cases:
         alone, sharded = net(), shard(net())
         train(alone, make(case, alone), STEPS)
         optimizer = make(case, sharded)
@@ -44,6 +45,9 @@ def everything(rank, world, folder):
             for pair in ((sharded, optimizer), (again, restored)):
                 train(*pair, 1, start=STEPS)
             assert distance(again, sharded) == (0, ""), case
+
+
+def beside_them(rank, world):
     replicas_agree(rank, world)
     communication_is_counted()
 
@@ -82,7 +86,7 @@ def communication_is_counted():
 
 
 def test_two_processes_do_what_one_does(tmp_path):
-    spawn(everything, 2, tmp_path, str(tmp_path))
+    spawn(everything, 2, tmp_path, str(tmp_path), list(HYPER))
     for case in HYPER:  # what two have saved, one loads
         model = net()
         optimizer = make(case, model)
@@ -93,6 +97,15 @@ def test_two_processes_do_what_one_does(tmp_path):
         assert distance(model, alone)[0] <= 1e-10, case
     dcp_to_torch_save(tmp_path / "galore", tmp_path / "one.pt")
     assert "optim" in torch.load(tmp_path / "one.pt", weights_only=True)
+
+
+def test_replicas_agree_and_messages_are_counted(tmp_path):
+    spawn(beside_them, 2, tmp_path)
+
+
+@pytest.mark.thorough
+def test_two_processes_do_what_one_does_with_other_options(tmp_path):
+    spawn(everything, 2, tmp_path, str(tmp_path), list(VARIANTS))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -128,10 +128,11 @@ class TestStep(TestCase):
 
     @optims(OPTIM_DB, dtypes=[torch.float64])
     def test_tensor_lr_equals_float_lr(self, device, dtype, optim_info):
-        for _, kwargs in configurations(optim_info, device):
+        tensors = (torch.tensor(LR), torch.tensor([LR], device=device))
+        for i, (_, kwargs) in enumerate(configurations(optim_info, device)):
             if "lr" in kwargs or "vector_lr" in kwargs:
                 continue
-            for lr in (torch.tensor(LR), torch.tensor([LR], device=device)):
+            for lr in tensors if i == 0 else tensors[:1]:
                 models = [Tiny(device, dtype) for _ in range(2)]
                 rates = [LR, lr]
                 runs = [

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import pickle
 
 import torch
@@ -42,7 +43,8 @@ class TestState(TestCase):
 
     @optims(OPTIM_DB, dtypes=DTYPES)
     def test_round_trip_is_exact(self, device, dtype, optim_info):
-        for desc, kwargs in configurations(optim_info, device):
+        inputs = configurations(optim_info, device)
+        for desc, kwargs in itertools.islice(inputs, 3 if dtype == torch.float64 else None):
             model = Tiny(device, dtype)
             optimizer = build(optim_info, model, **copy.deepcopy(kwargs))
             self.assertEqual(len(optimizer.state), 0)
@@ -158,8 +160,9 @@ class TestState(TestCase):
 
     @optims(OPTIM_DB)
     def test_copies_and_pickles_are_complete_and_separate(self, device, dtype, optim_info):
-        for desc, kwargs in configurations(optim_info, device):
-            for clone in (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
+        clones = (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)))
+        for i, (desc, kwargs) in enumerate(configurations(optim_info, device)):
+            for clone in clones if i < 3 else clones[:1]:
                 model = Tiny(device, dtype)
                 optimizer = build(optim_info, model, **copy.deepcopy(kwargs))
                 train(model, optimizer, 2)
