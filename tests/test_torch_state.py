@@ -44,7 +44,7 @@ class TestState(TestCase):
     @optims(OPTIM_DB, dtypes=DTYPES)
     def test_round_trip_is_exact(self, device, dtype, optim_info):
         inputs = configurations(optim_info, device)
-        for desc, kwargs in itertools.islice(inputs, 3 if dtype == torch.float64 else None):
+        for desc, kwargs in itertools.islice(inputs, None if dtype == torch.float32 else 4):
             model = Tiny(device, dtype)
             optimizer = build(optim_info, model, **copy.deepcopy(kwargs))
             self.assertEqual(len(optimizer.state), 0)
