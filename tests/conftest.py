@@ -1,4 +1,4 @@
-"""What `make test` takes of tests with many cases: a part, always the same; `-m thorough` the rest."""
+"""Of tests with many cases `make test` takes a part, always the same; `-m thorough` the rest."""
 
 import zlib
 

@@ -1,5 +1,6 @@
 """Muon on the hidden weights, AdamW on the rest: torch's own two, behind one optimizer."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,13 +13,16 @@ from optimzoo.distributed import Shards, by_owners, local_part
 from optimzoo.optimizers.base import check_lr
 from optimzoo.optimizers.by_role import ByRole
 from optimzoo.roles import ROLES
+from optimzoo.subspace.newton_schulz import orthogonalize
 
 
 class ShardedMuon(getattr(torch.optim, "Muon", object)):  # type: ignore[misc]
-    """``torch.optim.Muon`` that gives sharded weights the step of whole ones.
+    """``torch.optim.Muon``, but for sharded weights and for weights on a CPU.
 
-    torch's own step sums Gram matrices that each process has rounded to bfloat16. Here momentum and
-    decay stay with each process's part, and each weight is orthogonalised whole, by one of them.
+    Sharded, torch's own step sums Gram matrices that each process has rounded to bfloat16. Here
+    momentum and decay stay with each process's part, and each weight is orthogonalised whole, by
+    one of them. On a CPU torch orthogonalises in bfloat16 too: a CPU without its instructions takes
+    a hundred times as long. Here it is float32 at least, the same iteration without that rounding.
     """
 
     param_groups: list[dict[str, Any]]
@@ -33,19 +37,22 @@ class ShardedMuon(getattr(torch.optim, "Muon", object)):  # type: ignore[misc]
         groups = self.param_groups
         try:
             for group in groups:
-                cut = [p for p in group["params"] if p.grad is not None and Shards.of(p).cut()]
-                known = {id(p) for p in cut}
+                given = [p for p in group["params"] if p.grad is not None]
+                ours = [p for p in given if p.device.type == "cpu" or Shards.of(p).cut()]
+                known = {id(p) for p in ours}
                 rest = [p for p in group["params"] if id(p) not in known]
                 self.param_groups = [{**group, "params": rest}]
                 super().step()
-                self._step_cut(cut, group)
+                self._step_ours(ours, group)
         finally:
             self.param_groups = groups
         return loss
 
-    def _step_cut(self, params: list[Tensor], group: dict[str, Any]) -> None:
+    def _step_ours(self, params: list[Tensor], group: dict[str, Any]) -> None:
         updates = []
         for p in params:
+            if p.grad.is_sparse:  # type: ignore[union-attr]
+                raise RuntimeError("Muon does not support sparse gradients")
             state = self.state[p]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(p)
@@ -55,6 +62,10 @@ class ShardedMuon(getattr(torch.optim, "Muon", object)):  # type: ignore[misc]
 
         def orthogonal(update: Tensor) -> Tensor:
             """Where one step of torch's, of size 1 and without momentum, takes a weight of 0."""
+            if update.device.type == "cpu":
+                numbers = {"steps": group["ns_steps"], "eps": group["eps"]}
+                numbers["coefficients"] = group["ns_coefficients"]
+                return -_adjusted(update.shape, group) * orthogonalize(update, **numbers)
             names = ("nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")
             alone = {
                 **{k: group[k] for k in names},
@@ -71,6 +82,13 @@ class ShardedMuon(getattr(torch.optim, "Muon", object)):  # type: ignore[misc]
         for i, step in by_owners(orthogonal, updates, [Shards.of(p) for p in params]):
             weight = local_part(params[i])
             weight.mul_(1 - lr * group["weight_decay"]).add_(step.to(weight.dtype), alpha=lr)
+
+
+def _adjusted(shape: torch.Size, group: dict[str, Any]) -> float:
+    """What torch multiplies a matrix's learning rate by."""
+    if group["adjust_lr_fn"] == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(shape))
+    return math.sqrt(max(1.0, shape[0] / shape[1]))
 
 
 class Muon(ByRole):
@@ -98,6 +116,8 @@ class Muon(ByRole):
     Raises:
         ValueError: a weight of Muon's roles that is not 2-D; a hyperparameter out of range.
         RuntimeError: torch is older than 2.9, which has no Muon.
+
+    On a CPU the Newton–Schulz iteration is in float32 at least, where torch's rounds to bfloat16.
 
     Source: kellerjordan.github.io/posts/muon; the defaults of AdamW are those of its repository.
     """

@@ -4,10 +4,16 @@ import torch
 from torch import Tensor
 
 # Quintic coefficients of Keller Jordan's Muon: steep at zero, singular values end in about 0.7-1.2.
-_A, _B, _C = 3.4445, -4.7750, 2.0315
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalize(matrix: Tensor, *, steps: int = 5, eps: float = 1e-7) -> Tensor:
+def orthogonalize(
+    matrix: Tensor,
+    *,
+    steps: int = 5,
+    eps: float = 1e-7,
+    coefficients: tuple[float, float, float] = COEFFICIENTS,
+) -> Tensor:
     """Approximately ``U Vᵀ`` of ``matrix = U S Vᵀ``, for ``[..., m, n]``.
 
     ``X ← X/‖X‖_F``, then ``steps`` times ``X ← aX + b(XXᵀ)X + c(XXᵀ)²X``, on the shorter side.
@@ -20,9 +26,10 @@ def orthogonalize(matrix: Tensor, *, steps: int = 5, eps: float = 1e-7) -> Tenso
     if tall:
         x = x.mT
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(eps)
+    a, b, c = coefficients
     for _ in range(steps):
         gram = x @ x.mT
-        x = _A * x + (_B * gram + _C * gram @ gram) @ x
+        x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x
 
 
