@@ -10,7 +10,7 @@ SOURCES := setup.cfg pyproject.toml constraints.txt setup.py $(shell find csrc -
 help:
 	@echo "make compare   train a small Llama with SGD, AdamW, Muon and SCALE; print the table"
 	@echo "make test      the tests"
-	@echo "make test-thorough       those that take minutes: all instruction sets, killed runs"
+	@echo "make test-thorough       all cases of them, and those that take minutes"
 	@echo "make test-distributed    all tests of several processes: sharding, the harness, faults"
 	@echo "make lint type fmt    ruff, mypy, ruff format"
 	@echo "make docs notebooks   build the pages into build/site; execute every notebook"
