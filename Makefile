@@ -51,12 +51,13 @@ memory-table: $(VENV)/.bench
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# What takes minutes of CPU: other instruction sets, Triton's interpreter, killed processes.
+# The cases that `make test` leaves out (tests/conftest.py), and what takes minutes of CPU.
 test-thorough: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m thorough
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "thorough and not distributed"
 
 # FSDP2, DDP, tensor parallelism, checkpoints, other world sizes and killed processes, with gloo.
 test-distributed: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m distributed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed_full.py tests/distributed
 
 # With the Python that has the GPU's torch: nothing is installed. Rows come to $(OUT).

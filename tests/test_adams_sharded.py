@@ -10,7 +10,7 @@ from optimzoo import param_groups
 from optimzoo.optimizers.adams import AdamS
 from optimzoo.sparsity import pack, unpack
 
-pytestmark = pytest.mark.thorough
+pytestmark = pytest.mark.distributed
 STEPS = 6
 
 

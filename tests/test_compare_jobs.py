@@ -91,7 +91,14 @@ def test_two_jobs_give_the_rows_of_one(folder, monkeypatch):
             assert two[key][name] == pytest.approx(row[name], rel=1e-5)
 
 
-@pytest.mark.parametrize("how", ["SIGTERM to the parent", "SIGKILL to the parent", "Ctrl-C"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "SIGKILL to the parent",
+        pytest.param("SIGTERM to the parent", marks=pytest.mark.distributed),
+        pytest.param("Ctrl-C", marks=pytest.mark.distributed),
+    ],
+)
 def test_no_process_outlives_the_comparison(how, folder):
     write_plan(folder, steps=30_000)
     process = start(folder, compare(folder, 2, "out", "--seeds=2"))  # more runs than jobs

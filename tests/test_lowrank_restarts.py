@@ -178,7 +178,7 @@ def replica(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.thorough
+@pytest.mark.distributed
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch is built without gloo")
 def test_replicas_stay_equal_to_the_bit(tmp_path):
     mp.spawn(replica, (str(tmp_path),), nprocs=2)

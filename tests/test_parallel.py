@@ -31,14 +31,14 @@ def scenario(name, folder, *arguments):
 
 
 @needs_gloo
-@pytest.mark.thorough
+@pytest.mark.distributed
 def test_a_run_goes_on_with_other_numbers_of_processes(tmp_path):
     chain = [["fsdp", 2], ["none", 1], ["ddp", 2]]
     assert scenario("elastic", tmp_path, "galore", chain) <= 1e-4
 
 
 @needs_gloo
-@pytest.mark.thorough
+@pytest.mark.distributed
 def test_a_killed_process_costs_no_bit(tmp_path):
     found = scenario("killed", tmp_path, "ddp", 2, 0, 3)
     assert all(a <= b for a, b in pairwise(found["steps"])), found

@@ -103,7 +103,7 @@ def test_replicas_agree_and_messages_are_counted(tmp_path):
     spawn(beside_them, 2, tmp_path)
 
 
-@pytest.mark.thorough
+@pytest.mark.distributed
 def test_two_processes_do_what_one_does_by_the_other_methods(tmp_path):
     spawn(everything, 2, tmp_path, str(tmp_path), [c for c in CASES if c not in SMALL])
 

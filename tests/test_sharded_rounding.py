@@ -4,7 +4,7 @@ import pytest
 import torch
 from sharded_runs import HYPER, make, net, shard, spawn, train, whole
 
-pytestmark = pytest.mark.thorough
+pytestmark = pytest.mark.distributed
 STEPS = 4
 
 

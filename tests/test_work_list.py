@@ -88,7 +88,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.thorough
+@pytest.mark.distributed
 def test_two_processes_share_one_list_and_one_is_killed(folder):
     both = [start(folder, compare(folder, 1, "out", "--seeds=1")) for _ in range(2)]
     try:
