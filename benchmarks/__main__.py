@@ -18,6 +18,7 @@ from benchmarks import (
     sparse_time,
     step_time,
     train,
+    utilisation,
 )
 
 COMMANDS = {
@@ -30,6 +31,7 @@ COMMANDS = {
     "sparse-time": (sparse_time, "what N:M masks cost, and what a 2:4 layer gives on a GPU"),
     "release-memory": (release_memory, "what optimizer-in-backward frees"),
     "memory": (memory, "the memory planner against what torch holds, and the 7B plan"),
+    "utilisation": (utilisation, "how much of a GPU training uses, and the optimizer's share"),
     "gpu": (gpu, "build, test, sanitize and measure the kernels on a GPU"),
     "report": (report, "write the README's tables from the committed results"),
     "reproduce": (reproduce, "a paper's table beside ours"),

@@ -1,5 +1,7 @@
 """Tokens to train on: a byte-level BPE over local text, or C4, cached as memory-mapped files.
 
+A cached folder is complete by itself: copied to a machine without the text, it is a source there.
+
 Documents are packed: each is followed by an end-of-text token and the next begins at once, with no
 padding and no truncation, and a window may hold parts of several. (The published C4 runs pad or cut
 each document to 256 tokens instead, so perplexities of the two protocols do not compare.)
@@ -10,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,14 @@ from benchmarks.corpus import (
     survey,
 )
 from benchmarks.text_files import file_source
-from benchmarks.token_cache import StaleCacheError, TokenWriter, build, open_tokens, sweep
+from benchmarks.token_cache import (
+    StaleCacheError,
+    TokenWriter,
+    build,
+    open_copied,
+    open_tokens,
+    sweep,
+)
 from benchmarks.tokens import END_OF_TEXT, Bars, encode, train_tokenizer
 
 FORMAT = 1  # of the cache; a higher number makes every older cache unused
@@ -65,11 +74,12 @@ def load_corpus(
     """The tokens of a source, from the cache if they are there.
 
     Args:
-        source: "stdlib" (the running Python's standard library), "c4", or .txt and .jsonl files.
+        source: "stdlib" (the running Python's standard library), "c4", .txt and .jsonl files, or
+            one folder that this function made in some `cache_dir`, its .bin files plain or .bin.xz.
         vocab_size: of the tokenizer that is trained on the train split; for "c4" that of the model.
         cache_dir: holds one folder for each source, vocabulary size and version.
         progress: draw progress bars on stderr.
-        max_chars: take no more of the train split; valid and test stay whole. Not for "c4".
+        max_chars: take no more of the train split; valid and test stay whole. Only for text.
         max_tokens: how much of C4's train split to take. Only for "c4", and needed there.
         c4_dataset: a dataset on the Hugging Face hub, or a local folder laid out like it
             (which must not change: a cache is found by the name of the dataset alone).
@@ -77,7 +87,12 @@ def load_corpus(
     """
     if vocab_size < MIN_VOCAB:
         raise ValueError(f"vocab_size must be at least {MIN_VOCAB} (bytes first), got {vocab_size}")
+    paths = [source] if isinstance(source, (str, Path)) else source
+    named = source in ("stdlib", "c4")
     with Bars(progress) as bars:
+        if not named and len(paths) == 1 and (folder := Path(paths[0])).is_dir():
+            limits = {"max_chars": max_chars, "max_tokens": max_tokens}
+            return _copied(folder, vocab_size, limits, bars)
         if source == "c4":
             if max_chars is not None:
                 raise ValueError(f"max_chars={max_chars} is not for 'c4'; give max_tokens")
@@ -87,10 +102,7 @@ def load_corpus(
         else:
             if max_tokens is not None:
                 raise ValueError(f"max_tokens={max_tokens} is only for 'c4'; give max_chars")
-            if source == "stdlib":
-                text = stdlib_source()
-            else:
-                text = file_source([source] if isinstance(source, (str, Path)) else source)
+            text = stdlib_source() if source == "stdlib" else file_source(paths)
             recipe = _text_recipe(limited(text, max_chars), vocab_size, bars)
         meta, tokens = _from_cache(recipe, Path(cache_dir))
     return Corpus(recipe.name, meta["sha256"], vocab_size, **tokens)
@@ -200,6 +212,30 @@ def _from_cache(recipe: _Recipe, cache_dir: Path) -> tuple[dict[str, Any], dict[
             log.warning("cached tokens in %s: %s; building them again", folder, reason)
     build(folder, recipe.fill, recipe.identity)
     return open_tokens(folder, recipe.identity)
+
+
+def _copied(folder: Path, vocab_size: int, limits: Mapping[str, int | None], bars: Bars) -> Corpus:
+    if not (folder / "meta.json").exists():
+        raise ValueError(
+            f"{folder} is a folder; give the files in it, or a folder of tokens from the token "
+            "cache (this one has no meta.json)"
+        )
+    for name, value in limits.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}={value} has no effect on the folder of tokens {folder}; leave it out, "
+                "or give the text"
+            )
+    try:
+        with bars.bar("checking", None, ""):
+            identity = {"format": FORMAT, "vocab_size": vocab_size}
+            meta, tokens = open_copied(folder, identity)
+    except StaleCacheError as reason:
+        raise ValueError(
+            f"{folder}: {reason}; take a folder of tokens that was made for this model by this "
+            "version, and copied whole"
+        ) from reason
+    return Corpus(meta["source"], meta["sha256"], vocab_size, **tokens)
 
 
 def _text_recipe(source: Source, vocab_size: int, bars: Bars) -> _Recipe:

@@ -1,18 +1,21 @@
 """What needs a GPU, in one command of under nine minutes: build, test, sanitize, measure.
 
 ``make gpu`` writes, into ``--out``, ``gpu.json`` (how each stage ended, and the rows of the step
-times) and ``gpu.log`` (all output). A stage that fails or runs out of its time does not stop the
-next, and what the whole has no time left for is named, to be run with ``--only``. Without a GPU it
-refuses, but for ``--dry-run``, which runs what a CPU can, at small sizes.
+times) and ``gpu.log`` (all output). Measurements run alone, in turn, then the tests and sanitizers
+side by side. A stage that fails or runs out of its time does not stop the next, and what the whole
+has no time left for is named, to be run with ``--only``. Without a GPU it refuses, but for
+``--dry-run``, which runs what a CPU can, at small sizes.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +26,15 @@ from benchmarks.provenance import provenance, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
-UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+# Without the cache an access behind a tensor is one behind an allocation.
+UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
 SHAPES = (("60m",), ("1b",), ("7b", "--layers", "1"))
+KERNELS = (
+    "tests/test_kernels.py",
+    "tests/test_kernels_cuda.py",
+    "tests/test_scale_kept_call.py",
+    "tests/test_subspace.py",
+)
 TRITON = ("tests/kernels_triton_rules.py", "tests/kernels_triton_edges.py")
 
 
@@ -37,6 +47,7 @@ class Stage:
     seconds: int
     rows: Path | None = None
     environment: dict[str, str] = field(default_factory=dict)
+    beside: bool = False  # may run while others do
 
 
 def step_time(out: Path, model: str, dtype: str, *more: str) -> Stage:
@@ -59,12 +70,11 @@ def shapes(out: Path, model: str, *more: str, native: bool = True) -> Stage:
     return Stage(name, [*command, "--out", str(rows)], 60, rows, environment)
 
 
-def measured(out: Path, command: str, *more: str) -> Stage:
+def measured(out: Path, command: str, *more: str, seconds: int = 60) -> Stage:
     """Another command of `python -m benchmarks` that writes its rows to a file."""
     rows = out / f"{command}.json"
-    return Stage(
-        command, [PYTHON, "-m", "benchmarks", command, "--out", str(rows), *more], 60, rows
-    )
+    words = [PYTHON, "-m", "benchmarks", command, "--out", str(rows), *more]
+    return Stage(command, words, seconds, rows)
 
 
 def memory(out: Path, *more: str) -> Stage:
@@ -74,88 +84,89 @@ def memory(out: Path, *more: str) -> Stage:
     return Stage("memory", [*command, "--out", str(rows), *more], 150, rows)
 
 
+def tests(name: str, *words: str) -> Stage:
+    """Some tests, in a few processes if pytest can."""
+    pytest = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("xdist"):
+        pytest += ["-n", "3"]
+    one_thread = {"OMP_NUM_THREADS": "1"}
+    return Stage(name, [*pytest, *words], 150, environment=one_thread, beside=True)
+
+
+def sanitizers() -> list[Stage]:
+    """Every CUDA kernel under compute-sanitizer, where there is one."""
+    tool = shutil.which("compute-sanitizer")
+    options = ["--error-exitcode", "9", PYTHON, "csrc/cuda/sanitize.py"]
+    return [
+        Stage(check, [tool, "--tool", check, *options], 150, environment=UNCACHED, beside=True)
+        for check in ("memcheck", "racecheck")
+        if tool
+    ]
+
+
 def stages(out: Path, dry: bool) -> list[Stage]:
     """What is run, in order."""
-    pytest = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     if dry:
-        few = (
-            "--optimizers",
-            "sgd",
-            "scale",
-            "scale-loop",
-            "--repeats",
-            "3",
-            "--no-refresh",
-            "--no-peers",
-        )
+        few = ["--optimizers", "sgd", "scale", "scale-loop", "--repeats", "3"]
+        few += ["--no-refresh", "--no-peers"]
         return [
             Stage("build", [PYTHON, "csrc/build.py", "--require"], 300),
-            Stage("kernels", [*pytest, "tests/test_kernels.py", "-k", "zeros or chosen"], 120),
             step_time(out, "nano", "float32", *few),
             measured(out, "sparse-time", "--model", "nano", "--repeats", "3"),
+            measured(out, "utilisation", "--scales", "dry", "--steps", "3"),
             memory(out, "--models", "nano", "--optimizers", "scale", "--plan-model", "9m"),
+            tests("kernels", "tests/test_kernels.py", "-k", "zeros or chosen"),
         ]
-    contract = ["tests/test_torch_contract.py", "tests/test_torch_state.py"]
+    contract = ("tests/test_torch_contract.py", "tests/test_torch_state.py")
     rows = out / "release.json"
     released = [PYTHON, "-m", "benchmarks", "release-memory", "--model=1b", "--dtype=bfloat16"]
-    plan = [
+    return [
         Stage("build", [PYTHON, "csrc/build.py", "--require"], 150),
-        Stage("kernels", [*pytest, "tests/test_kernels.py", "tests/test_kernels_cuda.py"], 90),
-        Stage("triton", [*pytest, *TRITON], 90),
-        Stage("contract", [*pytest, *contract, "-k", "CUDA or cuda"], 60),
-        Stage("release", [*pytest, "tests/test_release.py", "tests/test_release_edges.py"], 90),
-        Stage("released bytes", [*released, "--out", str(rows)], 60, rows),
-        step_time(out, "60m", "float32"),
         *(shapes(out, m, *few) for m, *few in SHAPES),
         *(shapes(out, m, *few, native=False) for m, *few in SHAPES),
-        Stage("compiled", [*pytest, "tests/test_compile.py"], 60),
-        Stage("sparsity", [*pytest, "tests/test_sparsity.py", "-k", "semi_structured"], 60),
+        step_time(out, "60m", "float32"),
+        measured(out, "utilisation", seconds=150),
         measured(out, "sparse-time"),
+        Stage("released bytes", [*released, "--out", str(rows)], 60, rows),
         memory(out, "--models", "60m", "350m", "1b"),
+        tests("kernels", *KERNELS),
+        tests("triton", *TRITON),
+        tests("contract", *contract, "-k", "CUDA or cuda"),
+        tests("release", "tests/test_release.py", "tests/test_release_edges.py"),
+        tests("compiled", "tests/test_compile.py"),
+        tests("sparsity", "tests/test_sparsity.py", "-k", "semi_structured"),
+        *sanitizers(),
     ]
-    tool = shutil.which("compute-sanitizer")
-    for check in ("memcheck", "racecheck") if tool else ():
-        options = ["--tool", check, "--error-exitcode", "9"]
-        plan.append(
-            Stage(
-                check,
-                [str(tool), *options, PYTHON, "csrc/cuda/sanitize.py"],
-                60,
-                environment=UNCACHED,
-            )
-        )
-    return plan
 
 
-def run(stage: Stage, log: Path, left: float) -> dict[str, Any]:
-    """Run one stage in at most ``left`` seconds; how it ended, and its rows."""
-    print(f"{stage.name} ...", end=" ", flush=True)
-    if left < 2:
-        print("not run: no time left", flush=True)
+def run(stage: Stage, log: Path, end: float) -> dict[str, Any]:
+    """Run one stage, at the latest to ``end``; how it ended, and its rows."""
+    start = time.perf_counter()
+    limit = min(stage.seconds, end - start)
+    if end - start < 2:
+        print(f"{stage.name}: not run: no time left", flush=True)
         return {"stage": stage.name, "ended": "not run: no time left", "seconds": 0.0}
-    start, limit = time.perf_counter(), min(stage.seconds, left)
-    with log.open("ab") as file:
-        file.write(f"\n=== {stage.name}: {' '.join(stage.command)}\n".encode())
-        file.flush()
-        try:
-            done = subprocess.run(
-                stage.command,
-                cwd=ROOT,
-                # Without the cache an access behind a tensor is one behind an allocation.
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **stage.environment},
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                timeout=limit,
-            )
-            ended = "ok" if done.returncode == 0 else f"failed with status {done.returncode}"
-        except subprocess.TimeoutExpired:
-            ended = f"stopped after {limit:.0f} s"
+    try:
+        done = subprocess.run(
+            stage.command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **stage.environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=limit,
+        )
+        output = done.stdout
+        ended = "ok" if done.returncode == 0 else f"failed with status {done.returncode}"
+    except subprocess.TimeoutExpired as error:
+        output, ended = error.stdout or b"", f"stopped after {limit:.0f} s"
+    with log.open("ab") as file:  # in one write: others may run beside it
+        file.write(f"\n=== {stage.name}: {' '.join(stage.command)}\n".encode() + output)
     result: dict[str, Any] = {"stage": stage.name, "ended": ended}
     result["seconds"] = round(time.perf_counter() - start, 1)
     if stage.rows is not None and stage.rows.exists():
         result["rows"] = json.loads(stage.rows.read_text(encoding="utf-8"))
         stage.rows.unlink()  # it is in gpu.json now
-    print(f"{ended} ({result['seconds']} s)", flush=True)
+    print(f"{stage.name}: {ended} ({result['seconds']} s)", flush=True)
     return result
 
 
@@ -180,13 +191,21 @@ def main(args: argparse.Namespace) -> int:
     for name in args.only or []:
         if name not in names:
             raise ValueError(f"no stage {name!r}; there are: {', '.join(names)}")
-    results = []
+    chosen = [stage for stage in plan if not args.only or stage.name in args.only]
+    results: list[dict[str, Any]] = []
     end = time.perf_counter() + 60 * args.minutes
-    for stage in plan:
-        if args.only and stage.name not in args.only:
-            continue
-        results.append(run(stage, log, end - time.perf_counter()))
+
+    def keep(result: dict[str, Any]) -> None:
+        results.append(result)
         write_json(out / "gpu.json", {"stages": results, "provenance": provenance()})
+
+    for stage in chosen:
+        if not stage.beside:
+            keep(run(stage, log, end))
+    beside = [stage for stage in chosen if stage.beside]
+    with ThreadPoolExecutor(len(beside) or 1) as pool:
+        for result in pool.map(lambda stage: run(stage, log, end), beside):
+            keep(result)
     failed = [r["stage"] for r in results if r["ended"] != "ok"]
     print(f"written to {out}" + (f"; look at gpu.log for {', '.join(failed)}" if failed else ""))
     return int(bool(failed))

@@ -144,8 +144,13 @@ class Run:
         self.model.to(self.device, dtype)
         self.replica = parallel.wrap(self.model)
         self.forward: Callable[..., Tensor] = self.replica
+        # A CUDA graph of forward and backward: a small model's kernels are shorter than their
+        # launches. It cannot be where gradients add up, or are waited for, in the backward.
+        whole_batch = config.accumulate == 1 and not config.release and parallel.kind == "none"
+        self.graphed = config.compile and whole_batch and self.device.type == "cuda"
         if config.compile:
-            self.forward = torch.compile(self.forward)
+            mode = "reduce-overhead" if self.graphed else None
+            self.forward = torch.compile(self.forward, mode=mode)
         rates = {"lr": config.lr, "other_lr": config.other_lr}
         groups = optimzoo.param_groups(self.model)
         for group in groups:
@@ -169,6 +174,7 @@ class Run:
         for split in ("valid", "test"):
             self._windows(split)  # a split that is too short is refused before the training
         self.step = 0
+        self.loss: float | None = None  # as last read
         self.seconds = 0.0
         self.curve: list[tuple[int, float]] = []
         self.valid_curve: list[tuple[int, float]] = []
@@ -192,19 +198,23 @@ class Run:
                 held = self.released.paused()
             with held:
                 with self.autocast():
-                    loss = self.forward(x[rows].to(self.device), y[rows].to(self.device))
-                    loss = loss * weight / parts
+                    loss = self._loss(x[rows], y[rows]) * weight / parts
                 loss.backward()
             total += loss.detach()
         return total
 
-    def train_step(self, log: bool) -> tuple[float, dict[str, float]]:
-        """One optimizer step; the loss, and the scalars to log where ``log`` asks for them."""
+    def train_step(self, log: bool, *, read: bool = True) -> tuple[float, dict[str, float]]:
+        """One optimizer step; the loss, and the scalars to log where ``log`` asks for them.
+
+        Without ``read`` the loss may be that of an earlier step: a GPU is then not waited for.
+        """
         ratios = UpdateRatios(self.optimizer)
         with ExitStack() as around:
             if log and self.released is not None:  # the weights move in the backward
                 around.enter_context(ratios.around_step())
-            loss = self.parallel.mean(self.accumulate_gradients().item())
+            mean = self.accumulate_gradients()
+            if read or self.loss is None or self.device.type == "cpu":
+                self.loss = self.parallel.mean(mean.item())
             norm = self._clip(log)
             if log and self.released is None:
                 around.enter_context(ratios.around_step())
@@ -222,7 +232,19 @@ class Run:
         self.scheduler.step()
         self.optimizer.zero_grad()
         self.step += 1
-        return loss, scalars
+        return self.loss, scalars
+
+    def _loss(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        if self.graphed:
+            torch.compiler.cudagraph_mark_step_begin()
+        loss: Tensor = self.forward(self._moved(inputs), self._moved(labels))
+        return loss
+
+    def _moved(self, tokens: Tensor) -> Tensor:
+        """On the device, without waiting for what it is at."""
+        if self.device.type == "cpu":
+            return tokens
+        return tokens.pin_memory().to(self.device, non_blocking=True)
 
     def _clip(self, log: bool) -> Tensor | None:
         """Clip the gradients; their norm, where it is asked for. None where they are released."""
@@ -240,7 +262,7 @@ class Run:
         for x, y in self._windows(split):
             rows, weight = self.parallel.rows(len(x))
             with self.autocast():
-                loss = self.forward(x[rows].to(self.device), y[rows].to(self.device))
+                loss = self._loss(x[rows], y[rows])
             total += loss.item() * y.numel() * weight
             count += y.numel()
         return self.parallel.mean(total) / count

@@ -138,7 +138,7 @@ class SparseRun(Run):
         inputs, labels = self.batches[self.step]
         total, parts = torch.zeros((), device=self.device), self.config.accumulate
         for x, y in zip(inputs.chunk(parts), labels.chunk(parts), strict=True):
-            x, y = x.to(self.device), y.to(self.device)
+            x, y = self._moved(x), self._moved(y)
             with self.autocast():
                 with torch.no_grad():
                     target = self.teacher(x)
@@ -147,9 +147,9 @@ class SparseRun(Run):
             total += loss.detach()
         return total
 
-    def train_step(self, log: bool) -> tuple[float, dict[str, float]]:
+    def train_step(self, log: bool, *, read: bool = True) -> tuple[float, dict[str, float]]:
         """One optimizer step; the loss, and with ``log`` the scalars, those of the masks too."""
-        loss, scalars = super().train_step(log)
+        loss, scalars = super().train_step(log, read=read)
         self._apply_fixed()
         self._refresh_forward()
         if self.method.decay and (self.step % 10 == 1 or self.step == self.config.steps):

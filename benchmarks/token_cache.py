@@ -11,6 +11,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import lzma
 import os
 import secrets
 import shutil
@@ -91,12 +92,9 @@ def open_tokens(
     Sizes, the tokenizer's sha256 and the identity are compared with meta.json every time; the
     tokens' own sha256 is in meta.json but not checked here, as that would read all of them.
     """
-    try:
-        meta = json.loads((folder / "meta.json").read_text("utf-8"))
+    meta = _description(folder, identity)
+    with _reasons():
         tokenizer = (folder / "tokenizer.json").read_bytes()
-        for key, value in identity.items():
-            if meta[key] != value:
-                raise StaleCacheError(f"meta.json has {key} {meta[key]!r}, expected {value!r}")
         if hashlib.sha256(tokenizer).hexdigest() != meta["tokenizer_sha256"]:
             raise StaleCacheError("tokenizer.json is not the one that meta.json describes")
         dtype = np.dtype(meta["dtype"])
@@ -110,9 +108,68 @@ def open_tokens(
             tokens[split] = (
                 np.memmap(path, dtype, "r") if expected else np.empty(0, dtype)  # no empty maps
             )
+    return meta, tokens
+
+
+def open_copied(
+    folder: Path, identity: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """`open_tokens` for a folder that was made elsewhere: the tokens' sha256 is checked too.
+
+    Where it has NAME.bin.xz and no NAME.bin, that is unpacked first, to stay.
+    """
+    meta = _description(folder, identity)  # to refuse a wrong folder before it is unpacked
+    if missing := sorted({"source", "sha256"} - meta.keys()):
+        raise StaleCacheError(f"meta.json has no {missing[0]}")
+    for split in SPLITS:
+        _unpack(folder / f"{split}.bin")
+    meta, tokens = open_tokens(folder, identity)
+    with _reasons():
+        for split in SPLITS:
+            if hashlib.sha256(tokens[split]).hexdigest() != meta["splits"][split]["sha256"]:
+                raise StaleCacheError(f"{split}.bin does not have the sha256 in meta.json")
+    return meta, tokens
+
+
+def _description(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    with _reasons():
+        meta = json.loads((folder / "meta.json").read_text("utf-8"))
+        for key, value in identity.items():
+            if meta[key] != value:
+                raise StaleCacheError(f"meta.json has {key} {meta[key]!r}, expected {value!r}")
+    return meta
+
+
+@contextmanager
+def _reasons() -> Iterator[None]:
+    """Whatever goes wrong with the files of a folder is a reason not to use it."""
+    try:
+        yield
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StaleCacheError(f"{type(error).__name__}: {error}") from error
-    return meta, tokens
+
+
+def _unpack(path: Path) -> None:
+    packed = path.with_name(f"{path.name}.xz")
+    if path.exists() or not packed.exists():
+        return
+    unpacked = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    try:
+        with lzma.open(packed) as source, unpacked.open("wb") as file:
+            shutil.copyfileobj(source, file, 1 << 20)
+            _sync(file)
+        if not path.exists():  # else another process may have mapped what it unpacked
+            os.replace(unpacked, path)
+    except (lzma.LZMAError, EOFError) as error:
+        raise StaleCacheError(f"{packed.name} is truncated or damaged ({error})") from error
+    except OSError as error:
+        raise OSError(
+            f"{packed} cannot be unpacked in its folder ({error.strerror}); make the folder "
+            "writable, with room for it, or unpack it before"
+        ) from error
+    finally:
+        with suppress(OSError):  # it was moved, or never made
+            unpacked.unlink()
 
 
 def build(folder: Path, fill: Callable[[Path], None], identity: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from benchmarks.provenance import provenance, write_json
 from benchmarks.run import PRECISIONS, Run, RunConfig, fingerprint
 from benchmarks.signals import HeldSignals
 from benchmarks.telemetry import Scalars, peak_memory, reset_peak_memory
+from benchmarks.timing import Spans
 from benchmarks.utilisation import speed_text
 
 LOG_EVERY = 10
@@ -54,10 +55,12 @@ def train(
     run.resume(skip_damaged=skip_damaged)
     scalars = Scalars(out if parallel.leads else None, first_step=run.step)
     reset_peak_memory()
-    optimizer_seconds, times = _time_steps(run.optimizer), list[float]()
+    optimizer, steps = Spans(), Spans()
+    run.optimizer.register_step_pre_hook(optimizer.start)
+    run.optimizer.register_step_post_hook(optimizer.stop)
     with HeldSignals() as signals:
         try:
-            finite = _take_steps(run, scalars, signals, progress, save_every, eval_every, times)
+            finite = _take_steps(run, scalars, signals, progress, save_every, eval_every, steps)
             valid = run.evaluate("valid") if finite else math.nan
             tested = run.evaluate("test") if test and math.isfinite(valid) else math.nan
         except KeyboardInterrupt:
@@ -65,7 +68,7 @@ def train(
             if not signals.urgent:
                 run.save()
             raise
-        row = _row(run, valid, tested, optimizer_seconds, times)
+        row = _row(run, valid, tested, optimizer, steps)
         scalars.close(row["config"], **{"hparam/valid_loss": valid})
         if run.checkpoints is not None and out is not None and parallel.leads:
             write_json(out / "row.json", row)
@@ -80,23 +83,26 @@ def _take_steps(
     progress: Progress | None,
     save_every: int,
     eval_every: int,
-    step_seconds: list[float],
+    steps: Spans,
 ) -> bool:
-    """Train to the last step; False where a loss is not finite, and there it stops."""
+    """Train to the last step; False where a loss is not finite, and there it stops.
+
+    A GPU is asked for the loss where it is logged: waiting in every step would leave it idle.
+    """
     config = run.config
     while run.step < config.steps:
         start = time.perf_counter()
         log = run.step % LOG_EVERY == 0 or run.step + 1 == config.steps
-        loss, values = run.train_step(log and run.out is not None)
-        took = time.perf_counter() - start
-        run.seconds += took
-        step_seconds.append(took)
+        steps.start()
+        loss, values = run.train_step(log and run.out is not None, read=log)
+        steps.stop()
+        run.seconds += time.perf_counter() - start
         if not math.isfinite(loss):
             return False
         if log:
             run.curve.append((run.step, loss))
             values["train/loss"] = loss
-            values["train/tokens_per_second"] = config.tokens_per_step / took
+            values["train/tokens_per_second"] = run.step * config.tokens_per_step / run.seconds
             values["memory/peak_bytes"] = peak_memory()
             scalars.add(run.step, values)
         if eval_every and run.step % eval_every == 0:
@@ -111,9 +117,7 @@ def _take_steps(
     return True
 
 
-def _row(
-    run: Run, valid: float, tested: float, optimizer_seconds: list[float], steps: list[float]
-) -> dict[str, Any]:
+def _row(run: Run, valid: float, tested: float, optimizer: Spans, steps: Spans) -> dict[str, Any]:
     config, corpus = run.config, run.corpus
     params, state = run.state_bytes()
     return {
@@ -131,8 +135,8 @@ def _row(
         "state_bytes": state,
         "peak_bytes": peak_memory(),
         # Released weights are stepped in the backward, which is not told apart.
-        "optimizer_ms": None if config.release else _median_ms(optimizer_seconds),
-        "step_ms": _median_ms(steps),
+        "optimizer_ms": None if config.release else _median(optimizer.milliseconds()),
+        "step_ms": _median(steps.milliseconds()),
         "tokens_per_second": run.step * config.tokens_per_step / run.seconds,
         "curve": run.curve,
         "valid_curve": run.valid_curve,
@@ -159,37 +163,23 @@ def _finished_row(out: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read ({error}); delete it to run again") from None
 
 
-def _median_ms(seconds: list[float]) -> float | None:
-    return 1000 * sorted(seconds)[len(seconds) // 2] if seconds else None
+def _median(times: list[float]) -> float | None:
+    return sorted(times)[len(times) // 2] if times else None
 
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _time_steps(optimizer: torch.optim.Optimizer) -> list[float]:
-    """A list that fills with the seconds of each optimizer step (device work waited for)."""
-    seconds: list[float] = []
-    start = [0.0]
-
-    def now() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    optimizer.register_step_pre_hook(lambda *_: start.__setitem__(0, now()))
-    optimizer.register_step_post_hook(lambda *_: seconds.append(now() - start[0]))
-    return seconds
-
-
 def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that choose the text."""
+    """The options that choose the text, or its tokens."""
     parser.add_argument(
         "--data",
         nargs="+",
         default=["stdlib"],
         metavar="SOURCE",
-        help="stdlib (this Python's own sources), c4, or .txt and .jsonl files (.gz, .xz, .zst)",
+        help="stdlib (this Python's own sources), c4, .txt and .jsonl files (.gz, .xz, .zst), "
+        "or one folder of tokens: NAME-KEY of a --cache-dir, copied from any machine",
     )
     parser.add_argument("--max-chars", type=int, help="take at most this much training text")
     parser.add_argument("--max-tokens", type=int, help="c4: stream this many training tokens")

@@ -62,7 +62,7 @@ def test_hyperparameters_that_do_not_fit_are_one_line(folder, capsys, hyper, rea
 
 
 def test_without_a_folder_it_does_not_promise_to_go_on(folder, monkeypatch, capsys):
-    def stopped(*_):
+    def stopped(*_, **how):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Run, "train_step", stopped)

@@ -195,9 +195,9 @@ def test_interrupted_in_the_middle_it_goes_on(folder, monkeypatch, capsys, tuned
     steps = []
     train_step = Run.train_step
 
-    def counted(self, log):
+    def counted(self, log, **how):
         steps.append(self.step)
-        return train_step(self, log)
+        return train_step(self, log, **how)
 
     monkeypatch.setattr(Run, "train_step", counted)
     assert run(folder) == 0

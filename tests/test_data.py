@@ -319,6 +319,9 @@ def test_c4(
     assert_same(corpus, fresh)
     monkeypatch.setattr(data, "encode", None)  # the cache needs no encoding
     assert_same(corpus, load("c4", cache, vocab_size=vocab, max_tokens=10**6, **places))
+    copied = load(entries(cache)[0], cache, vocab_size=vocab)
+    assert_same(corpus, copied)
+    assert copied.name == "c4"
 
 
 def test_c4_stops_at_its_budgets(

@@ -48,5 +48,5 @@ def test_what_the_whole_has_no_time_for_is_named(tmp_path, monkeypatch):
 
 
 def test_an_unknown_stage_is_refused_with_the_names(tmp_path):
-    with pytest.raises(ValueError, match="no stage 'kernel'; there are: build, kernels"):
+    with pytest.raises(ValueError, match="no stage 'kernel'; there are: build, steps"):
         gpu.main(arguments(tmp_path, only=["kernel"]))

@@ -10,6 +10,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 from optimzoo.memory import measure, measure_script
 
 MIB = 2**20
+pytestmark = pytest.mark.usefixtures("few_objects")
 
 
 def test_a_known_peak_to_the_byte():

@@ -24,9 +24,8 @@ from optimzoo.models import Llama, LlamaConfig
 CONFIG = LlamaConfig(509, 48, 132, 1, 3)
 NEEDS = {"adams": {"l1": 1e-4, "total_steps": 100}}
 PROJECTED = ("galore", "natural_galore", "fira")
-SIMILAR = ("adam", "nadam", "radam", "adamax", "adadelta", "rmsprop", "rprop", "asgd")  # to adamw
-NAMES = [n for n in list_optimizers() if n not in SIMILAR]
-NAMES = [n for n in NAMES if n != "muon" or hasattr(torch.optim, "Muon")]
+NAMES = [n for n in list_optimizers() if n != "muon" or hasattr(torch.optim, "Muon")]
+pytestmark = pytest.mark.usefixtures("few_objects")
 
 
 def on_meta(config: LlamaConfig = CONFIG) -> Llama:
@@ -69,7 +68,7 @@ def really(
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [(name, torch.float32) for name in NAMES]
-    + [(name, torch.bfloat16) for name in ("scale", "galore", "adams")],
+    + [(name, torch.bfloat16) for name in ("adamw", "scale", "galore", "swan", "adams")],
     ids=str,
 )
 def test_the_simulated_peak_is_that_of_real_steps(name, dtype):
@@ -86,7 +85,7 @@ def test_the_simulated_peak_is_that_of_real_steps(name, dtype):
         assert simulated.by_category.get(category, 0) == pytest.approx(bytes_, rel=0.01, abs=4096)
 
 
-@pytest.mark.parametrize("name", ("adamw", "scale"))
+@pytest.mark.parametrize("name", ("adamw", "scale", "galore"))
 @pytest.mark.parametrize(
     "more", ({"checkpointing": True}, {"micro_batches": 3}, {"release": True}), ids=str
 )

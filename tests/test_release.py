@@ -66,6 +66,8 @@ def test_the_same_bits_in_weights_and_state(name):
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-6), (torch.float64, 1e-13)])
 def test_scale_is_exact_under_clipping(hyper, dtype, near):
     models, norms = [llama(dtype), llama(dtype)], []
+    if (hyper.get("normalize"), dtype, DEVICE) == ("spectral", torch.float32, "cuda"):
+        near = 0.05  # Newton-Schulz in bfloat16, as in Muon
     for i, model in enumerate(models):
         optimizer = make("scale", model, **hyper)
         released = release(optimizer, max_norm=0.3) if i else None

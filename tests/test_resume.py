@@ -48,23 +48,38 @@ def assert_every_weight_moved(before, after):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(request, tmp_path_factory):
     """Load, for a case, its `half` run, its `whole` run, or the `end` made by a new process."""
     folder = tmp_path_factory.mktemp("runs")
-    for case in CASES:
+
+    def make(case):
         run = start(*case.split("-"))
         train(run, 0, HALF)
         torch.save(run.state_dict(), folder / f"{case}.half.pt")
         train(run, HALF, STEPS)
         torch.save(run.state_dict(), folder / f"{case}.whole.pt")
-    script = [sys.executable, resume_run.__file__, str(folder), str(torch.get_num_threads())]
-    path = os.pathsep.join([str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        script, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    # Anew each time: an optimizer goes on in the very tensors that it was given to load.
-    return lambda case, part: torch.load(folder / f"{case}.{part}.pt", weights_only=True)
+
+    def end():
+        """One process for all that this session asks for."""
+        resumed = (i for i in request.session.items if "uninterrupted" in i.name)
+        cases = {item.callspec.params["case"] for item in resumed if item.path == request.path}
+        for case in cases | {f"scale-{dtype}" for dtype in DTYPES}:
+            if not (folder / f"{case}.half.pt").exists():
+                make(case)
+        script = [sys.executable, resume_run.__file__, str(folder), str(torch.get_num_threads())]
+        path = os.pathsep.join([str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+        env = {**os.environ, "PYTHONPATH": path}
+        done = subprocess.run(script, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+
+    def load(case, part):
+        file = folder / f"{case}.{part}.pt"
+        if not file.exists():
+            end() if part == "end" else make(case)
+        # Anew each time: an optimizer goes on in the very tensors that it was given to load.
+        return torch.load(file, weights_only=True)
+
+    return load
 
 
 @pytest.mark.parametrize("case", CASES)

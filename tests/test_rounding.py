@@ -8,8 +8,9 @@ import pytest
 import torch
 from optimizer_db import PlannedAdamS, Tiny
 from torch import nn
-from zoo_models import METHODS, llama, normal, reloaded, train
+from zoo_models import METHODS, normal, reloaded, train
 
+from benchmarks.llama import Llama, LlamaConfig
 from optimzoo import SCALE, Muon, create_optimizer, param_groups, release
 from optimzoo.kernels import dispatch
 from optimzoo.lowbit import round_stochastic, write_back
@@ -37,6 +38,11 @@ def make(name, model, **hyper):
     cls, own = ZOO[name]
     groups = param_groups(model) if isinstance(model, nn.Module) else model
     return cls(groups, **{**own, **hyper})
+
+
+def llama(dtype):
+    """One block: the next has the same shapes, and takes as long."""
+    return Llama(LlamaConfig(97, 24, 37, 1, 2), seed=3).to(dtype)
 
 
 def model_of(name, dtype=BF16):

@@ -8,12 +8,12 @@ from torch import nn
 
 import optimzoo
 from optimzoo.kernels import dispatch
-from optimzoo.optimizers.scale_fused import FusedSteps
 
 pytestmark = pytest.mark.skipif(dispatch.backend("cpu") is None, reason="no CPU kernels were built")
+no_gpu = pytest.mark.skipif(dispatch.backend("cuda") is None, reason="torch finds no GPU")
 
 
-def make():
+def make(device="cpu"):
     torch.manual_seed(0)
     model = nn.ModuleDict(
         {
@@ -23,14 +23,14 @@ def make():
             "lm_head": nn.Linear(5, 11, bias=False),
         }
     )
-    groups = optimzoo.param_groups(model)
+    groups = optimzoo.param_groups(model.to(device))
     return model, optimzoo.SCALE(groups, lr=1e-2, vector_lr=1e-2, weight_decay=0.1)
 
 
 def give_grads(model, step):
     generator = torch.Generator().manual_seed(step)
     for p in model.parameters():
-        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        p.grad = torch.randn(p.shape, generator=generator).to(p)
 
 
 def replace_state(model, optimizer):
@@ -74,12 +74,12 @@ def miss_gradients(model, optimizer):
 
 def cut_gradient(model, optimizer):
     wide = torch.randn(5, 14, generator=torch.Generator().manual_seed(9))
-    model["hidden"].weight.grad = wide[:, ::2]
+    model["hidden"].weight.grad = wide.to(model["hidden"].weight)[:, ::2]
 
 
 def grow(model, optimizer):
-    extra = nn.Parameter(torch.ones(3, 4))
-    extra.grad = torch.arange(12.0).view(3, 4)
+    extra = nn.Parameter(torch.ones(3, 4).to(model["hidden"].weight))
+    extra.grad = torch.arange(12.0).view(3, 4).to(extra)
     model["extra"] = nn.ParameterList([extra])
     optimizer.add_param_group({"params": [("extra", extra)], "role": "hidden"})
 
@@ -95,8 +95,8 @@ CHANGES = [
 ]
 
 
-def run(change, *, keep):
-    model, optimizer = make()
+def run(change, device, *, keep):
+    model, optimizer = make(device)
     for step in range(6):
         give_grads(model, step)
         if step == 3:
@@ -107,10 +107,12 @@ def run(change, *, keep):
     return [p.detach() for p in model.parameters()], optimizer
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=no_gpu)])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_a_kept_call_gives_the_same_bits(change):
-    kept, optimizer = run(change, keep=True)
-    anew, _ = run(change, keep=False)
+def test_a_kept_call_gives_the_same_bits(change, device):
+    """On a GPU the norm's steps are counted on the CPU, and the embedding needs scratch."""
+    kept, optimizer = run(change, device, keep=True)
+    anew, _ = run(change, device, keep=False)
     assert len(optimizer._fused._kept) >= 4
     for one, other in zip(kept, anew, strict=True):
         assert torch.equal(one, other)
@@ -128,18 +130,14 @@ def test_it_is_used_where_nothing_has_changed():
     assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-@pytest.mark.parametrize(("place", "kept"), [("cpu", 1), ("meta", 0)])
-def test_a_count_on_another_device_is_not_kept(place, kept):
-    """Beside weights on a GPU it lies on the CPU, where the kernels cannot read it."""
-    weight = nn.Parameter(torch.ones(4))
-    weight.grad = torch.ones(4)
-    group = optimzoo.SCALE([{"params": [weight], "role": "vector"}], lr=1e-2).param_groups[0]
-    state = {name: torch.zeros(4) for name in ("exp_avg", "exp_avg_sq")}
-    state["step"] = torch.zeros((), device=place)
-    items = [dispatch.vector(weight, weight.grad, *state.values())]
-    steps = FusedSteps()
-    steps._keep(0, {weight: state}, group, dispatch.backend("cpu"), items)
-    assert len(steps._kept) == kept
+def test_counts_elsewhere_are_counted_there_and_moved_in_one_copy():
+    counts = [torch.tensor(3.0), None, torch.zeros((), device="meta"), torch.tensor(5.0)]
+    moved = dispatch.counted(counts, torch.device("meta"))
+    assert [c.item() for c in counts[::3]] == [4.0, 6.0]
+    assert [m if m is None else m.device.type for m in moved] == ["meta", None, "meta", "meta"]
+    assert moved[2] is counts[2] and moved[0].untyped_storage() is not moved[2].untyped_storage()
+    beside = dispatch.counted(counts[::3], torch.device("cpu"))
+    assert [b.item() for b in beside] == [5.0, 7.0]
 
 
 def test_copies_and_pickles_keep_no_call():

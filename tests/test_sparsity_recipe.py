@@ -100,7 +100,7 @@ def test_finished_runs_are_read_and_others_run_again(corpus, tmp_path, monkeypat
     trained = []
     step = cast.SparseRun.train_step
     monkeypatch.setattr(
-        cast.SparseRun, "train_step", lambda run, log: trained.append(1) or step(run, log)
+        cast.SparseRun, "train_step", lambda run, log, **how: trained.append(1) or step(run, log)
     )
     assert run(tmp_path, "--methods", "cast")["cast"] == first
     assert not trained

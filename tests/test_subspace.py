@@ -14,6 +14,7 @@ from benchmarks import llama
 from optimzoo import GaLore
 from optimzoo.subspace import projector
 from optimzoo.subspace.bases import KINDS, leading_basis
+from optimzoo.subspace.newton_schulz import in_stacks, orthogonalize
 from optimzoo.subspace.projector import Rotation, back, project, refresh, resolve_side
 
 EVERY_SHAPE = [(12, 7), (7, 12), (9, 9), (1, 7), (7, 1), (1, 1), (129, 7), (3, 8, 5), (2, 3, 5, 8)]
@@ -314,3 +315,23 @@ def test_what_leaves_the_subspace_leaves_the_moments():
     m = normal(3, 9, seed=1)
     rotation = Rotation(new.mT @ old, None)
     assert_close(rotation(m), torch.cat([m[2:], torch.zeros(2, 9, dtype=m.dtype)]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+def test_stacks_are_each_matrix_by_itself():
+    """On a GPU those of one shape go together; what differs is bfloat16's rounding."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = [(8, 24), (24, 8), (8, 24), (3, 8, 24), (8, 24), (0, 4), (6000, 6000), (6000, 6000)]
+    matrices = [torch.randn(s, generator=generator, device="cuda") for s in shapes]
+    calls = []
+
+    def rule(x):
+        calls.append(tuple(x.shape))
+        return orthogonalize(x)
+
+    together = in_stacks(rule, matrices)
+    assert sorted(calls) == sorted([(3, 8, 24), (3, 8, 24), (24, 8), (0, 4), *shapes[-2:]])
+    for x, result in zip(matrices, together, strict=True):
+        assert result.shape == x.shape
+        alone = orthogonalize(x)
+        assert (result - alone).norm() <= 0.02 * alone.norm()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
+import lzma
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,9 +28,11 @@ from data_helpers import (
     write_jsonl,
 )
 
-from benchmarks import data
+from benchmarks import data, llama
 from benchmarks.corpus import SPLITS
 from benchmarks.data import Corpus
+from benchmarks.run import RunConfig, fingerprint
+from benchmarks.train import add_corpus_arguments, corpus_from
 
 
 @pytest.fixture
@@ -193,3 +198,135 @@ def test_slower_builder_keeps_what_the_faster_made(
     assert_same(made, slower)
     assert entries(cache)[0].stat().st_ino == folder
     assert len(entries(cache)) == 1 and not unfinished(cache)
+
+
+# A folder of tokens that was made on another machine
+
+
+@pytest.fixture
+def text(corpus_file: Path, cache: Path) -> Corpus:
+    """The corpus of a file, whose tokens are then in the cache."""
+    return load(corpus_file, cache, max_chars=50_000)
+
+
+@pytest.fixture
+def copied(text: Corpus, corpus_file: Path, cache: Path, tmp_path: Path) -> Path:
+    """A copy of those tokens under another name, on a machine without the file."""
+    folder = shutil.copytree(entries(cache)[0], tmp_path / "copied")
+    corpus_file.unlink()
+    return folder
+
+
+def pack(folder: Path, split: str) -> Path:
+    plain = folder / f"{split}.bin"
+    packed = folder / f"{split}.bin.xz"
+    packed.write_bytes(lzma.compress(plain.read_bytes()))
+    plain.unlink()
+    return packed
+
+
+def test_copied_tokens_are_the_text(
+    text: Corpus, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = llama.LlamaConfig(VOCAB, 16, 24, 2, 2)
+    monkeypatch.setitem(llama.CONFIGS, "tiny", config)
+    parser = argparse.ArgumentParser()
+    add_corpus_arguments(parser)
+    nowhere = tmp_path / "nowhere"
+    words = ["--data", str(copied), "--cache-dir", str(nowhere)]
+    corpus = corpus_from(parser.parse_args(words), "tiny", progress=False)
+    assert_same(text, corpus)
+    assert (corpus.name, corpus.vocab_size) == (text.name, text.vocab_size) == ("small", VOCAB)
+    run = RunConfig("scale", 1e-3, model="tiny")
+    assert fingerprint(run, corpus) == fingerprint(run, text)
+    assert not nowhere.exists()
+
+
+def test_copied_tokens_are_unpacked_once(
+    text: Corpus, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {path.name for path in copied.iterdir()}
+    packed = {pack(copied, split).name for split in ("train", "test")}
+    assert_same(text, load(copied, copied))
+    assert {path.name for path in copied.iterdir()} == names | packed
+    monkeypatch.setattr(lzma, "open", None)
+    assert_same(text, load([str(copied)], copied))
+
+
+def test_unpacking_keeps_what_another_process_unpacked(
+    text: Corpus, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(copied, "train")
+    real, inodes = shutil.copyfileobj, list[int]()
+
+    def slower(*args: Any) -> None:
+        monkeypatch.setattr(shutil, "copyfileobj", real)
+        load(copied, copied)
+        inodes.append((copied / "train.bin").stat().st_ino)
+        real(*args)
+
+    monkeypatch.setattr(shutil, "copyfileobj", slower)
+    assert_same(text, load(copied, copied))
+    assert inodes == [(copied / "train.bin").stat().st_ino]
+    assert not unfinished(copied)
+
+
+def flip(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+COPY_DAMAGE = {
+    **{name: DAMAGE[name] for name in ("truncated", "missing", "tokenizer", "vocabulary")},
+    "format": (lambda f: edit_meta(f, "format", 2), "meta.json has format 2, expected 1"),
+    "no name": (
+        lambda f: (f / "meta.json").write_text(
+            (f / "meta.json").read_text().replace('"source"', '"from"')
+        ),
+        "meta.json has no source",
+    ),
+    "bit": (lambda f: flip(f / "train.bin"), "train.bin does not have the sha256 in meta.json"),
+    "packed bit": (lambda f: flip(pack(f, "test")), r"test\.bin\.xz is truncated or damaged"),
+    "packed part": (
+        lambda f: os.truncate(pack(f, "test"), 99),
+        r"test\.bin\.xz is truncated or damaged \(Compressed file ended",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", COPY_DAMAGE)
+def test_copied_tokens_that_are_damaged_are_refused(copied: Path, damage: str) -> None:
+    harm, message = COPY_DAMAGE[damage]
+    harm(copied)
+    names = sorted(copied.iterdir())
+    with pytest.raises(ValueError, match=message) as caught:
+        load(copied, copied)
+    assert str(caught.value).startswith(f"{copied}: ") and "\n" not in str(caught.value)
+    assert str(caught.value).endswith("for this model by this version, and copied whole")
+    assert sorted(copied.iterdir()) == names
+
+
+def test_what_does_not_go_with_a_folder_of_tokens(copied: Path, cache: Path) -> None:
+    for option in ("max_chars", "max_tokens"):
+        with pytest.raises(ValueError, match=rf"^{option}=9 has no effect on .*{copied}; leave"):
+            load(copied, cache, **{option: 9})
+    (copied / "meta.json").unlink()
+    with pytest.raises(ValueError, match=rf"^{copied} is a folder; .* has no meta\.json\)$"):
+        load(copied, cache, max_chars=9)
+
+
+def test_packed_tokens_in_a_folder_that_cannot_be_written(
+    copied: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(copied, "valid")
+    real = Path.open
+
+    def read_only(path: Path, mode: str = "r", **options: Any) -> Any:  # root may write anywhere
+        if "w" in mode:
+            raise PermissionError(13, "Permission denied")
+        return real(path, mode, **options)
+
+    monkeypatch.setattr(Path, "open", read_only)
+    with pytest.raises(OSError, match=r"valid\.bin\.xz cannot be unpacked .*\(Permission denied\)"):
+        load(copied, cache)

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from itertools import islice
 
 import torch
 from optimizer_db import (
@@ -9,6 +10,7 @@ from optimizer_db import (
     MUON_INFO,
     OPTIM_DB,
     SCALE_INFO,
+    SCHEDULERS,
     ZOO,
     Tiny,
     build,
@@ -23,6 +25,9 @@ from torch.testing._internal.common_utils import TestCase, parametrize
 
 from optimzoo import SCALE, SWAN, APOLLOMini, param_groups
 
+# A method's options in parts, one of which `make test` takes. Odd: every second has foreach on.
+PARTS = 3
+in_parts = parametrize("part", range(PARTS))
 STATE_KEYS = ("exp_avg", "exp_avg_sq", "momentum_buffer", "step")
 # Every shape that a layer has, and those that none has.
 SHAPES = [(7, 5), (5, 7), (1, 6), (6, 1), (4, 3, 2, 5), (3, 5, 2), (9,), (1,), ()]
@@ -91,19 +96,16 @@ class TestStep(TestCase):
                 self.assertNotIn("\n", str(caught.exception))
 
     @parametrize("contiguous", [True, False])
+    @parametrize("schedule", range(len(SCHEDULERS)))
     @optims(OPTIM_DB)
-    def test_goes_in_the_right_direction(self, device, dtype, optim_info, contiguous):
-        schedules = optim_info.scheduler_inputs
-        for i, (desc, kwargs) in enumerate(configurations(optim_info, device)):
-            # The defaults with each combination of schedulers, every other input with one in turn.
-            for makers in schedules if i == 0 else [schedules[i % len(schedules)]]:
-                model = Tiny(device, dtype, contiguous=contiguous)
-                optimizer = build(optim_info, model, **copy.deepcopy(kwargs))
-                schedulers = [make(optimizer) for make in makers]
-                losses = train(model, optimizer, 6, schedulers)
-                climbs = kwargs.get("maximize", False)
-                message = f"{desc}, {len(schedulers)} schedulers: {losses}"
-                self.assertEqual(losses[-1] > losses[0], climbs, message)
+    def test_goes_in_the_right_direction(self, device, dtype, optim_info, contiguous, schedule):
+        for desc, kwargs in configurations(optim_info, device):
+            model = Tiny(device, dtype, contiguous=contiguous)
+            optimizer = build(optim_info, model, **copy.deepcopy(kwargs))
+            schedulers = [make(optimizer) for make in optim_info.scheduler_inputs[schedule]]
+            losses = train(model, optimizer, 6, schedulers)
+            climbs = kwargs.get("maximize", False)
+            self.assertEqual(losses[-1] > losses[0], climbs, f"{desc}: {losses}")
 
     @optims(OPTIM_DB)
     def test_groups_have_their_own_learning_rate_and_schedule(self, device, dtype, optim_info):
@@ -126,25 +128,25 @@ class TestStep(TestCase):
         self.assertEqual(max(factors), min(factors))
         self.assertLess(max(factors), 1.0)
 
+    @in_parts
+    @parametrize("dimensions", [0, 1])
     @optims(OPTIM_DB, dtypes=[torch.float64])
-    def test_tensor_lr_equals_float_lr(self, device, dtype, optim_info):
-        tensors = (torch.tensor(LR), torch.tensor([LR], device=device))
-        for i, (_, kwargs) in enumerate(configurations(optim_info, device)):
+    def test_tensor_lr_equals_float_lr(self, device, dtype, optim_info, part, dimensions):
+        lr = torch.tensor([LR], device=device) if dimensions else torch.tensor(LR)
+        for _, kwargs in islice(configurations(optim_info, device), part, None, PARTS):
             if "lr" in kwargs or "vector_lr" in kwargs:
                 continue
-            for lr in tensors if i == 0 else tensors[:1]:
-                models = [Tiny(device, dtype) for _ in range(2)]
-                rates = [LR, lr]
-                runs = [
-                    (m, build(optim_info, m, lr=r, **copy.deepcopy(kwargs)))
-                    for m, r in zip(models, rates, strict=True)
-                ]
-                # torch's AdamW takes its step size in the tensor's own float32.
-                self.assert_same_run(runs, atol=1e-9, rtol=1e-7)
+            runs = []
+            for rate in (LR, lr.clone()):
+                model = Tiny(device, dtype)
+                runs.append((model, build(optim_info, model, lr=rate, **copy.deepcopy(kwargs))))
+            # torch's AdamW takes its step size in the tensor's own float32.
+            self.assert_same_run(runs, atol=1e-9, rtol=1e-7)
 
+    @in_parts
     @optims([i for i in OPTIM_DB if "foreach" in i.supported_impls], dtypes=[torch.float64])
-    def test_foreach_equals_the_loop(self, device, dtype, optim_info):
-        for entry in optim_info.optim_inputs_func(device):
+    def test_foreach_equals_the_loop(self, device, dtype, optim_info, part):
+        for entry in islice(optim_info.optim_inputs_func(device), part, None, PARTS):
             runs = []
             for foreach in (False, True):
                 model = Tiny(device, dtype)
@@ -177,12 +179,13 @@ class TestStep(TestCase):
             # Captured, the bias correction is taken from the float32 step count, on the device.
             self.assert_same_run(runs, atol=1e-6, rtol=1e-6)
 
+    @in_parts
     @optims(OPTIM_DB)
-    def test_follows_a_default_dtype_of_float64(self, device, dtype, optim_info):
+    def test_follows_a_default_dtype_of_float64(self, device, dtype, optim_info, part):
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
         try:
-            for desc, kwargs in configurations(optim_info, device):
+            for desc, kwargs in islice(configurations(optim_info, device), part, None, PARTS):
                 model = Tiny(device, torch.float64)
                 optimizer = build(optim_info, model, **kwargs)
                 train(model, optimizer, 2)
@@ -195,9 +198,10 @@ class TestStep(TestCase):
         finally:
             torch.set_default_dtype(before)
 
+    @in_parts
     @optims(OPTIM_DB)
-    def test_zero_gradients_move_nothing(self, device, dtype, optim_info):
-        for desc, kwargs in configurations(optim_info, device):
+    def test_zero_gradients_move_nothing(self, device, dtype, optim_info, part):
+        for desc, kwargs in islice(configurations(optim_info, device), part, None, PARTS):
             if "vector_lr" in kwargs:
                 continue
             params = parameters(shapes_for(optim_info), device, dtype)
@@ -210,9 +214,10 @@ class TestStep(TestCase):
                 optimizer.step()
             self.assertEqual(values(params), before, desc, atol=0, rtol=0)
 
+    @in_parts
     @optims(OPTIM_DB)
-    def test_absent_gradients_move_nothing_and_make_no_state(self, device, dtype, optim_info):
-        for _, kwargs in configurations(optim_info, device):
+    def test_absent_gradients_move_nothing_and_make_no_state(self, device, dtype, optim_info, part):
+        for _, kwargs in islice(configurations(optim_info, device), part, None, PARTS):
             model = Tiny(device, dtype)
             optimizer = build(optim_info, model, **kwargs)
             before = values(model.parameters())
@@ -240,9 +245,10 @@ class TestStep(TestCase):
         for i, (group, old) in enumerate(zip(groups, before, strict=True)):
             self.assertEqual(group["params"], [x * (1 - 0.5 * i / 10) for x in old])
 
+    @in_parts
     @optims([SCALE_INFO, *ZOO], dtypes=[torch.float64])
-    def test_maximize_is_descent_on_the_negative(self, device, dtype, optim_info):
-        for _, kwargs in configurations(optim_info, device):
+    def test_maximize_is_descent_on_the_negative(self, device, dtype, optim_info, part):
+        for _, kwargs in islice(configurations(optim_info, device), part, None, PARTS):
             kwargs.pop("maximize", None)
             results = []
             for maximize in (False, True):
@@ -257,9 +263,10 @@ class TestStep(TestCase):
                 results.append(values(model.parameters()))
             self.assertEqual(results[1], results[0], atol=0, rtol=0)
 
+    @in_parts
     @optims(OPTIM_DB, dtypes=[torch.float64])
-    def test_layout_in_memory_does_not_matter(self, device, dtype, optim_info):
-        for desc, kwargs in configurations(optim_info, device):
+    def test_layout_in_memory_does_not_matter(self, device, dtype, optim_info, part):
+        for desc, kwargs in islice(configurations(optim_info, device), part, None, PARTS):
             if "vector_lr" in kwargs:
                 continue
             results = []
@@ -277,9 +284,10 @@ class TestStep(TestCase):
                 results.append([x.contiguous() for x in values(params)])
             self.assertEqual(results[1], results[0], desc, atol=1e-12, rtol=1e-10)
 
+    @in_parts
     @optims(OPTIM_DB)
-    def test_every_shape_moves_and_stays_finite(self, device, dtype, optim_info):
-        for desc, kwargs in configurations(optim_info, device):
+    def test_every_shape_moves_and_stays_finite(self, device, dtype, optim_info, part):
+        for desc, kwargs in islice(configurations(optim_info, device), part, None, PARTS):
             if "vector_lr" in kwargs:
                 continue
             params = parameters(shapes_for(optim_info), device, dtype)
@@ -297,9 +305,10 @@ class TestStep(TestCase):
                 still = (p == old).sum().item()
                 self.assertLessEqual(still, allowed, f"{desc} {tuple(p.shape)}")
 
+    @in_parts
     @optims(OPTIM_DB)
-    def test_one_group_may_mix_dtypes_and_devices(self, device, dtype, optim_info):
-        for desc, kwargs in configurations(optim_info, device):
+    def test_one_group_may_mix_dtypes_and_devices(self, device, dtype, optim_info, part):
+        for desc, kwargs in islice(configurations(optim_info, device), part, None, PARTS):
             if "vector_lr" in kwargs or kwargs.get("capturable"):
                 continue
             kinds = [(device, torch.float32), (device, torch.bfloat16), ("cpu", torch.float64)]
@@ -344,10 +353,13 @@ class TestStep(TestCase):
         self.assertLess(model().item(), before)
         self.assertIsNone(optimizer.step())
 
+    @in_parts
     @optims(OPTIM_DB, dtypes=[torch.float32, torch.bfloat16])
-    def test_grad_scaler_skips_a_step_with_infinities(self, device, dtype, optim_info):
+    def test_grad_scaler_skips_a_step_with_infinities(self, device, dtype, optim_info, part):
         kind = torch.device(device).type
-        for desc, kwargs in configurations(optim_info, device):
+        if (kind, dtype) == ("cuda", torch.bfloat16):
+            self.skipTest("torch unscales no bfloat16 gradients on a GPU")
+        for desc, kwargs in islice(configurations(optim_info, device), part, None, PARTS):
             model = Tiny(device, dtype)
             optimizer = build(optim_info, model, **kwargs)
             scaler = torch.amp.GradScaler(kind, init_scale=8.0)

@@ -102,16 +102,16 @@ def send_in_step(run_step: int, *signals: int):
     """A `train_step` that gets signals in its middle: weights moved, step not counted."""
     train_step = Run.train_step
 
-    def stepped(self, log):
+    def stepped(self, log, **how):
         if self.step == run_step:
             handle = self.optimizer.register_step_post_hook(
                 lambda *_: [os.kill(os.getpid(), number) for number in signals]
             )
             try:
-                return train_step(self, log)
+                return train_step(self, log, **how)
             finally:
                 handle.remove()
-        return train_step(self, log)
+        return train_step(self, log, **how)
 
     return stepped
 

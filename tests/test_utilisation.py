@@ -1,5 +1,6 @@
 """Model flops: the formula beside a count of the operations that torch makes."""
 
+import json
 from functools import partial
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import llama
+from benchmarks.__main__ import main
 from benchmarks.llama import Llama, LlamaConfig, get_config
 from benchmarks.utilisation import peak_flops, speed_text
 
@@ -45,3 +47,11 @@ def test_what_train_prints_on_a_gpu():
     row["provenance"] = {"device": "a GPU of tomorrow"}
     assert speed_text(row, config).endswith("model Tflop/s")
     assert peak_flops("NVIDIA H100 PCIe") == 756e12 and peak_flops("NVIDIA H200") == 989e12
+
+
+def test_the_command_measures_whole_steps_and_the_optimizer_in_them(tmp_path, capsys):
+    words = ["--scales", "dry", "--optimizers", "scale", "--steps", "3"]
+    assert main(["utilisation", *words, "--out", str(tmp_path / "rows.json")]) == 0
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert 0 < row["optimizer_ms"] < row["step_ms"]
+    assert capsys.readouterr().out.startswith("dry, scale: step ")

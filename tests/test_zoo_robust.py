@@ -10,8 +10,9 @@ import copy
 import pytest
 import torch
 from torch.testing import assert_close
-from zoo_models import METHODS, llama, make, normal, one_weight, reloaded, train, values
+from zoo_models import METHODS, make, normal, one_weight, reloaded, train, values
 
+from benchmarks.llama import Llama, LlamaConfig
 from optimzoo import create_optimizer
 from optimzoo.subspace.projector import gaussian
 
@@ -19,6 +20,11 @@ LOW_RANK = ["galore", "natural_galore", "fira", "apollo", "apollo_mini"]
 OPPOSITE = {"tall": "left", "wide": "right", "square": "left"}
 SHAPES = {"tall": (37, 24), "wide": (24, 37), "square": (24, 24), "line": (1, 24)}
 every_method = pytest.mark.parametrize("name", METHODS)
+
+
+def llama(dtype=torch.float32, tied=False):
+    """One block: the next has the same shapes, and takes as long."""
+    return Llama(LlamaConfig(97, 24, 37, 1, 2, tie_word_embeddings=tied), seed=3).to(dtype)
 
 
 @every_method
@@ -151,7 +157,7 @@ def test_tied_embeddings_train_once_as_the_head(name):
     losses = train(model, optimizer, 12)
     assert losses[-1] < losses[0]
     filled = [p for p in model.parameters() if optimizer.state[p]]
-    assert len(filled) == len(list(model.parameters())) - 14 * (name == "swan")
+    assert len(filled) == len(list(model.parameters())) - 7 * (name == "swan")
 
 
 @every_method
@@ -190,20 +196,20 @@ def test_trains(name, dtype):
     assert losses[-1] < losses[0] - 0.5, losses
 
 
+@pytest.mark.parametrize("quiet", [range(1), range(3, 6), range(0, 9, 2)], ids=str)
 @every_method
-def test_zero_gradients_leave_numbers(name):
+def test_zero_gradients_leave_numbers(name, quiet):
     """At the first step, in the middle, at a refresh; for one weight or for all."""
-    for quiet in (range(1), range(3, 6), range(0, 9, 2)):
-        model = llama()
-        optimizer = make(name, model, weight_decay=0.1)
-        for step in range(10):
-            train(model, optimizer, 1)
-            for i, p in enumerate(model.parameters()):
-                p.grad = torch.zeros_like(p) if i % 2 or step in quiet else p.grad
-            optimizer.step()
-        assert all(p.isfinite().all() for p in model.parameters())
-        for state in optimizer.state.values():
-            assert all(value.isfinite().all() for value in state.values())
+    model = llama()
+    optimizer = make(name, model, weight_decay=0.1)
+    for step in range(10):
+        train(model, optimizer, 1)
+        for i, p in enumerate(model.parameters()):
+            p.grad = torch.zeros_like(p) if i % 2 or step in quiet else p.grad
+        optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+    for state in optimizer.state.values():
+        assert all(value.isfinite().all() for value in state.values())
 
 
 @every_method

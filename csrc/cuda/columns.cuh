@@ -6,15 +6,18 @@
 #include "scale_rule.cuh"
 
 constexpr int TILE = WARP * EIGHT; /* columns of a warp; a block's warps take different rows */
-constexpr int MOST_CHUNKS = 64; /* few enough that adding them up is a small part of the update */
+/* Few enough that adding them up is a small part of the update; of few tiles more, or they would not
+ * give each multiprocessor its two blocks. */
+constexpr int MOST_CHUNKS = 64, MOST_CHUNKS_OF_FEW = 128, FEW_TILES = 2;
 
-OZ_BOTH int chunks_of(int64_t rows) {
+OZ_BOTH int chunks_of(int64_t rows, int64_t cols) {
+  const int64_t most = cols <= FEW_TILES * TILE ? MOST_CHUNKS_OF_FEW : MOST_CHUNKS;
   const int64_t chunks = ceil_div(rows, 2 * WARPS);
-  return static_cast<int>(chunks < MOST_CHUNKS ? chunks : MOST_CHUNKS);
+  return static_cast<int>(chunks < most ? chunks : most);
 }
 
 OZ_BOTH int64_t column_units(int64_t rows, int64_t cols) {
-  return chunks_of(rows) * ceil_div(cols, TILE);
+  return chunks_of(rows, cols) * ceil_div(cols, TILE);
 }
 
 /* A tile of columns in a chunk of rows [from, to). */
@@ -26,7 +29,7 @@ struct Part {
 /* Chunk by chunk, so that blocks that run at one time read neighbouring memory. */
 OZ_BOTH Part part_of(int64_t rows, int64_t cols, uint32_t unit) {
   const uint32_t tiles = static_cast<uint32_t>(ceil_div(cols, TILE));
-  const int chunk = static_cast<int>(unit / tiles), chunks = chunks_of(rows);
+  const int chunk = static_cast<int>(unit / tiles), chunks = chunks_of(rows, cols);
   return {int64_t{unit % tiles} * TILE, rows * chunk / chunks, rows * (chunk + 1) / chunks, chunk};
 }
 

@@ -138,7 +138,7 @@ OZ_DEVICE void combine_columns(const Slot &t, uint32_t unit) {
   const float *partial = static_cast<const float *>(t.param);
   const int64_t col = int64_t{unit} * THREADS + threadIdx.x;
   if (col >= t.cols) return;
-  const int chunks = chunks_of(t.rows);
+  const int chunks = chunks_of(t.rows, t.cols);
   float sum = 0.0f;
 #pragma unroll 8
   for (int chunk = 0; chunk < chunks; ++chunk) sum += partial[chunk * t.cols + col];
@@ -187,7 +187,7 @@ int64_t cut(Slot &slot, const oz_tensor &t) {
 
 /* Floats of partial sums of a tensor. */
 int64_t partial_floats(const oz_tensor &t) {
-  if (t.kind == OZ_COLUMNS) return chunks_of(t.rows) * t.cols;
+  if (t.kind == OZ_COLUMNS) return chunks_of(t.rows, t.cols) * t.cols;
   return t.kind == OZ_SIGN ? 2 * ceil_div(t.rows * t.cols, WHOLE_UNIT) : 0;
 }
 

@@ -110,6 +110,29 @@ OZ_DEVICE uint4 *dynamic_shared() {
 }
 #endif
 
+/* A row of any length, with each of its vectors where a 16-byte access may be if the tensor begins
+ * at one: `head` elements, then `vectors` of `each` elements, then `tail`. */
+struct Cut {
+  int64_t begin;
+  int head, vectors, tail;
+};
+
+OZ_BOTH Cut cut_of(int64_t row, int64_t cols, int each) {
+  Cut cut = {row * cols, 0, 0, 0};
+  const int64_t head = -cut.begin & (each - 1);
+  cut.head = static_cast<int>(head < cols ? head : cols);
+  cut.vectors = static_cast<int>((cols - cut.head) / each);
+  cut.tail = static_cast<int>((cols - cut.head) % each);
+  return cut;
+}
+
+/* The element beside the vectors that a thread has, or -1: at most 14 a row, which a warp holds. */
+OZ_DEVICE int64_t edge_of(const Slot &t, int64_t row, const Team &team, int each) {
+  const Cut cut = cut_of(row, t.cols, each);
+  if (row >= t.rows || team.lane >= cut.head + cut.tail) return -1;
+  return cut.begin + team.lane + (team.lane < cut.head ? 0 : int64_t{cut.vectors} * each);
+}
+
 /* Where a thread's vectors of one row are in memory. */
 struct Place {
   int64_t first; /* in vectors */
@@ -130,8 +153,9 @@ struct Place {
 };
 
 OZ_DEVICE Place place_of(const Slot &t, int64_t row, const Team &team, int each) {
-  const int vectors = static_cast<int>(t.cols / each), first = first_turn(team);
-  return {row * vectors + first, row < t.rows ? vectors - first : 0};
+  const Cut cut = cut_of(row, t.cols, each);
+  const int first = first_turn(team);
+  return {(cut.begin + cut.head) / each + first, row < t.rows ? cut.vectors - first : 0};
 }
 
 #endif

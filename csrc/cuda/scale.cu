@@ -1,5 +1,6 @@
 /* SCALE: see optimzoo.h. Rows, signs and vectors take one launch, with each row read once and held
- * in registers; rows too long for that another, with them in shared memory; columns take two. */
+ * in registers; rows that do not begin at multiples of 16 bytes another, and rows too long for
+ * registers, with them in shared memory; columns take two. */
 #pragma GCC visibility push(default)
 #include "optimzoo.h"
 #pragma GCC visibility pop
@@ -45,9 +46,8 @@ OZ_DEVICE void hold(const Slot &t, const Rule &r, float sign, const Place &place
 }
 
 template <int TYPE, class Held>
-OZ_DEVICE float sum_of_squares(Held &held, float sign) {
+OZ_DEVICE float sum_of_squares(Held &held, float sign, float sum) {
   constexpr int N = Vector<TYPE>::COUNT;
-  float sum = 0.0f;
 #pragma unroll 1
   for (int b = 0; b < held.batches(); ++b) {
 #pragma unroll
@@ -75,15 +75,40 @@ OZ_DEVICE void step_vector(const Slot &t, const Rule &r, const Scalars &s, const
   place.store(t.param, batch, i, pack<TYPE>(y));
 }
 
-template <int TYPE, bool MOMENTUM, class Held>
+/* ---- One element, of any types. ---- */
+
+OZ_DEVICE float direction(const Slot &t, const Rule &r, int grad_type, int state_type,
+                          bool momentum, float sign, int64_t at, bool update) {
+  if (!momentum) return sign * get(t.grad, at, grad_type);
+  float m = get(t.exp_avg, at, state_type);
+  if (!update) return m;
+  m = averaged(m, sign * get(t.grad, at, grad_type), r);
+  put(t.exp_avg, at, state_type, m);
+  return nearest(m, state_type);
+}
+
+OZ_DEVICE void step_element(const Slot &t, const Rule &r, const Scalars &s, int type, int64_t at,
+                            float x, float by) {
+  float p[1] = {stepped(get(t.param, at, type), x, by, r, s)};
+  round_results(p, type, t, r, at);
+  put(t.param, at, type, p[0]);
+}
+
+template <int TYPE, bool MOMENTUM, bool ODD, class Held>
 OZ_DEVICE void step_row(const Slot &t, const Rule &r, const Team &team, int64_t row, Held &held) {
   const Scalars s = scalars_of(r);
   const Place place = place_of(t, row, team, Vector<TYPE>::COUNT);
   const float sign = MOMENTUM ? 1.0f : s.sign;
+  const int64_t edge = ODD ? edge_of(t, row, team, Vector<TYPE>::COUNT) : -1;
+  float square = 0.0f;
+  if (edge >= 0) {
+    const float x = direction(t, r, TYPE, TYPE, MOMENTUM, s.sign, edge, true);
+    square = x * x;
+  }
   uint4 p[BATCH];
   hold<TYPE, MOMENTUM>(t, r, s.sign, place, held);
   place.load(p, t.param, 0); /* in flight while the gradient comes in and is added up */
-  const float sum = team_sum(team, sum_of_squares<TYPE>(held, sign));
+  const float sum = team_sum(team, sum_of_squares<TYPE>(held, sign, square));
   const float by = factor(sum, t, r) * sign;
 #pragma unroll 1
   for (int b = 0; b < held.batches(); ++b) {
@@ -92,39 +117,37 @@ OZ_DEVICE void step_row(const Slot &t, const Rule &r, const Team &team, int64_t 
     for (int i = 0; i < BATCH; ++i)
       step_vector<TYPE>(t, r, s, place, b, i, p[i], held.at(b, i), by);
   }
+  if (edge >= 0) {
+    const float x = direction(t, r, TYPE, TYPE, MOMENTUM, 1.0f, edge, false);
+    step_element(t, r, s, TYPE, edge, x, by);
+  }
 }
 
-template <int TYPE>
+template <int TYPE, bool ODD>
 OZ_DEVICE void held_row(const Slot &t, const Rule &r, uint32_t unit) {
   const Team team = team_of(t.team, static_cast<int>(threadIdx.x));
   InRegisters held;
   if (t.exp_avg)
-    step_row<TYPE, true>(t, r, team, row_of(team, unit), held);
+    step_row<TYPE, true, ODD>(t, r, team, row_of(team, unit), held);
   else
-    step_row<TYPE, false>(t, r, team, row_of(team, unit), held);
+    step_row<TYPE, false, ODD>(t, r, team, row_of(team, unit), held);
 }
 
 /* ---- Rows of any types and alignments, by element; the second reading hits a cache. ---- */
 
-OZ_DEVICE float direction(const Slot &t, const Rule &r, float sign, int64_t at, bool update) {
-  if (!t.exp_avg) return sign * get(t.grad, at, t.grad_type);
-  float m = get(t.exp_avg, at, t.state_type);
-  if (!update) return m;
-  m = averaged(m, sign * get(t.grad, at, t.grad_type), r);
-  put(t.exp_avg, at, t.state_type, m);
-  return nearest(m, t.state_type);
-}
-
-/* run(index) for the elements of a thread's row, in the order of those who hold it. */
+/* run(index) for the elements of a thread's row, those of the vectors of `held_row` in its order. */
 template <typename Run>
 OZ_DEVICE void for_elements(const Slot &t, const Team &team, int64_t row, Run run) {
   if (row >= t.rows) return;
   const int turn = turn_of(t.grad_type);
-  const int64_t turns = ceil_div(t.cols, turn);
-  for (int64_t b = 0; b < batches_of(turns); ++b)
+  const Cut cut = cut_of(row, t.cols, turn);
+  const int64_t edge = edge_of(t, row, team, turn);
+  if (edge >= 0) run(edge);
+  for (int64_t b = 0; b < batches_of(cut.vectors); ++b)
     for (int i = 0; i < BATCH; ++i) {
-      const int64_t from = (first_turn(team) + turn_at(b, i)) * turn;
-      for (int64_t col = from; col < t.cols && col < from + turn; ++col) run(row * t.cols + col);
+      const int64_t at = first_turn(team) + turn_at(b, i);
+      if (at >= cut.vectors) break;
+      for (int k = 0; k < turn; ++k) run(cut.begin + cut.head + at * turn + k);
     }
 }
 
@@ -132,17 +155,17 @@ OZ_DEVICE void any_row(const Slot &t, const Rule &r, uint32_t unit) {
   const Scalars s = scalars_of(r);
   const Team team = team_of(t.team, static_cast<int>(threadIdx.x));
   const int64_t row = row_of(team, unit);
+  const auto x_at = [&](int64_t at, bool update) {
+    return direction(t, r, t.grad_type, t.state_type, t.exp_avg, s.sign, at, update);
+  };
   float sum = 0.0f;
   for_elements(t, team, row, [&](int64_t at) {
-    const float x = direction(t, r, s.sign, at, true);
+    const float x = x_at(at, true);
     sum = fmaf(x, x, sum);
   });
   const float by = factor(team_sum(team, sum), t, r);
   for_elements(t, team, row, [&](int64_t at) {
-    const float x = direction(t, r, s.sign, at, false);
-    float p[1] = {stepped(get(t.param, at, t.param_type), x, by, r, s)};
-    round_results(p, t.param_type, t, r, at);
-    put(t.param, at, t.param_type, p[0]);
+    step_element(t, r, s, t.param_type, at, x_at(at, false), by);
   });
 }
 
@@ -176,8 +199,10 @@ OZ_DEVICE void sign_unit(const Slot &t, const Rule &r, uint32_t unit) {
 }
 
 // budget: scale_rows 64 LDG.E.128 STG.E.128
+template <typename Table>
 __global__ void __launch_bounds__(THREADS, BLOCKS)
     scale_rows(const Table __grid_constant__ table) {
+  in_turn();
   const Rule &r = table.rule;
   if (skipped(r)) return;
   for_each_unit(table, [&](const Slot &t, uint32_t unit, bool) {
@@ -188,12 +213,30 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
     } else if (!t.wide) {
       any_row(t, r, unit);
     } else if (t.param_type == OZ_F32) {
-      held_row<OZ_F32>(t, r, unit);
+      held_row<OZ_F32, false>(t, r, unit);
     } else if (t.param_type == OZ_BF16) {
-      held_row<OZ_BF16>(t, r, unit);
+      held_row<OZ_BF16, false>(t, r, unit);
     } else {
-      held_row<OZ_F16>(t, r, unit);
+      held_row<OZ_F16, false>(t, r, unit);
     }
+  });
+}
+
+/* Rows that begin anywhere: on their own, as with all else the registers would not do. */
+// budget: scale_odd_rows 64 LDG.E.128 STG.E.128
+template <typename Table>
+__global__ void __launch_bounds__(THREADS, BLOCKS)
+    scale_odd_rows(const Table __grid_constant__ table) {
+  in_turn();
+  const Rule &r = table.rule;
+  if (skipped(r)) return;
+  for_each_unit(table, [&](const Slot &t, uint32_t unit, bool) {
+    if (t.param_type == OZ_F32)
+      held_row<OZ_F32, true>(t, r, unit);
+    else if (t.param_type == OZ_BF16)
+      held_row<OZ_BF16, true>(t, r, unit);
+    else
+      held_row<OZ_F16, true>(t, r, unit);
   });
 }
 
@@ -203,14 +246,16 @@ OZ_DEVICE void long_row(const Slot &t, const Rule &r, uint32_t row, uint4 *share
   const int batches = static_cast<int>(batches_of(t.cols / Vector<TYPE>::COUNT));
   InShared held = {shared + team.lane, batches};
   if (t.exp_avg)
-    step_row<TYPE, true>(t, r, team, row, held);
+    step_row<TYPE, true, true>(t, r, team, row, held);
   else
-    step_row<TYPE, false>(t, r, team, row, held);
+    step_row<TYPE, false, true>(t, r, team, row, held);
 }
 
 // budget: scale_long_rows 64 LDG.E.128 STG.E.128
+template <typename Table>
 __global__ void __launch_bounds__(THREADS, BLOCKS)
     scale_long_rows(const Table __grid_constant__ table) {
+  in_turn();
   uint4 *shared = dynamic_shared();
   const Rule &r = table.rule;
   if (skipped(r)) return;
@@ -227,8 +272,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
 /* ---- Columns. ---- */
 
 // budget: scale_column_sums 64 LDG.E.128 STG.E.128
+template <typename Table>
 __global__ void __launch_bounds__(THREADS, BLOCKS)
     scale_column_sums(const Table __grid_constant__ table) {
+  in_turn();
   const Rule &r = table.rule;
   if (skipped(r)) return;
   for_each_unit(table, [&](const Slot &t, uint32_t unit, bool) {
@@ -237,8 +284,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
 }
 
 // budget: scale_column_update 64 LDG.E.128 STG.E.128
+template <typename Table>
 __global__ void __launch_bounds__(THREADS, BLOCKS)
     scale_column_update(const Table __grid_constant__ table) {
+  in_turn();
   const Rule &r = table.rule;
   if (skipped(r)) return;
   for_each_unit(table, [&](const Slot &t, uint32_t unit, bool) {
@@ -254,9 +303,15 @@ int64_t long_bytes(const oz_tensor &t) {
   return batches > 1 ? batches * BATCH * THREADS * int64_t{sizeof(uint4)} : 0;
 }
 
-bool in_vectors(const oz_tensor &t) {
-  return t.param_type == t.grad_type && (!t.exp_avg || t.state_type == t.grad_type) &&
-         t.cols % turn_of(t.grad_type) == 0 && wide(t, turn_of(t.grad_type));
+enum Way { HELD, ODD, SHARED, BY_ELEMENT };
+
+/* How a tensor's rows are read; `room` is a block's shared memory. */
+Way way_of(const oz_tensor &t, int64_t room) {
+  const bool one_type =
+      t.param_type == t.grad_type && (!t.exp_avg || t.state_type == t.grad_type);
+  if (!one_type || !wide(t, 1) || long_bytes(t) > room) return BY_ELEMENT;
+  if (long_bytes(t) > 0) return SHARED;
+  return t.cols % turn_of(t.grad_type) == 0 ? HELD : ODD;
 }
 
 cudaError_t scale(const oz_tensor *tensors, int64_t count, const oz_options &o,
@@ -267,42 +322,58 @@ cudaError_t scale(const oz_tensor *tensors, int64_t count, const oz_options &o,
   error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
   const int64_t room = most - 1024; /* for what the kernel itself and the system take */
-  const auto in_shared = [&](const oz_tensor &t) {
-    return t.kind == OZ_ROWS && in_vectors(t) && long_bytes(t) > 0 && long_bytes(t) <= room;
+  const auto in_teams = [](Slot &slot, const oz_tensor &t) {
+    slot.team = static_cast<uint16_t>(team_size(t.cols, turn_of(t.grad_type)));
+    return row_units(t.rows, slot.team);
   };
-  const Launch how = {stream};
+  Launch how = {stream};
+  how.overlapped = true;
   error = for_tables(
       tensors, count, o,
       [&](Slot &slot, const oz_tensor &t) -> int64_t {
         if (t.kind == OZ_ADAM || t.kind == OZ_SIGN) return cut_elements(slot, t);
-        if (t.kind != OZ_ROWS || in_shared(t)) return 0;
-        slot.wide = in_vectors(t) && long_bytes(t) == 0;
-        slot.team = static_cast<uint16_t>(team_size(t.cols, turn_of(t.grad_type)));
-        return row_units(t.rows, slot.team);
+        const Way way = way_of(t, room);
+        if (t.kind != OZ_ROWS || way == ODD || way == SHARED) return 0;
+        slot.wide = way == HELD;
+        return in_teams(slot, t);
       },
-      [&](const Table &table) { return launch(scale_rows, table, how); });
+      [&](const Table &table) { return launch(scale_rows<FewTable>, scale_rows<Table>, table, how); });
   if (error != cudaSuccess) return error;
-  Launch long_how = {stream};
+  error = for_tables(
+      tensors, count, o,
+      [&](Slot &slot, const oz_tensor &t) {
+        return t.kind == OZ_ROWS && way_of(t, room) == ODD ? in_teams(slot, t) : 0;
+      },
+      [&](const Table &table) { return launch(scale_odd_rows<FewTable>, scale_odd_rows<Table>, table, how); });
+  if (error != cudaSuccess) return error;
+  const auto in_shared = [&](const oz_tensor &t) {
+    return t.kind == OZ_ROWS && way_of(t, room) == SHARED;
+  };
+  Launch long_how = how;
   for (int64_t i = 0; i < count; ++i)
     if (in_shared(tensors[i])) long_how.shared = std::max(long_how.shared, long_bytes(tensors[i]));
   if (long_how.shared > 0) {
-    error = cudaFuncSetAttribute(scale_long_rows, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(long_how.shared));
+    const int bytes = static_cast<int>(long_how.shared);
+    error = cudaFuncSetAttribute(scale_long_rows<FewTable>,
+                                 cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != cudaSuccess) return error;
+    error = cudaFuncSetAttribute(scale_long_rows<Table>,
+                                 cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) return error;
     error = for_tables(
         tensors, count, o,
         [&](Slot &, const oz_tensor &t) { return in_shared(t) ? t.rows : 0; },
-        [&](const Table &table) { return launch(scale_long_rows, table, long_how); });
+        [&](const Table &table) { return launch(scale_long_rows<FewTable>, scale_long_rows<Table>, table, long_how); });
     if (error != cudaSuccess) return error;
   }
   const auto cut_columns = [](Slot &, const oz_tensor &t) {
     return t.kind == OZ_COLUMNS ? column_units(t.rows, t.cols) : 0;
   };
   error = for_tables(tensors, count, o, cut_columns,
-                     [&](const Table &table) { return launch(scale_column_sums, table, how); });
+                     [&](const Table &table) { return launch(scale_column_sums<FewTable>, scale_column_sums<Table>, table, how); });
   if (error != cudaSuccess) return error;
   return for_tables(tensors, count, o, cut_columns,
-                    [&](const Table &table) { return launch(scale_column_update, table, how); });
+                    [&](const Table &table) { return launch(scale_column_update<FewTable>, scale_column_update<Table>, table, how); });
 }
 
 }  // namespace
@@ -310,7 +381,7 @@ cudaError_t scale(const oz_tensor *tensors, int64_t count, const oz_options &o,
 int oz_cuda_abi(void) { return OZ_ABI; }
 
 int64_t oz_cuda_scale_scratch(int64_t rows, int64_t cols) {
-  return chunks_of(rows) * cols * int64_t{sizeof(float)};
+  return chunks_of(rows, cols) * cols * int64_t{sizeof(float)};
 }
 
 int oz_cuda_scale(const oz_tensor *tensors, int64_t count, const oz_options *options,

@@ -10,7 +10,7 @@ OZ_DEVICE void column_factors(const Slot &t, const Rule &r, const Part &part, fl
   constexpr int SHARES = THREADS / TILE;
   __shared__ float shared[SHARES][TILE];
   const int thread = static_cast<int>(threadIdx.x), column = thread % TILE, share = thread / TILE;
-  const int chunks = chunks_of(t.rows);
+  const int chunks = chunks_of(t.rows, t.cols);
   const int64_t col = part.col + column;
   float sum = 0.0f;
   if (col < t.cols) {

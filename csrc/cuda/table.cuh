@@ -42,14 +42,19 @@ struct Slot {
 constexpr size_t ARGUMENT_BYTES = 32764; /* of a kernel, from sm_70 and CUDA 12.1 on */
 constexpr int SLOTS =
     static_cast<int>((ARGUMENT_BYTES - sizeof(Rule) - 16) / (sizeof(Slot) + sizeof(uint32_t)));
+constexpr int FEW_SLOTS = 20;
 
 /* Unit u belongs to the slot i with start[i] <= u < start[i + 1]. */
-struct Table {
+template <int MOST>
+struct TableOf {
+  static constexpr int SIZE = MOST;
   Rule rule;
   int count;
-  uint32_t start[SLOTS + 1];
-  Slot slots[SLOTS];
+  uint32_t start[MOST + 1];
+  Slot slots[MOST];
 };
+using Table = TableOf<SLOTS>;
+using FewTable = TableOf<FEW_SLOTS>; /* all of a table goes along with each launch */
 static_assert(sizeof(Table) <= ARGUMENT_BYTES, "the table exceeds a kernel's arguments");
 
 OZ_BOTH int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -57,6 +62,7 @@ OZ_BOTH int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 /* ---- The device's side. ---- */
 
 /* The slot of a unit; `guess` is that of the unit before. */
+template <typename Table>
 OZ_BOTH int slot_of(const Table &table, uint32_t unit, int guess) {
   if (unit < table.start[guess + 1]) return guess;
   int from = guess + 1, to = table.count; /* it lies in [from, to) */
@@ -71,7 +77,7 @@ OZ_BOTH int slot_of(const Table &table, uint32_t unit, int guess) {
 }
 
 /* run(slot, unit of the slot, whether the slot is another than before) for this block's units. */
-template <typename Run>
+template <typename Table, typename Run>
 OZ_DEVICE void for_each_unit(const Table &table, Run run) {
   const uint32_t units = table.start[table.count];
   int last = -1;
@@ -85,6 +91,16 @@ OZ_DEVICE void for_each_unit(const Table &table, Run run) {
 /* A thread's first element in a unit of ELEMENTS, which is a power of two. */
 OZ_DEVICE int64_t first_element(uint32_t unit) {
   return unit * ELEMENTS | threadIdx.x * EIGHT;
+}
+
+/* At a kernel's beginning: the next may come to its own beginning, and this one goes on when all
+ * before it has ended. What a launch takes is then hidden behind the last blocks of the kernel
+ * before. */
+OZ_DEVICE void in_turn() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 OZ_DEVICE bool skipped(const Rule &r) { return r.found_inf && *r.found_inf != 0.0f; }
@@ -176,21 +192,43 @@ inline int64_t cut_elements(Slot &slot, const oz_tensor &t) {
 struct Launch {
   cudaStream_t stream;
   int threads = THREADS, per_multiprocessor = BLOCKS;
-  int64_t shared = 0; /* bytes */
+  int64_t shared = 0;      /* bytes */
+  bool overlapped = false; /* the kernel begins with in_turn(): see there */
 };
 
-template <typename Kernel>
+template <typename Kernel, typename Table>
 inline cudaError_t launch(Kernel *kernel, const Table &table, const Launch &how) {
-  int device = 0, multiprocessors = 0;
+  int device = 0, multiprocessors = 0, major = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
   error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error != cudaSuccess) return error;
   const uint32_t most = static_cast<uint32_t>(multiprocessors * how.per_multiprocessor);
-  void *arguments[] = {const_cast<Table *>(&table)};
-  return cudaLaunchKernel(kernel, dim3(std::min(table.start[table.count], most)),
-                          dim3(static_cast<unsigned>(how.threads)), arguments,
-                          static_cast<size_t>(how.shared), how.stream);
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(std::min(table.start[table.count], most));
+  config.blockDim = dim3(static_cast<unsigned>(how.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(how.shared);
+  config.stream = how.stream;
+  config.attrs = &overlap;
+  config.numAttrs = how.overlapped && major >= 9 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, table);
+}
+
+/* A launch with the smaller table, if it does. */
+template <typename Few, typename Many>
+inline cudaError_t launch(Few *few, Many *many, const Table &table, const Launch &how) {
+  if (table.count > FEW_SLOTS) return launch(many, table, how);
+  FewTable small;
+  small.rule = table.rule;
+  small.count = table.count;
+  std::copy_n(table.start, table.count + 1, small.start);
+  std::copy_n(table.slots, table.count, small.slots);
+  return launch(few, small, how);
 }
 
 /* Tables of the tensors that a kernel takes, SLOTS at a time: `cut(slot, tensor)` gives a tensor's

@@ -172,7 +172,12 @@ def counted(steps: list[Tensor | None], device: torch.device) -> list[Tensor | N
     counts = [step for step in steps if step is not None]
     if counts:
         torch._foreach_add_(counts, 1)
-    return [None if step is None else step.to(device) for step in steps]
+    away = [step for step in counts if step.device != device]
+    if not away:
+        return steps
+    # One copy for all: each would cost as much.
+    moved = iter(torch.stack(away).to(device, non_blocking=True).unbind())
+    return [s if s is None or s.device == device else next(moved) for s in steps]
 
 
 def scalar(value: float | Tensor, device: torch.device) -> float | Tensor:

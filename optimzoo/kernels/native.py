@@ -43,7 +43,7 @@ class _Options(ctypes.Structure):
 
 
 class Table:
-    """One call's tensors, as the kernels read them; kept, only gradients are written anew."""
+    """One call's tensors, as the kernels read them; kept, gradients and counts are written anew."""
 
     def __init__(
         self, columns: tuple[Sequence[Any], ...], shapes: Shapes, kinds: Sequence[int]
@@ -51,7 +51,8 @@ class Table:
         self.size = len(shapes)
         self.bytes = bytearray(_TENSOR.size * self.size)
         self.buffer = (ctypes.c_char * len(self.bytes)).from_buffer(self.bytes)
-        self._grads = memoryview(self.bytes).cast("Q")[1 :: _TENSOR.size // 8]
+        self._words = memoryview(self.bytes).cast("Q")
+        self._extras = columns[6]  # scratch, which nothing else keeps
         pointers = [[0 if t is None else t.data_ptr() for t in column] for column in columns]
         types = [
             (_TYPES[p.dtype], _TYPES[g.dtype], 0 if m is None else _TYPES[m.dtype])
@@ -61,9 +62,11 @@ class Table:
         for i, (row, shape, kind_of, kind) in enumerate(rows):
             _TENSOR.pack_into(self.bytes, i * _TENSOR.size, *row, *shape, *kind_of, kind)
 
-    def set_grads(self, grads: Tensors) -> None:
-        """Other gradients of the same dtypes."""
-        self._grads[:] = memoryview(array("Q", [g.data_ptr() for g in grads]))
+    def set(self, grads: Tensors, steps: States) -> None:
+        """Other gradients of the same dtypes, and other counts where there are any."""
+        for column, tensors in ((1, grads), (5, steps)):
+            pointers = [0 if t is None else t.data_ptr() for t in tensors]
+            self._words[column :: _TENSOR.size // 8] = memoryview(array("Q", pointers))
 
 
 class Library:
@@ -127,15 +130,11 @@ class Library:
         betas: tuple[float, float],
         adam_eps: float,
         maximize: bool,
+        table: Table | None = None,
         **shared: Any,
     ) -> None:
-        """SCALE's step (``oz_*_scale``); ``shared`` as :meth:`_call` takes it."""
-        extras: States = [None] * len(params)
-        if self.kind == "cuda":
-            extras = [
-                self._scratch(p, *shape) if kind == _COLUMNS else None
-                for p, kind, shape in zip(params, kinds, shapes, strict=True)
-            ]
+        """SCALE's step (``oz_*_scale``); ``shared`` and ``table`` as :meth:`_call` takes them."""
+        extras: States = [] if table else self.scale_scratch(params, kinds, shapes)
         options = _Options(
             momentum=momentum,
             weight_decay=weight_decay,
@@ -147,7 +146,7 @@ class Library:
             maximize=maximize,
         )
         columns = (params, grads, exp_avgs, exp_avg_sqs, [None] * len(params), steps, extras)
-        self._call("scale", columns, shapes, kinds, options, lr=lr, **shared)
+        self._call("scale", columns, shapes, kinds, options, lr=lr, table=table, **shared)
 
     def adam_(
         self,
@@ -302,7 +301,7 @@ class Library:
             first_index: of the first tensor, in stochastic rounding.
             grad_scale: a float32 tensor; gradients are divided by it.
             found_inf: a float32 tensor; if it is not zero, nothing is written.
-            table: of an earlier call with the same columns but for the gradients.
+            table: of an earlier call with the same columns but for gradients and counts.
         """
         params, grads = columns[:2]
         if not params or isinstance(params[0], FakeTensor):
@@ -322,7 +321,7 @@ class Library:
         if table is None:
             table = Table(columns, shapes, kinds)
         else:
-            table.set_grads(grads)
+            table.set(grads, columns[5])
         function = getattr(library, f"oz_{self.kind}_{operation}")
         device = params[0].device
         arguments = (table.buffer, ctypes.c_int64(table.size), ctypes.byref(options))
@@ -340,12 +339,18 @@ class Library:
         if operation not in ("reduce",):
             torch.autograd.graph.increment_version(_written(columns))
 
-    def _scratch(self, param: Tensor, rows: int, cols: int) -> Tensor:
+    def scale_scratch(self, params: Tensors, kinds: Sequence[int], shapes: Shapes) -> States:
+        """What SCALE's step needs beside the tensors: on a GPU, room for the sums of columns."""
+        scratch: list[Tensor | None] = [None] * len(params)
         library = self._loaded[0]
-        assert library is not None
+        if self.kind == "cpu" or library is None:
+            return scratch
         library.oz_cuda_scale_scratch.restype = ctypes.c_int64
-        size = library.oz_cuda_scale_scratch(ctypes.c_int64(rows), ctypes.c_int64(cols))
-        return torch.empty(size // 4 + 1, dtype=torch.float32, device=param.device)
+        for i, (p, kind, shape) in enumerate(zip(params, kinds, shapes, strict=True)):
+            if kind == _COLUMNS:
+                size = library.oz_cuda_scale_scratch(*map(ctypes.c_int64, shape))
+                scratch[i] = torch.empty(size // 4 + 1, dtype=torch.float32, device=p.device)
+        return scratch
 
 
 def _written(columns: tuple[Sequence[Any], ...]) -> Iterable[Tensor]:

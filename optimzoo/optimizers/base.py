@@ -17,6 +17,8 @@ from optimzoo.roles import check_role
 
 # What a step counts, or makes of a gradient of zero (AdamS's decay goes into the second moment), as
 # it is before the first step. No step is limited by a norm without bound.
+# Python reads these: on a GPU each look would wait for it.
+_ON_CPU = ("moment_step", "projector_seed")
 _UNTOUCHED = {"step": 0, "moment_step": 0, "exp_avg_sq": 0, "update_norm": math.inf}
 
 
@@ -96,9 +98,11 @@ class RoleOptimizer(Optimizer):
         for saved_id, param in zip(saved_ids, params, strict=True):
             for key, value in seen["state"].get(saved_id, {}).items():
                 loaded = self.state[param].get(key)
-                both = isinstance(value, Tensor) and isinstance(loaded, Tensor)
-                if both and loaded.dtype != value.dtype:
-                    self.state[param][key] = value.detach().to(loaded.device, copy=True)
+                if not isinstance(value, Tensor) or not isinstance(loaded, Tensor):
+                    continue
+                device = torch.device("cpu") if key in _ON_CPU else loaded.device
+                if loaded.dtype != value.dtype or loaded.device != device:
+                    self.state[param][key] = value.detach().to(device, copy=True)
 
     def _check_loaded(self, state_dict: StateDict, seen: dict[str, Any]) -> StateDict:
         ours = [group.get("role") for group in self.param_groups]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from optimzoo.optimizers.base import (
 from optimzoo.optimizers.scale_fused import FusedSteps, has_momentum, local_average, may_fuse
 from optimzoo.optimizers.scale_sharded import Part, cut_part, step_parts
 from optimzoo.roles import input_dim, matrix_view, role_of
-from optimzoo.subspace.newton_schulz import orthogonalize
+from optimzoo.subspace.newton_schulz import in_stacks, orthogonalize
 
 NORMALIZATIONS = ("column", "row", "sign", "spectral")
 
@@ -340,9 +341,11 @@ def scale(
     if normalize == "row":
         normalize, dim = "column", -3 - dim
 
-    def direction(grad: Tensor) -> Tensor:
-        matrix = matrix_view(grad, stacked=stacked)
-        return normalized(matrix, dim=dim, normalize=normalize, norm=norm, eps=eps).view_as(grad)
+    def direction(grads: list[Tensor]) -> list[Tensor]:
+        matrices = [matrix_view(grad, stacked=stacked) for grad in grads]
+        how = partial(normalized, dim=dim, normalize=normalize, norm=norm, eps=eps)
+        updates = in_stacks(how, matrices) if normalize == "spectral" else map(how, matrices)
+        return [update.view_as(grad) for update, grad in zip(updates, grads, strict=True)]
 
     def step(params: Any, grads: Any, exp_avgs: Any) -> None:
         if maximize:
@@ -374,7 +377,7 @@ def _single_tensor_scale(
     params: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor | None],
-    direction: Callable[[Tensor], Tensor],
+    direction: Callable[[list[Tensor]], list[Tensor]],
     lr: float | Tensor,
     momentum: float,
     weight_decay: float,
@@ -384,7 +387,7 @@ def _single_tensor_scale(
             m.lerp_(g.to(m.dtype), 1 - momentum)
             # With `differentiable` autograd keeps m for the backward, and the next step changes it.
             g = m.clone() if m.requires_grad else m
-        update = direction(g)
+        (update,) = direction([g])
         if weight_decay != 0:
             # Decay inside the update: a low-precision weight is then rounded once a step, not twice
             # (bfloat16 would lose every decay factor above 0.998).
@@ -396,7 +399,7 @@ def _multi_tensor_scale(
     params: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor | None],
-    direction: Callable[[Tensor], Tensor],
+    direction: Callable[[list[Tensor]], list[Tensor]],
     lr: float | Tensor,
     momentum: float,
     weight_decay: float,
@@ -406,7 +409,7 @@ def _multi_tensor_scale(
         grads = [g.to(m.dtype) for g, m in zip(grads, buffers, strict=True)]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         grads = buffers
-    updates = [direction(g) for g in grads]
+    updates = direction(grads)
     if weight_decay != 0:
         torch._foreach_add_(updates, params, alpha=weight_decay)
     torch._foreach_mul_(updates, lr)

@@ -155,10 +155,6 @@ class FusedSteps:
             and len(items) == len(place)
             and all(id(p) in place and type(p) in dispatch.PLAIN[:2] for p in params)
             and all(item.counter is None and item.grad.is_contiguous() for item in items)
-            # a count beside the weight: one on the CPU is brought to a GPU anew at each step
-            and all(i.step is None or i.step.device == i.param.device for i in items)
-            # their scratch is the call's own
-            and not (kernels.kind == "cuda" and any(i.kind == dispatch.COLUMNS for i in items))
         )
         if not plain:
             return
@@ -180,7 +176,12 @@ class FusedSteps:
             kinds=fields[5],
             shapes=fields[6],
             table=native.Table(
-                (*fields[:4], [None] * len(items), fields[4], [None] * len(items)),
+                (
+                    *fields[:4],
+                    [None] * len(items),
+                    fields[4],
+                    kernels.scale_scratch(params, fields[5], fields[6]),
+                ),
                 fields[6],
                 fields[5],
             ),

@@ -1,10 +1,13 @@
 """Orthogonalisation by Newton–Schulz iteration."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 # Quintic coefficients of Keller Jordan's Muon: steep at zero, singular values end in about 0.7-1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_STACK = 1 << 25  # elements that are orthogonalised together: 64 MiB in bfloat16, a few times
 
 
 def orthogonalize(
@@ -17,10 +20,12 @@ def orthogonalize(
     """Approximately ``U Vᵀ`` of ``matrix = U S Vᵀ``, for ``[..., m, n]``.
 
     ``X ← X/‖X‖_F``, then ``steps`` times ``X ← aX + b(XXᵀ)X + c(XXᵀ)²X``, on the shorter side.
-    bfloat16 on CUDA as in Muon; elsewhere at least float32, where bfloat16 is not faster. A zero
-    matrix stays zero.
+    bfloat16 on CUDA as in Muon, but for float64; elsewhere at least float32, where bfloat16 is not
+    faster. A zero matrix stays zero.
     """
-    dtype = torch.bfloat16 if matrix.is_cuda else torch.promote_types(matrix.dtype, torch.float32)
+    dtype = torch.promote_types(matrix.dtype, torch.float32)
+    if matrix.is_cuda and dtype == torch.float32:
+        dtype = torch.bfloat16
     x = matrix.to(dtype)
     tall = x.shape[-2] > x.shape[-1]
     if tall:
@@ -52,3 +57,27 @@ def whiten(matrix: Tensor, *, steps: int, beta: float = 0.5) -> Tensor:
         y, z = beta * y @ t, beta * t @ z
     white = z @ x / size.sqrt()
     return white.mT if matrix.shape[-2] > matrix.shape[-1] else white
+
+
+def in_stacks(rule: Callable[[Tensor], Tensor], matrices: Sequence[Tensor]) -> list[Tensor]:
+    """``rule`` of each matrix; on a GPU those of one shape together, in stacks of bounded size.
+
+    Small matrices' products are shorter there than their launches. ``rule`` takes ``[..., m, n]``.
+    """
+    results: list[Tensor] = [torch.empty(0)] * len(matrices)
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for i, x in enumerate(matrices):
+        plain = x.is_cuda and x.ndim == 2 and 0 < 2 * x.numel() <= _STACK
+        key = (x.shape, x.dtype, x.device) if plain else (i,)
+        alike.setdefault(key, []).append(i)
+    for places in alike.values():
+        most = max(1, _STACK // max(1, matrices[places[0]].numel()))
+        for first in range(0, len(places), most):
+            chosen = places[first : first + most]
+            if len(chosen) == 1:
+                results[chosen[0]] = rule(matrices[chosen[0]])
+                continue
+            stack = rule(torch.stack([matrices[i] for i in chosen]))
+            for i, result in zip(chosen, stack.unbind(), strict=True):
+                results[i] = result
+    return results

@@ -75,12 +75,12 @@ def leave_at(step: int) -> None:
     """Have torchrun end the run before a step, which begins when the signal is here."""
     take, receive, arrived = Run.train_step, HeldSignals._receive, []
 
-    def taken(self: Run, log: bool) -> Any:
+    def taken(self: Run, log: bool, **how: Any) -> Any:
         if self.step == step:
             os.kill(os.getppid(), signal.SIGTERM)
             while not arrived:
                 time.sleep(0.01)
-        return take(self, log)
+        return take(self, log, **how)
 
     def received(self: HeldSignals, number: int, frame: Any) -> None:
         arrived.append(number)

@@ -10,7 +10,14 @@ HERE = Path(__file__).resolve().parent
 # What the sanitizer finds (a misaligned access, an index out of bounds) ends the process.
 FLAGS = [
     *("-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-strict-aliasing"),
-    *("-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-function"),
+    *(
+        "-U_FORTIFY_SOURCE",
+        "-ffp-contract=off",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unknown-pragmas",
+        "-Wno-unused-function",
+    ),
     "-fsanitize=alignment,bounds,shift,signed-integer-overflow,null,integer-divide-by-zero",
     "-fsanitize-undefined-trap-on-error",
 ]

@@ -56,6 +56,7 @@ enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAl
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrComputeCapabilityMajor,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 typedef struct oz_pool *cudaMemPool_t;
@@ -74,7 +75,9 @@ inline cudaError_t cudaGetDevice(int *device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr what, int) {
-  *value = what == cudaDevAttrMultiProcessorCount ? 3 : OZ_SHARED_BYTES;
+  *value = what == cudaDevAttrMultiProcessorCount      ? 3
+           : what == cudaDevAttrComputeCapabilityMajor ? 9
+                                                       : OZ_SHARED_BYTES;
   return cudaSuccess;
 }
 template <typename Kernel>
@@ -101,11 +104,25 @@ inline cudaError_t cudaFreeAsync(void *memory, cudaStream_t) {
 
 cudaError_t oz_emulate(const std::function<void()> &kernel, dim3 grid, dim3 block, size_t shared);
 
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute *attrs;
+  unsigned numAttrs;
+};
+
 template <typename Argument>
-inline cudaError_t cudaLaunchKernel(void (*kernel)(const Argument &), dim3 grid, dim3 block,
-                                    void **arguments, size_t shared, cudaStream_t) {
-  const Argument &argument = *static_cast<const Argument *>(arguments[0]);
-  return oz_emulate([&] { kernel(argument); }, grid, block, shared);
+inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *how,
+                                      void (*kernel)(const Argument &), const Argument &argument) {
+  return oz_emulate([&] { kernel(argument); }, how->gridDim, how->blockDim, how->dynamicSmemBytes);
 }
 
 #endif
