@@ -8,9 +8,11 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import beside, page
+from benchmarks.llama import get_config
 from benchmarks.plan import Plan
 from benchmarks.provenance import write_atomic
 from benchmarks.tables import LEGEND, caption, markdown_table, read_rows, write_report
+from benchmarks.utilisation import speed_text
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -69,12 +71,54 @@ def _steps(name: str) -> str:
     )
 
 
+_SHAPES = {"60m": "60M", "1b": "1B", "7b-layer": "7B, one layer"}
+_ON_GPU = {
+    "sgd": ("cuda", "SGD (fused)"),
+    "adamw": ("cuda", "AdamW (fused)"),
+    "scale": ("cuda", "SCALE, CUDA kernels"),
+    "scale-captured": ("cuda", "the same in a CUDA graph"),
+    "scale triton": ("triton", "SCALE, Triton kernels"),
+    "scale-loop": ("cuda", "SCALE, a loop over the weights"),
+}
+
+
+def _on_gpu(name: str) -> str:
+    """A step's time by shape, of the rows that `make gpu` wrote on a GPU."""
+    lines = ["| step | " + " | ".join(_SHAPES.values()) + " |", "|---" + "|--:" * 3 + "|"]
+    for key, (kernels, label) in _ON_GPU.items():
+        cells = []
+        for shape in _SHAPES:
+            path = RESULTS / f"step-time-{shape}-{name}-{kernels}.json"
+            record = json.loads(path.read_text(encoding="utf-8"))
+            row = next(r for r in record["rows"] if r["method"] == key.split()[0])
+            share = f" ({row['share_of_stream']:.0%})" if "scale" in key else ""
+            cells.append(f"{row['step_ms']:.2f} ms{share}")
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    made = record["provenance"]
+    return "\n".join(lines) + (
+        f"\n\nbfloat16; {made['device']}, torch {made['torch']}. In brackets: the bytes that the "
+        "step must move, a second, as a share of what a copy or a sum in place moves in that run."
+    )
+
+
+def _utilisation(name: str) -> str:
+    """What training uses of a GPU, of ``utilisation-NAME.json``."""
+    path = RESULTS / f"utilisation-{name}.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return "\n".join(
+        f"- {row['model'].upper()}, {row['method']}: {speed_text(row, get_config(row['model']))}"
+        for row in rows
+    )
+
+
 _MADE: dict[str, Callable[[str], str]] = {
     "table": _comparison,
     "beside": _beside,
     "rows": partial(_beside, notes=False),
     "gradients": _gradients,
     "steps": _steps,
+    "gpu": _on_gpu,
+    "utilisation": _utilisation,
 }
 
 

@@ -78,8 +78,8 @@ def test_a_plan_at_another_size_takes_its_ranks_and_a_grid_around_the_best():
     small, large = Plan("nano"), Plan("60m")
     best = small.best("galore", "tuned")
     grid = [e.config for e in large.grid("galore", "tuned")]
-    assert [c.lr / best["lr"] for c in grid] == [0.5, 1.0, 2.0]
-    assert [c.other_lr / best["other_lr"] for c in grid] == [0.5, 1.0, 2.0]
+    assert [c.lr / best["lr"] for c in grid] == [0.125, 0.25, 0.5]
+    assert [c.other_lr / best["other_lr"] for c in grid] == [0.125, 0.25, 0.5]
     assert {c.hyper["rank"] for c in grid} == {128} and {c.steps for c in grid} == {612}
     assert all(10e6 <= c.steps * c.tokens_per_step < 10.1e6 for c in grid)
     final = large.entry("galore", "tuned", 0, **best)

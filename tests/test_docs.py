@@ -21,7 +21,7 @@ def test_every_mark_is_expanded(name):
     text = pages.expand(TEXTS[name])
     assert "{{" not in text
     marks = re.findall(r"<!-- (\w+)", text)
-    assert set(marks) <= {"table", "steps", "gradients", "end"}
+    assert set(marks) <= {"table", "steps", "gpu", "utilisation", "gradients", "end"}
     assert 2 * marks.count("end") == len(marks)
 
 

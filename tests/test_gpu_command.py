@@ -1,5 +1,6 @@
 """`python -m benchmarks gpu` keeps to its time, and says what it had none left for."""
 
+import dataclasses
 import json
 import sys
 from argparse import Namespace
@@ -38,6 +39,18 @@ def test_a_stage_that_fails_or_hangs_does_not_stop_the_next(tmp_path, monkeypatc
     assert "look at gpu.log for fails, hangs" in capsys.readouterr().out
 
 
+def test_tests_run_side_by_side_and_measurements_alone(tmp_path, monkeypatch):
+    note = "import sys, time; print(time.monotonic()); time.sleep(0.6); print(time.monotonic())"
+    plan = [stage("a", note), stage("b", note), stage("c", note)]
+    plan[:2] = [dataclasses.replace(s, beside=True) for s in plan[:2]]
+    monkeypatch.setattr(gpu, "stages", lambda out, dry: plan)
+    assert gpu.main(arguments(tmp_path)) == 0
+    parts = (tmp_path / "gpu.log").read_text().split("=== ")[1:]
+    spans = {part[0]: [float(x) for x in part.splitlines()[1:3]] for part in parts}
+    assert max(spans["a"][0], spans["b"][0]) < min(spans["a"][1], spans["b"][1])
+    assert spans["c"][0] > max(spans["a"][1], spans["b"][1])
+
+
 def test_what_the_whole_has_no_time_for_is_named(tmp_path, monkeypatch):
     plan = [stage("long", "import time; time.sleep(60)"), stage("late", "")]
     monkeypatch.setattr(gpu, "stages", lambda out, dry: plan)
@@ -48,5 +61,5 @@ def test_what_the_whole_has_no_time_for_is_named(tmp_path, monkeypatch):
 
 
 def test_an_unknown_stage_is_refused_with_the_names(tmp_path):
-    with pytest.raises(ValueError, match="no stage 'kernel'; there are: build, steps"):
+    with pytest.raises(ValueError, match="no stage 'kernel'; there are: build, kernels"):
         gpu.main(arguments(tmp_path, only=["kernel"]))

@@ -92,4 +92,4 @@ def _write(part: Part, direction: Tensor, rule: Rule) -> None:
     update = direction.view_as(part.weight)
     lr, decay = scalar_lr(part.group), part.group["weight_decay"]
     with stand_in(part.weight, part.counter) as weight:
-        rule([weight], [part.grad], [None], lambda _: update, lr, 0.0, decay)
+        rule([weight], [part.grad], [None], lambda _: [update], lr, 0.0, decay)
