@@ -51,9 +51,11 @@ memory-table: $(VENV)/.bench
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# The cases that `make test` leaves out (tests/conftest.py), and what takes minutes of CPU.
+# The cases that `make test` leaves out (tests/conftest.py), and what takes minutes of CPU; all of
+# them, or with PART=2/3 the second third.
+PART ?= 1/1
 test-thorough: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "thorough and not distributed"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "thorough and not distributed" --part $(PART)
 
 # FSDP2, DDP, tensor parallelism, checkpoints, other world sizes and killed processes, with gloo.
 test-distributed: $(VENV)/.dev

@@ -3,6 +3,7 @@
 import gc
 import math
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,9 +65,25 @@ def release(
             whose parameters are scale-invariant.
         RuntimeError: parameters of DistributedDataParallel or of FSDP1 (FSDP2's are fine); in a
             backward, a second gradient for a parameter that was stepped, float16 gradients with
-            `scaler`.
+            `scaler`, an optimizer that is gone (it lives as long as something holds it or this).
     """
     return Release(optimizer, max_norm, scaler)
+
+
+class _Hook:
+    """What a parameter calls: weak, since a garbage collector does not look into its hooks."""
+
+    def __init__(self, owner: "Release") -> None:
+        self.owner = weakref.ref(owner)
+
+    def __call__(self, param: Tensor) -> None:
+        owner = self.owner()
+        if owner is None:
+            raise RuntimeError(
+                f"the optimizer that a parameter {tuple(param.shape)} was released to is gone; "
+                "keep it, or end the release before with remove()"
+            )
+        owner._on_gradient(param)
 
 
 class Release:
@@ -92,7 +109,7 @@ class Release:
         self._checked = False
         self._begin()
         self._handles = [
-            p.register_post_accumulate_grad_hook(self._on_gradient)
+            p.register_post_accumulate_grad_hook(_Hook(self))
             for p in self._places
             if p.requires_grad
         ]
@@ -280,8 +297,10 @@ def _check(optimizer: Optimizer, max_norm: float | None) -> None:
     params = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     for p, _ in params:
         hooks = getattr(p, "_post_accumulate_grad_hooks", None) or {}
-        if any(isinstance(getattr(h, "__self__", None), Release) for h in hooks.values()):
-            raise ValueError(f"{name}'s parameters are released already; call remove() on that")
+        for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
+            if hooks[key].owner() is not None:
+                raise ValueError(f"{name}'s parameters are released already; call remove() on that")
+            del hooks[key]
         if getattr(p, "_is_flat_param", False):
             raise RuntimeError("FSDP1 reduces a gradient after its hooks; use fully_shard (FSDP2)")
     _refuse_replicated(dict(params))

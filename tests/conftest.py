@@ -1,4 +1,7 @@
-"""Of tests with many cases `make test` takes a part, always the same; `-m thorough` the rest."""
+"""Of tests with many cases `make test` takes a part, always the same; `-m thorough` the rest.
+
+``--part 2/3`` takes the second third of the thorough ones: CI takes another with each commit.
+"""
 
 import gc
 import inspect
@@ -61,8 +64,36 @@ EACH_METHOD = (
 METHOD = re.compile(r"(?<=\[)\w+|[A-Za-z]+_(?:cpu|cuda)(?=_)")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The option that shares the thorough tests out."""
+    parser.addoption("--part", metavar="K/N", help="of the thorough tests the K-th of N parts")
+
+
+def in_part(case: str, part: str | None) -> bool:
+    """Whether a case belongs to the part `K/N`; one case always to the same."""
+    if part is None:
+        return True
+    match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", part)
+    if match is None or int(match[1]) > int(match[2]):
+        raise pytest.UsageError(f"--part {part!r} is not K/N with K from 1 to N, as in 2/3")
+    # Of the name turned round: which of a test's cases are thorough goes by the name's own.
+    return zlib.crc32(case[::-1].encode()) % int(match[2]) == int(match[1]) - 1
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Before `-m` selects."""
+    mark_thorough(items)
+    part = config.getoption("part")
+    kept, left = [], []
+    for item in items:
+        out = item.get_closest_marker("thorough") and not in_part(item.nodeid, part)
+        (left if out else kept).append(item)
+    config.hook.pytest_deselected(items=left)
+    items[:] = kept
+
+
+def mark_thorough(items: list[pytest.Item]) -> None:
+    """What `make test` leaves out."""
     methods = defaultdict(list)
     for item in items:
         order = zlib.crc32(f"{item.path.name}::{item.name}".encode())

@@ -1,5 +1,8 @@
 """Optimizer-in-backward: loss scaling, unusual graphs, and gradients of several processes."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -245,3 +248,33 @@ def test_sharded_weights(one_process, clip):
         norms = train(model, optimizer, range(5), clip=clip, released=released)
     assert distance(*models) < (1e-6 if clip else 1e-30)
     assert bool(norms) == bool(clip)
+
+
+def test_what_is_dropped_is_freed():
+    """Also the weights: a garbage collector does not see what a parameter's hooks hold."""
+
+    def trained():
+        model = llama()
+        optimizer = make("scale", model)
+        released = release(optimizer, max_norm=1.0)
+        train(model, optimizer, range(2), released=released)
+        return weakref.ref(model.lm_head.weight), weakref.ref(optimizer)
+
+    refs = trained()
+    gc.collect()
+    assert [ref() for ref in refs] == [None, None]
+
+
+def test_without_its_optimizer_a_backward_says_so():
+    model = llama()
+    release(make("scale", model))
+    gc.collect()
+    with pytest.raises(RuntimeError, match=r"was released to is gone; keep it, or end the release"):
+        loss_of(model, 0).backward()
+    model.zero_grad()
+    optimizer = make("scale", model)
+    release(optimizer)  # takes the place of what is gone
+    before = values(model)
+    loss_of(model, 0).backward()
+    after = values(model)
+    assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))

@@ -4,7 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import EACH_METHOD, SAMPLED, pytest_collection_modifyitems
+from conftest import EACH_METHOD, SAMPLED, in_part, mark_thorough
 
 
 @pytest.mark.parametrize("case", [*SAMPLED, *EACH_METHOD])
@@ -36,7 +36,21 @@ def test_each_method_is_seen_once(form):
         for method in ("SCALE", "APOLLO", "APOLLOMini")
         for dtype in ("float32", "bfloat16", "float64")
     ]
-    pytest_collection_modifyitems(items)
+    mark_thorough(items)
     assert sorted(thorough) == sorted(
         ("thorough", method) for method in ("SCALE", "APOLLO", "APOLLOMini") for _ in range(2)
     )
+
+
+def test_parts_are_all_cases_once():
+    cases = [f"tests/test_a.py::test_b[{i}]" for i in range(60)]
+    parts = [{c for c in cases if in_part(c, f"{k}/3")} for k in (1, 2, 3)]
+    assert set.union(*parts) == set(cases) and sum(map(len, parts)) == len(cases)
+    assert all(10 < len(part) < 30 for part in parts)
+    assert all(in_part(c, None) for c in cases)
+
+
+@pytest.mark.parametrize("part", ["0/3", "4/3", "1", "a/b", "1/0"])
+def test_a_part_that_is_none_is_refused(part):
+    with pytest.raises(pytest.UsageError, match=f"--part '{part}' is not K/N"):
+        in_part("a case", part)
