@@ -70,15 +70,18 @@ gpu:
 gpu-dry-run: $(VENV)/.dev
 	$(BIN)/python -m benchmarks gpu --dry-run --out $(OUT)
 
-# The papers' tables on a GPU, on the text files of $(TEXT): 60M tokens a method after a grid of three
-# rates. Run it again until it ends with 0: each run stops after MINUTES and the next goes on.
+# The papers' tables on a GPU, on $(TEXT), files of text or a folder of tokens: 60M tokens a method
+# after a grid of three rates. Run it again until it ends with 0: each run stops after MINUTES and the
+# next goes on; on another machine too, from the rows that were stored. Methods that keep the GPU
+# waiting share it well: JOBS=3.
 TEXT ?=
 MINUTES ?= 8.5
+JOBS ?= 1
 TABLES ?= scale-main scale-ablation natural-galore low-rank
 gpu-tables:
 	@test -n "$(TEXT)" || { echo "say which text: make gpu-tables TEXT='train.jsonl.xz ...'"; exit 1; }
 	$(PYTHON) -m benchmarks reproduce $(TABLES) --scale 60m --seeds 1 --data $(TEXT) \
-	  --stop-after $(MINUTES) --out runs/gpu-tables --store
+	  --stop-after $(MINUTES) --jobs $(JOBS) --out runs/gpu-tables --store
 
 gpu-tables-dry-run: $(VENV)/.bench
 	$(BIN)/python -m benchmarks reproduce $(TABLES) --scale dry --seeds 1 --data stdlib \

@@ -4,6 +4,8 @@ import argparse
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from benchmarks.compare import Session, merged
 from benchmarks.data import Corpus
 from benchmarks.plan import Entry, Plan, Row, choose, settings
 from benchmarks.provenance import write_json
+from benchmarks.tables import read_rows
 from benchmarks.train import corpus_from
 
 
@@ -34,7 +37,7 @@ class TableRuns:
 
     def grid(self) -> list[Entry]:
         """The runs that choose rates, of the methods whose rates are not committed."""
-        return [e for p, m in self.pairs if not self._committed(p) for e in self._grid(p, m)]
+        return [e for p, m in self.pairs if not self._committed(p, m) for e in self._grid(p, m)]
 
     def final(self) -> list[Entry]:
         """One run a method; where a grid has yet to choose, its middle stands for it."""
@@ -44,27 +47,23 @@ class TableRuns:
         """The rows of each method, and what was cut."""
         cut = self._cut()
         tuned: list[Row] = []
-        for plan, methods in self._by_plan():
-            if cut.tune and not self._committed(plan):
-                session = Session(self.args, plan, self.corpus)
+        tune = [(p, m) for p, m in self.pairs if cut.tune and not self._committed(p, m)]
+        for plan, methods in _by_plan(tune):
+            session = Session(self.args, plan, self.corpus)
+            with self._stored(plan.tune_path, session, {}):
                 session.run([e for m in methods for e in self._grid(plan, m)], test=False)
-                tuned += session.rows
-                if self.args.store:
-                    self._store(plan.tune_path, session.rows, {})
+            tuned += session.rows
         rows: dict[str, list[Row]] = {}
-        for plan, methods in self._by_plan():
+        for plan, methods in _by_plan(self.pairs):
             if cut.share < 1:
                 plan.values["steps"] = int(cut.share * plan.values["steps"])
             session = Session(self.args, plan, self.corpus)
-            chosen = tuned if cut.tune and not self._committed(plan) else None
-            seeds = range(cut.seeds)
-            session.run(
-                [self._final(plan, m, s, chosen) for s in seeds for m in methods], test=True
-            )
+            chosen = {m: tuned if (plan, m) in tune else None for m in methods}
+            finals = [self._final(plan, m, s, chosen[m]) for s in range(cut.seeds) for m in methods]
+            with self._stored(plan.results_path, session, {"plan": plan.values}):
+                session.run(finals, test=True)
             for row in session.rows:
                 rows.setdefault(row["method"], []).append(row)
-            if self.args.store:
-                self._store(plan.results_path, session.rows, {"plan": plan.values})
         return rows, list(cut.notes)
 
     def _cut(self) -> Cut:
@@ -82,13 +81,14 @@ class TableRuns:
 
         return budget.kept(Path(args.out) / "budget.json", decide)
 
-    def _by_plan(self) -> list[tuple[Plan, list[str]]]:
-        plans = dict.fromkeys(plan for plan, _ in self.pairs)
-        return [(plan, [m for p, m in self.pairs if p is plan]) for plan in plans]
-
-    def _committed(self, plan: Plan) -> bool:
-        single = all(len(self._grid(p, m)) == 1 for p, m in self.pairs if p is plan)
-        return single or plan.tune_path.exists()
+    def _committed(self, plan: Plan, method: str) -> bool:
+        """Whether its rates are: a grid that was stopped has rows for some of its points alone."""
+        points = len(self._grid(plan, method))
+        if points == 1 or not plan.tune_path.exists():
+            return points == 1
+        rows = read_rows(plan.tune_path)
+        tried = sum((r["method"], r["protocol"]) == (method, self.table.protocol) for r in rows)
+        return tried >= points or "tuned_by" in plan.values
 
     def _grid(self, plan: Plan, method: str) -> list[Entry]:
         return plan.grid(method, self.table.protocol)
@@ -97,14 +97,25 @@ class TableRuns:
         protocol = self.table.protocol
         if tuned is not None:
             values = settings(choose(tuned, method, protocol))
-        elif self._committed(plan):
+        elif self._committed(plan, method):
             values = plan.best(method, protocol)
         else:
             values = plan.base.centre(method, protocol)
         return plan.entry(method, protocol, seed, **values)
 
-    def _store(self, path: Path, rows: list[Row], more: Row) -> None:
-        write_json(path, {**more, "rows": merged(path, rows)})
+    @contextmanager
+    def _stored(self, path: Path, session: Session, more: Row) -> Iterator[None]:
+        """Keep the session's rows in the repository, if asked to; those of one stopped too."""
+        try:
+            yield
+        finally:
+            if self.args.store and session.rows:
+                write_json(path, {**more, "rows": merged(path, session.rows)})
+
+
+def _by_plan(pairs: list[tuple[Plan, str]]) -> list[tuple[Plan, list[str]]]:
+    plans = dict.fromkeys(plan for plan, _ in pairs)
+    return [(plan, [m for p, m in pairs if p is plan]) for plan in plans]
 
 
 def run_tables(args: argparse.Namespace) -> int:

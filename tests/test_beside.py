@@ -8,6 +8,7 @@ import pytest
 import tiny_benchmarks
 
 from benchmarks import beside, budget, cast_beside, table_runs
+from benchmarks import plan as plan_module
 from benchmarks.__main__ import main
 from benchmarks.beside import TABLES
 from benchmarks.plan import Plan
@@ -166,6 +167,35 @@ def test_the_command_tunes_trains_and_writes(words, tmp_path, capsys, monkeypatc
     monkeypatch.setattr(table_runs.Session, "_train", None)
     assert main(["reproduce", "scale-main", "--scale", "dry", *words]) == 0
     assert json.loads((tmp_path / "out" / "scale-main-dry" / "scale-main.json").read_text()) == made
+
+
+def test_what_a_stopped_table_has_is_stored_and_not_run_again(words, tmp_path, monkeypatch):
+    """On a machine that is lent for minutes nothing else stays."""
+    monkeypatch.setattr(plan_module, "_RESULTS", tmp_path / "results")
+    train, trained = table_runs.Session._train, []
+
+    def stopping(self, entry, *rest):
+        trained.append(entry.key)
+        if len(trained) == stop:
+            raise KeyboardInterrupt
+        return train(self, entry, *rest)
+
+    monkeypatch.setattr(table_runs.Session, "_train", stopping)
+    words = ["reproduce", "scale-main", "--scale", "dry", *words, "--store", "--out"]
+    stop = 5  # in the second method's grid of three
+    assert main([*words, "first"]) == 130
+    rows = json.loads((tmp_path / "results" / "dry-tune.json").read_text())["rows"]
+    assert [r["method"] for r in rows] == ["adamw"] * 3 + ["galore"]
+    trained.clear()
+    stop = 4  # what is left of the grid, and the first of two final runs
+    assert main([*words, "second"]) == 130
+    assert sum("steps2" in key for key in trained) == 2
+    rows = json.loads((tmp_path / "results" / "dry-compare.json").read_text())["rows"]
+    assert [r["method"] for r in rows] == ["adamw"]
+    trained.clear()
+    stop = 0
+    assert main([*words, "third"]) == 0
+    assert len(trained) == 1 and trained[0].startswith("galore")
 
 
 def test_refusals_are_one_line(words, capsys):
