@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -344,7 +345,10 @@ def scale(
     def direction(grads: list[Tensor]) -> list[Tensor]:
         matrices = [matrix_view(grad, stacked=stacked) for grad in grads]
         how = partial(normalized, dim=dim, normalize=normalize, norm=norm, eps=eps)
-        updates = in_stacks(how, matrices) if normalize == "spectral" else map(how, matrices)
+        if normalize == "spectral":
+            updates = [update for _, update in sorted(in_stacks(how, matrices), key=itemgetter(0))]
+        else:
+            updates = [how(matrix) for matrix in matrices]
         return [update.view_as(grad) for update, grad in zip(updates, grads, strict=True)]
 
     def step(params: Any, grads: Any, exp_avgs: Any) -> None:

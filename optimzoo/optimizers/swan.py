@@ -1,5 +1,6 @@
 """SWAN: stateless SGD with row normalisation and whitening (arXiv 2412.13148)."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from optimzoo.lowbit import Counter, stand_in
 from optimzoo.optimizers.base import scalar_lr
 from optimzoo.optimizers.hidden_rule import REST_DEFAULTS, HiddenRule, subtract_
 from optimzoo.roles import role_of
-from optimzoo.subspace.newton_schulz import whiten
+from optimzoo.subspace.newton_schulz import in_stacks, whiten
 
 
 class SWAN(HiddenRule):
@@ -113,11 +114,10 @@ class SWAN(HiddenRule):
         parts = [self._matrix(p, group) for _, p in params]
         lr = float(scalar_lr(group))
         keep = 1 - lr * group["weight_decay"]
-        for i, update in by_owners(
-            lambda grad: direction(grad, group),
-            [grad for _, grad, _ in parts],
-            [shards for _, _, shards in parts],
-        ):
+        grads, shards = [grad for _, grad, _ in parts], [shards for _, _, shards in parts]
+        rule = partial(direction, group=group)
+        whole = not any(shard.cut() for shard in shards)
+        for i, update in in_stacks(rule, grads) if whole else by_owners(rule, grads, shards):
             with stand_in(parts[i][0], counters.get(params[i][1])) as weight:
                 subtract_(weight, update, size=lr, keep=keep)
 

@@ -1,6 +1,6 @@
 """Orthogonalisation by Newton–Schulz iteration."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -59,25 +59,28 @@ def whiten(matrix: Tensor, *, steps: int, beta: float = 0.5) -> Tensor:
     return white.mT if matrix.shape[-2] > matrix.shape[-1] else white
 
 
-def in_stacks(rule: Callable[[Tensor], Tensor], matrices: Sequence[Tensor]) -> list[Tensor]:
-    """``rule`` of each matrix; on a GPU those of one shape together, in stacks of bounded size.
+def in_stacks(
+    rule: Callable[[Tensor], Tensor], matrices: Sequence[Tensor]
+) -> Iterator[tuple[int, Tensor]]:
+    """``rule`` of each matrix, with its index; on a GPU those of one shape together.
 
-    Small matrices' products are shorter there than their launches. ``rule`` takes ``[..., m, n]``.
+    Small matrices' products are shorter there than their launches. Stacks are of bounded size, and
+    one is held at a time. ``rule`` takes ``[..., m, n]``.
     """
-    results: list[Tensor] = [torch.empty(0)] * len(matrices)
     alike: dict[tuple[object, ...], list[int]] = {}
     for i, x in enumerate(matrices):
-        plain = x.is_cuda and x.ndim == 2 and 0 < 2 * x.numel() <= _STACK
-        key = (x.shape, x.dtype, x.device) if plain else (i,)
+        key = (x.shape, x.dtype, x.device) if _stackable(x) else (i,)
         alike.setdefault(key, []).append(i)
     for places in alike.values():
         most = max(1, _STACK // max(1, matrices[places[0]].numel()))
         for first in range(0, len(places), most):
             chosen = places[first : first + most]
             if len(chosen) == 1:
-                results[chosen[0]] = rule(matrices[chosen[0]])
-                continue
-            stack = rule(torch.stack([matrices[i] for i in chosen]))
-            for i, result in zip(chosen, stack.unbind(), strict=True):
-                results[i] = result
-    return results
+                yield chosen[0], rule(matrices[chosen[0]])
+            else:
+                stack = torch.stack([matrices[i] for i in chosen])
+                yield from zip(chosen, rule(stack).unbind(), strict=True)
+
+
+def _stackable(matrix: Tensor) -> bool:
+    return matrix.is_cuda and matrix.ndim == 2 and 0 < 2 * matrix.numel() <= _STACK
