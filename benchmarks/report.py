@@ -97,7 +97,8 @@ def _on_gpu(name: str) -> str:
     made = record["provenance"]
     return "\n".join(lines) + (
         f"\n\nbfloat16; {made['device']}, torch {made['torch']}. In brackets: the bytes that the "
-        "step must move, a second, as a share of what a copy or a sum in place moves in that run."
+        "step must move, a second, as a share of what a copy or a sum in place moves in that run; "
+        "above 100 %, part of the embedding's second reading came from the cache."
     )
 
 
