@@ -219,6 +219,7 @@ def test_bytes_at_60m():
     assert dense == tables.bytes_at("60m", "adamw", "{}", "{}") > sparse
 
 
+@pytest.mark.thorough
 def test_the_memory_table(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["reproduce", "low-rank", "--memory-only"]) == 0

@@ -57,7 +57,8 @@ def test_one_method_with_its_peak_and_a_picture(capsys, tmp_path):
     assert record["peak"]["bytes"] == simulate(on_meta(), "galore", **settings).peak.bytes
 
 
-@pytest.mark.parametrize("name", (pytest.param("adamw", marks=pytest.mark.thorough), "scale"))
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ("adamw", "scale"))
 def test_shared_simulations_give_what_each_alone_gives(name):
     planner = Planner(on_meta(), dtype=torch.bfloat16, seq=33)
     method = planner.method(name)

@@ -70,6 +70,7 @@ def test_what_cannot_be_clipped_is_refused_in_one_line(tmp_path, capsys):
     assert "AdamW cannot clip what it releases" in line
 
 
+@pytest.mark.thorough
 def test_the_bytes_of_gradients(tmp_path, capsys):
     out = tmp_path / "rows.json"
     assert main(["release-memory", "--model=tiny", "--seq-len=16", f"--out={out}"]) == 0

@@ -99,6 +99,7 @@ def test_two_processes_do_what_one_does(tmp_path):
     assert "optim" in torch.load(tmp_path / "one.pt", weights_only=True)
 
 
+@pytest.mark.distributed
 def test_replicas_agree_and_messages_are_counted(tmp_path):
     spawn(beside_them, 2, tmp_path)
 
