@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Python compiles a module when it is first imported: of all that are installed few are.
+QUICKLY := -q --no-compile -c constraints.txt
 SOURCES := setup.cfg pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 
 .PHONY: help test test-thorough test-distributed compare tune lint type fmt docs notebooks memory-table gpu gpu-dry-run gpu-tables gpu-tables-dry-run sanitize check-cuda check-triton clean
@@ -27,15 +29,21 @@ $(VENV)/bin/python:
 # Stamps are made last, so an interrupted install is done again.
 $(VENV)/.bench: $(VENV)/bin/python $(SOURCES)
 	@echo "installing into $(VENV) (about a minute)"
-	$(PIP) install -q -c constraints.txt -e '.[bench]'
+	$(PIP) install $(QUICKLY) -e '.[bench]'
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.bench
-	$(PIP) install -q -c constraints.txt -e '.[bench,dev]'
+# For the tests one install, not one on top of the other: what fits together takes pip half a minute.
+$(VENV)/.test: $(VENV)/bin/python $(SOURCES)
+	@echo "installing into $(VENV), what the tests need too (a minute or two)"
+	$(PIP) install $(QUICKLY) -e '.[bench,test]'
+	@touch $(VENV)/.bench $@
+
+$(VENV)/.dev: $(VENV)/.test
+	$(PIP) install $(QUICKLY) -e '.[bench,test,dev]'
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.bench
-	$(PIP) install -q -c constraints.txt -e '.[bench,docs]'
+	$(PIP) install $(QUICKLY) -e '.[bench,docs]'
 	@touch $@
 
 compare: $(VENV)/.bench
@@ -48,17 +56,17 @@ memory-table: $(VENV)/.bench
 	$(BIN)/python -m benchmarks reproduce scale-main --memory-only
 
 # One thread a worker: the tests are many and small.
-test: $(VENV)/.dev
+test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # The cases that `make test` leaves out (tests/conftest.py), and what takes minutes of CPU; all of
 # them, or with PART=2/3 the second third.
 PART ?= 1/1
-test-thorough: $(VENV)/.dev
+test-thorough: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "thorough and not distributed" --part $(PART)
 
 # FSDP2, DDP, tensor parallelism, checkpoints, other world sizes and killed processes, with gloo.
-test-distributed: $(VENV)/.dev
+test-distributed: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m distributed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed_full.py tests/distributed
 
@@ -67,7 +75,7 @@ OUT ?= runs/gpu
 gpu:
 	$(PYTHON) -m benchmarks gpu --out $(OUT)
 
-gpu-dry-run: $(VENV)/.dev
+gpu-dry-run: $(VENV)/.test
 	$(BIN)/python -m benchmarks gpu --dry-run --out $(OUT)
 
 # The papers' tables on a GPU, on $(TEXT), files of text or a folder of tokens: 60M tokens a method
@@ -88,7 +96,7 @@ gpu-tables-dry-run: $(VENV)/.bench
 	  --max-chars 200000 --out runs/gpu-tables-dry-run
 
 # The kernel tests on a build with the address and undefined-behaviour sanitizers.
-sanitize: $(VENV)/.dev
+sanitize: $(VENV)/.test
 	$(BIN)/python csrc/build.py --sanitize
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 OPTIMZOO_CPU_LIBRARY=build/sanitized/_cpu.so OMP_NUM_THREADS=2 \
