@@ -81,8 +81,8 @@ def blocks(name):
 
 
 def test_the_code_of_the_training_tools_runs(tmp_path):
-    pytest.importorskip("accelerate", reason="pip install '.[dev]'")
-    lightning = pytest.importorskip("lightning", reason="pip install '.[dev]'")
+    pytest.importorskip("accelerate", reason="pip install '.[test]'")
+    lightning = pytest.importorskip("lightning", reason="pip install '.[test]'")
     from transformers import TrainingArguments
 
     from tests.tiny_llama import batch, rows, tiny_llama

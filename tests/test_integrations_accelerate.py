@@ -5,7 +5,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-accelerate = pytest.importorskip("accelerate", reason="pip install '.[dev]'")
+accelerate = pytest.importorskip("accelerate", reason="pip install '.[test]'")
 from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 
 import optimzoo  # noqa: E402

@@ -7,7 +7,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-lightning = pytest.importorskip("lightning", reason="pip install '.[dev]'")
+lightning = pytest.importorskip("lightning", reason="pip install '.[test]'")
 
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 

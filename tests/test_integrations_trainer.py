@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-pytest.importorskip("accelerate", reason="Trainer needs accelerate; pip install '.[dev]'")
+pytest.importorskip("accelerate", reason="Trainer needs accelerate; pip install '.[test]'")
 from transformers import Trainer, TrainingArguments
 
 import optimzoo
