@@ -170,7 +170,7 @@ def test_the_command_tunes_trains_and_writes(words, tmp_path, capsys, monkeypatc
 
 
 def test_what_a_stopped_table_has_is_stored_and_not_run_again(words, tmp_path, monkeypatch):
-    """On a machine that is lent for minutes nothing else stays."""
+    """A machine may be gone in minutes, and with it all else."""
     monkeypatch.setattr(plan_module, "_RESULTS", tmp_path / "results")
     train, trained = table_runs.Session._train, []
 
