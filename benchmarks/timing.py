@@ -39,6 +39,14 @@ class Spans:
         return [1000 * (stop - start) for start, stop in pairs]
 
 
+def step_spans(optimizer: torch.optim.Optimizer) -> Spans:
+    """The times of the optimizer's steps from now on."""
+    spans = Spans()
+    optimizer.register_step_pre_hook(spans.start)
+    optimizer.register_step_post_hook(spans.stop)
+    return spans
+
+
 def timed(call: Callable[[], Any]) -> float:
     """Milliseconds of one call to its end, on a GPU by the GPU's clock."""
     synchronize()

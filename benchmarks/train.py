@@ -21,7 +21,7 @@ from benchmarks.provenance import provenance, write_json
 from benchmarks.run import PRECISIONS, Run, RunConfig, fingerprint
 from benchmarks.signals import HeldSignals
 from benchmarks.telemetry import Scalars, peak_memory, reset_peak_memory
-from benchmarks.timing import Spans
+from benchmarks.timing import Spans, step_spans
 from benchmarks.utilisation import speed_text
 
 LOG_EVERY = 10
@@ -55,9 +55,7 @@ def train(
     run.resume(skip_damaged=skip_damaged)
     scalars = Scalars(out if parallel.leads else None, first_step=run.step)
     reset_peak_memory()
-    optimizer, steps = Spans(), Spans()
-    run.optimizer.register_step_pre_hook(optimizer.start)
-    run.optimizer.register_step_post_hook(optimizer.stop)
+    optimizer, steps = step_spans(run.optimizer), Spans()
     with HeldSignals() as signals:
         try:
             finite = _take_steps(run, scalars, signals, progress, save_every, eval_every, steps)

@@ -17,7 +17,7 @@ from benchmarks.plan import Plan
 from benchmarks.progress import RunProgress
 from benchmarks.provenance import provenance, write_json
 from benchmarks.run import Run
-from benchmarks.timing import Spans
+from benchmarks.timing import Spans, step_spans
 
 # Dense bfloat16 products, 1e12 operations a second, from the vendors' data sheets.
 PEAK = {
@@ -56,9 +56,7 @@ def measure(size: str, method: str, steps: int) -> dict[str, Any]:
     vocabulary, tokens = get_config(config.model).vocab_size, 2 * config.tokens_per_step
     random = np.random.default_rng(0).integers(0, vocabulary, tokens, dtype=np.uint16)
     run = Run(config, Corpus("random", "", vocabulary, random, random, random))
-    optimizer, whole = Spans(), Spans()
-    run.optimizer.register_step_pre_hook(optimizer.start)
-    run.optimizer.register_step_post_hook(optimizer.stop)
+    optimizer, whole = step_spans(run.optimizer), Spans()
     run.train_step(log=False)  # compiles
     with RunProgress(steps) as bar:
         for step in range(steps):

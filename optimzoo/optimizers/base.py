@@ -15,10 +15,10 @@ from optimzoo.lowbit import LOW, ROUNDINGS, Counter, next_counter
 from optimzoo.optimizers import compiled
 from optimzoo.roles import check_role
 
-# What a step counts, or makes of a gradient of zero (AdamS's decay goes into the second moment), as
-# it is before the first step. No step is limited by a norm without bound.
 # Python reads these: on a GPU each look would wait for it.
 _ON_CPU = ("moment_step", "projector_seed")
+# What a step counts, or makes of a gradient of zero (AdamS's decay goes into the second moment), as
+# it is before the first step. No step is limited by a norm without bound.
 _UNTOUCHED = {"step": 0, "moment_step": 0, "exp_avg_sq": 0, "update_norm": math.inf}
 
 
