@@ -2,10 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
-# Python compiles a module when it is first imported: of all that are installed few are.
-QUICKLY := -q --no-compile -c constraints.txt
-SOURCES := setup.cfg pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
+INSTALL := $(BIN)/python .ci/install
+SOURCES := setup.cfg pyproject.toml constraints.txt setup.py .ci/install $(shell find csrc -type f)
 
 .PHONY: help test test-thorough test-distributed compare tune lint type fmt docs notebooks memory-table gpu gpu-dry-run gpu-tables gpu-tables-dry-run sanitize check-cuda check-triton clean
 
@@ -28,22 +26,21 @@ $(VENV)/bin/python:
 
 # Stamps are made last, so an interrupted install is done again.
 $(VENV)/.bench: $(VENV)/bin/python $(SOURCES)
-	@echo "installing into $(VENV) (about a minute)"
-	$(PIP) install $(QUICKLY) -e '.[bench]'
+	@echo "installing into $(VENV) (half a minute, and the download)"
+	$(INSTALL) bench
 	@touch $@
 
-# For the tests one install, not one on top of the other: what fits together takes pip half a minute.
 $(VENV)/.test: $(VENV)/bin/python $(SOURCES)
-	@echo "installing into $(VENV), what the tests need too (a minute or two)"
-	$(PIP) install $(QUICKLY) -e '.[bench,test]'
+	@echo "installing into $(VENV), what the tests need too"
+	$(INSTALL) bench,test
 	@touch $(VENV)/.bench $@
 
 $(VENV)/.dev: $(VENV)/.test
-	$(PIP) install $(QUICKLY) -e '.[bench,test,dev]'
+	$(INSTALL) bench,test,dev
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.bench
-	$(PIP) install $(QUICKLY) -e '.[bench,docs]'
+	$(INSTALL) bench,docs
 	@touch $@
 
 compare: $(VENV)/.bench

@@ -93,9 +93,13 @@ struct Element<OZ_F16> {
   static raw make(float x) { return static_cast<_Float16>(x); }
 };
 
+/* For what is called once for a block of elements: inlined it costs the compiler seconds, and the
+ * step nothing less. */
+#define OZ_APART __attribute__((noinline, unused))
+
 /* `n` elements as floats: the memory itself for float32 at its alignment, else converted into
  * `buffer`. */
-inline const float *load(const void *from, int64_t at, int64_t n, int type, float *buffer) {
+OZ_APART const float *load(const void *from, int64_t at, int64_t n, int type, float *buffer) {
   if (type == OZ_F32) {
     const char *source = static_cast<const char *>(from) + 4 * at;
     return reinterpret_cast<const float *>(source);
@@ -122,7 +126,7 @@ inline float *target(void *to, int64_t at, int type, float *buffer) {
   return type == OZ_F32 ? reinterpret_cast<float *>(static_cast<char *>(to) + 4 * at) : buffer;
 }
 
-inline void store(const float *from, void *to, int64_t at, int64_t n, int type) {
+OZ_APART void store(const float *from, void *to, int64_t at, int64_t n, int type) {
   if (type == OZ_F32) return;
   char *place = static_cast<char *>(to) + 2 * at;
   if (type == OZ_BF16) {

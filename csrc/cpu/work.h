@@ -70,8 +70,8 @@ inline void deal(const oz_tensor *tensors, int64_t count, int me, int of, Units 
 
 inline int64_t blocks_of(const oz_tensor &t) { return (t.rows * t.cols + BLOCK - 1) / BLOCK; }
 
-inline void put(const float *from, const oz_tensor &t, int64_t at, int64_t n, const oz_options &o,
-                uint32_t key) {
+OZ_APART void put(const float *from, const oz_tensor &t, int64_t at, int64_t n,
+                  const oz_options &o, uint32_t key) {
   if (o.rounding == OZ_STOCHASTIC)
     store_stochastic(from, t.param, at, n, t.param_type, key);
   else
