@@ -15,7 +15,7 @@ import torch
 from reference import kernels_numpy as reference
 from reference.kernels_numpy import ADAM, COLUMNS, ROWS, SIGN
 
-from optimzoo.kernels import native
+from optimzoo.kernels import native, table
 
 CPU = native.CPU
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -284,8 +284,8 @@ def test_elements_beyond_2_to_the_31(threads):
 
 
 def test_the_structures_are_those_of_the_header():
-    assert native._TENSOR.size == 88
-    assert ctypes.sizeof(native._Options) == 144
+    assert table._TENSOR.size == 104
+    assert ctypes.sizeof(native._Options) == 120
 
 
 def test_a_library_that_cannot_be_used_says_why(tmp_path, monkeypatch):

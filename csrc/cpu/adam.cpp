@@ -11,7 +11,7 @@ OZ_FUNCTION(adam) {
       [](const oz_tensor &) { return BLOCK; },
       [&](int64_t i, int64_t from, int64_t to) {
         const oz_tensor &t = tensors[i];
-        const AdamRule rule = adam_rule(o, s, t.step, o.eps_before);
+        const AdamRule rule = adam_rule(t, o, s, o.eps_before);
         const uint32_t key = rounding_key(o, i);
         const float *clip = static_cast<const float *>(t.extra);
         const int64_t n = t.rows * t.cols;

@@ -13,13 +13,13 @@ struct AdamRule {
   float sign, lr, decay, rest1, rest2, eps, correction1, correction2, fade, pull;
 };
 
-inline AdamRule adam_rule(const oz_options &o, const Scalars &s, const float *step, bool before) {
-  const double t = step ? *step : 1.0;
-  const double c1 = 1.0 - std::pow(o.beta1, t), c2 = 1.0 - std::pow(o.beta2, t);
+inline AdamRule adam_rule(const oz_tensor &t, const oz_options &o, const Scalars &s, bool before) {
+  const double step = t.step ? *t.step : 1.0;
+  const double c1 = 1.0 - std::pow(o.beta1, step), c2 = 1.0 - std::pow(o.beta2, step);
   AdamRule r;
   r.sign = s.sign;
-  r.lr = s.lr;
-  r.decay = static_cast<float>(o.weight_decay);
+  r.lr = lr_of(t);
+  r.decay = t.weight_decay;
   r.rest1 = static_cast<float>(1.0 - o.beta1);
   r.rest2 = static_cast<float>(1.0 - o.beta2);
   r.eps = static_cast<float>(o.adam_eps);

@@ -14,7 +14,6 @@ OZ_FUNCTION(apply) {
   const oz_options &o = *options;
   const Scalars s = scalars_of(o);
   if (s.skip) return 0;
-  const float keep = 1.0f - s.lr * static_cast<float>(o.weight_decay);
 #pragma omp parallel num_threads(threads_of(o))
   {
     alignas(64) float a[BLOCK], b[BLOCK];
@@ -23,13 +22,13 @@ OZ_FUNCTION(apply) {
            const oz_tensor &t = tensors[i];
            const uint32_t key = rounding_key(o, i);
            const float *scales = static_cast<const float *>(t.extra);
+           const float lr = lr_of(t), size = lr * s.sign, keep = 1.0f - lr * t.weight_decay;
            for (int64_t row = from * ROWS; row < std::min(t.rows, to * ROWS); ++row)
              for (int64_t col = 0; col < t.cols; col += BLOCK) {
                const int64_t at = row * t.cols + col, n = std::min(BLOCK, t.cols - col);
                const float *g = load(t.grad, at, n, t.grad_type, a);
                const float *p0 = load(t.param, at, n, t.param_type, b);
                float *p = target(t.param, at, t.param_type, b);
-               const float size = s.lr * s.sign;
                if (t.kind == OZ_COLUMNS) {
                  const float *by = scales + col;
                  for (int64_t j = 0; j < n; ++j) p[j] = keep * p0[j] - size * by[j] * g[j];

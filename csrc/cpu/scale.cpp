@@ -8,8 +8,9 @@
 
 namespace {
 
+/* What holds for all tensors. */
 struct Rule {
-  float sign, lr, decay, rest, eps;
+  float sign, rest, eps;
   bool l2;
 };
 
@@ -30,6 +31,7 @@ struct Plain {
   using raw = typename Element<TYPE>::raw;
   const oz_tensor &t;
   const Rule &r;
+  const float lr = lr_of(t), decay = t.weight_decay;
 
   /* The gradient, or the momentum once it has taken the gradient in. */
   const raw *direction(int64_t at, int64_t n, bool update) const {
@@ -46,9 +48,9 @@ struct Plain {
     const raw *g = static_cast<const raw *>(t.grad);
     raw *m = static_cast<raw *>(t.exp_avg);
     if (!m)
-      return subtract_and_sum<TYPE>(p, g + at, t.cols, r.lr, by, r.decay, Values<TYPE>{g + next});
+      return subtract_and_sum<TYPE>(p, g + at, t.cols, lr, by, decay, Values<TYPE>{g + next});
     const Averages<TYPE> averages = {m + next, g + next, r.sign, r.rest};
-    return subtract_and_sum<TYPE>(p, m + at, t.cols, r.lr, by, r.decay, averages);
+    return subtract_and_sum<TYPE>(p, m + at, t.cols, lr, by, decay, averages);
   }
 
   void rows(int64_t from, int64_t to) const {
@@ -62,7 +64,7 @@ struct Plain {
       }
       const int64_t at = row * t.cols;
       raw *p = static_cast<raw *>(t.param) + at;
-      subtract<TYPE, TYPE>(p, direction(at, t.cols, false), t.cols, r.lr, by, r.decay);
+      subtract<TYPE, TYPE>(p, direction(at, t.cols, false), t.cols, lr, by, decay);
     }
   }
 
@@ -80,7 +82,7 @@ struct Plain {
   void column_update(int64_t row, const float *by) const {
     const int64_t at = row * t.cols;
     raw *p = static_cast<raw *>(t.param) + at;
-    subtract_each<TYPE, TYPE>(p, direction(at, t.cols, false), t.cols, r.lr, by, r.decay);
+    subtract_each<TYPE, TYPE>(p, direction(at, t.cols, false), t.cols, lr, by, decay);
   }
 };
 
@@ -91,6 +93,7 @@ struct Mixed {
   const Rule &r;
   const oz_options &o;
   uint32_t key;
+  const float lr = lr_of(t), decay = t.weight_decay;
 
   const float *direction(int64_t at, int64_t n, bool update, float *buffer) const {
     if (!t.exp_avg) return load(t.grad, at, n, t.grad_type, buffer);
@@ -129,7 +132,7 @@ struct Mixed {
       for (int64_t at = begin; at < end; at += BLOCK) {
         const int64_t n = std::min(BLOCK, end - at);
         const float *x = direction(at, n, false, buffer);
-        change(at, n, [&](float *p) { subtract<OZ_F32, OZ_F32>(p, x, n, r.lr, by, r.decay); });
+        change(at, n, [&](float *p) { subtract<OZ_F32, OZ_F32>(p, x, n, lr, by, decay); });
       }
     }
   }
@@ -144,7 +147,7 @@ struct Mixed {
         const float y = scale * x[i];
         signs[i] = y > 0 ? 1.0f : y < 0 ? -1.0f : y; /* zero and NaN stay */
       }
-      change(at, n, [&](float *p) { subtract<OZ_F32, OZ_F32>(p, signs, n, r.lr, 1.0f, r.decay); });
+      change(at, n, [&](float *p) { subtract<OZ_F32, OZ_F32>(p, signs, n, lr, 1.0f, decay); });
     }
   }
 
@@ -163,7 +166,7 @@ struct Mixed {
       const int64_t at = row * t.cols + col, n = std::min(BLOCK, t.cols - col);
       const float *x = direction(at, n, false, buffer);
       change(at, n, [&](float *p) {
-        subtract_each<OZ_F32, OZ_F32>(p, x, n, r.lr, by + col, r.decay);
+        subtract_each<OZ_F32, OZ_F32>(p, x, n, lr, by + col, decay);
       });
     }
   }
@@ -213,8 +216,8 @@ OZ_FUNCTION(scale) {
   const oz_options &o = *options;
   const Scalars s = scalars_of(o);
   if (s.skip) return 0;
-  const Rule r = {s.sign, s.lr, static_cast<float>(o.weight_decay),
-                  static_cast<float>(1.0 - o.momentum), static_cast<float>(o.eps), o.l2 != 0};
+  const Rule r = {s.sign, static_cast<float>(1.0 - o.momentum), static_cast<float>(o.eps),
+                  o.l2 != 0};
   std::vector<int64_t> offset(count + 1, 0); /* of a tensor's columns among those of all */
   for (int64_t i = 0; i < count; ++i) {
     const int64_t cols = tensors[i].kind == OZ_COLUMNS ? tensors[i].cols : 0;
@@ -241,7 +244,7 @@ OZ_FUNCTION(scale) {
       } else if (t.kind == OZ_SIGN) {
         Mixed{t, r, o, rounding_key(o, i)}.signs(from * BLOCK, std::min(n, to * BLOCK));
       } else {
-        const AdamRule rule = adam_rule(o, s, t.step, true);
+        const AdamRule rule = adam_rule(t, o, s, true);
         const uint32_t key = rounding_key(o, i);
         for (int64_t b = from; b < to; ++b)
           adam_block(t, b * BLOCK, std::min(BLOCK, n - b * BLOCK), rule, o, key, nullptr);

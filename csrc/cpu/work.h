@@ -30,14 +30,14 @@ constexpr int64_t BLOCK = 4096; /* elements: three float buffers of it stay in t
 struct Scalars {
   bool skip;
   float sign; /* of a gradient, and its scale */
-  float lr;
 };
 
 inline Scalars scalars_of(const oz_options &o) {
   float scale = o.grad_scale ? 1.0f / *o.grad_scale : 1.0f;
-  return {o.found_inf && *o.found_inf != 0.0f, o.maximize ? -scale : scale,
-          o.lr_tensor ? *o.lr_tensor : static_cast<float>(o.lr)};
+  return {o.found_inf && *o.found_inf != 0.0f, o.maximize ? -scale : scale};
 }
+
+inline float lr_of(const oz_tensor &t) { return t.lr_tensor ? *t.lr_tensor : t.lr; }
 
 inline int threads_of(const oz_options &o) {
   return o.threads > 0 ? o.threads : omp_get_max_threads();

@@ -26,7 +26,7 @@ OZ_DEVICE float clipped(float g, const float *extra) {
 }
 
 OZ_DEVICE void adam_unit(const Slot &t, const Rule &r, const Correction &c, uint32_t unit) {
-  const Scalars s = scalars_of(r);
+  const Scalars s = scalars_of(t, r);
   const int64_t at = first_element(unit);
   const int64_t count = t.rows * t.cols - at;
   if (count <= 0) return;
@@ -56,7 +56,7 @@ OZ_DEVICE void adam_unit(const Slot &t, const Rule &r, const Correction &c, uint
     }
     v[i] = fmaf(r.rest2, fmaf(x, x, -v[i]), v[i]);
     const float u = __fdividef(c.by * mean, fmaf(sqrtf(v[i]), c.with, r.adam_eps));
-    p[i] = r.direction ? u : fmaf(-s.lr, fmaf(r.decay, p[i], u), p[i]);
+    p[i] = r.direction ? u : fmaf(-s.lr, fmaf(t.decay, p[i], u), p[i]);
   }
   store(t.exp_avg, at, count, t.state_type, t.wide, m);
   store(t.exp_avg_sq, at, count, t.state_type, t.wide, v);

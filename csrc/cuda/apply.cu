@@ -13,8 +13,8 @@ OZ_DEVICE void apply_eight(const Slot &t, const Rule &r, int64_t row, int64_t co
                            bool wide) {
   const int64_t at = row * t.cols + col, count = t.cols - col;
   if (count <= 0) return;
-  const Scalars s = scalars_of(r);
-  const float keep = 1.0f - s.lr * r.decay, step = -s.lr * s.sign;
+  const Scalars s = scalars_of(t, r);
+  const float keep = 1.0f - s.lr * t.decay, step = -s.lr * s.sign;
   float g[EIGHT], p[EIGHT], by[EIGHT];
   if (t.kind == OZ_COLUMNS) {
     unpack(load(t.extra, col, count, OZ_F32, aligned(t.extra)), OZ_F32, by);

@@ -10,7 +10,7 @@ namespace {
 
 /* sign / max(std, eps), from the sum of the squares of what is left of g. */
 OZ_DEVICE float factor(float squares, const Slot &t, const Rule &r) {
-  const float sign = scalars_of(r).sign, square = squares * t.share * sign * sign;
+  const float sign = gradient_sign(r), square = squares * t.share * sign * sign;
   return sign * (square <= r.floor ? r.most : rsqrtf(square));
 }
 

@@ -108,7 +108,7 @@ OZ_DEVICE void whole_sums(const Slot &t, float sign, uint32_t unit, int type, bo
 
 template <int AHEAD>
 OZ_DEVICE void sums_unit(const Slot &t, const Rule &r, uint32_t unit, int type, bool wide) {
-  const float sign = scalars_of(r).sign;
+  const float sign = gradient_sign(r);
   if (t.kind == OZ_ROWS)
     row_sums<AHEAD>(t, sign, unit, type, wide);
   else
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
   if (skipped(r)) return;
   for_each_unit(table, [&](const Slot &t, uint32_t unit, bool) {
     if (t.kind == OZ_COLUMNS)
-      column_sums<false>(t, r, scalars_of(r).sign, unit, static_cast<float *>(t.param));
+      column_sums<false>(t, r, gradient_sign(r), unit, static_cast<float *>(t.param));
     else if (t.wide && t.grad_type == OZ_BF16)
       sums_unit<4>(t, r, unit, OZ_BF16, true);
     else if (t.wide && t.grad_type == OZ_F32)

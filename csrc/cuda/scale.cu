@@ -70,7 +70,7 @@ OZ_DEVICE void step_vector(const Slot &t, const Rule &r, const Scalars &s, const
   unpack<TYPE>(held, x);
   const int64_t at = (place.first + turn_at(batch, i)) * N;
 #pragma unroll
-  for (int k = 0; k < N; ++k) y[k] = stepped(y[k], x[k], by, r, s);
+  for (int k = 0; k < N; ++k) y[k] = stepped(y[k], x[k], by, t, s);
   round_results(y, TYPE, t, r, at);
   place.store(t.param, batch, i, pack<TYPE>(y));
 }
@@ -89,14 +89,14 @@ OZ_DEVICE float direction(const Slot &t, const Rule &r, int grad_type, int state
 
 OZ_DEVICE void step_element(const Slot &t, const Rule &r, const Scalars &s, int type, int64_t at,
                             float x, float by) {
-  float p[1] = {stepped(get(t.param, at, type), x, by, r, s)};
+  float p[1] = {stepped(get(t.param, at, type), x, by, t, s)};
   round_results(p, type, t, r, at);
   put(t.param, at, type, p[0]);
 }
 
 template <int TYPE, bool MOMENTUM, bool ODD, class Held>
 OZ_DEVICE void step_row(const Slot &t, const Rule &r, const Team &team, int64_t row, Held &held) {
-  const Scalars s = scalars_of(r);
+  const Scalars s = scalars_of(t, r);
   const Place place = place_of(t, row, team, Vector<TYPE>::COUNT);
   const float sign = MOMENTUM ? 1.0f : s.sign;
   const int64_t edge = ODD ? edge_of(t, row, team, Vector<TYPE>::COUNT) : -1;
@@ -152,7 +152,7 @@ OZ_DEVICE void for_elements(const Slot &t, const Team &team, int64_t row, Run ru
 }
 
 OZ_DEVICE void any_row(const Slot &t, const Rule &r, uint32_t unit) {
-  const Scalars s = scalars_of(r);
+  const Scalars s = scalars_of(t, r);
   const Team team = team_of(t.team, static_cast<int>(threadIdx.x));
   const int64_t row = row_of(team, unit);
   const auto x_at = [&](int64_t at, bool update) {
@@ -172,7 +172,7 @@ OZ_DEVICE void any_row(const Slot &t, const Rule &r, uint32_t unit) {
 /* ---- Signs: eight elements a thread. ---- */
 
 OZ_DEVICE void sign_unit(const Slot &t, const Rule &r, uint32_t unit) {
-  const Scalars s = scalars_of(r);
+  const Scalars s = scalars_of(t, r);
   const int64_t at = first_element(unit);
   const int64_t count = t.cols - at;
   if (count <= 0) return;
@@ -193,7 +193,7 @@ OZ_DEVICE void sign_unit(const Slot &t, const Rule &r, uint32_t unit) {
   }
   unpack(raw_p, t.param_type, p);
 #pragma unroll
-  for (int i = 0; i < EIGHT; ++i) p[i] = stepped(p[i], sign_of(g[i]), 1.0f, r, s);
+  for (int i = 0; i < EIGHT; ++i) p[i] = stepped(p[i], sign_of(g[i]), 1.0f, t, s);
   round_results(p, t.param_type, t, r, at);
   store(t.param, at, count, t.param_type, t.wide, p);
 }
@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
   const Rule &r = table.rule;
   if (skipped(r)) return;
   for_each_unit(table, [&](const Slot &t, uint32_t unit, bool) {
-    column_sums<true>(t, r, scalars_of(r).sign, unit, t.extra);
+    column_sums<true>(t, r, gradient_sign(r), unit, t.extra);
   });
 }
 

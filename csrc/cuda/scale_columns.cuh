@@ -52,7 +52,7 @@ OZ_DEVICE void update_rows(const Slot &t, const Rule &r, const Scalars &s, const
       unpack(raw_x[k], type, x);
       unpack(raw_p[k], param_type, p);
 #pragma unroll
-      for (int i = 0; i < EIGHT; ++i) p[i] = stepped(p[i], sign * x[i], by[i], r, s);
+      for (int i = 0; i < EIGHT; ++i) p[i] = stepped(p[i], sign * x[i], by[i], t, s);
       round_results(p, param_type, t, r, at);
       store(t.param, at, lane.count, param_type, wide, p);
     }
@@ -61,7 +61,7 @@ OZ_DEVICE void update_rows(const Slot &t, const Rule &r, const Scalars &s, const
 
 /* The last unit and its last rows come first: what the sums read last is still in the cache. */
 OZ_DEVICE void column_update(const Slot &t, const Rule &r, uint32_t unit) {
-  const Scalars s = scalars_of(r);
+  const Scalars s = scalars_of(t, r);
   __shared__ float factors[TILE];
   const uint32_t units = static_cast<uint32_t>(column_units(t.rows, t.cols));
   const Part part = part_of(t.rows, t.cols, units - 1 - unit);

@@ -11,8 +11,8 @@ OZ_DEVICE float factor(float sum, const Slot &t, const Rule &r) {
 }
 
 /* p - lr (by x + decay p) */
-OZ_DEVICE float stepped(float p, float x, float by, const Rule &r, const Scalars &s) {
-  return fmaf(-s.lr * by, x, fmaf(-s.lr * r.decay, p, p));
+OZ_DEVICE float stepped(float p, float x, float by, const Slot &t, const Scalars &s) {
+  return fmaf(-s.lr * by, x, fmaf(-s.lr * t.decay, p, p));
 }
 
 OZ_DEVICE float averaged(float m, float g, const Rule &r) { return fmaf(r.rest, g - m, m); }

@@ -15,8 +15,8 @@ constexpr int64_t ELEMENTS = int64_t{THREADS} * EIGHT; /* a unit, where rows do 
 
 /* The options, as kernels read them. */
 struct Rule {
-  const float *lr_tensor, *grad_scale, *found_inf;
-  float lr, decay, sign;
+  const float *grad_scale, *found_inf;
+  float sign;
   float rest, floor, most;                            /* SCALE: 1 - momentum, eps^2, 1 / eps */
   float rest1, rest2, log_beta1, log_beta2, adam_eps; /* Adam: 1 - beta, ln beta */
   float alpha, pull;                                  /* AdamS: pull = alpha l1 */
@@ -31,7 +31,9 @@ struct Slot {
   const uint8_t *mask;
   const float *step;
   float *extra;
+  const float *lr_tensor;
   int64_t rows, cols;
+  float lr, decay;
   float share;   /* 1 / n of the elements that a mean is over, or 1 with l2 */
   uint32_t key;  /* of stochastic rounding */
   uint16_t team; /* threads that share a row */
@@ -110,8 +112,12 @@ struct Scalars {
   float lr, sign; /* sign: of a gradient, and its scale */
 };
 
-OZ_DEVICE Scalars scalars_of(const Rule &r) {
-  return {r.lr_tensor ? *r.lr_tensor : r.lr, r.grad_scale ? r.sign / *r.grad_scale : r.sign};
+OZ_DEVICE float gradient_sign(const Rule &r) {
+  return r.grad_scale ? r.sign / *r.grad_scale : r.sign;
+}
+
+OZ_DEVICE Scalars scalars_of(const Slot &t, const Rule &r) {
+  return {t.lr_tensor ? *t.lr_tensor : t.lr, gradient_sign(r)};
 }
 
 /* Results for the parameter's N elements from `at` on, before they are stored to nearest. */
@@ -131,11 +137,8 @@ OZ_DEVICE void round_results(float (&x)[N], int type, const Slot &t, const Rule 
 
 inline Rule rule_of(const oz_options &o) {
   Rule r = {};
-  r.lr_tensor = o.lr_tensor;
   r.grad_scale = o.grad_scale;
   r.found_inf = o.found_inf;
-  r.lr = static_cast<float>(o.lr);
-  r.decay = static_cast<float>(o.weight_decay);
   r.sign = o.maximize ? -1.0f : 1.0f;
   r.rest = static_cast<float>(1.0 - o.momentum);
   r.floor = static_cast<float>(o.eps * o.eps);
@@ -168,8 +171,14 @@ inline bool wide(const oz_tensor &t, int64_t each) {
 }
 
 inline Slot slot_of(const oz_tensor &t, const oz_options &o, int64_t index) {
-  Slot s = {t.param, t.grad, t.exp_avg, t.exp_avg_sq, t.mask, t.step, static_cast<float *>(t.extra),
-            t.rows,  t.cols, 1.0f,         rounding_key(o, index)};
+  Slot s = {t.param, t.grad, t.exp_avg, t.exp_avg_sq, t.mask, t.step, static_cast<float *>(t.extra)};
+  s.lr_tensor = t.lr_tensor;
+  s.rows = t.rows;
+  s.cols = t.cols;
+  s.lr = t.lr;
+  s.decay = t.weight_decay;
+  s.share = 1.0f;
+  s.key = rounding_key(o, index);
   if (!o.l2) s.share = 1.0f / static_cast<float>(t.kind == OZ_COLUMNS ? t.rows : t.cols);
   s.team = THREADS;
   s.param_type = static_cast<uint8_t>(t.param_type);

@@ -1,6 +1,6 @@
 /* The update kernels' plain C interface: pointers, sizes, a stream. No torch headers.
  *
- * One call takes every tensor of a parameter group. The CPU library (csrc/cpu) and the CUDA library
+ * One call takes every tensor of an optimizer, each with a learning rate and a decay of its own. The CPU library (csrc/cpu) and the CUDA library
  * (csrc/cuda) export the same functions, with the prefix oz_cpu_ or oz_cuda_; the Python side of
  * these structures is optimzoo/kernels/native.py, which checks OZ_ABI when it loads a library.
  *
@@ -15,7 +15,7 @@
 
 #include <stdint.h>
 
-#define OZ_ABI 3
+#define OZ_ABI 4
 
 #ifdef __cplusplus
 extern "C" {
@@ -29,7 +29,7 @@ enum oz_kind { OZ_ROWS = 0, OZ_COLUMNS = 1, OZ_SIGN = 2, OZ_ADAM = 3 };
 
 enum oz_rounding { OZ_NEAREST = 0, OZ_STOCHASTIC = 1 };
 
-/* 88 bytes: no implicit padding. */
+/* 104 bytes: no implicit padding. */
 typedef struct oz_tensor {
   void *param;         /* read and written (oz_*_reduce: not used) */
   const void *grad;    /* read only */
@@ -38,18 +38,18 @@ typedef struct oz_tensor {
   const uint8_t *mask; /* packed N:M mask, 1 = kept, element e is bit e % 8 of byte e / 8; or NULL */
   const float *step;   /* Adam's count, this step included, as float32 where the tensors live */
   void *extra;         /* float32: scratch, results or channel scales, as the function says; or NULL */
+  const float *lr_tensor; /* not NULL: read instead of lr, where the tensors live */
   int64_t rows, cols;
+  float lr, weight_decay;
   int32_t param_type, grad_type, state_type; /* enum oz_type; state_type is of both moments */
   int32_t kind;                              /* enum oz_kind */
 } oz_tensor;
 
 /* No implicit padding; what a function does not name it does not read. */
 typedef struct oz_options {
-  double lr, weight_decay;
   double momentum, eps;                   /* SCALE: beta of the head, floor of the divisor */
   double beta1, beta2, adam_eps;          /* Adam */
   double l1, alpha;                       /* AdamS: strength and ramp of the decay of masked weights */
-  const float *lr_tensor;                 /* not NULL: read instead of lr, on the tensors' device */
   const float *grad_scale;                /* not NULL: gradients are divided by it */
   const float *found_inf;                 /* not NULL and not 0: nothing at all is written */
   uint64_t seed, step;                    /* of stochastic rounding */

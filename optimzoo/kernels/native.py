@@ -8,8 +8,6 @@ one device; of the states, those that a tensor does not have are None.
 import ctypes
 import functools
 import os
-import struct
-from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,55 +16,25 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-_ABI = 3
-_TENSOR = struct.Struct("=7Q2q4i")  # oz_tensor
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+from optimzoo.kernels.table import TYPES, Rate, Shapes, States, Table, Tensors
+
+_ABI = 4
 _ROWS, _COLUMNS, _SIGN, _ADAM = range(4)
-Shapes = Sequence[tuple[int, int]]
-Tensors = Sequence[Tensor]
-States = Sequence[Tensor | None]
 
 
 class _Options(ctypes.Structure):
     """``oz_options``."""
 
     _fields_ = [
-        *((name, ctypes.c_double) for name in ("lr", "weight_decay", "momentum", "eps")),
+        *((name, ctypes.c_double) for name in ("momentum", "eps")),
         *((name, ctypes.c_double) for name in ("beta1", "beta2", "adam_eps", "l1", "alpha")),
-        *((name, ctypes.c_void_p) for name in ("lr_tensor", "grad_scale", "found_inf")),
+        *((name, ctypes.c_void_p) for name in ("grad_scale", "found_inf")),
         ("seed", ctypes.c_uint64),
         ("step", ctypes.c_uint64),
         ("first_index", ctypes.c_uint32),
         *((name, ctypes.c_int32) for name in ("l2", "maximize", "rounding", "eps_before")),
         *((name, ctypes.c_int32) for name in ("direction", "threads", "reserved")),
     ]
-
-
-class Table:
-    """One call's tensors, as the kernels read them; kept, gradients and counts are written anew."""
-
-    def __init__(
-        self, columns: tuple[Sequence[Any], ...], shapes: Shapes, kinds: Sequence[int]
-    ) -> None:
-        self.size = len(shapes)
-        self.bytes = bytearray(_TENSOR.size * self.size)
-        self.buffer = (ctypes.c_char * len(self.bytes)).from_buffer(self.bytes)
-        self._words = memoryview(self.bytes).cast("Q")
-        self._extras = columns[6]  # scratch, which nothing else keeps
-        pointers = [[0 if t is None else t.data_ptr() for t in column] for column in columns]
-        types = [
-            (_TYPES[p.dtype], _TYPES[g.dtype], 0 if m is None else _TYPES[m.dtype])
-            for p, g, m in zip(*columns[:3], strict=True)
-        ]
-        rows = zip(zip(*pointers, strict=True), shapes, types, kinds, strict=True)
-        for i, (row, shape, kind_of, kind) in enumerate(rows):
-            _TENSOR.pack_into(self.bytes, i * _TENSOR.size, *row, *shape, *kind_of, kind)
-
-    def set(self, grads: Tensors, steps: States) -> None:
-        """Other gradients of the same dtypes, and other counts where there are any."""
-        for column, tensors in ((1, grads), (5, steps)):
-            pointers = [0 if t is None else t.data_ptr() for t in tensors]
-            self._words[column :: _TENSOR.size // 8] = memoryview(array("Q", pointers))
 
 
 class Library:
@@ -122,9 +90,9 @@ class Library:
         kinds: Sequence[int],
         shapes: Shapes,
         *,
-        lr: float | Tensor,
+        lr: Rate | list[Rate],
         momentum: float,
-        weight_decay: float,
+        weight_decay: float | list[float],
         l2: bool,
         eps: float,
         betas: tuple[float, float],
@@ -137,7 +105,6 @@ class Library:
         extras: States = [] if table else self.scale_scratch(params, kinds, shapes)
         options = _Options(
             momentum=momentum,
-            weight_decay=weight_decay,
             l2=l2,
             eps=eps,
             beta1=betas[0],
@@ -146,7 +113,8 @@ class Library:
             maximize=maximize,
         )
         columns = (params, grads, exp_avgs, exp_avg_sqs, [None] * len(params), steps, extras)
-        self._call("scale", columns, shapes, kinds, options, lr=lr, table=table, **shared)
+        shared.update(lr=lr, weight_decay=weight_decay, table=table)
+        self._call("scale", columns, shapes, kinds, options, **shared)
 
     def adam_(
         self,
@@ -175,7 +143,6 @@ class Library:
             beta1=betas[0],
             beta2=betas[1],
             adam_eps=eps,
-            weight_decay=weight_decay,
             maximize=maximize,
             eps_before=eps_before,
             l1=l1,
@@ -184,7 +151,8 @@ class Library:
         )
         columns = (params, grads, exp_avgs, exp_avg_sqs, masks or none, steps, clips or none)
         shapes = [(1, p.numel()) for p in params]
-        self._call("adam", columns, shapes, [_ADAM] * len(params), options, lr=lr, **shared)
+        shared.update(lr=lr, weight_decay=weight_decay)
+        self._call("adam", columns, shapes, [_ADAM] * len(params), options, **shared)
 
     def reduce_(
         self,
@@ -216,9 +184,10 @@ class Library:
     ) -> None:
         """A step along the gradient scaled by ``scales`` (``oz_*_apply``)."""
         none: States = [None] * len(params)
-        options = _Options(weight_decay=weight_decay, maximize=maximize)
+        options = _Options(maximize=maximize)
         columns = (params, grads, none, none, none, none, scales)
-        self._call("apply", columns, shapes, kinds, options, lr=lr, **shared)
+        shared.update(lr=lr, weight_decay=weight_decay)
+        self._call("apply", columns, shapes, kinds, options, **shared)
 
     def center_(
         self,
@@ -252,7 +221,7 @@ class Library:
         assert library is not None
         pointers = [ctypes.c_void_p(t.data_ptr()) for t in (history, vector, out)]
         sizes = [ctypes.c_int64(n) for n in history.shape]
-        how = map(ctypes.c_int32, (_TYPES[history.dtype], torch.get_num_threads()))
+        how = map(ctypes.c_int32, (TYPES[history.dtype], torch.get_num_threads()))
         getattr(library, f"oz_cpu_history_{operation}")(*pointers, *sizes, *how)
         return out
 
@@ -265,7 +234,7 @@ class Library:
         library = self._loaded[0]
         assert library is not None
         pointers = [ctypes.c_void_p(t.data_ptr()) for t in (weight, mask)]
-        numbers = [_TYPES[weight.dtype], n, m, torch.get_num_threads()]
+        numbers = [TYPES[weight.dtype], n, m, torch.get_num_threads()]
         library.oz_cpu_nm_mask(
             *pointers, *(ctypes.c_int64(x) for x in (rows, cols)), *map(ctypes.c_int32, numbers)
         )
@@ -279,7 +248,8 @@ class Library:
         kinds: Sequence[int],
         options: _Options,
         *,
-        lr: float | Tensor = 0.0,
+        lr: Rate | list[Rate] = 0.0,
+        weight_decay: float | list[float] = 0.0,
         seed: int | None = None,
         step: int = 0,
         first_index: int = 0,
@@ -295,13 +265,14 @@ class Library:
             shapes: rows and columns of each.
             kinds: ``enum oz_kind`` of each.
             options: those that only this operation has.
-            lr: a number, or a float32 tensor on the device.
+            lr: a number, or a float32 tensor on the device; a list: one for each tensor.
+            weight_decay: a number, or a list of them.
             seed: of stochastic rounding; None rounds to nearest.
             step: of stochastic rounding.
             first_index: of the first tensor, in stochastic rounding.
             grad_scale: a float32 tensor; gradients are divided by it.
             found_inf: a float32 tensor; if it is not zero, nothing is written.
-            table: of an earlier call with the same columns but for gradients and counts.
+            table: of an earlier call with the same columns but for gradients, counts and rates.
         """
         params, grads = columns[:2]
         if not params or isinstance(params[0], FakeTensor):
@@ -311,17 +282,13 @@ class Library:
             raise RuntimeError(f"no {self.kind} kernels: {why}")
         options.seed, options.step = seed or 0, step
         options.rounding, options.first_index = seed is not None, first_index
-        held = [lr] if isinstance(lr, Tensor) else []
-        if held:
-            options.lr_tensor = held[0].data_ptr()
-        else:
-            options.lr = lr
         options.grad_scale = None if grad_scale is None else grad_scale.data_ptr()
         options.found_inf = None if found_inf is None else found_inf.data_ptr()
         if table is None:
             table = Table(columns, shapes, kinds)
         else:
             table.set(grads, columns[5])
+        table.set_rates(lr, weight_decay)
         function = getattr(library, f"oz_{self.kind}_{operation}")
         device = params[0].device
         arguments = (table.buffer, ctypes.c_int64(table.size), ctypes.byref(options))

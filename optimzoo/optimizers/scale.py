@@ -223,12 +223,11 @@ class SCALE(RoleOptimizer):
     def _update(self) -> None:
         self._check_graph_capture()
         scaled = self._fused.scaled_by(self)
+        if self._fused.again(self.state, self.param_groups):
+            return
         cut: list[Part] = []
         first = self.first_index
         for number, group in enumerate(self.param_groups):
-            if may_fuse(group) and self._fused.again(number, self.state, group):
-                first += len(group["params"])
-                continue
             matrices, vectors = self._init_group(group)
             counters = self._count(group, first)
             first += len(group["params"])
@@ -236,6 +235,7 @@ class SCALE(RoleOptimizer):
                 for p in matrices if group["state_bits"] == 8 else []:
                     stack.enter_context(opened(self.state[p], 8, counters.get(p)))
                 cut += self._step_group(number, matrices, vectors, counters)
+        self._fused.keep(self.state, self.param_groups)
         if scaled and cut:
             raise RuntimeError(
                 "norms that several processes share need unscaled gradients; call "

@@ -1,6 +1,6 @@
-"""SCALE by the compiled kernels: what they take, and a group's call kept for its next step."""
+"""SCALE by the compiled kernels: what they take, and a step's calls kept for the next."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from optimzoo.distributed import local_part
 from optimzoo.kernels import dispatch, native
+from optimzoo.kernels.table import Table
 from optimzoo.lowbit import Counter
 from optimzoo.roles import input_dim
 
@@ -17,7 +18,10 @@ _LAYOUT = (
     *("role", "normalize", "averaged", "transposed", "stacked", "fused", "foreach"),
     *("differentiable", "rounding", "state_bits"),
 )
+# What all tensors of a call have in common, beside the learning rate and the decay.
+_RULE = ("momentum", "norm", "eps", "vector_betas", "vector_eps", "maximize")
 _STATES = ("exp_avg", "exp_avg_sq", "step")
+Groups = Sequence[dict[str, Any]]
 
 
 def may_fuse(group: dict[str, Any]) -> bool:
@@ -38,10 +42,10 @@ def local_average(states: States, p: Tensor) -> Tensor | None:
 
 
 class _Kept(NamedTuple):
-    """A group's call: where everything lay, and the kernels' own table of it."""
+    """A call for some groups: where everything lay, and the kernels' own table of it."""
 
-    layout: tuple[Any, ...]
-    places: list[int]  # of the call's tensors among the group's parameters
+    groups: list[tuple[int, int]]  # number, tensors
+    places: list[int]  # of the call's tensors, in the parameters of all these groups
     addresses: list[int]  # of those parameters, then of the states that they have
     states: list[tuple[int, str]]  # of what those are: place in the call, name
     sizes: list[torch.Size]  # of the weights
@@ -49,19 +53,22 @@ class _Kept(NamedTuple):
     kernels: native.Library
     kinds: list[int]
     shapes: list[tuple[int, int]]
-    table: native.Table
+    table: Table
 
 
 class FusedSteps:
     """One optimizer's steps by the kernels.
 
     Finding out who takes what costs a few microseconds a tensor, as much as the step of a small
-    one. So a group's last call is kept, and made again as long as its weights and its state lie
-    where they lay and its gradients are of the same kind; of gradients and rates nothing is kept.
+    one. So a step's calls are kept, those of all groups with the same rule as one, and made again
+    as long as weights and state lie where they lay and gradients are of the same kind; of gradients
+    and rates nothing is kept.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[int, _Kept] = {}
+        self._kept: list[_Kept] = []
+        self._layouts: list[tuple[Any, ...]] = []  # of the groups whose calls these are
+        self._made: dict[int, tuple[Any, list[dispatch.Item]]] = {}  # this step's, by group
         self._scaler: dict[str, Tensor] = {}
 
     def scaled_by(self, optimizer: Any) -> bool:
@@ -71,33 +78,21 @@ class FusedSteps:
         self._scaler = {name: t.reshape(()).float() for name, t in given.items() if t is not None}
         return bool(self._scaler)
 
-    def again(self, number: int, states: States, group: dict[str, Any]) -> bool:
-        """Step group ``number`` by its kept call; False: there is none that fits."""
-        kept = self._kept.get(number)
-        if kept is None or kept.layout != _layout(group):
+    def again(self, states: States, groups: Groups) -> bool:
+        """Step all groups by the kept calls; False: there are none that fit, nothing is done."""
+        self._made = {}
+        if not self._kept or self._layouts != [_layout(group) for group in groups]:
             return False
-        given = group["params"]
-        if len(given) != len(kept.places):
+        fields = [_fields(kept, states, groups) for kept in self._kept]
+        fitting = [found for found in fields if found is not None]
+        if len(fitting) < len(fields):
             return False
-        params = [given[place] for place in kept.places]
-        if [p.shape for p in params] != kept.sizes:
-            return False
-        grads = [p.grad for p in params]
-        for grad, dtype in zip(grads, kept.dtypes, strict=True):
-            if type(grad) is not Tensor or grad.dtype is not dtype or not grad.is_contiguous():
-                return False
-        fields: dict[str, list[Tensor | None]] = {name: [None] * len(params) for name in _STATES}
-        for place, name in kept.states:
-            fields[name][place] = states.get(params[place], {}).get(name)
-        held = [fields[name][place] for place, name in kept.states]
-        if any(type(t) is not Tensor for t in held):
-            return False
-        if [t.data_ptr() for t in (*params, *held)] != kept.addresses:
-            return False
-        counts = [step for step in fields["step"] if step is not None]
-        fields["step"] = dispatch.counted(fields["step"], params[0].device)
-        columns = (params, grads, *(fields[name] for name in _STATES), kept.kinds, kept.shapes)
-        self._call(kept.kernels, columns, group, counts, table=kept.table)
+        for kept, (params, grads, held) in zip(self._kept, fitting, strict=True):
+            counts = [step for step in held["step"] if step is not None]
+            held["step"] = dispatch.counted(held["step"], params[0].device)
+            columns = (params, grads, *(held[name] for name in _STATES), kept.kinds, kept.shapes)
+            own = [(groups[number], size) for number, size in kept.groups]
+            self._call(kept.kernels, columns, own, counts, table=kept.table)
         return True
 
     def step(
@@ -130,78 +125,55 @@ class FusedSteps:
         for kernels, chosen in runs:
             counts = [item.step for item in chosen if item.step is not None]
             how = dispatch.rounding(chosen)
-            self._call(kernels, dispatch.columns(chosen), group, counts, **how)
+            self._call(kernels, dispatch.columns(chosen), [(group, 1)], counts, **how)
         if len(runs) == 1 and not rest:
-            self._keep(number, states, group, *runs[0])
+            self._made[number] = runs[0]
         left = {id(item.whole) for item in rest}
         return [p for p in matrices if id(parts[p]) in left], [
             p for p in vectors if id(parts[p]) in left
         ]
 
-    def _keep(
-        self,
-        number: int,
-        states: States,
-        group: dict[str, Any],
-        kernels: Any,
-        items: list[dispatch.Item],
-    ) -> None:
-        """Keep a call that was the whole group's step."""
-        self._kept.pop(number, None)
-        place = {id(p): i for i, p in enumerate(group["params"])}
-        params = [item.param for item in items]
-        plain = (
-            isinstance(kernels, native.Library)
-            and len(items) == len(place)
-            and all(id(p) in place and type(p) in dispatch.PLAIN[:2] for p in params)
-            and all(item.counter is None and item.grad.is_contiguous() for item in items)
-        )
-        if not plain:
+    def keep(self, states: States, groups: Groups) -> None:
+        """Keep this step's calls, if they were all of it."""
+        made, self._made, self._kept = self._made, {}, []
+        if any(group["params"] and number not in made for number, group in enumerate(groups)):
             return
-        fields = [list(field) for field in zip(*items, strict=True)]
-        named = [
-            (i, k) for i, item in enumerate(items) for k in _STATES if getattr(item, k) is not None
-        ]
-        held = [getattr(items[i], name) for i, name in named]
-        if any(states[params[i]][name] is not t for (i, name), t in zip(named, held, strict=True)):
-            return
-        self._kept[number] = _Kept(
-            layout=_layout(group),
-            places=[place[id(p)] for p in params],
-            addresses=[t.data_ptr() for t in (*params, *held)],
-            states=named,
-            sizes=[p.shape for p in params],
-            dtypes=[item.grad.dtype for item in items],
-            kernels=kernels,
-            kinds=fields[5],
-            shapes=fields[6],
-            table=native.Table(
-                (
-                    *fields[:4],
-                    [None] * len(items),
-                    fields[4],
-                    kernels.scale_scratch(params, fields[5], fields[6]),
-                ),
-                fields[6],
-                fields[5],
-            ),
-        )
+        by_rule: dict[Any, list[int]] = {}
+        for number, (kernels, items) in made.items():
+            if not _may_keep(kernels, items, states, groups[number]):
+                return
+            rule = (items[0].param.device, *_rule(groups[number]))
+            by_rule.setdefault(rule, []).append(number)
+        self._layouts = [_layout(group) for group in groups]
+        self._kept = [_kept(made, numbers, groups) for numbers in by_rule.values()]
 
     def _call(
         self,
         kernels: Any,
         columns: tuple[Any, ...],
-        group: dict[str, Any],
+        groups: list[tuple[dict[str, Any], int]],
         counts: list[Tensor],
         **how: Any,
     ) -> None:
+        """Make a call for tensors of one group, or of several, each with its number of them."""
         device = columns[0][0].device
         scaler = {name: tensor.to(device) for name, tensor in self._scaler.items()}
+        lr: Any = [dispatch.scalar(group["lr"], device) for group, _ in groups]
+        weight_decay: Any = [group["weight_decay"] for group, _ in groups]
+        if len(groups) == 1:
+            (lr,), (weight_decay,) = lr, weight_decay
+        else:  # one for each tensor
+            sizes = [size for _, size in groups]
+            lr, weight_decay = (
+                [x for x, size in zip(values, sizes, strict=True) for _ in range(size)]
+                for values in (lr, weight_decay)
+            )
+        group = groups[0][0]
         kernels.scale_(
             *columns,
-            lr=dispatch.scalar(group["lr"], device),
+            lr=lr,
             momentum=group["momentum"],
-            weight_decay=group["weight_decay"],
+            weight_decay=weight_decay,
             l2=group["norm"] == "l2",
             eps=group["eps"],
             betas=group["vector_betas"],
@@ -215,4 +187,79 @@ class FusedSteps:
 
 
 def _layout(group: dict[str, Any]) -> tuple[Any, ...]:
-    return (*(group[name] for name in _LAYOUT), group["momentum"] != 0)
+    return (len(group["params"]), *(group[name] for name in _LAYOUT), group["momentum"] != 0)
+
+
+def _rule(group: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(tuple(x) if isinstance(x, list) else x for x in map(group.get, _RULE))
+
+
+def _fields(
+    kept: _Kept, states: States, groups: Groups
+) -> tuple[list[Tensor], list[Tensor], dict[str, list[Tensor | None]]] | None:
+    """A kept call's parameters, their gradients and states of now; None: it does not fit them."""
+    own = [groups[number] for number, _ in kept.groups]
+    if any(_rule(group) != _rule(own[0]) for group in own):
+        return None
+    given = [p for group in own for p in group["params"]]
+    params = [given[place] for place in kept.places]
+    if [p.shape for p in params] != kept.sizes:
+        return None
+    grads = [p.grad for p in params]
+    for grad, dtype in zip(grads, kept.dtypes, strict=True):
+        if type(grad) is not Tensor or grad.dtype is not dtype or not grad.is_contiguous():
+            return None
+    fields: dict[str, list[Tensor | None]] = {name: [None] * len(params) for name in _STATES}
+    for place, name in kept.states:
+        fields[name][place] = states.get(params[place], {}).get(name)
+    held = [fields[name][place] for place, name in kept.states]
+    if any(type(t) is not Tensor for t in held):
+        return None
+    if [t.data_ptr() for t in (*params, *held)] != kept.addresses:
+        return None
+    return params, grads, fields
+
+
+def _may_keep(
+    kernels: Any, items: list[dispatch.Item], states: States, group: dict[str, Any]
+) -> bool:
+    """Whether a call was the whole group's, with nothing that is made anew at each step."""
+    known = {id(p) for p in group["params"]}
+    return (
+        isinstance(kernels, native.Library)
+        and len(items) == len(known)
+        and all(id(i.param) in known and type(i.param) in dispatch.PLAIN[:2] for i in items)
+        and all(i.counter is None and i.grad.is_contiguous() for i in items)
+        and all(
+            getattr(i, k) is None or states[i.param].get(k) is getattr(i, k)
+            for i in items
+            for k in _STATES
+        )
+    )
+
+
+def _kept(
+    made: dict[int, tuple[Any, list[dispatch.Item]]], numbers: list[int], groups: Groups
+) -> _Kept:
+    """The calls of some groups, as one."""
+    kernels = made[numbers[0]][0]
+    items = [item for number in numbers for item in made[number][1]]
+    place = {id(p): i for i, p in enumerate(p for n in numbers for p in groups[n]["params"])}
+    fields = [list(field) for field in zip(*items, strict=True)]
+    params, kinds, shapes = fields[0], fields[5], fields[6]
+    named = [
+        (i, k) for i, item in enumerate(items) for k in _STATES if getattr(item, k) is not None
+    ]
+    extras = kernels.scale_scratch(params, kinds, shapes)
+    return _Kept(
+        groups=[(number, len(made[number][1])) for number in numbers],
+        places=[place[id(p)] for p in params],
+        addresses=[t.data_ptr() for t in (*params, *(getattr(items[i], k) for i, k in named))],
+        states=named,
+        sizes=[p.shape for p in params],
+        dtypes=[item.grad.dtype for item in items],
+        kernels=kernels,
+        kinds=kinds,
+        shapes=shapes,
+        table=Table((*fields[:4], [None] * len(items), fields[4], extras), shapes, kinds),
+    )

@@ -1,0 +1,59 @@
+"""One call's tensors as the native kernels read them: `oz_tensor` of csrc/include/optimzoo.h."""
+
+import ctypes
+import itertools
+import struct
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_TENSOR = struct.Struct("=8Q2q2f4i")
+_GRAD, _STEP, _LR_TENSOR, _LR_AND_DECAY = 1, 5, 7, 10  # its words of eight bytes
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+Shapes = Sequence[tuple[int, int]]
+Tensors = Sequence[Tensor]
+States = Sequence[Tensor | None]
+Rate = float | Tensor  # a tensor: float32, where the weights are
+
+
+class Table:
+    """An array of `oz_tensor`; of one that is kept, gradients, counts and rates are written anew."""
+
+    def __init__(
+        self, columns: tuple[Sequence[Any], ...], shapes: Shapes, kinds: Sequence[int]
+    ) -> None:
+        self.size = len(shapes)
+        self.bytes = bytearray(_TENSOR.size * self.size)
+        self.buffer = (ctypes.c_char * len(self.bytes)).from_buffer(self.bytes)
+        self._words = memoryview(self.bytes).cast("Q")
+        self._extras = columns[6]  # scratch, which nothing else keeps
+        pointers = [[0 if t is None else t.data_ptr() for t in column] for column in columns]
+        types = [
+            (TYPES[p.dtype], TYPES[g.dtype], 0 if m is None else TYPES[m.dtype])
+            for p, g, m in zip(*columns[:3], strict=True)
+        ]
+        rows = zip(zip(*pointers, strict=True), shapes, types, kinds, strict=True)
+        for i, (row, shape, kind_of, kind) in enumerate(rows):
+            row = (*row, 0, *shape, 0.0, 0.0, *kind_of, kind)
+            _TENSOR.pack_into(self.bytes, i * _TENSOR.size, *row)
+
+    def set(self, grads: Tensors, steps: States) -> None:
+        """Other gradients of the same dtypes, and other counts where there are any."""
+        for word, tensors in ((_GRAD, grads), (_STEP, steps)):
+            self._write(word, array("Q", [0 if t is None else t.data_ptr() for t in tensors]))
+
+    def set_rates(self, lr: Rate | list[Rate], weight_decay: float | list[float]) -> None:
+        """The learning rate and the decay of each tensor, a list, or of all."""
+        lrs = lr if isinstance(lr, list) else [lr] * self.size
+        decays = weight_decay if isinstance(weight_decay, list) else [weight_decay] * self.size
+        away = [rate.data_ptr() if isinstance(rate, Tensor) else 0 for rate in lrs]
+        here = [0.0 if isinstance(rate, Tensor) else rate for rate in lrs]
+        self._write(_LR_TENSOR, array("Q", away))
+        pairs = itertools.chain.from_iterable(zip(here, decays, strict=True))
+        self._write(_LR_AND_DECAY, array("f", pairs))
+
+    def _write(self, word: int, values: "array[Any]") -> None:
+        self._words[word :: _TENSOR.size // 8] = memoryview(values).cast("B").cast("Q")
