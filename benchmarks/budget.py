@@ -36,8 +36,12 @@ def seconds_of(entry: Entry, step_seconds: float) -> float:
     return step_seconds * (config.steps + evaluated)
 
 
-def measure(entries: list[Entry], corpus: Corpus, steps: int = 3) -> dict[str, float]:
+def measure(
+    entries: list[Entry], corpus: Corpus, *, threads: int, steps: int = 3
+) -> dict[str, float]:
     """Seconds of one step of each method (the quickest of a few, after a first one)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     found = {}
     for entry in {e.method: e for e in entries}.values():
         run = Run(replace(entry.config, compile=False), corpus)
@@ -49,6 +53,7 @@ def measure(entries: list[Entry], corpus: Corpus, steps: int = 3) -> dict[str, f
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
         found[entry.method] = min(times[1:])
+    torch.set_num_threads(before)
     return found
 
 

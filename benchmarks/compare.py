@@ -28,7 +28,7 @@ from benchmarks.plan import (
     perplexity,
     same_run,
 )
-from benchmarks.progress import RunProgress
+from benchmarks.progress import RunProgress, SideBySide
 from benchmarks.provenance import write_json
 from benchmarks.run import fingerprint
 from benchmarks.train import Progress, add_corpus_arguments, corpus_from, finished, train
@@ -50,12 +50,18 @@ class Session:
     def run(self, entries: list[Entry], *, test: bool) -> list[Row]:
         """The rows of ``entries``; finished ones are read, unfinished ones go on."""
         steps = sum(entry.config.steps for entry in entries)
-        with RunProgress(steps) as bar:
-            runs = self._many if self.args.jobs > 1 else self._each
+        together = min(self.args.jobs, len(entries))
+        with SideBySide(steps) if together > 1 else RunProgress(steps) as bar:
             known = [(entry, self._known(entry, test)) for entry in entries]
             ready = [(entry, row) for entry, row in known if row is not None]
             rest = [entry for entry, row in known if row is None]
-            pairs = itertools.chain(ready, runs(rest, bar, test))
+            for entry, _ in ready:
+                bar.start(self._name(entry), entry.config.steps)
+            if isinstance(bar, SideBySide):
+                runs = self._many(rest, together, bar, test)
+            else:
+                runs = self._each(rest, bar, test)
+            pairs = itertools.chain(ready, runs)
             for done, (entry, row) in enumerate(pairs, start=1):
                 row = {**row, "method": entry.method, "protocol": entry.protocol}
                 self.rows.append(row)
@@ -73,6 +79,9 @@ class Session:
         row = self.known.get(same_run(fingerprint(entry.config, self.corpus)))
         tested = row is not None and (not test or row["diverged"] or row["test_loss"] is not None)
         return row if tested else None
+
+    def _name(self, entry: Entry) -> str:
+        return f"{self.plan.label(entry.method)} {entry.protocol}"
 
     def _folder(self, entry: Entry) -> Path:
         return Path(self.args.out) / "runs" / entry.key
@@ -96,8 +105,7 @@ class Session:
                 time.sleep(WAIT)
                 continue
             entry, held = found
-            name = f"{self.plan.label(entry.method)} {entry.protocol}"
-            report = bar.start(name, entry.config.steps)
+            report = bar.start(self._name(entry), entry.config.steps)
             if not isinstance(held, Claim):
                 yield entry, held
                 continue
@@ -119,27 +127,30 @@ class Session:
         except Lost:
             return None
 
-    def _many(self, entries: list[Entry], bar: RunProgress, test: bool) -> Pairs:
-        jobs = self.args.jobs
-        threads = max(1, torch.get_num_threads() // jobs)
+    def _many(self, entries: list[Entry], jobs: int, bar: SideBySide, test: bool) -> Pairs:
+        threads = threads_each(jobs)
         # spawn: a forked child would inherit torch's thread pool without its threads.
         context = multiprocessing.get_context("spawn")
+        reports = context.SimpleQueue()
         pending, running = list(entries), dict[Future[Row], tuple[Entry, Claim]]()
-        with ProcessPoolExecutor(jobs, context, _start_worker, (threads,)) as pool:
+        with ProcessPoolExecutor(jobs, context, _start_worker, (threads, reports)) as pool:
             try:
                 while pending or running:
                     while len(running) < jobs and (found := self._next(pending, test)):
                         entry, held = found
                         if isinstance(held, Claim):
-                            job = (self.args, entry, self._folder(entry), test)
+                            job = (self.args, entry, self._name(entry), self._folder(entry), test)
                             running[pool.submit(_train_in_worker, *job)] = entry, held
                         else:
-                            bar.start(self.plan.name, entry.config.steps)
+                            bar.end(entry.key, entry.config.steps)
                             yield entry, held
-                    for future in wait(running, WAIT, FIRST_COMPLETED).done:
+                    ended = wait(running, WAIT, FIRST_COMPLETED).done
+                    while not reports.empty():
+                        bar.report(*reports.get())
+                    for future in ended:
                         entry, held = running.pop(future)
                         self.work.release(held)
-                        bar.start(self.plan.name, entry.config.steps)
+                        bar.end(entry.key, entry.config.steps)
                         yield entry, future.result()
                     if not running:
                         time.sleep(WAIT if pending else 0)
@@ -157,7 +168,22 @@ def _save_every(entry: Entry) -> int:
     return max(100, entry.config.steps // 5)
 
 
-def _start_worker(threads: int) -> None:
+def default_jobs() -> int:
+    """One on a GPU. On a CPU one for each thread, to eight: a small model gains little by two."""
+    return 1 if torch.cuda.is_available() else min(8, torch.get_num_threads())
+
+
+def threads_each(jobs: int) -> int:
+    """Threads of each of so many runs side by side."""
+    return max(1, torch.get_num_threads() // jobs)
+
+
+_reports: Any = None  # in a worker: where it says how far it is
+
+
+def _start_worker(threads: int, reports: Any) -> None:
+    global _reports
+    _reports = reports
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; it ends the workers
     parent = multiprocessing.parent_process()
@@ -170,11 +196,16 @@ def _start_worker(threads: int) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _train_in_worker(args: argparse.Namespace, entry: Entry, folder: Path, test: bool) -> Row:
+def _train_in_worker(
+    args: argparse.Namespace, entry: Entry, name: str, folder: Path, test: bool
+) -> Row:
+    def progress(step: int, loss: float, speed: float) -> None:
+        _reports.put((entry.key, name, step, loss, speed))
+
     try:
         corpus = corpus_from(args, entry.config.model)
-        save_every = _save_every(entry)
-        return train(entry.config, corpus, out=folder, save_every=save_every, test=test)
+        options: Any = {"out": folder, "save_every": _save_every(entry), "test": test}
+        return train(entry.config, corpus, progress=progress, **options)
     except KeyboardInterrupt:
         os._exit(130)  # else the pool would give this worker the next run
 
@@ -203,6 +234,16 @@ def tune(session: Session, methods: list[str], protocols: list[str]) -> int:
     return 0
 
 
+def add_jobs_argument(parser: argparse.ArgumentParser) -> None:
+    """`--jobs`."""
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=default_jobs(),
+        help="runs side by side, in processes; on a CPU as many as threads, to eight",
+    )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m benchmarks compare`."""
     parser.add_argument("--plan", default="nano", help="a file of benchmarks/configs, by name")
@@ -212,7 +253,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--protocol", choices=[*PROTOCOLS, "both"], default="both")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1")
     parser.add_argument("--tune", action="store_true", help="run the grids and store their rows")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, in processes")
+    add_jobs_argument(parser)
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     parser.add_argument("--store", action="store_true", help="also keep the rows in the repository")
     parser.add_argument(

@@ -52,3 +52,28 @@ class RunProgress:
         """A line for a finished run."""
         self._bar.update(self._task, completed=self._base)
         self.console.print(text, highlight=False)
+
+
+class SideBySide(RunProgress):
+    """One bar over runs at the same time: the range of their losses, their speed together."""
+
+    def __init__(self, total_steps: int) -> None:
+        super().__init__(total_steps)
+        self._running: dict[str, tuple[str, int, float, float]] = {}
+
+    def report(self, key: str, name: str, step: int, loss: float, speed: float) -> None:
+        """The run of this key is at a step."""
+        self._running[key] = (name, step, loss, speed)
+        (first, *others), steps, losses, speeds = zip(*self._running.values(), strict=True)
+        between = " to ".join(f"{loss:.3f}" for loss in sorted({min(losses), max(losses)}))
+        self._bar.update(
+            self._task,
+            description=f"{first} and {len(others)} more" if others else first,
+            completed=self._base + sum(steps),
+            status=f"loss {between}  {sum(speeds):,.0f} tok/s",
+        )
+
+    def end(self, key: str, steps: int) -> None:
+        """A run of so many steps has ended."""
+        self._running.pop(key, None)
+        self._base += steps

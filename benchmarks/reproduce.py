@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import beside, cast_beside
+from benchmarks.compare import add_jobs_argument
 from benchmarks.llama import Llama, get_config
 from benchmarks.low_rank import convert_model
 from benchmarks.published import published
@@ -235,7 +236,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stop-after", type=float, metavar="MINUTES", help="stop; the same command goes on"
     )
     parser.add_argument("--galore-eval", action="store_true", help="losses times n / (n + 1)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, in processes")
+    add_jobs_argument(parser)
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"))
     parser.add_argument("--store", action="store_true", help="also keep the rows in the repository")
     parser.add_argument(

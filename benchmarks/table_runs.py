@@ -13,7 +13,7 @@ import torch
 from benchmarks import beside, budget
 from benchmarks.beside import Beside
 from benchmarks.budget import Cut
-from benchmarks.compare import Session, merged
+from benchmarks.compare import Session, merged, threads_each
 from benchmarks.data import Corpus
 from benchmarks.plan import Entry, Plan, Row, choose, settings
 from benchmarks.provenance import write_json
@@ -73,7 +73,7 @@ class TableRuns:
 
         def decide() -> Cut:
             final, grid = self.final(), self.grid()
-            seconds = budget.measure(final, self.corpus)
+            seconds = budget.measure(final, self.corpus, threads=threads_each(args.jobs))
             workers = args.jobs * int(os.environ.get("WORLD_SIZE", "1"))
             return budget.fit(
                 args.budget_minutes, final, grid, seconds, seeds=args.seeds, workers=workers

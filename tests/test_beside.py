@@ -148,7 +148,7 @@ def words(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
     texts = [str(path) for path in tiny_benchmarks.write_text(tmp_path)]
-    few = ["--methods", "adamw", "galore", "--seeds", "1", "--out", "out"]
+    few = ["--methods", "adamw", "galore", "--seeds", "1", "--jobs", "1", "--out", "out"]
     return [*few, "--data", *texts, "--cache-dir", str(tmp_path / "cache")]
 
 

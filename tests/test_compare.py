@@ -16,6 +16,7 @@ from benchmarks import compare, plan, report, tables
 from benchmarks.__main__ import main
 from benchmarks.llama import CONFIGS
 from benchmarks.plan import Plan, perplexity
+from benchmarks.progress import SideBySide
 from benchmarks.run import Run
 from optimzoo import get_info
 
@@ -24,7 +25,7 @@ PAIRS = [(m, p) for m in ("adamw", "scale") for p in ("tuned", "paper")]
 
 def run(folder: Path, *options: object) -> int:
     text = [folder / f"{name}.txt" for name in ("valid", "test", "train")]
-    words = ["compare", "--plan=tiny", "--out=out", *options]
+    words = ["compare", "--plan=tiny", "--jobs=1", "--out=out", *options]
     return main([*map(str, [*words, "--data", *text, "--cache-dir", folder / "cache"])])
 
 
@@ -298,3 +299,18 @@ def test_report_writes_and_checks_the_readme(folder, monkeypatch, capsys):
     capsys.readouterr()
     assert main(["report", "--check"]) == 2
     assert "is missing; run compare --store first\n" in capsys.readouterr().err
+
+
+def test_runs_side_by_side_share_one_bar():
+    bar = SideBySide(20)
+    task = bar._bar.tasks[0]
+    bar.report("one", "SGD tuned", 3, 4.5, 1000.0)
+    assert (task.completed, task.description) == (3, "SGD tuned")
+    assert task.fields["status"] == "loss 4.500  1,000 tok/s"
+    bar.report("two", "SCALE tuned", 2, 4.0, 500.0)
+    assert (task.completed, task.description) == (5, "SGD tuned and 1 more")
+    assert task.fields["status"] == "loss 4.000 to 4.500  1,500 tok/s"
+    bar.end("one", 10)
+    bar.report("two", "SCALE tuned", 4, 3.5, 600.0)
+    assert (task.completed, task.description) == (14, "SCALE tuned")
+    assert task.fields["status"] == "loss 3.500  600 tok/s"

@@ -80,7 +80,7 @@ def scale_mixed(which, **options):
         steps.append(torch.tensor(3.0 + i) if kind == ADAM else None)
         kinds.append(kind)
         shapes.append(shape)
-    CPU.scale_(params, grads, ms, vs, steps, kinds, shapes, **RULE, **options)
+    CPU.scale_(params, grads, ms, vs, steps, kinds, shapes, **{**RULE, **options})
     return [*zip(params, ms, vs, strict=True)]
 
 
@@ -100,6 +100,19 @@ def test_one_call_over_all_kinds_and_types_is_one_call_a_tensor(threads, rounded
     ):
         loose = 2**-7 if MIXED[i][0] == COLUMNS else 0.0
         torch.testing.assert_close(one[0], other[0], rtol=loose, atol=loose)
+
+
+def test_each_tensor_has_a_rate_and_a_decay_of_its_own(threads):
+    threads(1)
+    count = len(MIXED)
+    rates = [torch.tensor(0.1 / (1 + i)) if i % 2 else 0.1 / (1 + i) for i in range(count)]
+    decays = [0.1 * i for i in range(count)]
+    lists = {"lr": rates, "weight_decay": decays}
+    together = scale_mixed(range(count), **lists)
+    for i, written in enumerate(together):
+        alone = scale_mixed([i], lr=float(rates[i]), weight_decay=decays[i])[0]
+        for one, other in zip(written, alone, strict=True):
+            assert (one is None and other is None) or torch.equal(one, other), MIXED[i]
 
 
 def test_a_call_is_reproducible_with_its_threads(threads):

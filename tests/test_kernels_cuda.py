@@ -82,6 +82,29 @@ def step(kernels, params, grads, kinds, moments=None, squares=None, **options):
     kernels.scale_(*lists, **{**RULE, **options})
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+def test_each_tensor_has_a_rate_and_a_decay_of_its_own(on, dtype):
+    """Rows of every way to read them, columns, signs and Adam in one call."""
+    kernels, device = on
+    shapes = [(9, 264), (9, 263), (2, 16392), (2, 140001), (40, 72), (9, 264), (9, 264)]
+    kinds = [ROWS, ROWS, ROWS, ROWS, COLUMNS, SIGN, ADAM]
+    rates = [0.1 / (1 + i) for i in range(len(kinds))]
+    decays = [0.05 * i for i in range(len(kinds))]
+
+    def stepped(which, **options):
+        params = [normal(shapes[i], i, dtype, device) for i in which]
+        grads = [normal(shapes[i], 9 + i, dtype, device) for i in which]
+        moments = [normal(shapes[i], 19 + i, dtype, device) if i % 2 == 0 else None for i in which]
+        squares = [moments[k].abs() if kinds[i] == ADAM else None for k, i in enumerate(which)]
+        step(kernels, params, grads, [kinds[i] for i in which], moments, squares, **options)
+        return params
+
+    lr = [torch.tensor(r, device=device) if i % 3 == 0 else r for i, r in enumerate(rates)]
+    together = stepped(range(len(kinds)), lr=lr, weight_decay=decays)
+    for i, one in enumerate(together):
+        assert torch.equal(one, stepped([i], lr=rates[i], weight_decay=decays[i])[0]), kinds[i]
+
+
 # One below, at and above what a block's registers hold (8192 in float32, 16384 in 16 bits), what
 # shared memory holds, what it does not, and lengths that are not read in vectors.
 LONG = [(2, n) for n in (8188, 8192, 8196, 16384, 16392, 20001, 40000, 61440, 100000, 140000)]

@@ -20,7 +20,7 @@ Rate = float | Tensor  # a tensor: float32, where the weights are
 
 
 class Table:
-    """An array of `oz_tensor`; of one that is kept, gradients, counts and rates are written anew."""
+    """An array of `oz_tensor`. One that is kept gets gradients, counts and rates anew."""
 
     def __init__(
         self, columns: tuple[Sequence[Any], ...], shapes: Shapes, kinds: Sequence[int]
