@@ -50,7 +50,6 @@ class RunProgress:
 
     def finish(self, text: str) -> None:
         """A line for a finished run."""
-        self._bar.update(self._task, completed=self._base)
         self.console.print(text, highlight=False)
 
 
