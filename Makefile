@@ -47,7 +47,7 @@ compare: $(VENV)/.bench
 	$(BIN)/python -m benchmarks compare
 
 tune: $(VENV)/.bench
-	$(BIN)/python -m benchmarks compare --tune --jobs 2 --out runs/tune
+	$(BIN)/python -m benchmarks compare --tune --out runs/tune
 
 memory-table: $(VENV)/.bench
 	$(BIN)/python -m benchmarks reproduce scale-main --memory-only
