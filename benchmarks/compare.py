@@ -178,7 +178,9 @@ def threads_each(jobs: int) -> int:
     return max(1, torch.get_num_threads() // jobs)
 
 
-_reports: Any = None  # in a worker: where it says how far it is
+# Of a worker: where it says how far it is, and the text of its last run, by model.
+_reports: Any = None
+_corpus: dict[str, Corpus] = {}
 
 
 def _start_worker(threads: int, reports: Any) -> None:
@@ -203,9 +205,12 @@ def _train_in_worker(
         _reports.put((entry.key, name, step, loss, speed))
 
     try:
-        corpus = corpus_from(args, entry.config.model)
+        model = entry.config.model
+        if model not in _corpus:
+            _corpus.clear()
+            _corpus[model] = corpus_from(args, model)
         options: Any = {"out": folder, "save_every": _save_every(entry), "test": test}
-        return train(entry.config, corpus, progress=progress, **options)
+        return train(entry.config, _corpus[model], progress=progress, **options)
     except KeyboardInterrupt:
         os._exit(130)  # else the pool would give this worker the next run
 
