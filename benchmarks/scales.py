@@ -62,7 +62,6 @@ SCALES = {
         rank=64,
         gap=100,
         grid_steps=125,
-        centre=(0.5, 0.5),
     ),
     # Of half, once and twice nano's rates the lowest were best by far (60m-first-tune.json).
     "60m": Scale(
