@@ -9,6 +9,7 @@ import re
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -64,6 +65,18 @@ EACH_METHOD = (
 )
 # In the brackets of pytest, or where PyTorch's own machinery puts it: before the device.
 METHOD = re.compile(r"(?<=\[)\w+|[A-Za-z]+_(?:cpu|cuda)(?=_)")
+
+
+# At the head of a file none of whose tests `make test` takes.
+WHOLLY = re.compile(r"^pytestmark = (\[\s*)?pytest\.mark\.(thorough|distributed)", re.MULTILINE)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not even import such a file for nothing: some import whole frameworks."""
+    without = {"thorough", "distributed"} <= set(re.findall(r"not (\w+)", config.option.markexpr))
+    if not (without and collection_path.suffix == ".py"):
+        return None
+    return bool(WHOLLY.search(collection_path.read_text(encoding="utf-8"))) or None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

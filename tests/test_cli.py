@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from optimzoo import doctor, list_optimizers
@@ -45,6 +46,7 @@ def test_doctor_fails_for_a_kernel_that_is_wrong(capsys, monkeypatch):
     assert "WRONG" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_it_runs_as_a_module():
     run = subprocess.run(
         [sys.executable, "-m", "optimzoo", "list", "scale"], capture_output=True, text=True

@@ -68,6 +68,7 @@ def test_split_shares() -> None:
     assert (split_of("16"), split_of("23")) == ("valid", "test")
 
 
+@pytest.mark.thorough
 def test_two_processes_at_once_give_what_one_gives(corpus_file: Path, cache: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from benchmarks.data import load_corpus\n"

@@ -85,6 +85,7 @@ def communication_is_counted():
     assert sent("swan", 1)["all_to_all"][0] == 2 * 3
 
 
+@pytest.mark.thorough
 def test_two_processes_do_what_one_does(tmp_path):
     spawn(everything, 2, tmp_path, str(tmp_path), SMALL)
     for case in SMALL:  # what two have saved, one loads

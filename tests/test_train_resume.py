@@ -152,6 +152,7 @@ def test_a_signal_during_the_last_evaluation_is_not_lost(corpus, tmp_path, monke
     assert not train(SGD, corpus, out=tmp_path / "run", test=False)["diverged"]
 
 
+@pytest.mark.thorough
 def test_sigterm_saves_and_leaves_with_one_line(tmp_path):
     tiny_benchmarks.tiny_corpus(tmp_path)  # so that the process has only to open it
     out = tmp_path / "run"
