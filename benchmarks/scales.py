@@ -56,12 +56,13 @@ SCALES = {
     "pico-1k": _pico(16),
     "pico-4k": _pico(64),
     "pico-16k": _pico(256),
-    # What two cores do in two hours: half a million tokens a method, and a grid of an eighth each.
+    # What two cores do in two hours: half a million tokens a method, and four rates of an eighth.
     "9m": Scale(
         {"model": "9m", "steps": 500, "batch_size": 8, "seq_len": 128, "eval_tokens": 65536},
         rank=64,
         gap=100,
         grid_steps=125,
+        factors=(0.25, 0.5, 1.0, 2.0),
     ),
     # Of half, once and twice nano's rates the lowest were best by far (60m-first-tune.json).
     "60m": Scale(
