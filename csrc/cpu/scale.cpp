@@ -199,7 +199,12 @@ inline void column_updates(const Loops &loops, int64_t from, int64_t to, const f
 
 inline bool by_rows(const oz_tensor &t) { return t.kind == OZ_ROWS || t.kind == OZ_COLUMNS; }
 
-inline int64_t units_of(const oz_tensor &t) { return by_rows(t) ? t.rows : blocks_of(t); }
+/* Dealt apart, each evenly: of what takes one pass, and of what takes two, the same share twice. */
+inline int64_t units_once(const oz_tensor &t) {
+  return t.kind == OZ_COLUMNS ? 0 : t.kind == OZ_ROWS ? t.rows : blocks_of(t);
+}
+
+inline int64_t units_twice(const oz_tensor &t) { return t.kind == OZ_COLUMNS ? t.rows : 0; }
 
 inline int64_t size_of(const oz_tensor &t) { return by_rows(t) ? t.cols : BLOCK; }
 
@@ -233,14 +238,11 @@ OZ_FUNCTION(scale) {
   {
     const int me = omp_get_thread_num(), of = omp_get_num_threads();
     float *sums = partial + static_cast<size_t>(columns) * me;
-    deal(tensors, count, me, of, units_of, size_of, [&](int64_t i, int64_t from, int64_t to) {
+    deal(tensors, count, me, of, units_once, size_of, [&](int64_t i, int64_t from, int64_t to) {
       const oz_tensor &t = tensors[i];
       const int64_t n = t.rows * t.cols;
       if (t.kind == OZ_ROWS) {
         with_loops(t, i, r, o, [&](const auto &loops) { loops.rows(from, to); });
-      } else if (t.kind == OZ_COLUMNS) {
-        with_loops(t, i, r, o,
-                   [&](const auto &loops) { loops.column_sums(from, to, sums + offset[i]); });
       } else if (t.kind == OZ_SIGN) {
         Mixed{t, r, o, rounding_key(o, i)}.signs(from * BLOCK, std::min(n, to * BLOCK));
       } else {
@@ -251,6 +253,10 @@ OZ_FUNCTION(scale) {
       }
     });
     if (columns > 0) {
+      deal(tensors, count, me, of, units_twice, size_of, [&](int64_t i, int64_t from, int64_t to) {
+        with_loops(tensors[i], i, r, o,
+                   [&](const auto &loops) { loops.column_sums(from, to, sums + offset[i]); });
+      });
 #pragma omp barrier
 #pragma omp for
       for (int64_t j = 0; j < columns; ++j) {
@@ -259,11 +265,10 @@ OZ_FUNCTION(scale) {
         for (int k = 0; k < of; ++k) sum += partial[static_cast<size_t>(columns) * k + j];
         factors[j] = factor(sum, tensors[i].rows, r, scale_of(tensors[i], r));
       }
-      deal(tensors, count, me, of, units_of, size_of, [&](int64_t i, int64_t from, int64_t to) {
-        if (tensors[i].kind == OZ_COLUMNS)
-          with_loops(tensors[i], i, r, o, [&](const auto &loops) {
-            column_updates(loops, from, to, factors + offset[i]);
-          });
+      deal(tensors, count, me, of, units_twice, size_of, [&](int64_t i, int64_t from, int64_t to) {
+        with_loops(tensors[i], i, r, o, [&](const auto &loops) {
+          column_updates(loops, from, to, factors + offset[i]);
+        });
       });
     }
   }
