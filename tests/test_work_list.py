@@ -75,9 +75,9 @@ def test_a_sleeper_sees_that_its_run_is_gone(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A plan of two runs long enough to be interrupted."""
+    """A plan of two runs, each longer than one process may start behind the other."""
     tiny_benchmarks.tiny_corpus(tmp_path)
-    write_plan(tmp_path, steps=250)
+    write_plan(tmp_path, steps=1500)
     rows = [
         {"method": m, "protocol": "tuned", "config": {"lr": 1e-2, "other_lr": 2e-2, "clip": 1.0}}
         for m in ("adamw", "scale")
