@@ -65,7 +65,7 @@ test-thorough: $(VENV)/.test
 # FSDP2, DDP, tensor parallelism, checkpoints, other world sizes and killed processes, with gloo.
 test-distributed: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m distributed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed_full.py tests/distributed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout 1800 tests/distributed_full.py tests/distributed
 
 # With the Python that has the GPU's torch: nothing is installed. Rows come to $(OUT).
 OUT ?= runs/gpu

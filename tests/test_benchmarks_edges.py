@@ -106,7 +106,7 @@ def test_groups_give_a_role_options_of_its_own(folder, capsys):
     assert capsys.readouterr().err.endswith(error)
 
 
-def slow_worker(args, entry, folder, test):
+def slow_worker(args, entry, name, folder, test):
     """A worker that says when it has begun to train; at one learning rate its steps take long."""
     CONFIGS["tiny"] = tiny_benchmarks.TINY
 
@@ -115,7 +115,7 @@ def slow_worker(args, entry, folder, test):
         time.sleep(1 if entry.config.lr == 1e-2 else 0)
 
     register_optimizer_step_post_hook(hook)
-    return run_job(args, entry, folder, test)
+    return run_job(args, entry, name, folder, test)
 
 
 @pytest.mark.thorough
