@@ -15,6 +15,7 @@ from benchmarks.scales import SCALES, Scale, rescaled
 PROTOCOLS = ("tuned", "paper")
 _CONFIGS = Path(__file__).with_name("configs")
 _RESULTS = Path(__file__).with_name("results")
+GROWTH = 2  # points by which a grid grows whose best is at its end
 _NO_SIZES = ("methods", "default", "tuned_by")
 Row = dict[str, Any]
 
@@ -134,6 +135,22 @@ class Plan:
         names, axes = list(rules["grid"]), list(rules["grid"].values())
         points = [dict(zip(names, point, strict=True)) for point in itertools.product(*axes)]
         return [self.entry(method, protocol, 0, **point, **rules["fixed"]) for point in points]
+
+    def beyond(self, method: str, protocol: str, rows: list[Row]) -> list[Entry]:
+        """The next point of another size's grid past the end where the best one lies, if it does.
+
+        A grid grows by `GROWTH` points at most.
+        """
+        points = self.grid(method, protocol)
+        mine = [r for r in rows if (r["method"], r["protocol"]) == (method, protocol)]
+        if not self.scale or len(points) == 1 or len(mine) >= len(points) + GROWTH:
+            return []
+        best = settings(choose(mine, method, protocol))
+        tried = [settings(row)["lr"] for row in mine]
+        if best["lr"] not in (min(tried), max(tried)):
+            return []
+        point = _times(best, (1.0, 1.0), 0.5 if best["lr"] == min(tried) else 2.0)
+        return [self.entry(method, protocol, 0, **point, steps=points[0].config.steps)]
 
     def second(self, method: str, protocol: str, rows: list[Row]) -> list[Entry]:
         """The second stage: what the plan varies at the best point of the first."""

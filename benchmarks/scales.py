@@ -14,7 +14,8 @@ class Scale:
         gap: steps between two refreshes of a subspace, and between two restarts.
         grid_steps: length of a run of the grid.
         centre: the middle of the grid, as multiples of the two rates that are best on nano.
-        factors: the grid: both learning rates, times each of these.
+        factors: the grid: both learning rates, times each of these; it grows where the best is at
+            an end (`Plan.beyond`).
     """
 
     sizes: dict[str, Any]

@@ -51,7 +51,10 @@ class TableRuns:
         for plan, methods in _by_plan(tune):
             session = Session(self.args, plan, self.corpus)
             with self._stored(plan.tune_path, session, {}):
-                session.run([e for m in methods for e in self._grid(plan, m)], test=False)
+                entries = [e for m in methods for e in self._grid(plan, m)]
+                while entries:
+                    session.run(entries, test=False)
+                    entries = self._beyond(plan, methods, session.rows)
             tuned += session.rows
         rows: dict[str, list[Row]] = {}
         for plan, methods in _by_plan(self.pairs):
@@ -88,7 +91,14 @@ class TableRuns:
             return points == 1
         rows = read_rows(plan.tune_path)
         tried = sum((r["method"], r["protocol"]) == (method, self.table.protocol) for r in rows)
-        return tried >= points or "tuned_by" in plan.values
+        whole = tried >= points and not self._beyond(plan, [method], rows)
+        return whole or "tuned_by" in plan.values
+
+    def _beyond(self, plan: Plan, methods: list[str], rows: list[Row]) -> list[Entry]:
+        """Where grids must grow; a budget has no time for it."""
+        if self.args.budget_minutes is not None:
+            return []
+        return [e for m in methods for e in plan.beyond(m, self.table.protocol, rows)]
 
     def _grid(self, plan: Plan, method: str) -> list[Entry]:
         return plan.grid(method, self.table.protocol)

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import tiny_benchmarks
@@ -92,6 +93,30 @@ def test_a_plan_at_another_size_takes_its_ranks_and_a_grid_around_the_best():
         Plan("61m")
 
 
+def test_a_grid_grows_where_its_best_is_at_an_end():
+    plan = Plan("9m")
+    points = [e.config for e in plan.grid("galore", "tuned")]
+
+    def rows(best: int, count: int = 4):
+        made = []
+        for i, c in enumerate([*points, *[replace(points[-1], lr=9.0 + n) for n in range(3)]]):
+            row = {"method": "galore", "protocol": "tuned", "config": vars(c)}
+            made.append({**row, "valid_loss": None if i == 3 else 5.0 + abs(i - best)})
+        return made[:count]
+
+    (below,) = plan.beyond("galore", "tuned", rows(0))
+    assert below.config.lr == points[0].lr / 2 and below.config.steps == points[0].steps
+    assert below.config.other_lr == points[0].other_lr / 2
+    assert plan.beyond("galore", "tuned", rows(1)) == []
+    made = rows(0)
+    made[3]["valid_loss"] = 4.0
+    (above,) = plan.beyond("galore", "tuned", made)
+    assert above.config.lr == 2 * points[3].lr and above.config.other_lr == 2 * points[3].other_lr
+    assert len(plan.beyond("galore", "tuned", rows(0, 5))) == 1
+    assert plan.beyond("galore", "tuned", rows(0, 6)) == [], "two at most"
+    assert Plan("60m-full").beyond("galore", "paper", rows(0)) == []
+
+
 @pytest.mark.parametrize("size", [s for s in SCALES if s.endswith("-full")])
 def test_the_published_protocol_is_the_published_one(size):
     plan = Plan(size)
@@ -160,7 +185,8 @@ def test_the_command_tunes_trains_and_writes(words, tmp_path, capsys, monkeypatc
     assert {r["method"] for r in made["records"]} == {"adamw", "galore"}
     assert all(r["seeds"] == 1 and r["tokens"] == 4 * 64 for r in made["records"])
     runs = list((tmp_path / "out" / "scale-main-dry" / "runs").iterdir())
-    assert sum("steps2" in run.name for run in runs) == 6 and len(runs) == 8
+    # The highest of the three rates is best in so few steps, so the next is tried, and worse.
+    assert sum("steps2" in run.name for run in runs) == 8 and len(runs) == 10
     markdown = (tmp_path / "out" / "scale-main-dry" / "scale-main.md").read_text()
     assert "| GaLore | 34.58 | 1.151 |" in markdown and "do not compare" in markdown
     # Again: nothing is trained.
@@ -187,9 +213,9 @@ def test_what_a_stopped_table_has_is_stored_and_not_run_again(words, tmp_path, m
     rows = json.loads((tmp_path / "results" / "dry-tune.json").read_text())["rows"]
     assert [r["method"] for r in rows] == ["adamw"] * 3 + ["galore"]
     trained.clear()
-    stop = 4  # what is left of the grid, and the first of two final runs
+    stop = 8  # what is left of the grid, its two points more a method, the first of two final runs
     assert main([*words, "second"]) == 130
-    assert sum("steps2" in key for key in trained) == 2
+    assert sum("steps2" in key for key in trained) == 6
     rows = json.loads((tmp_path / "results" / "dry-compare.json").read_text())["rows"]
     assert [r["method"] for r in rows] == ["adamw"]
     trained.clear()
