@@ -42,19 +42,23 @@ def measure(
     """Seconds of one step of each method (the quickest of a few, after a first one)."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    found = {}
-    for entry in {e.method: e for e in entries}.values():
-        run = Run(replace(entry.config, compile=False), corpus)
-        times = []
-        for _ in range(steps + 1):
-            start = time.perf_counter()
-            run.train_step(log=False)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        found[entry.method] = min(times[1:])
-    torch.set_num_threads(before)
-    return found
+    try:
+        each = {e.method: e for e in entries}
+        return {method: _measured(entry, corpus, steps) for method, entry in each.items()}
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measured(entry: Entry, corpus: Corpus, steps: int) -> float:
+    run = Run(replace(entry.config, compile=False), corpus)
+    times = []
+    for _ in range(steps + 1):
+        start = time.perf_counter()
+        run.train_step(log=False)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
 
 
 def fit(

@@ -28,10 +28,10 @@ from benchmarks.plan import (
     perplexity,
     same_run,
 )
-from benchmarks.progress import RunProgress, SideBySide
+from benchmarks.progress import SideBySide
 from benchmarks.provenance import write_json
 from benchmarks.run import fingerprint
-from benchmarks.train import Progress, add_corpus_arguments, corpus_from, finished, train
+from benchmarks.train import add_corpus_arguments, corpus_from, finished, train
 from benchmarks.work import Claim, Lost, WorkList
 
 WAIT = 0.5  # seconds between two looks at what other processes have
@@ -51,18 +51,18 @@ class Session:
         """The rows of ``entries``; finished ones are read, unfinished ones go on."""
         steps = sum(entry.config.steps for entry in entries)
         together = min(self.args.jobs, len(entries))
-        with SideBySide(steps) if together > 1 else RunProgress(steps) as bar:
+        bar = SideBySide(steps)
+        with bar:
             known = [(entry, self._known(entry, test)) for entry in entries]
             ready = [(entry, row) for entry, row in known if row is not None]
             rest = [entry for entry, row in known if row is None]
-            for entry, _ in ready:
-                bar.start(self._name(entry), entry.config.steps)
-            if isinstance(bar, SideBySide):
+            if together > 1:
                 runs = self._many(rest, together, bar, test)
             else:
                 runs = self._each(rest, bar, test)
             pairs = itertools.chain(ready, runs)
             for done, (entry, row) in enumerate(pairs, start=1):
+                bar.end(entry.key, entry.config.steps)
                 row = {**row, "method": entry.method, "protocol": entry.protocol}
                 self.rows.append(row)
                 c, loss = entry.config, row["test_loss"] if test else row["valid_loss"]
@@ -97,7 +97,7 @@ class Session:
                 return entry, found
         return None
 
-    def _each(self, entries: list[Entry], bar: RunProgress, test: bool) -> Pairs:
+    def _each(self, entries: list[Entry], bar: SideBySide, test: bool) -> Pairs:
         pending = list(entries)
         while pending:
             found = self._next(pending, test)
@@ -105,21 +105,20 @@ class Session:
                 time.sleep(WAIT)
                 continue
             entry, held = found
-            report = bar.start(self._name(entry), entry.config.steps)
             if not isinstance(held, Claim):
                 yield entry, held
                 continue
             with held:
-                row = self._train(entry, held, report, test)
+                row = self._train(entry, held, bar, test)
             if row is None:
                 pending.append(entry)
             else:
                 yield entry, row
 
-    def _train(self, entry: Entry, claim: Claim, report: Progress, test: bool) -> Row | None:
+    def _train(self, entry: Entry, claim: Claim, bar: SideBySide, test: bool) -> Row | None:
         def progress(step: int, loss: float, speed: float) -> None:
             claim.check()
-            report(step, loss, speed)
+            bar.report(entry.key, self._name(entry), step, loss, speed)
 
         options: Any = {"out": self._folder(entry), "save_every": _save_every(entry), "test": test}
         try:
@@ -142,7 +141,6 @@ class Session:
                             job = (self.args, entry, self._name(entry), self._folder(entry), test)
                             running[pool.submit(_train_in_worker, *job)] = entry, held
                         else:
-                            bar.end(entry.key, entry.config.steps)
                             yield entry, held
                     ended = wait(running, WAIT, FIRST_COMPLETED).done
                     while not reports.empty():
@@ -150,7 +148,6 @@ class Session:
                     for future in ended:
                         entry, held = running.pop(future)
                         self.work.release(held)
-                        bar.end(entry.key, entry.config.steps)
                         yield entry, future.result()
                     if not running:
                         time.sleep(WAIT if pending else 0)
@@ -244,9 +241,19 @@ def add_jobs_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs",
         type=int,
-        default=default_jobs(),
         help="runs side by side, in processes; on a CPU as many as threads, to eight",
     )
+
+
+def settle_counts(args: argparse.Namespace) -> None:
+    """Jobs where none were given.
+
+    Raises:
+        ValueError: there are none of them, or no seeds.
+    """
+    args.jobs = default_jobs() if args.jobs is None else args.jobs
+    if args.seeds < 1 or args.jobs < 1:
+        raise ValueError("--seeds and --jobs must be at least 1")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -270,8 +277,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run what is missing, print the table, write results.json, table.md and the pictures."""
-    if args.seeds < 1 or args.jobs < 1:
-        raise ValueError("--seeds and --jobs must be at least 1")
+    settle_counts(args)
     plan = Plan(args.plan)
     methods = plan.select(args.optimizers)
     protocols = list(PROTOCOLS) if args.protocol == "both" else [args.protocol]

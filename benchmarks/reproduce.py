@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import beside, cast_beside
-from benchmarks.compare import add_jobs_argument
+from benchmarks.compare import add_jobs_argument, settle_counts
 from benchmarks.llama import Llama, get_config
 from benchmarks.low_rank import convert_model
 from benchmarks.published import published
@@ -250,8 +250,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Print the tables; 1 if a memory cell that can be computed differs from the paper's."""
-    if args.seeds < 1 or args.jobs < 1:
-        raise ValueError("--seeds and --jobs must be at least 1")
+    settle_counts(args)
     if args.memory_only:
         return max(print_memory(name) for name in args.table)
     for name in args.table:
