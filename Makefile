@@ -57,7 +57,7 @@ test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # The cases that `make test` leaves out (tests/conftest.py), and what takes minutes of CPU; all of
-# them, or with PART=2/3 the second third.
+# them, or with PART=2/4 the second quarter.
 PART ?= 1/1
 test-thorough: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "thorough and not distributed" --part $(PART)
