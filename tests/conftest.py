@@ -10,6 +10,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -132,6 +133,23 @@ def mark_thorough(items: list[pytest.Item]) -> None:
     for cases in methods.values():
         for _, item in sorted(cases, key=lambda case: case[0])[1:]:
             item.add_marker(pytest.mark.thorough)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A text of some thousand tokens, for the model `tiny`."""
+    import tiny_benchmarks
+
+    return tiny_benchmarks.tiny_corpus(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The benchmarks have the model `tiny`, and what they write lands in a folder of the test's."""
+    import tiny_benchmarks
+
+    monkeypatch.setitem(tiny_benchmarks.llama.CONFIGS, "tiny", tiny_benchmarks.TINY)
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture

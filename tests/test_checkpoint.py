@@ -21,32 +21,17 @@ from benchmarks.llama import CONFIGS
 from benchmarks.run import RunConfig
 from benchmarks.train import train
 
+pytestmark = pytest.mark.usefixtures("tiny")
 SGD = RunConfig("sgd", 0.5, model="tiny", steps=9, batch_size=4, seq_len=16, eval_tokens=256)
 IDENTITY = {"format": 1, "lr": 0.5}
 STATE = {"model": {"w": torch.arange(1000.0)}, "steps": [1, 2.5, "text"]}
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return tiny_benchmarks.tiny_corpus(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch, tmp_path):
-    monkeypatch.setitem(CONFIGS, "tiny", tiny_benchmarks.TINY)
-    monkeypatch.chdir(tmp_path)
-
-
 @pytest.fixture
 def saved(corpus, tmp_path) -> Checkpoints:
     """Those of steps 2 and 4 of a run that was interrupted."""
-
-    def stop(step, loss, speed):
-        if step == 4:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        train(SGD, corpus, out=tmp_path / "run", save_every=2, progress=stop)
+        train(SGD, corpus, out=tmp_path / "run", save_every=2, progress=tiny_benchmarks.stop_at(4))
     return Checkpoints(tmp_path / "run" / "checkpoints")
 
 

@@ -7,17 +7,18 @@ import pytest
 import tiny_benchmarks
 import torch
 from reference.lowrank_numpy import recovering
+from tiny_benchmarks import stop_at
 
 from benchmarks import reproduce, tables
 from benchmarks.__main__ import main
 from benchmarks.checkpoint import Checkpoints
-from benchmarks.llama import CONFIGS
 from benchmarks.plan import Plan
 from benchmarks.run import Run, RunConfig, fingerprint, lr_factor
 from benchmarks.train import train
 from optimzoo import get_info
 from optimzoo.lowrank import FactoredLinear, LoRALinear, LowRankLinear, ReLoRA, Restarts
 
+pytestmark = pytest.mark.usefixtures("tiny")
 LOW = {"rank": 4, "alpha": 4.0}
 RESTARTS = {"every": 4, "recovery_steps": 2}
 CASES = {
@@ -30,25 +31,6 @@ CASES = {
 BASE = RunConfig(
     "adamw", 1e-2, model="tiny", steps=10, batch_size=4, seq_len=16, eval_tokens=256, warmup=0.2
 )
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return tiny_benchmarks.tiny_corpus(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch, tmp_path):
-    monkeypatch.setitem(CONFIGS, "tiny", tiny_benchmarks.TINY)
-    monkeypatch.chdir(tmp_path)
-
-
-def stop_at(last: int):
-    def progress(step: int, loss: float, speed: float) -> None:
-        if step == last:
-            raise KeyboardInterrupt
-
-    return progress
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

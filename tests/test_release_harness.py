@@ -7,10 +7,10 @@ import pytest
 import tiny_benchmarks
 
 from benchmarks.__main__ import main
-from benchmarks.llama import CONFIGS
 from benchmarks.run import RunConfig
 from benchmarks.train import train
 
+pytestmark = pytest.mark.usefixtures("tiny")
 SCALE = RunConfig(
     "scale",
     1e-2,
@@ -23,22 +23,6 @@ SCALE = RunConfig(
     eval_tokens=256,
 )
 SAME = ("curve", "valid_loss", "test_loss", "state_bytes", "tokens")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return tiny_benchmarks.tiny_corpus(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch, tmp_path):
-    monkeypatch.setitem(CONFIGS, "tiny", tiny_benchmarks.TINY)
-    monkeypatch.chdir(tmp_path)
-
-
-def interrupt(step: int, loss: float, speed: float) -> None:
-    if step == 4:
-        raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("config", [SCALE, replace(SCALE, optimizer="adamw")], ids=str)
@@ -54,7 +38,7 @@ def test_interrupted_and_clipped_it_goes_on_to_the_same_bits(corpus, tmp_path):
     config = replace(SCALE, clip=0.5, release=True)
     straight = train(config, corpus)
     with pytest.raises(KeyboardInterrupt):
-        train(config, corpus, out=tmp_path / "run", progress=interrupt)
+        train(config, corpus, out=tmp_path / "run", progress=tiny_benchmarks.stop_at(4))
     row = train(config, corpus, out=tmp_path / "run")
     assert [row[key] for key in SAME] == [straight[key] for key in SAME]
     unreleased = train(replace(config, release=False), corpus)

@@ -16,12 +16,12 @@ from torch.nn import functional as F
 import benchmarks.train as train_module
 from benchmarks.__main__ import main
 from benchmarks.data import Batches
-from benchmarks.llama import CONFIGS
 from benchmarks.run import Run, RunConfig, lr_factor
 from benchmarks.train import train
 from optimzoo import list_optimizers
 from optimzoo.memory import account
 
+pytestmark = pytest.mark.usefixtures("tiny")
 HYPER = {
     "adamw": {"lr": 1e-2},
     "muon": {"lr": 2e-2, "other_lr": 1e-2},
@@ -29,17 +29,6 @@ HYPER = {
     "galore": {"lr": 1e-2, "hyper": {"rank": 4, "update_proj_gap": 10}},
 }
 SGD = RunConfig("sgd", 0.5, model="tiny", steps=6, batch_size=4, seq_len=16, eval_tokens=256)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return tiny_benchmarks.tiny_corpus(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch, tmp_path):
-    monkeypatch.setitem(CONFIGS, "tiny", tiny_benchmarks.TINY)
-    monkeypatch.chdir(tmp_path)  # nothing may land in the repository
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:

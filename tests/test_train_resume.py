@@ -15,14 +15,14 @@ import tiny_benchmarks
 import torch
 from data_helpers import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_benchmarks import saved_step
+from tiny_benchmarks import saved_step, stop_at
 
 import benchmarks.train as train_module
-from benchmarks.llama import CONFIGS
 from benchmarks.provenance import write_atomic
 from benchmarks.run import Run, RunConfig
 from benchmarks.train import train
 
+pytestmark = pytest.mark.usefixtures("tiny")
 LOW_RANK = {"rank": 4, "update_proj_gap": 3}
 HYPER = {
     "adamw": {"lr": 1e-2},
@@ -34,27 +34,6 @@ HYPER = {
     "stable_spam": {"lr": 1e-2, "hyper": {"update_proj_gap": 3}},
 }
 SGD = RunConfig("sgd", 0.5, model="tiny", steps=9, batch_size=4, seq_len=16, eval_tokens=256)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return tiny_benchmarks.tiny_corpus(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch, tmp_path):
-    monkeypatch.setitem(CONFIGS, "tiny", tiny_benchmarks.TINY)
-    monkeypatch.chdir(tmp_path)
-
-
-def stop_at(last: int):
-    """A progress callback that interrupts after step `last`."""
-
-    def progress(step: int, loss: float, speed: float) -> None:
-        if step == last:
-            raise KeyboardInterrupt
-
-    return progress
 
 
 def assert_same_bits(row, straight) -> None:

@@ -9,6 +9,7 @@ import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,16 @@ def saved_step(out: Path) -> int:
     step = checkpoints.steps()[-1]
     assert json.loads(checkpoints.load(step)[0]["progress"])[0] == step
     return step
+
+
+def stop_at(last: int) -> Callable[[int, float, float], None]:
+    """A progress callback that interrupts after step `last`."""
+
+    def progress(step: int, loss: float, speed: float) -> None:
+        if step == last:
+            raise KeyboardInterrupt
+
+    return progress
 
 
 def write_plan(folder: Path, values: dict[str, Any] = PLAN) -> None:
