@@ -34,11 +34,11 @@ BUDGETS = {
     "reduce._column_ends": (64, 64),
     "reduce._clipped_parts": (64, 64),
     "reduce._clipped_ends": (48, 48),
-    "apply._apply": (80, 96),
+    "apply._apply": (96, 96),
     "center._center": (104, 104),
 }
 BIN = "backends/nvidia/bin"
-POINTERS = {"table": "*i64", "lr": "*fp32", "grad_scale": "*fp32", "found_inf": "*fp32"}
+POINTERS = {"table": "*i64", "rates": "*fp32", "grad_scale": "*fp32", "found_inf": "*fp32"}
 INTEGERS = ("count", "seed_low", "seed_high", "step_low", "step_high", "first_index")
 ALL = (("bf16", "bf16"), ("fp32", "fp32"), ("fp16", "fp16"), ("bf16", "fp32"), ("fp32", "bf16"))
 SAME = ALL[:2]

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from optimzoo.kernels import dispatch
 from optimzoo.kernels import triton as kernels
 from optimzoo.kernels.triton import launch, table
 from optimzoo.kernels.triton.scale import _rows
 from optimzoo.lowbit import round_stochastic, stochastic
 from tests.kernels_triton import (
+    ADAM,
     BF16,
     COLUMNS,
     DEVICE,
@@ -28,6 +30,7 @@ from tests.kernels_triton import (
     scale,
 )
 from tests.reference import kernels_numpy as reference
+from tests.test_scale_kept_call import CHANGES, part_ways, run
 
 pytestmark = pytest.mark.filterwarnings(QUIET)
 NAMES = {BF16: "bfloat16", F16: "float16"}
@@ -155,12 +158,14 @@ def test_indices_beyond_32_bits():
     for field in (table.PARAM, table.GRAD):
         values[field.value] -= first * 2
     values[table.FIRST.value] = -first // count
-    lr, gradient, rounding = launch.scalars(p.device, lr=2.0**-15, seed=3, step=4)
-    rule = {"weight_decay": 0.0, "rest": 0.1, "eps": 0.0, "L2": False, **gradient, **rounding}
+    gradient, rounding = launch.scalars(seed=3, step=4)
+    rates = launch.rates_table(2.0**-15, 0.0, 1, p.device)
+    rule = {"rest": 0.1, "eps": 0.0, "L2": False, **gradient, **rounding}
     types = {"P": launch.TYPES[BF16], "G": launch.TYPES[BF16], "M": None}
     tile = dict(launch.row_tile(record).constants)
     _rows[(1,)](
-        torch.tensor(values, device=DEVICE), 1, lr, **rule, **types, ALIGNED=True, HUGE=True, **tile
+        *(torch.tensor(values, device=DEVICE), 1, rates),
+        **{**rule, **types, "ALIGNED": True, "HUGE": True, **tile},
     )
     bits = stochastic._random_bits(first, count, stochastic._key(3, 4, 0), p.device)
     assert torch.equal(p, stochastic._bfloat16(want.view(-1), bits).to(BF16).view(64, 64))
@@ -185,6 +190,47 @@ def test_many_tensors_are_stepped_as_each_alone():
         scale(*arguments, seed=7, first_index=i)
         assert torch.equal(params[i], arguments[0][0])
         assert averages[i] is None or torch.equal(averages[i], arguments[2][0])
+
+
+def test_each_tensor_has_its_own_rate_and_decay():
+    kinds = [ROWS, COLUMNS, SIGN, ADAM, COLUMNS]
+    params, grads, averages, squares = (
+        [make((6, 40), F32, 10 * j + i) for i in range(5)] for j in range(4)
+    )
+    squares = [v.abs() for v in squares]
+    rates, decays = [0.3, on_device(0.2), 0.1, on_device(0.05), 0.01], [0.1, 0.0, 0.3, 0.2, 0.5]
+    steps = [on_device(3.0)] * 5
+    options = {"betas": (0.9, 0.999), "adam_eps": 1e-8, "maximize": False, "momentum": 0.9}
+    options |= {"l2": False, "eps": 1e-8}
+
+    def step(lr, weight_decay, chosen):
+        tensors = [[c[i].clone() for i in chosen] for c in (params, averages, squares)]
+        columns = (tensors[0], [grads[i] for i in chosen], *tensors[1:], steps[: len(chosen)])
+        own = {"lr": lr, "weight_decay": weight_decay, **options}
+        kernels.scale_(*columns, [kinds[i] for i in chosen], [(6, 40)] * len(chosen), **own)
+        return tensors[0]
+
+    together = step(rates, decays, range(5))
+    for i in range(5):
+        assert torch.equal(together[i], step(rates[i], decays[i], [i])[0])
+        assert not torch.equal(together[i], step(rates[i - 1], decays[i], [i])[0])
+        assert not torch.equal(together[i], step(rates[i], decays[i - 1], [i])[0])
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_kept_call_of_scale_gives_the_same_bits(change, monkeypatch):
+    dispatch.backend.cache_clear()
+    monkeypatch.setitem(dispatch.BACKENDS, DEVICE, (kernels,))
+    try:
+        kept, optimizer = run(change, DEVICE, keep=True)
+        anew, _ = run(change, DEVICE, keep=False)
+    finally:
+        dispatch.backend.cache_clear()
+    assert len(optimizer._fused._kept) == (3 if change is part_ways else 1)
+    for call in optimizer._fused._kept:
+        assert call.kernels is kernels
+    for one, other in zip(kept, anew, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_neighbours_are_left_alone():

@@ -50,10 +50,10 @@ class _Kept(NamedTuple):
     states: list[tuple[int, str]]  # of what those are: place in the call, name
     sizes: list[torch.Size]  # of the weights
     dtypes: list[torch.dtype]  # of the gradients
-    kernels: native.Library
+    kernels: Any
     kinds: list[int]
     shapes: list[tuple[int, int]]
-    table: Table
+    table: dict[str, Table]  # none of Triton, which finds its own by what is in them
 
 
 class FusedSteps:
@@ -92,7 +92,7 @@ class FusedSteps:
             held["step"] = dispatch.counted(held["step"], params[0].device)
             columns = (params, grads, *(held[name] for name in _STATES), kept.kinds, kept.shapes)
             own = [(groups[number], size) for number, size in kept.groups]
-            self._call(kept.kernels, columns, own, counts, table=kept.table)
+            self._call(kept.kernels, columns, own, counts, **kept.table)
         return True
 
     def step(
@@ -125,7 +125,8 @@ class FusedSteps:
         for kernels, chosen in runs:
             counts = [item.step for item in chosen if item.step is not None]
             how = dispatch.rounding(chosen)
-            self._call(kernels, dispatch.columns(chosen), [(group, 1)], counts, **how)
+            own = [(group, len(chosen))]
+            self._call(kernels, dispatch.columns(chosen), own, counts, **how)
         if len(runs) == 1 and not rest:
             self._made[number] = runs[0]
         left = {id(item.whole) for item in rest}
@@ -139,8 +140,8 @@ class FusedSteps:
         if any(group["params"] and number not in made for number, group in enumerate(groups)):
             return
         by_rule: dict[Any, list[int]] = {}
-        for number, (kernels, items) in made.items():
-            if not _may_keep(kernels, items, states, groups[number]):
+        for number, (_, items) in made.items():
+            if not _may_keep(items, states, groups[number]):
                 return
             rule = (items[0].param.device, *_rule(groups[number]))
             by_rule.setdefault(rule, []).append(number)
@@ -158,16 +159,11 @@ class FusedSteps:
         """Make a call for tensors of one group, or of several, each with its number of them."""
         device = columns[0][0].device
         scaler = {name: tensor.to(device) for name, tensor in self._scaler.items()}
-        lr: Any = [dispatch.scalar(group["lr"], device) for group, _ in groups]
-        weight_decay: Any = [group["weight_decay"] for group, _ in groups]
-        if len(groups) == 1:
-            (lr,), (weight_decay,) = lr, weight_decay
-        else:  # one for each tensor
-            sizes = [size for _, size in groups]
-            lr, weight_decay = (
-                [x for x, size in zip(values, sizes, strict=True) for _ in range(size)]
-                for values in (lr, weight_decay)
-            )
+        lr: list[Any] = []
+        weight_decay: list[float] = []
+        for group, size in groups:
+            lr += [dispatch.scalar(group["lr"], device)] * size
+            weight_decay += [group["weight_decay"]] * size
         group = groups[0][0]
         kernels.scale_(
             *columns,
@@ -220,14 +216,11 @@ def _fields(
     return params, grads, fields
 
 
-def _may_keep(
-    kernels: Any, items: list[dispatch.Item], states: States, group: dict[str, Any]
-) -> bool:
+def _may_keep(items: list[dispatch.Item], states: States, group: dict[str, Any]) -> bool:
     """Whether a call was the whole group's, with nothing that is made anew at each step."""
     known = {id(p) for p in group["params"]}
     return (
-        isinstance(kernels, native.Library)
-        and len(items) == len(known)
+        len(items) == len(known)
         and all(id(i.param) in known and type(i.param) in dispatch.PLAIN[:2] for i in items)
         and all(i.counter is None and i.grad.is_contiguous() for i in items)
         and all(
@@ -250,7 +243,11 @@ def _kept(
     named = [
         (i, k) for i, item in enumerate(items) for k in _STATES if getattr(item, k) is not None
     ]
-    extras = kernels.scale_scratch(params, kinds, shapes)
+    table = {}
+    if isinstance(kernels, native.Library):
+        extras = kernels.scale_scratch(params, kinds, shapes)
+        none = [None] * len(items)
+        table["table"] = Table((*fields[:4], none, fields[4], extras), shapes, kinds)
     return _Kept(
         groups=[(number, len(made[number][1])) for number in numbers],
         places=[place[id(p)] for p in params],
@@ -261,5 +258,5 @@ def _kept(
         kernels=kernels,
         kinds=kinds,
         shapes=shapes,
-        table=Table((*fields[:4], [None] * len(items), fields[4], extras), shapes, kinds),
+        table=table,
     )

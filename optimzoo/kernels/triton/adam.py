@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from optimzoo.kernels.table import Rate
 from optimzoo.kernels.triton import table as T
 from optimzoo.kernels.triton.element import (
     clipped,
@@ -18,8 +19,16 @@ from optimzoo.kernels.triton.element import (
     rounding_key,
     write_param,
 )
-from optimzoo.kernels.triton.launch import UNSPECIALIZED, Tile, flat_tile, launch, scalars, written
-from optimzoo.kernels.triton.table import Record, block, number, owner, pointer
+from optimzoo.kernels.triton.launch import (
+    UNSPECIALIZED,
+    Tile,
+    flat_tile,
+    launch,
+    rates_table,
+    scalars,
+    written,
+)
+from optimzoo.kernels.triton.table import Record, block, number, owner, pointer, rates_of
 
 
 @triton.jit
@@ -37,8 +46,7 @@ def _clip(g, clip):
 def _adam(
     table,
     count,
-    lr,
-    weight_decay,
+    rates,
     rest1,
     rest2,
     log_beta1,
@@ -105,7 +113,8 @@ def _adam(
             update = (root / c1) * moved / (tl.sqrt(v) + eps)
         else:
             update = (1.0 / c1) * moved / (tl.sqrt(v) * (1.0 / root) + eps)
-        p -= tl.load(lr) * (update + weight_decay * p)
+        lr, weight_decay = rates_of(rates, mine, count)
+        p -= lr * (update + weight_decay * p)
     write_param(param + at, p, inside, at, key, P, STOCHASTIC, HUGE)
 
 
@@ -116,10 +125,10 @@ def adam_(
     exp_avg_sqs: Sequence[Tensor],
     steps: Sequence[Tensor | None],
     *,
-    lr: float | Tensor,
+    lr: Rate | list[Rate],
     betas: tuple[float, float],
     eps: float,
-    weight_decay: float,
+    weight_decay: float | list[float],
     maximize: bool,
     eps_before: bool,
     masks: Sequence[Tensor | None] | None = None,
@@ -138,7 +147,7 @@ def adam_(
         return
     if not direction and any(step is None for step in steps):
         raise ValueError(f"steps[{[*steps].index(None)}] is None; only direction=True needs none")
-    lr, gradient, rounding = scalars(params[0].device, lr=lr, maximize=maximize, **shared)
+    gradient, rounding = scalars(maximize=maximize, **shared)
     none = [None] * len(params)
     options = zip(masks or none, steps, clips or none, strict=True)
     columns = zip(params, grads, exp_avgs, exp_avg_sqs, options, strict=True)
@@ -154,8 +163,7 @@ def adam_(
         l1=l1,
         alpha=alpha,
         direction=direction,
-        lr=lr,
-        weight_decay=weight_decay,
+        rates=rates_table(lr, weight_decay, len(params), params[0].device),
         **gradient,
         **rounding,
     )

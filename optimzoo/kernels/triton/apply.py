@@ -9,10 +9,28 @@ import triton.language as tl
 from torch import Tensor
 
 from optimzoo.kernels.dispatch import COLUMNS, ROWS
+from optimzoo.kernels.table import Rate
 from optimzoo.kernels.triton import table as T
 from optimzoo.kernels.triton.element import gradient_scale, read, rounding_key, write_param
-from optimzoo.kernels.triton.launch import UNSPECIALIZED, block_tile, launch, scalars, written
-from optimzoo.kernels.triton.table import Record, height, number, owner, pointer, tile, unit, width
+from optimzoo.kernels.triton.launch import (
+    UNSPECIALIZED,
+    block_tile,
+    launch,
+    rates_table,
+    scalars,
+    written,
+)
+from optimzoo.kernels.triton.table import (
+    Record,
+    height,
+    number,
+    owner,
+    pointer,
+    rates_of,
+    tile,
+    unit,
+    width,
+)
 
 _BY_ROW = tl.constexpr(ROWS)
 _BY_COLUMN = tl.constexpr(COLUMNS)
@@ -22,8 +40,7 @@ _BY_COLUMN = tl.constexpr(COLUMNS)
 def _apply(
     table,
     count,
-    lr,
-    weight_decay,
+    rates,
     sign,
     grad_scale,
     found_inf,
@@ -65,7 +82,8 @@ def _apply(
         by = tl.load(scales)
     g = read(grad + at, inside) * gradient_scale(sign, grad_scale)
     p = read(param + at, inside)
-    p -= tl.load(lr) * (by * g + weight_decay * p)
+    lr, weight_decay = rates_of(rates, mine, count)
+    p -= lr * (by * g + weight_decay * p)
     write_param(param + at, p, inside, at, key, P, STOCHASTIC, HUGE)
 
 
@@ -76,21 +94,22 @@ def apply_(
     kinds: Sequence[int],
     shapes: Sequence[tuple[int, int]],
     *,
-    lr: float | Tensor,
-    weight_decay: float,
+    lr: Rate | list[Rate],
+    weight_decay: float | list[float],
     maximize: bool = False,
     **shared: Any,
 ) -> None:
     """A step along ``scales * grads``; ``shared`` as in :func:`launch.scalars`."""
     if not params:
         return
-    lr, gradient, rounding = scalars(params[0].device, lr=lr, maximize=maximize, **shared)
+    gradient, rounding = scalars(maximize=maximize, **shared)
+    rates = rates_table(lr, weight_decay, len(params), params[0].device)
     columns = zip(params, grads, scales, shapes, strict=True)
     records = [
         Record(p, g, None, None, None, None, s, *shape, i)
         for i, (p, g, s, shape) in enumerate(columns)
     ]
-    apply_records(records, kinds, lr=lr, weight_decay=weight_decay, **gradient, **rounding)
+    apply_records(records, kinds, rates=rates, **gradient, **rounding)
     written(params)
 
 

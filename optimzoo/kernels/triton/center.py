@@ -90,7 +90,7 @@ def center_(
     """Centred and scaled rows into ``outs``; ``shared`` as in :func:`launch.scalars`."""
     if not outs:
         return
-    _, gradient, rounding = scalars(outs[0].device, maximize=maximize, **shared)
+    gradient, rounding = scalars(maximize=maximize, **shared)
     records = [
         Record(out, g, None, None, None, None, None, *shape, i)
         for i, (out, g, shape) in enumerate(zip(outs, grads, shapes, strict=True))

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import struct
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,12 +10,13 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from optimzoo.kernels.table import Rate
 from optimzoo.kernels.triton.table import Record
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # Arguments that change from step to step, or lie anywhere: no kernel is compiled anew for them.
 UNSPECIALIZED = (
-    *("count", "lr", "grad_scale", "found_inf"),
+    *("count", "rates", "grad_scale", "found_inf"),
     *("seed_low", "seed_high", "step_low", "step_high", "first_index"),
 )
 _STAGING = 1 << 20  # int64s, 8 MiB: tables of some 80 captures of 1,000 tensors
@@ -95,20 +97,32 @@ def launch(
             )
 
 
+def rates_table(
+    lr: Rate | list[Rate], weight_decay: float | list[float], count: int, device: torch.device
+) -> Tensor:
+    """The learning rate and the decay of each of so many tensors, in pairs, on the device."""
+    lrs = lr if isinstance(lr, list) else [lr] * count
+    decays = weight_decay if isinstance(weight_decay, list) else [weight_decay] * count
+    numbers = [0.0 if isinstance(rate, Tensor) else rate for rate in lrs]
+    pairs = itertools.chain.from_iterable(zip(numbers, decays, strict=True))
+    words = struct.unpack(f"={count}q", struct.pack(f"={2 * count}f", *pairs))
+    rates = _upload(words, device).view(torch.float32)
+    if any(isinstance(rate, Tensor) for rate in lrs):
+        own = [r if isinstance(r, Tensor) else rates[2 * i] for i, r in enumerate(lrs)]
+        rates = torch.stack([torch.stack(own), rates[1::2]], dim=1)
+    return rates
+
+
 def scalars(
-    device: torch.device,
     *,
-    lr: float | Tensor = 0.0,
     maximize: bool = False,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     seed: int | None = None,
     step: int = 0,
     first_index: int = 0,
-) -> tuple[Tensor, dict[str, Any], dict[str, Any]]:
-    """What several kernels take: `lr` on the device, arguments on gradients, those on rounding."""
-    if not isinstance(lr, Tensor):
-        lr = torch.full((), lr, dtype=torch.float32, device=device)
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What several kernels take: arguments on gradients, those on rounding."""
     gradient = {
         "sign": -1.0 if maximize else 1.0,
         "grad_scale": grad_scale,
@@ -122,7 +136,7 @@ def scalars(
         "first_index": _int32(first_index),
         "STOCHASTIC": seed is not None,
     }
-    return lr, gradient, rounding
+    return gradient, rounding
 
 
 def written(*columns: Sequence[Tensor | None]) -> None:

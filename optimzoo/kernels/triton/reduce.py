@@ -215,7 +215,7 @@ def reduce_(
     """Sums into ``outs``, by each tensor's kind; ``shared`` as in :func:`launch.scalars`."""
     if not grads:
         return
-    gradient = scalars(grads[0].device, maximize=maximize, **shared)[1]
+    gradient, _ = scalars(maximize=maximize, **shared)
     records: dict[int, list[Record]] = {ROWS: [], COLUMNS: [], SIGN: []}
     for g, out, kind, (rows, cols) in zip(grads, outs, kinds, shapes, strict=True):
         if kind == SIGN:

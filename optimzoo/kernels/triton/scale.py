@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from optimzoo.kernels.dispatch import ADAM, COLUMNS, ROWS, SIGN
+from optimzoo.kernels.table import Rate
 from optimzoo.kernels.triton import table as T
 from optimzoo.kernels.triton.adam import step_records
 from optimzoo.kernels.triton.apply import apply_records
@@ -25,6 +26,7 @@ from optimzoo.kernels.triton.launch import (
     UNSPECIALIZED,
     flat_tile,
     launch,
+    rates_table,
     row_tile,
     scalars,
     written,
@@ -37,6 +39,7 @@ from optimzoo.kernels.triton.table import (
     number,
     owner,
     pointer,
+    rates_of,
     tile,
     unit,
     width,
@@ -47,8 +50,7 @@ from optimzoo.kernels.triton.table import (
 def _rows(
     table,
     count,
-    lr,
-    weight_decay,
+    rates,
     rest,
     eps,
     sign,
@@ -79,7 +81,7 @@ def _rows(
     key = rounding_key(
         number(mine, count, T.INDEX), first_index, step_low, step_high, seed_low, seed_high
     )
-    lr = tl.load(lr)
+    lr, weight_decay = rates_of(rates, mine, count)
     factor = gradient_scale(sign, grad_scale)
     row = unit(mine, count) * R + tl.arange(0, R)
     if LOOP:
@@ -112,8 +114,7 @@ def _rows(
 def _signs(
     table,
     count,
-    lr,
-    weight_decay,
+    rates,
     rest,
     sign,
     grad_scale,
@@ -139,7 +140,7 @@ def _signs(
     key = rounding_key(
         number(mine, count, T.INDEX), first_index, step_low, step_high, seed_low, seed_high
     )
-    lr = tl.load(lr)
+    lr, weight_decay = rates_of(rates, mine, count)
     g = direction(grad, exp_avg, at, inside, gradient_scale(sign, grad_scale), rest, M)
     g = tl.where(g > 0, 1.0, tl.where(g < 0, -1.0, g))  # zero and NaN stay
     p = read(param + at, inside)
@@ -156,9 +157,9 @@ def scale_(
     kinds: Sequence[int],
     shapes: Sequence[tuple[int, int]],
     *,
-    lr: float | Tensor,
+    lr: Rate | list[Rate],
     momentum: float,
-    weight_decay: float,
+    weight_decay: float | list[float],
     l2: bool,
     eps: float,
     betas: tuple[float, float],
@@ -169,14 +170,15 @@ def scale_(
     """SCALE's step on each tensor, by its kind; ``shared`` as in :func:`launch.scalars`."""
     if not params:
         return
-    lr, gradient, rounding = scalars(params[0].device, lr=lr, maximize=maximize, **shared)
+    gradient, rounding = scalars(maximize=maximize, **shared)
     records: dict[int, list[Record]] = {ROWS: [], COLUMNS: [], SIGN: [], ADAM: []}
     columns = zip(params, grads, exp_avgs, exp_avg_sqs, steps, kinds, shapes, strict=True)
     for i, (p, g, m, v, t, kind, (rows, cols)) in enumerate(columns):
         if kind in (SIGN, ADAM):
             rows, cols = 1, rows * cols
         records[kind].append(Record(p, g, m, v, None, t, None, rows, cols, i))
-    common = {"lr": lr, "weight_decay": weight_decay, **gradient, **rounding}
+    rates = rates_table(lr, weight_decay, len(params), params[0].device)
+    common = {"rates": rates, **gradient, **rounding}
     own = {"rest": 1.0 - momentum, **common}
     launch(_rows, records[ROWS], row_tile, eps=eps, L2=l2, **own)
     launch(_signs, records[SIGN], flat_tile, **own)

@@ -37,7 +37,7 @@ class Record(NamedTuple):
     extra: Tensor | None
     rows: int
     cols: int
-    order: int = 0  # the tensor's index in stochastic rounding
+    order: int = 0  # the tensor's index in the call: of its rates, and in stochastic rounding
     length: int = 0  # how many elements a sum is over
 
 
@@ -45,6 +45,13 @@ class Record(NamedTuple):
 def number(mine, count, FIELD: tl.constexpr):
     """A field of a tensor, `mine` being its column of a table of `count`."""
     return tl.load(mine + FIELD * count)
+
+
+@triton.jit
+def rates_of(rates, mine, count):
+    """A tensor's learning rate and decay."""
+    at = rates + 2 * number(mine, count, INDEX)
+    return tl.load(at), tl.load(at + 1)
 
 
 @triton.jit
