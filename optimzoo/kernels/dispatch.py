@@ -94,7 +94,9 @@ def takes(item: Item) -> bool:
         and type(grad) in (Tensor, FakeTensor)
         and param.dtype in TYPES
         and grad.dtype in TYPES
+        and grad.shape == param.shape
         and param.is_contiguous()
+        and not grad.is_neg()  # its numbers are not those that lie there
         and grad.device == param.device
     ):
         return False
@@ -106,7 +108,7 @@ def takes(item: Item) -> bool:
             and state.shape == param.shape  # a checkpoint may hold another
         ):
             return False
-    return True
+    return exp_avg is None or exp_avg_sq is None or exp_avg.dtype == exp_avg_sq.dtype
 
 
 def split(
@@ -168,16 +170,17 @@ def columns(items: list[Item]) -> tuple[list[Any], ...]:
 
 
 def counted(steps: list[Tensor | None], device: torch.device) -> list[Tensor | None]:
-    """Count Adam's steps on, and have them where the kernels read them."""
+    """Count Adam's steps on, and have them as the kernels read them: there, and in float32."""
     counts = [step for step in steps if step is not None]
     if counts:
         torch._foreach_add_(counts, 1)
-    away = [step for step in counts if step.device != device]
+    away = [s for s in counts if s.device != device or s.dtype is not torch.float32]
     if not away:
         return steps
     # One copy for all: each would cost as much.
-    moved = iter(torch.stack(away).to(device, non_blocking=True).unbind())
-    return [s if s is None or s.device == device else next(moved) for s in steps]
+    moved = torch.stack(away).to(device, torch.float32, non_blocking=True).unbind()
+    place = {id(step): copy for step, copy in zip(away, moved, strict=True)}
+    return [place.get(id(step), step) for step in steps]
 
 
 def scalar(value: float | Tensor, device: torch.device) -> float | Tensor:

@@ -214,7 +214,7 @@ class Library:
         return self._history("combine", history, weights, history.shape[1])
 
     def _history(self, operation: str, history: Tensor, vector: Tensor, size: int) -> Tensor:
-        out = torch.empty(size)
+        out = torch.empty(size, dtype=torch.float32, device=history.device)
         if isinstance(history, FakeTensor):
             return out
         library = self._loaded[0]
@@ -228,7 +228,7 @@ class Library:
     def nm_mask(self, weight: Tensor, n: int, m: int) -> Tensor:
         """The packed N:M mask of a contiguous weight, ``[rows, ⌈rest / 8⌉]``; CPU only."""
         rows, cols = weight.shape[0], weight[:1].numel()
-        mask = torch.empty(rows, -(-cols // 8), dtype=torch.uint8)
+        mask = torch.empty(rows, -(-cols // 8), dtype=torch.uint8, device=weight.device)
         if isinstance(weight, FakeTensor):
             return mask
         library = self._loaded[0]

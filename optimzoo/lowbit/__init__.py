@@ -5,6 +5,7 @@ from optimzoo.lowbit.stochastic import copy_, round_stochastic
 from optimzoo.lowbit.write_back import (
     LOW,
     ROUNDINGS,
+    STEP,
     Counter,
     moment_dtype,
     next_counter,
@@ -15,6 +16,7 @@ from optimzoo.lowbit.write_back import (
 __all__ = [
     "LOW",
     "ROUNDINGS",
+    "STEP",
     "Counter",
     "copy_",
     "dequantize",

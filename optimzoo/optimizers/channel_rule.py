@@ -72,7 +72,7 @@ class Channels(NamedTuple):
         """The sum of the squares of each channel."""
         rows, cols = self.grad.shape
         size = {dispatch.ROWS: rows, dispatch.COLUMNS: cols, dispatch.SIGN: 4}[self.kind]
-        out = torch.zeros(size, device=self.grad.device)
+        out = torch.zeros(size, dtype=torch.float32, device=self.grad.device)
         self.kernels.reduce_([self.grad], [out], [self.kind], [(rows, cols)])
         return out[1] if self.kind == dispatch.SIGN else out
 

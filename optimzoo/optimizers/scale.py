@@ -363,7 +363,7 @@ def normalized(grad: Tensor, *, dim: int, normalize: str, norm: str, eps: float)
     """``C(g)``: the direction of a matrix ``[..., m, n]``, in at least float32."""
     wide = torch.promote_types(grad.dtype, torch.float32)
     if normalize == "sign":
-        return grad.sign().to(wide)
+        return torch.where(grad.isnan(), grad, grad.sign()).to(wide)
     if normalize == "spectral":
         return _spectral(grad, norm=norm)
     length = torch.linalg.vector_norm(grad, dim=dim, keepdim=True, dtype=wide)

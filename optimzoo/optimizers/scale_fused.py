@@ -9,7 +9,7 @@ from torch import Tensor
 from optimzoo.distributed import local_part
 from optimzoo.kernels import dispatch, native
 from optimzoo.kernels.table import Table
-from optimzoo.lowbit import Counter
+from optimzoo.lowbit import STEP, Counter
 from optimzoo.roles import input_dim
 
 States = Mapping[Tensor, dict[str, Any]]
@@ -48,8 +48,7 @@ class _Kept(NamedTuple):
     places: list[int]  # of the call's tensors, in the parameters of all these groups
     addresses: list[int]  # of those parameters, then of the states that they have
     states: list[tuple[int, str]]  # of what those are: place in the call, name
-    sizes: list[torch.Size]  # of the weights
-    dtypes: list[torch.dtype]  # of the gradients
+    tensors: list[tuple[torch.Size, torch.dtype, bool]]  # `_kinds` of weights, gradients, states
     kernels: Any
     kinds: list[int]
     shapes: list[tuple[int, int]]
@@ -124,6 +123,8 @@ class FusedSteps:
         runs, rest = dispatch.split(items, group["fused"])
         for kernels, chosen in runs:
             counts = [item.step for item in chosen if item.step is not None]
+            here = {id(item.whole) for item in chosen}
+            counts += [states[p][STEP] for p in counters if id(parts.get(p)) in here]
             how = dispatch.rounding(chosen)
             own = [(group, len(chosen))]
             self._call(kernels, dispatch.columns(chosen), own, counts, **how)
@@ -179,7 +180,7 @@ class FusedSteps:
             **how,
         )
         for count in counts if "found_inf" in scaler else []:  # a skipped step is not counted
-            count.sub_(scaler["found_inf"].to(count.device))
+            count.sub_(scaler["found_inf"].to(count))
 
 
 def _layout(group: dict[str, Any]) -> tuple[Any, ...]:
@@ -199,21 +200,25 @@ def _fields(
         return None
     given = [p for group in own for p in group["params"]]
     params = [given[place] for place in kept.places]
-    if [p.shape for p in params] != kept.sizes:
-        return None
     grads = [p.grad for p in params]
-    for grad, dtype in zip(grads, kept.dtypes, strict=True):
-        if type(grad) is not Tensor or grad.dtype is not dtype or not grad.is_contiguous():
-            return None
+    if not all(type(grad) is Tensor and not grad.is_neg() for grad in grads):
+        return None
     fields: dict[str, list[Tensor | None]] = {name: [None] * len(params) for name in _STATES}
     for place, name in kept.states:
         fields[name][place] = states.get(params[place], {}).get(name)
     held = [fields[name][place] for place, name in kept.states]
-    if any(type(t) is not Tensor for t in held):
+    if not all(type(t) is Tensor for t in held):
         return None
     if [t.data_ptr() for t in (*params, *held)] != kept.addresses:
         return None
+    if _kinds([*params, *grads, *held]) != kept.tensors:
+        return None
     return params, grads, fields
+
+
+def _kinds(tensors: Sequence[Any]) -> list[tuple[torch.Size, torch.dtype, bool]]:
+    """What tensors at the same addresses may differ in, and kernels must know."""
+    return [(t.shape, t.dtype, t.is_contiguous()) for t in tensors]
 
 
 def _may_keep(items: list[dispatch.Item], states: States, group: dict[str, Any]) -> bool:
@@ -243,6 +248,7 @@ def _kept(
     named = [
         (i, k) for i, item in enumerate(items) for k in _STATES if getattr(item, k) is not None
     ]
+    held = [getattr(items[i], k) for i, k in named]
     table = {}
     if isinstance(kernels, native.Library):
         extras = kernels.scale_scratch(params, kinds, shapes)
@@ -251,10 +257,9 @@ def _kept(
     return _Kept(
         groups=[(number, len(made[number][1])) for number in numbers],
         places=[place[id(p)] for p in params],
-        addresses=[t.data_ptr() for t in (*params, *(getattr(items[i], k) for i, k in named))],
+        addresses=[t.data_ptr() for t in (*params, *held)],
         states=named,
-        sizes=[p.shape for p in params],
-        dtypes=[item.grad.dtype for item in items],
+        tensors=_kinds([*params, *fields[1], *held]),
         kernels=kernels,
         kinds=kinds,
         shapes=shapes,

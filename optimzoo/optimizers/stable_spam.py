@@ -158,7 +158,13 @@ class StableSPAM(HiddenRule):
         lr = float(scalar_lr(group))
         if kernels is not None:
             kernels.adam_(
-                *([weight], [grad], [m], [v], [state["moment_step"].to(grad.device)]),
+                *(
+                    [weight],
+                    [grad],
+                    [m],
+                    [v],
+                    [state["moment_step"].to(grad.device, torch.float32)],
+                ),
                 lr=lr,
                 betas=(beta1, beta2),
                 eps=group["eps"],
@@ -243,7 +249,8 @@ def _clips(
 ) -> Tensor:
     """Both clips as the kernels apply them: bound of an entry, ratio beyond it, factor of all."""
     tiny = torch.finfo(torch.float32).tiny
-    sums = torch.zeros(4, device=grad.device)  # largest entry, sum of squares, bound, ratio
+    # Largest entry, sum of squares, bound, ratio.
+    sums = torch.zeros(4, dtype=torch.float32, device=grad.device)
     call = ([grad], [sums], [dispatch.SIGN], [(1, grad.numel())])
     kernels.reduce_(*call)
     bound = _spike_bound(sums[0].clone(), state, step, group["gamma3"])

@@ -195,7 +195,8 @@ def _step_columns(records: list[Record], own: dict[str, Any], *, eps: float, L2:
     rest = own.pop("rest")
     gradient = {name: own[name] for name in ("sign", "grad_scale", "found_inf")}
     widths = [-(-r.cols // 4) * 4 for r in records]
-    factors = torch.empty(sum(widths), device=records[0].grad.device).split(widths)
+    device = records[0].grad.device
+    factors = torch.empty(sum(widths), dtype=torch.float32, device=device).split(widths)
     records = [r._replace(extra=f) for r, f in zip(records, factors, strict=True)]
     column_sums(records, rest=rest, eps=eps, L2=L2, INVERT=True, **gradient)
     plain = [r for r in records if r.exp_avg is None]
