@@ -29,7 +29,7 @@ from benchmarks.plan import (
     same_run,
 )
 from benchmarks.progress import SideBySide
-from benchmarks.provenance import write_json
+from benchmarks.provenance import make_folder, write_json
 from benchmarks.run import fingerprint
 from benchmarks.train import add_corpus_arguments, corpus_from, finished, train
 from benchmarks.work import Claim, Lost, WorkList
@@ -287,6 +287,7 @@ def main(args: argparse.Namespace) -> int:
     if args.fresh:
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(args.out / "runs")
+    make_folder(args.out, "--out")
     session = Session(args, plan, corpus_from(args, plan.values["model"]))
     if args.tune:
         return tune(session, methods, protocols)

@@ -66,6 +66,19 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         raise
 
 
+def make_folder(path: Path, option: str) -> None:
+    """Make the folder that an option names.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = error.strerror
+        raise ValueError(f"{option} {path} cannot be made: {why}; name another") from None
+
+
 def sync_folder(folder: Path) -> None:
     """Put on disk which files a folder has."""
     handle = os.open(folder, os.O_RDONLY)

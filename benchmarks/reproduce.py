@@ -224,7 +224,9 @@ def memory_table(name: str) -> tuple[Table, bool]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m benchmarks reproduce`."""
-    parser.add_argument("table", nargs="+", choices=sorted({*TABLES, *beside.TABLES, "cast"}))
+    names = sorted({*TABLES, *beside.TABLES, "cast"})
+    text = f"of {', '.join(names)}"
+    parser.add_argument("table", nargs="+", choices=names, metavar="TABLE", help=text)
     parser.add_argument("--memory-only", action="store_true", help="the memory column, in seconds")
     parser.add_argument("--scale", default="nano", choices=("nano", *SCALES), metavar="SIZE")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="some of the table's methods")
@@ -251,6 +253,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Print the tables; 1 if a memory cell that can be computed differs from the paper's."""
     settle_counts(args)
+    for option in ("budget_minutes", "stop_after"):
+        if getattr(args, option) is not None and not getattr(args, option) > 0:
+            name = option.replace("_", "-")
+            raise ValueError(f"--{name} is {getattr(args, option):g}; it must be more than 0")
     if args.memory_only:
         return max(print_memory(name) for name in args.table)
     for name in args.table:

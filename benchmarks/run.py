@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 import optimzoo
@@ -113,6 +114,26 @@ def lr_factor(step: int, config: RunConfig) -> float:
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def make_optimizer(config: RunConfig, model: Llama) -> Optimizer:
+    """The run's optimizer on a model's weights."""
+    groups = optimzoo.param_groups(model)
+    for group in groups:
+        group.update(config.groups.get(group["role"], {}))
+    rates = {"lr": config.lr, "other_lr": config.other_lr}
+    try:
+        return optimzoo.create_optimizer(config.optimizer, groups, **rates, **config.hyper)
+    except TypeError as error:
+        raise ValueError(f"hyper {config.hyper} does not fit: {error}") from error
+
+
+def refuse_early(config: RunConfig) -> None:
+    """Raise what a run would raise of its model and optimizer, before minutes of reading text."""
+    with torch.device("meta"):
+        model = Llama(get_config(config.model))
+    convert_model(model, config.lowrank, config.seed)
+    make_optimizer(config, model)
+
+
 class Run:
     """One training run: model, optimizer, schedule, data, and how far it is.
 
@@ -151,16 +172,7 @@ class Run:
         if config.compile:
             mode = "reduce-overhead" if self.graphed else None
             self.forward = torch.compile(self.forward, mode=mode)
-        rates = {"lr": config.lr, "other_lr": config.other_lr}
-        groups = optimzoo.param_groups(self.model)
-        for group in groups:
-            group.update(config.groups.get(group["role"], {}))
-        try:
-            self.optimizer = optimzoo.create_optimizer(
-                config.optimizer, groups, **rates, **config.hyper
-            )
-        except TypeError as error:
-            raise ValueError(f"hyper {config.hyper} does not fit: {error}") from error
+        self.optimizer = make_optimizer(config, self.model)
         self.released = None
         if config.release:
             self.released = optimzoo.release(self.optimizer, max_norm=config.clip or None)

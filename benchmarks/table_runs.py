@@ -16,7 +16,7 @@ from benchmarks.budget import Cut
 from benchmarks.compare import Session, merged, threads_each
 from benchmarks.data import Corpus
 from benchmarks.plan import Entry, Plan, Row, choose, settings
-from benchmarks.provenance import write_json
+from benchmarks.provenance import make_folder, write_json
 from benchmarks.tables import read_rows
 from benchmarks.train import corpus_from
 
@@ -32,6 +32,7 @@ class TableRuns:
         if not self.pairs:
             known = ", ".join(m for m in table.methods)
             raise ValueError(f"none of these methods is in the table; it has {known}")
+        make_folder(args.out, "--out")
         model = self.pairs[0][0].values["model"]
         self.corpus: Corpus = corpus_from(args, model)
 

@@ -18,6 +18,7 @@ from benchmarks.llama import Llama, get_config
 from benchmarks.low_rank import convert_model
 from benchmarks.plan import Plan, Row, choose, perplexity, settings
 from benchmarks.provenance import write_atomic
+from benchmarks.scales import SCALES, rescaled
 from optimzoo import create_optimizer
 from optimzoo.lowrank import support_bytes
 from optimzoo.memory import account
@@ -75,9 +76,10 @@ def summarise(plan: Plan, rows: list[Row]) -> list[Row]:
                 "bytes_60m": bytes_at(
                     "60m",
                     first["optimizer"],
-                    json.dumps(first["hyper"]),
-                    json.dumps(first.get("lowrank", {})),
-                    json.dumps(first.get("groups", {})),
+                    *(
+                        json.dumps(rescaled(first.get(name, {}), SCALES["60m"]))
+                        for name in ("hyper", "lowrank", "groups")
+                    ),
                 ),
                 "peak_bytes": statistics.median(r["peak_bytes"] for r in mine),
                 "optimizer_ms": statistics.median(times) if times else math.nan,
@@ -122,8 +124,9 @@ LEGEND = (
     "chosen on validation text (benchmarks/results), perplexity is on test text. tuned: a learning "
     "rate for the method's weights and one for the rest, and clipping where it helped; paper: one "
     "learning rate, no clipping. held: parameters + optimizer state of this model as trained, "
-    "measured from the tensors. 60M: the same for the 58 M Llama in bf16, 1e6 bytes, from shapes. "
-    "peak: of the process, the interpreter and torch included (on a GPU: allocated). step: the "
+    "measured from the tensors. 60M: the same for the 58 M Llama in bf16, 1e6 bytes, from shapes, "
+    "of rank 128 where a method has a rank. peak: of the process, the interpreter and torch "
+    "included (on a GPU: allocated). step: the "
     "optimizer alone."
 )
 

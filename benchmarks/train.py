@@ -17,8 +17,8 @@ from benchmarks.llama import get_config
 from benchmarks.parallel import ALONE, KINDS, Parallel, start
 from benchmarks.plan import perplexity
 from benchmarks.progress import RunProgress
-from benchmarks.provenance import provenance, write_json
-from benchmarks.run import PRECISIONS, Run, RunConfig, fingerprint
+from benchmarks.provenance import make_folder, provenance, write_json
+from benchmarks.run import PRECISIONS, Run, RunConfig, fingerprint, refuse_early
 from benchmarks.signals import HeldSignals
 from benchmarks.telemetry import Scalars, peak_memory, reset_peak_memory
 from benchmarks.timing import Spans, step_spans
@@ -197,16 +197,24 @@ def corpus_from(args: argparse.Namespace, model: str, *, progress: bool = True) 
     )
 
 
+def as_json(text: str) -> Any:
+    """JSON, of an option whose help has an example."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error}); see --help") from None
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m benchmarks train`: those of `RunConfig`, and where to write."""
     parser.add_argument("--optimizer", required=True, help="a name of optimzoo.list_optimizers()")
     parser.add_argument("--lr", type=float, required=True, help="of the method's own weights")
-    parser.add_argument("--hyper", type=json.loads, default={}, help="JSON, e.g. '{\"eps\": 1e-6}'")
+    parser.add_argument("--hyper", type=as_json, default={}, help="JSON, e.g. '{\"eps\": 1e-6}'")
     parser.add_argument(
-        "--lowrank", type=json.loads, default={}, help="JSON, e.g. '{\"rank\": 32}' (see RunConfig)"
+        "--lowrank", type=as_json, default={}, help="JSON, e.g. '{\"rank\": 32}' (see RunConfig)"
     )
     parser.add_argument(
-        "--groups", type=json.loads, default={}, help="JSON, further options of a role's weights"
+        "--groups", type=as_json, default={}, help="JSON, further options of a role's weights"
     )
     known = {"optimizer", "lr", "hyper", "lowrank", "groups"}
     for option in fields(RunConfig):
@@ -239,6 +247,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Train with a progress bar, and print the result."""
     config = RunConfig(**{f.name: getattr(args, f.name) for f in fields(RunConfig)})
+    refuse_early(config)
+    if args.out is not None:
+        make_folder(args.out, "--out")
     with start(args.parallel) as parallel:
         corpus = parallel.first(lambda: corpus_from(args, config.model, progress=parallel.leads))
         bars = RunProgress(config.steps) if parallel.leads else nullcontext()

@@ -2,8 +2,9 @@
 
 import argparse
 import sys
+import textwrap
 
-from optimzoo import doctor
+from optimzoo import __version__, doctor
 from optimzoo.memory import command as memory
 from optimzoo.registry import get_info, list_optimizers
 
@@ -15,13 +16,16 @@ def list_methods(pattern: str) -> int:
         raise ValueError(f"no optimizer matches {pattern!r}; see `optimzoo list`")
     for name in names:
         info = get_info(name)
-        print(f"{name:<15} {info.description} ({info.source})")
+        first = f"{name:<15} "
+        text = f"{info.description} ({info.source})"
+        print(textwrap.fill(text, 80, initial_indent=first, subsequent_indent=" " * len(first)))
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; bad input is one line on stderr and exit status 2."""
+    """Run one command; bad input is one line on stderr and exit status 2, Ctrl-C is 130."""
     parser = argparse.ArgumentParser(prog="optimzoo", description="memory-efficient optimizers")
+    parser.add_argument("--version", action="version", version=f"optimzoo {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list", help="the optimizers of create_optimizer")
     listing.add_argument("pattern", nargs="?", default="*", help="a shell pattern, as 'ada*'")
@@ -33,6 +37,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "memory":
             return memory.main(args)
         return doctor.main() if args.command == "doctor" else list_methods(args.pattern)
-    except (ValueError, ImportError) as error:
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -184,8 +184,9 @@ def create_optimizer(
             too, as ours do: stochastic rounding makes them :class:`ByRole`, with float32 state.
 
     Raises:
-        ValueError: an unknown name or hyperparameter, `other_lr` for parameters without roles
-            (Muon alone splits those by shape).
+        ValueError: an unknown name or hyperparameter, one without a default that is missing
+            (`adams` has two), `other_lr` for parameters without roles (Muon alone splits those by
+            shape).
     """
     info = get_info(name)
     accepted = [p for p in inspect.signature(info.make).parameters if p != "params"]
@@ -196,6 +197,13 @@ def create_optimizer(
             raise ValueError(
                 f"{info.name} has no hyperparameter {key!r}; it takes {', '.join(accepted)}"
             )
+    needed = [
+        p.name
+        for p in inspect.signature(info.make).parameters.values()
+        if p.default is p.empty and p.kind is p.KEYWORD_ONLY and p.name not in hyper
+    ]
+    if needed:
+        raise ValueError(f"{info.name} has no default for {' and '.join(needed)}; give it")
     if lr is not None:
         hyper["lr"] = lr
     groups: Any = model_or_params

@@ -59,7 +59,13 @@ def param_groups(model: nn.Module, overrides: Overrides = ()) -> list[dict[str, 
     Raises:
         ValueError: a pattern that matches no trainable parameter, an unknown role, a model
             without trainable parameters.
+        TypeError: it is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"param_groups takes the model, whose names and modules say the roles, not a "
+            f"{type(model).__name__} of parameters"
+        )
     rules = _compile(overrides)
     names = _names(model)
     if not names:

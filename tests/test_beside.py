@@ -230,4 +230,7 @@ def test_refusals_are_one_line(words, capsys):
     assert error == [
         f"error: none of these methods is in the table; it has {', '.join(SCALE.methods)}"
     ]
+    for option in ("--budget-minutes", "--stop-after"):
+        assert main(["reproduce", "scale-main", *words, f"{option}=-3"]) == 2
+        assert capsys.readouterr().err == f"error: {option} is -3; it must be more than 0\n"
     assert main(["reproduce", "scale-main", *words, "--seeds", "0"]) == 2

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+import optimzoo
 from optimzoo import doctor, list_optimizers
 from optimzoo.cli import main
 from optimzoo.kernels import native
@@ -14,7 +15,9 @@ from optimzoo.kernels import native
 def test_list_names_every_optimizer_on_a_line(capsys):
     assert main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list_optimizers()
+    named = [line for line in lines if not line.startswith(" ")]
+    assert [line.split()[0] for line in named] == list_optimizers()
+    assert max(map(len, lines)) <= 80 and "(arXiv" in " ".join(lines)
     assert main(["list", "gal*"]) == 0
     assert capsys.readouterr().out.startswith("galore ")
 
@@ -24,6 +27,24 @@ def test_a_pattern_without_a_match_is_one_line(capsys):
     assert (
         capsys.readouterr().err == "error: no optimizer matches 'nothing*'; see `optimzoo list`\n"
     )
+
+
+def test_ctrl_c_and_a_full_disk_are_one_line(capsys, monkeypatch):
+    for error, status in ((KeyboardInterrupt(), 130), (OSError(28, "No space left"), 2)):
+
+        def stopped(error=error):
+            raise error
+
+        monkeypatch.setattr(doctor, "main", stopped)
+        assert main(["doctor"]) == status
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"optimzoo {optimzoo.__version__}\n"
 
 
 def test_doctor_finds_the_cpu_kernels_right(capsys):

@@ -120,7 +120,8 @@ def test_a_hugging_face_config_and_a_module_of_ones_own(capsys, tmp_path, monkey
     for where, message in (
         (f"{own}:number", "returns a int, not a torch.nn.Module"),
         (f"{own}:nothing", "has no function 'nothing'"),
-        ("nowhere.py:make", "names no file"),
+        ("nowhere.py:make", "is not that of a file"),
+        (str(own), "takes FILE.py:FUNCTION"),
     ):
         assert run("--module", where, "--optimizer", "scale") == 2
         assert message in capsys.readouterr().err
@@ -146,7 +147,10 @@ def test_a_script_with_its_arguments(capsys, tmp_path):
         (("--model", "tiny", "--fits", "much"), "'much' is not a size; write 24GB or 24GiB"),
         (("--model", "tiny", "--optimizer", "scale", "--hyper", "rank=2"), "no hyperparameter"),
         (("--model", "tiny", "--hyper", "rank"), "--hyper takes NAME=VALUE, not 'rank'"),
-        (("--model", "tiny", "--batch", "0"), "must be at least 1"),
+        (("--model", "tiny", "--batch", "0"), "--batch is 0; it must be at least 1"),
+        (("--model", "tiny", "--shards", "0"), "--shards is 0; it must be at least 1"),
+        (("--model", "tiny", "--json", "nowhere/a.json"), "--json nowhere/a.json: its folder"),
+        (("--model", "tiny", "--snapshot", "a.pickle"), "--snapshot is of a script on CUDA"),
         (("--model", "nothing.json"), "is not a Hugging Face config"),
         (("--script", "nothing.py"), "there is no script 'nothing.py'"),
     ],

@@ -227,3 +227,8 @@ print(json.dumps([sorted(new - {"torch"}), heavy, len(optimzoo.list_optimizers()
     assert json.loads(result.stdout) == [["optimzoo"], [], len(NAMES)]
     assert result.stderr == ""
     assert list(tmp_path.rglob("*")) == []
+
+
+def test_what_has_no_default_is_asked_for():
+    with pytest.raises(ValueError, match="adams has no default for total_steps; give it"):
+        create_optimizer("adams", Tiny(), lr=1e-3, l1=1e-4)

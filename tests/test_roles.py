@@ -239,6 +239,11 @@ def test_overrides_that_are_refused(overrides, message):
     assert "\n" not in str(caught.value)
 
 
+def test_parameters_without_their_model_are_refused():
+    with pytest.raises(TypeError, match=r"takes the model, .* not a list of parameters"):
+        param_groups([nn.Parameter(torch.ones(2))])
+
+
 def test_an_override_that_only_frozen_parameters_match_is_refused():
     model = Model()
     model.lm_head.requires_grad_(False)

@@ -5,6 +5,7 @@ import math
 import random
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -281,3 +282,26 @@ def test_what_does_not_fit_is_refused_before_a_step(values, message, corpus, mon
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         train(replace(SGD, **values), corpus)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--optimizer=scal", "--lr=1"], "unknown optimizer 'scal'; did you mean"),
+        (["--optimizer=scale", "--lr=nan"], "Invalid learning rate: nan"),
+        (["--optimizer=galore", "--lr=1", '--hyper={"ranc": 3}'], "galore has no hyperparameter"),
+        (["--optimizer=scale", "--lr=1", "--out=file/a"], "--out file/a cannot be made: "),
+    ],
+    ids=str,
+)
+def test_what_needs_no_text_is_refused_before_it_is_read(options, message, capsys, monkeypatch):
+    monkeypatch.setattr(train_module, "corpus_from", None)
+    Path("file").touch()
+    assert main(["train", "--model=tiny", *options]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_what_is_not_json_says_so(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--optimizer=scale", "--lr=1", "--hyper={rank"])
+    assert "argument --hyper: '{rank' is not JSON (" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import inspect
+import os
 import re
 import sys
 from pathlib import Path
@@ -48,10 +49,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Print the page; 1 if a script failed."""
+    for option in ("json", "picture", "snapshot"):  # before minutes of work, not after
+        path = getattr(args, option)
+        if path is not None and not os.access(path.absolute().parent, os.W_OK):
+            raise ValueError(f"--{option} {path}: its folder is not there, or not to be written in")
     if args.script is not None:
         return _measure(args)
-    if args.batch < 1 or args.seq < 1:
-        raise ValueError(f"--batch {args.batch} and --seq {args.seq} must be at least 1")
+    if args.snapshot is not None:
+        raise ValueError("--snapshot is of a script on CUDA; add --script FILE.py")
+    for option in ("batch", "seq", "shards"):
+        if getattr(args, option) < 1:
+            raise ValueError(f"--{option} is {getattr(args, option)}; it must be at least 1")
     names = [get_info(n).name for n in args.optimizer if n != "all"]
     names = names if "all" not in args.optimizer else list_optimizers()
     model, step = load_function(args.module) if args.module else (load_model(args.model), None)

@@ -52,7 +52,7 @@ def load_function(where: str) -> tuple[nn.Module, Step | None]:
     """
     path, _, name = where.rpartition(":")
     if not path or not Path(path).is_file():
-        raise ValueError(f"--module takes path.py:function, and {where!r} names no file")
+        raise ValueError(f"--module takes FILE.py:FUNCTION, and {where!r} is not that of a file")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
