@@ -61,7 +61,6 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     status = main()
-    # From here on a signal has nothing left to save, and Python's own end no need of a traceback.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):  # nothing is left to save, nor to tell
+        signal.signal(number, signal.SIG_DFL)
     sys.exit(status)
