@@ -97,7 +97,8 @@ sanitize: $(VENV)/.test
 	$(BIN)/python csrc/build.py --sanitize
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 OPTIMZOO_CPU_LIBRARY=build/sanitized/_cpu.so OMP_NUM_THREADS=2 \
-	  $(BIN)/python -m pytest tests/test_kernels.py -k "cpu or tensors"
+	  $(BIN)/python -m pytest -m "not distributed" tests/test_kernels.py \
+	  tests/test_kernel_inputs.py -k "cpu or tensors or kernel_inputs"
 
 # Compiles every CUDA kernel for GPUs that are not here, and looks at the machine code.
 check-cuda: $(VENV)/.dev
