@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
+from benchmarks.llama import Llama, get_config
 from optimzoo.lowrank import ReLoRA, Restarts, convert
 
 _CONVERSION = ("rank", "kind", "alpha", "sparsity", "targets")
@@ -34,6 +36,14 @@ def convert_model(model: nn.Module, lowrank: dict[str, Any], seed: int) -> None:
     if lowrank:
         options = {key: lowrank[key] for key in _CONVERSION if key in lowrank}
         convert(model, **options, seed=seed)
+
+
+def on_meta(size: str, lowrank: dict[str, Any]) -> Llama:
+    """The Llama of a size, its hidden weights low-rank as a run's are; of shapes alone."""
+    with torch.device("meta"):
+        model = Llama(get_config(size))
+    convert_model(model, lowrank, seed=0)
+    return model
 
 
 def make_restarts(

@@ -11,8 +11,7 @@ from rich.table import Table
 
 from benchmarks import beside, cast_beside
 from benchmarks.compare import add_jobs_argument, settle_counts
-from benchmarks.llama import Llama, get_config
-from benchmarks.low_rank import convert_model
+from benchmarks.low_rank import on_meta
 from benchmarks.published import published
 from benchmarks.scales import SCALES
 from benchmarks.table_runs import run_tables
@@ -167,9 +166,7 @@ def memory_gigabytes(method: str, hyper: dict[str, Any], size: str) -> tuple[flo
     ``hyper`` may have ``lowrank``, as a `RunConfig` has it.
     """
     hyper = dict(hyper)
-    with torch.device("meta"):
-        model = Llama(get_config(size.lower()))
-    convert_model(model, hyper.pop("lowrank", {}), seed=0)
+    model = on_meta(size.lower(), hyper.pop("lowrank", {}))
     counted = account(model, method, dtype=torch.bfloat16, **hyper)
     return (counted.params + support_bytes(model)) / 1e9, counted.state_total / 1e9
 
@@ -253,10 +250,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Print the tables; 1 if a memory cell that can be computed differs from the paper's."""
     settle_counts(args)
-    for option in ("budget_minutes", "stop_after"):
-        if getattr(args, option) is not None and not getattr(args, option) > 0:
-            name = option.replace("_", "-")
-            raise ValueError(f"--{name} is {getattr(args, option):g}; it must be more than 0")
+    given = {"budget-minutes": args.budget_minutes, "stop-after": args.stop_after}
+    for option, minutes in given.items():
+        if minutes is not None and not minutes > 0:
+            raise ValueError(f"--{option} is {minutes:g}; it must be more than 0")
     if args.memory_only:
         return max(print_memory(name) for name in args.table)
     for name in args.table:

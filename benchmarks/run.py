@@ -17,7 +17,7 @@ import optimzoo
 from benchmarks.checkpoint import FORMAT, Checkpoints
 from benchmarks.data import Batches, Corpus, iterate_eval
 from benchmarks.llama import Llama, get_config
-from benchmarks.low_rank import check, convert_model, make_restarts
+from benchmarks.low_rank import check, convert_model, make_restarts, on_meta
 from benchmarks.parallel import ALONE, Parallel, whole
 from benchmarks.telemetry import UpdateRatios
 from optimzoo.lowrank import support_bytes
@@ -128,10 +128,7 @@ def make_optimizer(config: RunConfig, model: Llama) -> Optimizer:
 
 def refuse_early(config: RunConfig) -> None:
     """Raise what a run would raise of its model and optimizer, before minutes of reading text."""
-    with torch.device("meta"):
-        model = Llama(get_config(config.model))
-    convert_model(model, config.lowrank, config.seed)
-    make_optimizer(config, model)
+    make_optimizer(config, on_meta(config.model, config.lowrank))
 
 
 class Run:

@@ -14,8 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.optim.optimizer import Optimizer
 
-from benchmarks.llama import Llama, get_config
-from benchmarks.low_rank import convert_model
+from benchmarks.low_rank import on_meta
 from benchmarks.plan import Plan, Row, choose, perplexity, settings
 from benchmarks.provenance import write_atomic
 from benchmarks.scales import SCALES, rescaled
@@ -38,9 +37,7 @@ def bytes_at(size: str, optimizer: str, hyper: str, lowrank: str = "{}", groups:
     ``hyper``, ``lowrank`` and ``groups`` are JSON. The positions of sparse parts count as
     parameters.
     """
-    with torch.device("meta"):
-        model = Llama(get_config(size))
-    convert_model(model, json.loads(lowrank), seed=0)
+    model = on_meta(size, json.loads(lowrank))
     if by_role := json.loads(groups):
 
         def make(params: list[dict[str, Any]]) -> Optimizer:
@@ -126,8 +123,7 @@ LEGEND = (
     "learning rate, no clipping. held: parameters + optimizer state of this model as trained, "
     "measured from the tensors. 60M: the same for the 58 M Llama in bf16, 1e6 bytes, from shapes, "
     "of rank 128 where a method has a rank. peak: of the process, the interpreter and torch "
-    "included (on a GPU: allocated). step: the "
-    "optimizer alone."
+    "included (on a GPU: allocated). step: the optimizer alone."
 )
 
 

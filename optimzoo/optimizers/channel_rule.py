@@ -62,7 +62,7 @@ class Channels(NamedTuple):
     def of(cls, weight: Tensor, grad: Tensor, dim: Dim, shards: Shards) -> "Channels | None":
         """None where no kernel takes them."""
         kernels = dispatch.backend(weight.device.type)
-        if kernels is None or shards.mesh is not None or weight.shape != grad.shape:
+        if kernels is None or shards.mesh is not None:
             return None
         items = dispatch.matrices(weight, grad, None, _KINDS[dim], stacked=False)
         plain = weight.ndim == 2 and grad.is_contiguous() and dispatch.takes(items[0])

@@ -238,7 +238,7 @@ def _norm_factor(
 def _kernels(weight: Tensor, grad: Tensor, state: State, shards: Shards) -> Any:
     """The kernels that step a whole tensor; None where none does."""
     kernels = dispatch.backend(grad.device.type)
-    if kernels is None or shards.mesh is not None or grad.ndim > 2 or grad.shape != weight.shape:
+    if kernels is None or shards.mesh is not None or grad.ndim > 2:
         return None
     item = dispatch.vector(weight, grad, state.get("exp_avg"), state.get("exp_avg_sq"))
     return kernels if grad.is_contiguous() and dispatch.takes(item) else None
