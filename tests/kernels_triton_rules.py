@@ -111,6 +111,18 @@ def test_adams_masks(mix):
             agree(tensor, expected)
 
 
+@pytest.mark.parametrize("eps_before", [True, False])
+def test_adam_has_a_largest_update(eps_before):
+    p, g, m, v = adam_inputs(129, MIXES[0])
+    g[5] = float("nan")
+    rule = {**ADAM_RULE, "eps_before": eps_before, "max_update": 0.7}
+    want = reference.adam(*map(exact, (p, g, m, v)), 2, **rule)
+    adam([p], [g], [m], [v], [on_device(2.0)], eps_before=eps_before, max_update=0.7)
+    assert p[5].isnan()
+    for tensor, expected in zip((p, m, v), want, strict=True):
+        agree(torch.cat([tensor[:5], tensor[6:]]), np.delete(expected, 5))
+
+
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("bound", [0.5, 0.0])
 def test_adam_clipped(mix, bound):
@@ -123,12 +135,13 @@ def test_adam_clipped(mix, bound):
 
 
 @pytest.mark.parametrize("mix", MIXES)
-def test_adam_direction(mix):
+@pytest.mark.parametrize("limit", [{}, {"max_update": 0.7}], ids=str)
+def test_adam_direction(mix, limit):
     p, g, m, v = adam_inputs(129, mix)
-    rule = {**ADAM_RULE, "eps_before": True, "direction": True}
+    rule = {**ADAM_RULE, "eps_before": True, "direction": True, **limit}
     want = reference.adam(*map(exact, (p, g, m, v)), 1, **rule)
     p.fill_(float("nan"))
-    adam([p], [g], [m], [v], [None], direction=True)
+    adam([p], [g], [m], [v], [None], direction=True, **limit)
     for tensor, expected in zip((p, m, v), want, strict=True):
         agree(tensor, expected)
 

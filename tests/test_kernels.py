@@ -121,7 +121,8 @@ def test_adam_is_the_rule(kernels, device, types):
         {"eps_before": True, "maximize": True},
         {"eps_before": False, "l1": 0.5, "alpha": 0.25, "masked": True},
         {"eps_before": True, "clip": (0.7, 0.4, 1.5)},
-        {"eps_before": True, "direction": True},
+        {"eps_before": True, "direction": True, "max_update": 0.7},
+        {"eps_before": False, "max_update": 0.7},
     ]
     for turn, variant in enumerate(variants):
         options = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-3, "weight_decay": 0.0, **variant}

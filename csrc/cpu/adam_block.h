@@ -3,6 +3,7 @@
 #define OZ_CPU_ADAM_BLOCK_H
 
 #include <cmath>
+#include <limits>
 
 #include "vectors.h"
 #include "work.h"
@@ -10,7 +11,7 @@
 namespace {
 
 struct AdamRule {
-  float sign, lr, decay, rest1, rest2, eps, correction1, correction2, fade, pull;
+  float sign, lr, decay, rest1, rest2, eps, correction1, correction2, fade, pull, limit;
 };
 
 inline AdamRule adam_rule(const oz_tensor &t, const oz_options &o, const Scalars &s, bool before) {
@@ -27,6 +28,8 @@ inline AdamRule adam_rule(const oz_tensor &t, const oz_options &o, const Scalars
   r.correction2 = static_cast<float>(o.direction || before ? 1.0 : 1.0 / std::sqrt(c2));
   r.fade = static_cast<float>(1.0 - o.alpha);
   r.pull = static_cast<float>(o.alpha * o.l1);
+  r.limit = o.max_update > 0 ? static_cast<float>(o.max_update)
+                             : std::numeric_limits<float>::infinity();
   return r;
 }
 
@@ -45,7 +48,9 @@ inline F adam_element(F p, F g, F &m, F &v, Kept kept, const AdamRule &r, Root r
     square = moved;
   }
   v += r.rest2 * (square * square - v);
-  const F update = r.correction1 * moved / (root(v) * r.correction2 + r.eps);
+  F update = r.correction1 * moved / (root(v) * r.correction2 + r.eps);
+  const F limit = F{} + r.limit;
+  update = update > limit ? limit : (update < -limit ? -limit : update);  /* NaN stays NaN */
   if constexpr (VARIANT == DIRECTION) return update;
   return p - r.lr * (update + r.decay * p);
 }

@@ -20,6 +20,7 @@ struct Rule {
   float rest, floor, most;                            /* SCALE: 1 - momentum, eps^2, 1 / eps */
   float rest1, rest2, log_beta1, log_beta2, adam_eps; /* Adam: 1 - beta, ln beta */
   float alpha, pull;                                  /* AdamS: pull = alpha l1 */
+  float limit;                                        /* Adam: of |u|; infinite: none */
   bool stochastic, eps_before, direction;
 };
 
@@ -150,6 +151,7 @@ inline Rule rule_of(const oz_options &o) {
   r.adam_eps = static_cast<float>(o.adam_eps);
   r.alpha = static_cast<float>(o.alpha);
   r.pull = static_cast<float>(o.alpha * o.l1);
+  r.limit = o.max_update > 0 ? static_cast<float>(o.max_update) : INFINITY;
   r.stochastic = o.rounding == OZ_STOCHASTIC;
   r.eps_before = o.eps_before != 0;
   r.direction = o.direction != 0;

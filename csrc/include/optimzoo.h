@@ -15,7 +15,7 @@
 
 #include <stdint.h>
 
-#define OZ_ABI 4
+#define OZ_ABI 5
 
 #ifdef __cplusplus
 extern "C" {
@@ -50,6 +50,7 @@ typedef struct oz_options {
   double momentum, eps;                   /* SCALE: beta of the head, floor of the divisor */
   double beta1, beta2, adam_eps;          /* Adam */
   double l1, alpha;                       /* AdamS: strength and ramp of the decay of masked weights */
+  double max_update;                      /* Adam: if > 0, u is clamped to [-max_update, max_update] */
   const float *grad_scale;                /* not NULL: gradients are divided by it */
   const float *found_inf;                 /* not NULL and not 0: nothing at all is written */
   uint64_t seed, step;                    /* of stochastic rounding */
@@ -87,7 +88,8 @@ typedef struct oz_options {
  *     param = param - lr (u + weight_decay param)
  *     if extra (3 floats, Stable-SPAM's clipping): first g = extra[2] c(g), c with bound extra[0] and
  *     ratio extra[1], as under oz_*_reduce
- *     direction = 1:   param = mt / (sqrt(v) + adam_eps); step may be NULL; lr, decay are not used
+ *     direction = 1:   u = param = mt / (sqrt(v) + adam_eps); step may be NULL; lr, decay are not used
+ *     max_update > 0:  u = min(max(u, -max_update), max_update); NaN stays NaN
  * u is computed from m and v before they are rounded for storage.
  *
  * Stochastic rounding of element e (its index in [rows, cols]) of tensor i, bit-equal on every

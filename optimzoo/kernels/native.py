@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from optimzoo.kernels.table import TYPES, Rate, Shapes, States, Table, Tensors
 
-_ABI = 4
+_ABI = 5
 _ROWS, _COLUMNS, _SIGN, _ADAM = range(4)
 
 
@@ -27,7 +27,8 @@ class _Options(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_double) for name in ("momentum", "eps")),
-        *((name, ctypes.c_double) for name in ("beta1", "beta2", "adam_eps", "l1", "alpha")),
+        *((name, ctypes.c_double) for name in ("beta1", "beta2", "adam_eps")),
+        *((name, ctypes.c_double) for name in ("l1", "alpha", "max_update")),
         *((name, ctypes.c_void_p) for name in ("grad_scale", "found_inf")),
         ("seed", ctypes.c_uint64),
         ("step", ctypes.c_uint64),
@@ -135,6 +136,7 @@ class Library:
         alpha: float = 0.0,
         clips: States | None = None,
         direction: bool = False,
+        max_update: float | None = None,
         **shared: Any,
     ) -> None:
         """Adam, AdamW, AdamS, or Adam's direction (``oz_*_adam``)."""
@@ -148,6 +150,7 @@ class Library:
             l1=l1,
             alpha=alpha,
             direction=direction,
+            max_update=max_update or 0.0,
         )
         columns = (params, grads, exp_avgs, exp_avg_sqs, masks or none, steps, clips or none)
         shapes = [(1, p.numel()) for p in params]

@@ -7,6 +7,9 @@ with a counter, the upper one with a probability that makes it its expectation.
 
 Blocks run over the row-major elements, whatever the shape; the last may be shorter. A block of
 zeros stays zero; a block with a number that is not finite becomes NaN, all of it.
+
+Both codes of an element are rounded apart, so ``|m| / √v`` may be anything afterwards; the rules
+clamp the update to what exact moments allow (``optimizers/adam_rule.py``, `max_direction`).
 """
 
 from collections.abc import Iterator, MutableMapping

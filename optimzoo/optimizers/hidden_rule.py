@@ -1,5 +1,6 @@
 """Optimizers with a rule of their own for the hidden weights; Adam trains the rest."""
 
+import math
 from collections.abc import MutableMapping
 from contextlib import ExitStack
 from typing import Any, ClassVar
@@ -10,7 +11,13 @@ from torch import Tensor
 from optimzoo.distributed import Shards, local_part
 from optimzoo.kernels import dispatch
 from optimzoo.lowbit import Counter, moment_dtype, opened, stand_in
-from optimzoo.optimizers.adam_rule import adam_step, init_adam_state, step_as_tensor
+from optimzoo.optimizers.adam_rule import (
+    adam_step,
+    bias_correction,
+    init_adam_state,
+    max_direction,
+    step_as_tensor,
+)
 from optimzoo.optimizers.base import (
     RoleOptimizer,
     check_betas,
@@ -127,8 +134,10 @@ class HiddenRule(RoleOptimizer):
                 if role_of(p, group) not in self._own_roles:
                     self._init_rest(p, group)
                     if group["state_bits"] == 8:  # one after the other: their moments are wide
+                        t, betas = int(self.state[p]["step"]) + 1, group["betas"]
+                        most = max_direction(t, betas) * bias_correction(t, betas)
                         with opened(self.state[p], 8, counters.get(p)):
-                            self._step_rest([p], group, counters)
+                            self._step_rest([p], group, counters, max_update=most)
                     else:
                         rest.append(p)
                 elif p.numel() > 0:
@@ -142,7 +151,11 @@ class HiddenRule(RoleOptimizer):
         init_adam_state(self.state[p], p, capturable=False, dtype=moment_dtype(p, group))
 
     def _step_rest(
-        self, params: list[Tensor], group: dict[str, Any], counters: dict[Tensor, Counter]
+        self,
+        params: list[Tensor],
+        group: dict[str, Any],
+        counters: dict[Tensor, Counter],
+        max_update: float | None = None,
     ) -> None:
         adam_step(
             params,
@@ -155,6 +168,7 @@ class HiddenRule(RoleOptimizer):
             foreach=group["foreach"],
             capturable=False,
             counters=[counters.get(p) for p in params],
+            max_update=max_update,
         )
 
 
@@ -175,16 +189,20 @@ def adam_direction(state: State, grad: Tensor, group: dict[str, Any]) -> Tensor:
         state["exp_avg"] = torch.zeros_like(grad, dtype=dtype)
         state["exp_avg_sq"] = torch.zeros_like(grad, dtype=dtype)
     m, v = state["exp_avg"], state["exp_avg_sq"]
-    direction = _fused_direction(m, v, grad, group)
+    most = max_direction(int(state["step"]), group["betas"]) if group["state_bits"] else math.inf
+    direction = _fused_direction(m, v, grad, group, most)
     if direction is not None:
         return direction
     grad = grad.to(m.dtype)
     m.lerp_(grad, 1 - beta1)
     v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    return m / (v.sqrt() + group["eps"])
+    direction = m / (v.sqrt() + group["eps"])
+    return direction if most == math.inf else direction.clamp_(-most, most)
 
 
-def _fused_direction(m: Tensor, v: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor | None:
+def _fused_direction(
+    m: Tensor, v: Tensor, grad: Tensor, group: dict[str, Any], most: float
+) -> Tensor | None:
     kernels = dispatch.backend(grad.device.type)
     if kernels is None:
         return None
@@ -194,13 +212,9 @@ def _fused_direction(m: Tensor, v: Tensor, grad: Tensor, group: dict[str, Any]) 
         return None
     rule = {"lr": 0.0, "weight_decay": 0.0, "maximize": False, "eps_before": True}
     rule |= {"betas": group["betas"], "eps": group["eps"], "direction": True}
+    rule["max_update"] = most
     kernels.adam_([direction], [grad], [m], [v], [None], **rule)
     return direction
-
-
-def bias_correction(step: int, betas: tuple[float, float]) -> float:
-    """``√(1 − β₂ᵗ) / (1 − β₁ᵗ)``."""
-    return float((1 - betas[1] ** step) ** 0.5 / (1 - betas[0] ** step))
 
 
 def subtract_(weight: Tensor, update: Tensor, *, size: float, keep: float) -> None:

@@ -10,6 +10,7 @@ from torch.optim.optimizer import ParamsT
 from optimzoo.distributed import WHOLE, Shards
 from optimzoo.kernels import dispatch
 from optimzoo.lowbit import moment_dtype
+from optimzoo.optimizers.adam_rule import bias_correction, max_direction
 from optimzoo.optimizers.base import check_betas, check_choice, scalar_lr
 from optimzoo.optimizers.hidden_rule import (
     REST_DEFAULTS,
@@ -148,13 +149,18 @@ class StableSPAM(HiddenRule):
             state["exp_avg_sq"] = torch.zeros_like(grad, dtype=dtype)
             state["moment_step"] = torch.zeros_like(state["step"])
         m, v = state["exp_avg"], state["exp_avg_sq"]
+        age = int(state["moment_step"].item()) + 1  # gradients in the moments, this one too
         gap = group["update_proj_gap"]
         if gap and step > 1 and step % gap == 0:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(m), torch.zeros_like(v)
             state["moment_step"].zero_()
             if group["reset_step"] == "clean":
-                m, v = state["exp_avg"], state["exp_avg_sq"]
+                m, v, age = state["exp_avg"], state["exp_avg_sq"], 1
         state["moment_step"] += 1
+        k = int(state["moment_step"].item())
+        most = math.inf
+        if group["state_bits"] == 8:
+            most = max_direction(age, (beta1, beta2)) * bias_correction(k, (beta1, beta2))
         lr = float(scalar_lr(group))
         if kernels is not None:
             kernels.adam_(
@@ -172,15 +178,17 @@ class StableSPAM(HiddenRule):
                 maximize=False,
                 eps_before=False,
                 clips=[clips],
+                max_update=most,
             )
             return
-        k = int(state["moment_step"].item())
         grad = grad.to(m.dtype)
         m.lerp_(grad, 1 - beta1)
         v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         denominator = (v / (1 - beta2**k)).sqrt_().add_(group["eps"])
         size = lr / (1 - beta1**k)
-        subtract_(weight, m / denominator, size=size, keep=1 - lr * group["weight_decay"])
+        most *= 1 - beta1**k
+        update = (m / denominator).clamp_(-most, most)
+        subtract_(weight, update, size=size, keep=1 - lr * group["weight_decay"])
 
 
 def cosine_factor(step: int, total: int | None, low: float) -> float:

@@ -46,6 +46,7 @@ def adam(
     alpha=0.0,
     clip=None,
     direction=False,
+    max_update=np.inf,
     **options,
 ):
     """p (or the direction), m, v after an Adam step; `mask` is boolean, `clip` three numbers."""
@@ -58,12 +59,13 @@ def adam(
         moved = np.where(mask, m, (1 - alpha) * m + alpha * l1 * np.sign(p))
     v = v + (1 - betas[1]) * ((g if mask is None else moved) ** 2 - v)
     if direction:
-        return moved / (np.sqrt(v) + eps), m, v
+        return np.clip(moved / (np.sqrt(v) + eps), -max_update, max_update), m, v
     c1, c2 = 1 - betas[0] ** t, 1 - betas[1] ** t
     if eps_before:
         u = np.sqrt(c2) / c1 * moved / (np.sqrt(v) + eps)
     else:
         u = moved / c1 / (np.sqrt(v / c2) + eps)
+    u = np.clip(u, -max_update, max_update)
     return p - lr * (u + weight_decay * p), m, v
 
 

@@ -42,6 +42,12 @@ def _clip(g, clip):
     return tl.load(clip + 2) * clipped(g, tl.load(clip), tl.load(clip + 1))
 
 
+@triton.jit
+def _clamped(update, limit):
+    """NaN stays NaN."""
+    return tl.where(update > limit, limit, tl.where(update < -limit, -limit, update))
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _adam(
     table,
@@ -54,6 +60,7 @@ def _adam(
     eps,
     alpha,
     pull,
+    limit,
     sign,
     grad_scale,
     found_inf,
@@ -104,7 +111,7 @@ def _adam(
     tl.store(exp_avg + at, nearest(m, M), mask=inside)
     tl.store(exp_avg_sq + at, nearest(v, M), mask=inside)
     if DIRECTION:
-        p = moved / (tl.sqrt(v) + eps)
+        p = _clamped(moved / (tl.sqrt(v) + eps), limit)
     else:
         step = tl.load(pointer(mine, count, T.STEP, tl.float32, False))
         c1 = _correction(step, log_beta1)
@@ -114,7 +121,7 @@ def _adam(
         else:
             update = (1.0 / c1) * moved / (tl.sqrt(v) * (1.0 / root) + eps)
         lr, weight_decay = rates_of(rates, mine, count)
-        p -= lr * (update + weight_decay * p)
+        p -= lr * (_clamped(update, limit) + weight_decay * p)
     write_param(param + at, p, inside, at, key, P, STOCHASTIC, HUGE)
 
 
@@ -136,6 +143,7 @@ def adam_(
     alpha: float = 0.0,
     clips: Sequence[Tensor | None] | None = None,
     direction: bool = False,
+    max_update: float | None = None,
     **shared: Any,
 ) -> None:
     """Adam's step on each tensor, or its direction; ``shared`` as in :func:`launch.scalars`.
@@ -163,6 +171,7 @@ def adam_(
         l1=l1,
         alpha=alpha,
         direction=direction,
+        max_update=max_update,
         rates=rates_table(lr, weight_decay, len(params), params[0].device),
         **gradient,
         **rounding,
@@ -179,6 +188,7 @@ def step_records(
     l1: float = 0.0,
     alpha: float = 0.0,
     direction: bool = False,
+    max_update: float | None = None,
     **arguments: Any,
 ) -> None:
     """One launch; the other arguments are the kernel's own."""
@@ -194,6 +204,7 @@ def step_records(
         eps=eps,
         alpha=alpha,
         pull=alpha * l1,
+        limit=max_update or math.inf,
         BEFORE=eps_before,
         DIRECTION=direction,
         **arguments,
