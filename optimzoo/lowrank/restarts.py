@@ -31,9 +31,9 @@ def quick_recovery(
         u - t₀ < n:  target · (start + (1 - start) (u - t₀) / (n - 1)),  target = base(t₀ + n)
         else:        base(u)
 
-    as the authors' loop runs its ``cosine_quick_recovery``. That loop makes the scheduler anew after
-    a restart, and making it advances it by one: the first update has the climb's second point,
-    about 0.11 of the target, and the point `start` falls to the last update before the next
+    as the authors' loop runs its ``cosine_quick_recovery``. That loop makes the scheduler anew
+    after a restart, and making it advances it by one: the first update has the climb's second
+    point, about 0.11 of the target, and the point `start` falls to the last update before the next
     restart. ``offset=0`` has the climb where it is meant, from `start` right after the restart.
     The factor depends on t alone, so a resumed scheduler needs nothing else.
 
