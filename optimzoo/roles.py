@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from optimzoo.flattened import refuse_flat_weight, refuse_flattened, refuse_flattened_modules
+
 ROLES = ("hidden", "embedding", "head", "vector")
 MATRIX_ROLES = ("hidden", "embedding", "head")
 
@@ -25,6 +27,8 @@ _HEAD_NAMES = re.compile(r"(^|\.)(lm_head|embed_out|unembed|output_layer|head|sc
 _EMBEDDING_NAMES = re.compile(r"(embed|wpe|wte|pos_emb)", re.IGNORECASE)
 # Where `torch.nn.utils.parametrize` keeps the tensor of a module: PATH.parametrizations.TENSOR.
 _PARAMETRIZED = re.compile(r"(?:^|\.)parametrizations\.([^.]+)\.original$")
+# Layers whose weight is a matrix, or a stack or a table of rows.
+_LAYERS = (nn.Linear, nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
 # Vectors in spite of their two dimensions: biases of stacked experts, Mamba's A, scales of blocks.
 _VECTOR_NAMES = re.compile(r"(bias|A_log|^scale$)")
 
@@ -58,7 +62,7 @@ def param_groups(model: nn.Module, overrides: Overrides = ()) -> list[dict[str, 
 
     Raises:
         ValueError: a pattern that matches no trainable parameter, an unknown role, a model
-            without trainable parameters.
+            without trainable parameters, or with weights that FSDP1 or DeepSpeed has flattened.
         TypeError: it is no module.
     """
     if not isinstance(model, nn.Module):
@@ -66,8 +70,10 @@ def param_groups(model: nn.Module, overrides: Overrides = ()) -> list[dict[str, 
             f"param_groups takes the model, whose names and modules say the roles, not a "
             f"{type(model).__name__} of parameters"
         )
+    refuse_flattened_modules(model)
     rules = _compile(overrides)
     names = _names(model)
+    refuse_flattened(names, [aliases[0] for aliases in names.values()])
     if not names:
         raise ValueError(
             f"{type(model).__name__} has no trainable parameter; "
@@ -213,6 +219,8 @@ def _find_roles(model: nn.Module) -> dict[nn.Parameter, dict[str, Any]]:
                 path = full[: parametrized.start()]
                 module = modules[path]
                 full = f"{path}.{parametrized[1]}" if path else parametrized[1]
+            elif name == "weight" and (isinstance(module, _LAYERS) or is_conv1d(module)):
+                refuse_flat_weight(full, param, module)
             facts = _facts(module, full, param)
             if param is head:
                 facts["role"] = "head"
@@ -272,6 +280,7 @@ def check_role(group: Mapping[str, Any], names: Sequence[str] = ()) -> None:
     role = group.get("role")
     if role is not None and role not in ROLES:
         raise ValueError(f"unknown role {role!r}; the roles are {', '.join(ROLES)}")
+    refuse_flattened(group["params"], names)
     for i, param in enumerate(group["params"]):
         label = names[i] if i < len(names) else f"parameter {i}"
         if torch.is_complex(param):
