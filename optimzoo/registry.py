@@ -175,6 +175,9 @@ def create_optimizer(
 ) -> Optimizer:
     """Make an optimizer by name.
 
+    Of a model, vectors (norms, biases) have no weight decay: :func:`optimzoo.param_groups`. Bare
+    parameters decay as in torch.
+
     Args:
         name: one of :func:`list_optimizers`.
         model_or_params: a model (sorted by :func:`optimzoo.param_groups`), groups, or parameters.
