@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from optimzoo.flattened import refuse_flattened
 from optimzoo.optimizers.adams import AdamS
 from optimzoo.optimizers.apollo import APOLLO, APOLLOMini
 from optimzoo.optimizers.by_role import ByRole
@@ -174,6 +175,9 @@ def create_optimizer(
 ) -> Optimizer:
     """Make an optimizer by name.
 
+    Of a model, vectors (norms, biases) have no weight decay: :func:`optimzoo.param_groups`. Bare
+    parameters decay as in torch.
+
     Args:
         name: one of :func:`list_optimizers`.
         model_or_params: a model (sorted by :func:`optimzoo.param_groups`), groups, or parameters.
@@ -211,10 +215,11 @@ def create_optimizer(
         groups = param_groups(groups)
     elif not isinstance(groups, torch.Tensor):  # copied, because torch writes into the groups
         groups = [dict(g) if isinstance(g, dict) else g for g in groups]
+    if isinstance(groups, list):
+        _refuse_flattened(groups)
     if other_lr is not None and info.other_lr is not None:
         hyper[info.other_lr] = other_lr
     elif other_lr is not None:
-        groups = list(groups)
         if not all(isinstance(g, dict) and g.get("role") for g in groups):
             raise ValueError("other_lr needs roles; pass a model or optimzoo.param_groups(model)")
         own = {*info.main_roles, *(["vector"] if hyper.get("vector_lr") is not None else [])}
@@ -224,3 +229,16 @@ def create_optimizer(
         rule: Any = (info.make, hyper)
         return ByRole(groups, dict.fromkeys(ROLES, rule), **rounding)
     return info.make(groups, **hyper)
+
+
+def _refuse_flattened(groups: list[Any]) -> None:
+    """Refuse parameters of FSDP1 and DeepSpeed, for torch's optimizers too."""
+    items: list[Any] = []
+    for group in groups:
+        params = group.get("params") if isinstance(group, dict) else group
+        items += params if isinstance(params, list) else [params]
+    pairs = [
+        item if isinstance(item, tuple) else (f"parameter {i}", item)
+        for i, item in enumerate(items)
+    ]
+    refuse_flattened([param for _, param in pairs], [str(name) for name, _ in pairs])

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from optimzoo.flattened import flattened_by
+
 
 def release(
     optimizer: Optimizer, *, max_norm: float | None = None, scaler: Any = None
@@ -301,7 +303,7 @@ def _check(optimizer: Optimizer, max_norm: float | None) -> None:
             if hooks[key].owner() is not None:
                 raise ValueError(f"{name}'s parameters are released already; call remove() on that")
             del hooks[key]
-        if getattr(p, "_is_flat_param", False):
+        if flattened_by(p):
             raise RuntimeError("FSDP1 reduces a gradient after its hooks; use fully_shard (FSDP2)")
     _refuse_replicated(dict(params))
     if max_norm is None:

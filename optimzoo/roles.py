@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from optimzoo.flattened import refuse_flat_weight, refuse_flattened, refuse_flattened_modules
+
 ROLES = ("hidden", "embedding", "head", "vector")
 MATRIX_ROLES = ("hidden", "embedding", "head")
 
@@ -25,6 +27,10 @@ _HEAD_NAMES = re.compile(r"(^|\.)(lm_head|embed_out|unembed|output_layer|head|sc
 _EMBEDDING_NAMES = re.compile(r"(embed|wpe|wte|pos_emb)", re.IGNORECASE)
 # Where `torch.nn.utils.parametrize` keeps the tensor of a module: PATH.parametrizations.TENSOR.
 _PARAMETRIZED = re.compile(r"(?:^|\.)parametrizations\.([^.]+)\.original$")
+# Layers whose weight is a matrix, or a stack or a table of rows.
+_LAYERS = (nn.Linear, nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
+# PEFT's adapters of an embedding, kept in dictionaries: rows of the table, and its A [rank, vocab].
+_EMBEDDING_ADAPTER = re.compile(r"(^|\.)(lora_embedding_A|trainable_tokens_delta)(\.|$)")
 # Vectors in spite of their two dimensions: biases of stacked experts, Mamba's A, scales of blocks.
 _VECTOR_NAMES = re.compile(r"(bias|A_log|^scale$)")
 
@@ -34,7 +40,7 @@ def param_groups(model: nn.Module, overrides: Overrides = ()) -> list[dict[str, 
 
     Roles, found by module type first and by name second:
 
-    - ``embedding``: weights of ``nn.Embedding``, shape ``[vocab, d]``;
+    - ``embedding``: weights of ``nn.Embedding``, shape ``[vocab, d]``, and PEFT's adapters of one;
     - ``head``: the weight of the output layer, shape ``[vocab, d]``. A head tied to the embedding
       is one parameter (found by identity); its role is ``head``;
     - ``hidden``: every other parameter of two dimensions and up;
@@ -43,8 +49,12 @@ def param_groups(model: nn.Module, overrides: Overrides = ()) -> list[dict[str, 
 
     A weight under ``torch.nn.utils.parametrize`` keeps its role.
 
-    Every group also says how its weights lie: ``transposed`` for ``[in, out]`` (GPT-2's Conv1D),
-    ``stacked`` for ``[n, out, in]`` (mixture-of-experts weights; each slice is one matrix).
+    Vectors get ``weight_decay=0``, as in nanoGPT, timm and Hugging Face's ``Trainer``, unless an
+    override gives them another. The other groups take the optimizer's.
+
+    Every group also says how its weights lie: ``transposed`` for ``[in, out]`` (GPT-2's Conv1D) and
+    for an embedding ``[d, vocab]``, ``stacked`` for ``[n, out, in]`` (mixture-of-experts weights;
+    each slice is one matrix).
 
     Args:
         model: any module; wrappers of DDP and ``torch.compile`` are looked through.
@@ -53,12 +63,13 @@ def param_groups(model: nn.Module, overrides: Overrides = ()) -> list[dict[str, 
             matches wins; options other than ``role`` become options of the group.
 
     Returns:
-        Groups with ``params``, ``param_names``, ``role``, ``transposed``, ``stacked``, ``tied``,
-        for any torch optimizer. Every trainable parameter is in exactly one of them.
+        Groups with ``params``, ``param_names``, ``role``, ``transposed``, ``stacked``, ``tied``
+        (vectors: ``weight_decay`` too), for any torch optimizer. Every trainable parameter is in
+        exactly one of them.
 
     Raises:
         ValueError: a pattern that matches no trainable parameter, an unknown role, a model
-            without trainable parameters.
+            without trainable parameters, or with weights that FSDP1 or DeepSpeed has flattened.
         TypeError: it is no module.
     """
     if not isinstance(model, nn.Module):
@@ -66,8 +77,10 @@ def param_groups(model: nn.Module, overrides: Overrides = ()) -> list[dict[str, 
             f"param_groups takes the model, whose names and modules say the roles, not a "
             f"{type(model).__name__} of parameters"
         )
+    refuse_flattened_modules(model)
     rules = _compile(overrides)
     names = _names(model)
+    refuse_flattened(names, [aliases[0] for aliases in names.values()])
     if not names:
         raise ValueError(
             f"{type(model).__name__} has no trainable parameter; "
@@ -80,9 +93,13 @@ def param_groups(model: nn.Module, overrides: Overrides = ()) -> list[dict[str, 
         group, order = dict(found[param]), -1
         for i, (pattern, options) in enumerate(rules):
             if any(pattern.search(name) for name in aliases):
+                if options.get("role") == "embedding":  # [in, out] is how an embedding lies
+                    group["transposed"] = False
                 group, order = {**group, **options}, i
                 used.add(i)
                 break
+        if group["role"] == "vector":
+            group.setdefault("weight_decay", 0.0)
         key = (ROLES.index(group["role"]), group["transposed"], group["stacked"], order)
         group = groups.setdefault(key, {"params": [], "param_names": [], **group})
         group["params"].append(param)
@@ -109,10 +126,10 @@ def matrix_view(tensor: Tensor, *, stacked: bool = False) -> Tensor:
 def input_dim(role: str, *, transposed: bool) -> int:
     """The dimension along which a weight meets its input: the one a paper's column runs along.
 
-    ``nn.Linear`` and the head are ``[out, in]``; an ``nn.Embedding`` weight ``[vocab, d]`` and a
-    transposed weight are ``[in, out]``.
+    ``nn.Linear`` and the head are ``[out, in]``; an ``nn.Embedding`` weight ``[vocab, d]`` is
+    ``[in, out]``. Transposed, each is the other.
     """
-    return -2 if transposed or role == "embedding" else -1
+    return -2 if transposed != (role == "embedding") else -1
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -130,7 +147,9 @@ def weight_of(module: Any) -> nn.Parameter | None:
 
 
 def describe(groups: Any, *, width: int = 80) -> str:
-    """The audit of parameter groups, one line a group: role, tensors, parameters, an example.
+    """Return the audit of parameter groups: role, tensors, parameters, an example, a line a group.
+
+    Where a group has a weight decay, that of each is shown; ``-``: the optimizer's, not yet known.
 
     Args:
         groups: what :func:`param_groups` returned, an optimizer, or a model.
@@ -140,14 +159,17 @@ def describe(groups: Any, *, width: int = 80) -> str:
         groups = param_groups(groups)
     groups = getattr(groups, "param_groups", groups)
     total = sum(p.numel() for g in groups for p in g["params"]) or 1
-    lines = [f"{'role':<10}{'tensors':>8}{'parameters':>15}{'share':>7}  example"]
-    for group in groups:
+    decays = [group.get("weight_decay") for group in groups]
+    head = f"{'decay':>8}" if any(decays) else ""
+    lines = [f"{'role':<10}{'tensors':>8}{'parameters':>15}{'share':>7}{head}  example"]
+    for group, decay in zip(groups, decays, strict=True):
         role = group.get("role") or "by shape"
         count = sum(p.numel() for p in group["params"])
         notes = [flag for flag in ("transposed", "stacked") if group.get(flag)]
         notes += ["tied"] if group.get("tied") else []
         note = f" ({', '.join(notes)})" if notes else ""
-        row = f"{role:<10}{len(group['params']):>8}{count:>15,}{count / total:>7.1%}  "
+        row = f"{role:<10}{len(group['params']):>8}{count:>15,}{count / total:>7.1%}"
+        row += f"{'-' if decay is None else format(decay, 'g'):>8}  " if head else "  "
         if group["params"]:
             first, shape = group["params"][0], "x".join(map(str, group["params"][0].shape))
             name = group.get("param_names", [f"{first.ndim}-D tensor"])[0]
@@ -213,6 +235,8 @@ def _find_roles(model: nn.Module) -> dict[nn.Parameter, dict[str, Any]]:
                 path = full[: parametrized.start()]
                 module = modules[path]
                 full = f"{path}.{parametrized[1]}" if path else parametrized[1]
+            elif name == "weight" and (isinstance(module, _LAYERS) or is_conv1d(module)):
+                refuse_flat_weight(full, param, module)
             facts = _facts(module, full, param)
             if param is head:
                 facts["role"] = "head"
@@ -230,6 +254,9 @@ def _facts(module: nn.Module, name: str, param: nn.Parameter) -> dict[str, Any]:
         facts["role"] = "vector"
     elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
         facts["role"] = "embedding"
+    elif adapter := _EMBEDDING_ADAPTER.search(name):
+        facts["role"] = "embedding"
+        facts["transposed"] = adapter[2] == "lora_embedding_A"
     elif is_conv1d(module):
         facts["transposed"] = True
     elif isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
@@ -272,6 +299,7 @@ def check_role(group: Mapping[str, Any], names: Sequence[str] = ()) -> None:
     role = group.get("role")
     if role is not None and role not in ROLES:
         raise ValueError(f"unknown role {role!r}; the roles are {', '.join(ROLES)}")
+    refuse_flattened(group["params"], names)
     for i, param in enumerate(group["params"]):
         label = names[i] if i < len(names) else f"parameter {i}"
         if torch.is_complex(param):

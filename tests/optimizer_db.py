@@ -411,7 +411,7 @@ ZOO = [
         StableSPAM,
         {
             "resets": {"update_proj_gap": 2},
-            "authors": {"update_proj_gap": 2, "reset_step": "authors"},
+            "clean": {"update_proj_gap": 2, "reset_step": "clean"},
             "cosine": {"total_steps": 4, "gamma1": 0.85, "gamma2": 0.99999},
         },
         {
@@ -420,7 +420,7 @@ ZOO = [
             "update_proj_gap": (-1, "Invalid update_proj_gap: -1; .*0: no reset"),
             "total_steps": (0, "Invalid total_steps: 0"),
             "eta_min": (0.0, "Invalid eta_min: 0.0"),
-            "reset_step": ("both", "Invalid reset_step: 'both'.*clean, authors"),
+            "reset_step": ("both", "Invalid reset_step: 'both'.*authors, clean"),
         },
         foreach=False,
     ),

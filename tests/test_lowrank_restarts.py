@@ -23,24 +23,45 @@ def cosine(step: int) -> float:
     return min((step + 1) / 7, 0.1 + 0.45 * (1 + math.cos(math.pi * step / 40)))
 
 
-@pytest.mark.parametrize(("every", "recovery"), [(10, 4), (10, 9), (7, 0), (200, 10), (3, 1)])
+@pytest.mark.parametrize(("every", "recovery"), [(10, 4), (10, 9), (20, 10), (3, 1), (3, 2)])
 def test_the_schedule_is_the_authors(every, recovery):
     factor = quick_recovery(cosine, every, recovery)
     wanted = recovering(cosine, every, recovery, 41)
     assert [factor(step) for step in range(41)] == pytest.approx(wanted, rel=1e-12)
 
 
-def test_the_schedule_starts_low_and_meets_its_base():
+def test_without_recovery_the_schedule_is_the_base():
+    factor = quick_recovery(cosine, 7, 0)
+    assert [factor(step) for step in range(41)] == [cosine(step) for step in range(41)]
+
+
+def test_ten_factors_after_a_restart_sum_to_six():
+    """Their climb's first point is past when the scheduler is made: 1 to 9 ninths and the base."""
+    factor = quick_recovery(lambda step: 1.0, 200)
+    climb = [factor(step) for step in range(200, 210)]
+    assert climb[0] == pytest.approx(0.112)
+    assert climb[8:] == [1.0, 1.0]
+    assert sum(climb) == pytest.approx(9 * 0.001 + 0.999 * 45 / 9 + 1)
+
+
+def test_the_last_update_before_a_restart_has_the_climbs_start():
     factor = quick_recovery(cosine, 20, 10)
+    assert factor(39) == pytest.approx(0.001 * cosine(50))
+    assert factor(19) == cosine(19), "the first cycle has the schedule of the base"
+
+
+def test_without_an_offset_the_climb_starts_at_the_restart_and_meets_its_base():
+    factor = quick_recovery(cosine, 20, 10, offset=0)
     assert factor(20) == pytest.approx(0.001 * cosine(30))
-    assert [factor(s) == cosine(s) for s in (0, 5, 19, 29, 30, 39)] == [True] * 3 + [
-        False,
-        True,
-    ] * 1 + [True]
+    assert factor(29) == cosine(30)
+    for step in (0, 5, 19, 30, 39):
+        assert factor(step) == cosine(step)
     with pytest.raises(ValueError, match="recovery_steps is 20; it must be from 0 to every=20"):
         quick_recovery(cosine, 20, 20)
     with pytest.raises(ValueError, match="start is 2; it must be from 0 to 1"):
         quick_recovery(cosine, 20, 10, start=2)
+    with pytest.raises(ValueError, match="offset is 2; it must be 0 or 1"):
+        quick_recovery(cosine, 20, 10, offset=2)
 
 
 class Session:
@@ -52,7 +73,7 @@ class Session:
         self.optimizer = create_optimizer(optimizer, self.model, lr=1e-2)
         cls = ReLoRA if options.pop("relora", False) else Restarts
         self.restarts = cls(
-            self.model, self.optimizer, **{"every": 6, "recovery_steps": 2, **options}
+            self.model, self.optimizer, **{"every": 6, "recovery_steps": 3, **options}
         )
         self.scheduler = self.restarts.scheduler(cosine)
         self.step = 0
@@ -92,9 +113,9 @@ def test_a_restart_keeps_the_function_and_starts_the_moments(kind, optimizer):
         assert layer.B.norm().item() == pytest.approx(layer.A.norm().item())
     states = list(session.optimizer.state.values())
     assert states and all(not v.any() for s in states for v in s.values())
-    assert session.scheduler.get_last_lr()[0] == pytest.approx(1e-2 * 0.001 * cosine(8))
+    assert session.scheduler.get_last_lr()[0] == pytest.approx(1e-2 * (0.001 + 0.4995) * cosine(9))
     session.run(3)
-    assert session.scheduler.get_last_lr()[0] == pytest.approx(1e-2 * cosine(9))
+    assert session.scheduler.get_last_lr()[0] == pytest.approx(1e-2 * cosine(10))
 
 
 @pytest.mark.parametrize(("refactorize", "reset"), [(True, False), (False, True), (False, False)])

@@ -110,7 +110,8 @@ def test_hyperparameters_reach_the_optimizer():
     optimizer = create_optimizer("adamw", Tiny(), lr=0.5, betas=(0.5, 0.25), weight_decay=0.125)
     assert type(optimizer) is torch.optim.AdamW
     assert optimizer.defaults["betas"] == (0.5, 0.25)
-    assert {g["weight_decay"] for g in optimizer.param_groups} == {0.125}
+    decays = {g["role"]: g["weight_decay"] for g in optimizer.param_groups}
+    assert decays == {"hidden": 0.125, "embedding": 0.125, "head": 0.125, "vector": 0.0}
     with pytest.raises(ValueError, match="-1"):
         create_optimizer("sgd", Tiny(), lr=-1.0)
 

@@ -131,7 +131,7 @@ def test_finalize_prunes_folds_and_leaves_a_plain_model(blocks, n, m):
     optimizer = cast(model, n=n, m=m, blocks=blocks)
     weights = {id(p): p.detach().clone() for p in model.parameters()}
     dense = logits(model)
-    assert finalize(model, optimizer) == [f"{path}.weight" for path in PATHS]
+    assert list(finalize(model, optimizer)) == [f"{path}.weight" for path in PATHS]
     assert list(model.state_dict()) == names
     assert [type(x) for x in model.modules()] == kinds
     for path in PATHS:
@@ -247,26 +247,6 @@ def test_report_counts_zeros_flips_and_magnitudes():
     optimizer.step()
     assert report(weight, optimizer, first).weights[0].flips == 4
     assert report(weight, optimizer).weights[0].flips == 0
-
-
-def test_masked_weights_shrink_to_nothing_over_the_ramp():
-    """The decay does what the paper promises, and pruning then changes next to nothing."""
-    model = small()
-    prepare(model)
-    steps = 150
-    optimizer = AdamS(sparse_groups(model), lr=0.01, l1=0.01, total_steps=steps)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    first = None
-    for _ in range(steps):
-        train(model, optimizer, 1)
-        schedule.step()
-        first = first or report(model, optimizer)
-    last = report(model, optimizer)
-    assert first.total()["masked_mean"] > 0.1
-    assert last.total()["masked_mean"] < 1e-3
-    dense = logits(model)
-    finalize(model, optimizer)
-    assert (logits(model) - dense).abs().max() < 1e-2 * dense.abs().max()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without CUDA says")

@@ -147,6 +147,13 @@ def test_natural_galore_follows_the_papers_form_too():
     assert max(worst.values()) < LIMITS[torch.float64], worst
 
 
+def test_a_reset_is_by_default_that_of_the_published_code():
+    oracle = {"reset_step": "authors"}
+    hyper = {"update_proj_gap": GAP}
+    worst, _ = compare(StableSPAM, hyper, torch.float64, names=["tall", "wide"], oracle=oracle)
+    assert max(worst.values()) < LIMITS[torch.float64], worst
+
+
 def test_the_references_would_notice():
     """The distance is large where the two are told different things."""
     differences = [

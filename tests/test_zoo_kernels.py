@@ -18,7 +18,7 @@ METHODS = {
     "apollo_mini": ("apollo_mini", {}),
     "swan": ("swan", {}),
     "stable_spam": ("stable_spam", {"update_proj_gap": 5}),
-    "stable_spam, authors": ("stable_spam", {"update_proj_gap": 5, "reset_step": "authors"}),
+    "stable_spam, clean": ("stable_spam", {"update_proj_gap": 5, "reset_step": "clean"}),
 }
 CALLS = {"fira": "reduce_ apply_", "apollo": "reduce_ apply_", "swan": "center_"}
 CALLS |= {"apollo_mini": "reduce_ apply_", "stable_spam": "reduce_ adam_"}

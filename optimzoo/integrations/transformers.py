@@ -46,7 +46,8 @@ def trainer_optimizer(
             `weight_decay` and `adam_*` are not read. Its schedule is followed.
         other_lr: learning rate of the rest, as in :func:`optimzoo.create_optimizer`.
         overrides: as in :func:`optimzoo.param_groups`.
-        **hyper: the method's other hyperparameters.
+        **hyper: the method's other hyperparameters; `weight_decay` leaves out norms and biases, as
+            ``Trainer``'s own groups do.
 
     Raises:
         ValueError: an unknown name or hyperparameter.

@@ -16,23 +16,33 @@ Schedule = Callable[[int], float]
 
 
 def quick_recovery(
-    base: Schedule, every: int, recovery_steps: int = 10, start: float = 0.001
+    base: Schedule,
+    every: int,
+    recovery_steps: int = 10,
+    start: float = 0.001,
+    *,
+    offset: int = 1,
 ) -> Schedule:
-    """A schedule for ``LambdaLR`` that follows ``base``, and climbs back to it after each restart.
+    """Return a schedule for ``LambdaLR``: ``base``, with a climb back to it after each restart.
 
-    At step t, with t₀ the last restart (a multiple of ``every``, not 0) and n = recovery_steps::
+    Up to the first restart it is ``base``. From then on, with u = t + offset, t₀ the last multiple
+    of ``every`` not above u, and n = recovery_steps, the factor of step t is::
 
-        t - t₀ < n:  target · (start + (1 - start) (t - t₀) / n),  target = base(t₀ + n)
-        else:        base(t)
+        u - t₀ < n:  target · (start + (1 - start) (u - t₀) / (n - 1)),  target = base(t₀ + n)
+        else:        base(u)
 
-    as ``cosine_quick_recovery`` of the authors' code. It depends on t alone, so a resumed scheduler
-    needs nothing else.
+    as the authors' loop runs its ``cosine_quick_recovery``. That loop makes the scheduler anew
+    after a restart, and making it advances it by one: the first update has the climb's second
+    point, about 0.11 of the target, and the point `start` falls to the last update before the next
+    restart. ``offset=0`` has the climb where it is meant, from `start` right after the restart.
+    The factor depends on t alone, so a resumed scheduler needs nothing else.
 
     Args:
         base: factor of the learning rate by step, such as warm-up and cosine.
         every: steps between two restarts.
-        recovery_steps: of the climb, below ``every``; 0 for none.
+        recovery_steps: of the climb, below ``every``; 0 for none: the schedule is ``base``.
         start: where it starts, as a share of its target.
+        offset: 1 as published, or 0.
 
     Raises:
         ValueError: an argument out of range.
@@ -41,13 +51,18 @@ def quick_recovery(
         raise ValueError(f"recovery_steps is {recovery_steps}; it must be from 0 to every={every}")
     if not 0 <= start <= 1:
         raise ValueError(f"start is {start}; it must be from 0 to 1")
+    if offset not in (0, 1):
+        raise ValueError(f"offset is {offset}; it must be 0 or 1")
 
     def factor(step: int) -> float:
-        since = step % every
-        if step < every or since >= recovery_steps:
+        if step < every or not recovery_steps:
             return base(step)
-        share = start + (1 - start) * since / recovery_steps
-        return base(step - since + recovery_steps) * share
+        step += offset
+        since = step % every
+        if since >= recovery_steps:
+            return base(step)
+        done = since / (recovery_steps - 1) if recovery_steps > 1 else 1.0
+        return base(step - since + recovery_steps) * (start + (1 - start) * done)
 
     return factor
 

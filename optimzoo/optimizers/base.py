@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
 from optimzoo.distributed import Shards, local_part, sum_packed
+from optimzoo.flattened import refuse_flat_matrices
 from optimzoo.lowbit import LOW, ROUNDINGS, Counter, next_counter
 from optimzoo.optimizers import compiled
-from optimzoo.roles import check_role
+from optimzoo.roles import MATRIX_ROLES, check_role
 
 # Python reads these: on a GPU each look would wait for it.
 _ON_CPU = ("moment_step", "projector_seed")
@@ -32,13 +33,15 @@ class RoleOptimizer(Optimizer):
     #: `optimzoo.release` steps one parameter at a time.
     first_index = 0
     _warned_bare = False
+    _looked_for_flat = False
     _keeps_state_dtype = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as ``torch.optim.Optimizer`` does; the caller's dict is left alone.
 
         Raises:
-            ValueError: an unknown role, a complex parameter, a matrix role for a vector.
+            ValueError: an unknown role, a complex parameter, a matrix role for a vector, a
+                parameter that FSDP1 or DeepSpeed has flattened.
         """
         group = copy_group(param_group)
         if isinstance(group.get("params"), Iterable):
@@ -151,6 +154,9 @@ class RoleOptimizer(Optimizer):
 
     def _seen_update(self) -> None:
         self._opt_called = True
+        if not self._looked_for_flat:  # a model may be wrapped after its optimizer is built
+            refuse_flat_matrices(self.param_groups, MATRIX_ROLES)
+            self._looked_for_flat = True
         trial = self._begin_trial()
         self._update()
         self._end_trial(trial)

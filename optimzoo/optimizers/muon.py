@@ -107,7 +107,7 @@ class Muon(ByRole):
         other_lr: AdamW's learning rate.
         other_betas: AdamW's betas.
         other_eps: AdamW's eps.
-        other_weight_decay: AdamW's weight decay.
+        other_weight_decay: AdamW's weight decay; vectors of `param_groups` have none.
         roles: the roles that Muon trains; the SCALE paper's memory table counts all three matrices.
         rounding: of weights of 16 bits: `nearest`, or `stochastic`, which has the unrounded result
             as its expectation and keeps the state in float32.

@@ -50,8 +50,8 @@ class StableSPAM(HiddenRule):
         update_proj_gap: steps between two resets of the moments, the authors' name; 0: never.
         total_steps: length of the cosine of β₁ and γ₁.
         eta_min: the cosine's end.
-        reset_step: `clean` starts the moments anew before the step (ours); `authors` makes that one
-            step with the old moments under a fresh bias correction, as their code does.
+        reset_step: `authors`, as in their code, makes the step of a reset with the old moments
+            under a fresh bias correction; `clean` (ours) starts the moments anew before it.
         maximize: ascend.
         rounding: of weights of 16 bits, once a step: `nearest`, or `stochastic`, which has the
             unrounded result as its expectation and keeps Adam's moments in float32.
@@ -83,7 +83,7 @@ class StableSPAM(HiddenRule):
         update_proj_gap: int = 1000,
         total_steps: int | None = None,
         eta_min: float = 0.5,
-        reset_step: str = "clean",
+        reset_step: str = "authors",
         maximize: bool = False,
         rounding: str = "nearest",
         seed: int = 0,
@@ -119,7 +119,7 @@ class StableSPAM(HiddenRule):
             raise ValueError(f"Invalid total_steps: {options['total_steps']}; it must be >= 1")
         if not 0.0 < options["eta_min"] <= 1.0:
             raise ValueError(f"Invalid eta_min: {options['eta_min']}; it must be in (0, 1]")
-        check_choice("reset_step", options["reset_step"], ("clean", "authors"))
+        check_choice("reset_step", options["reset_step"], ("authors", "clean"))
 
     def _letters(self, group: dict[str, Any], shape: torch.Size) -> dict[str, str]:
         whole = "mn" if len(shape) > 1 else "m"

@@ -1,5 +1,6 @@
 """The end of CAST: prune with the optimizer's last masks, fold the scales, check the pattern."""
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ from torch.optim.optimizer import Optimizer
 from optimzoo.distributed import local_part
 from optimzoo.sparsity.masks import is_nm, unpack
 from optimzoo.sparsity.scaling import fold_scale
+
+SMALL = 1e-2  # of a weight's norm: what CAST's ramp leaves to be cut is below it
 
 
 @dataclass(frozen=True)
@@ -53,29 +56,53 @@ def masked_weights(model: nn.Module, optimizer: Optimizer) -> list[MaskedWeight]
 
 
 @torch.no_grad()
-def finalize(model: nn.Module, optimizer: Optimizer) -> list[str]:
+def finalize(model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
     """Make ``model`` sparse for good: set what the last masks leave out to 0, fold the scales.
 
     In place. Afterwards the model is made of ordinary parameters, its state dict is that of the
     dense model, and every masked weight is exactly n of m. The optimizer is done: it knows the
     weights before the folding.
 
+    Warns, once, if more than 1 % of a weight's norm is cut: then the model is not the trained one.
+
     Returns:
-        The names of the sparse weights.
+        For each sparse weight, by name, the share of its norm that was cut: ``‖W_cut‖ / ‖W‖``. Of
+        a sharded weight, that of this process's part.
 
     Raises:
         ValueError: see :func:`masked_weights`; the model is then as it was.
         RuntimeError: a weight that is not n of m in the end.
     """
-    sparse = masked_weights(model, optimizer)
-    for item in sparse:
+    cut = {}
+    for item in masked_weights(model, optimizer):
+        cut[item.name] = _cut_share(item)
         item.weight.masked_fill_(~item.mask, 0)
+    _warn_of_large(cut)
     for module in list(model.modules()):
         fold_scale(module)
     for item in masked_weights(model, optimizer):  # a folded weight is the same parameter object
         if not is_nm(item.weight, item.n, item.m, **item.layout):
             raise RuntimeError(f"{item.name} is not {item.n}:{item.m}; was it changed by a hook?")
-    return [item.name for item in sparse]
+    return cut
+
+
+def _cut_share(item: MaskedWeight) -> float:
+    dtype = torch.promote_types(item.weight.dtype, torch.float32)
+    whole = torch.linalg.vector_norm(item.weight, dtype=dtype)
+    return float(torch.linalg.vector_norm(item.weight[~item.mask], dtype=dtype) / (whole or 1.0))
+
+
+def _warn_of_large(cut: dict[str, float]) -> None:
+    worst = max(cut, key=lambda name: cut[name])
+    large = sum(share > SMALL for share in cut.values())
+    if large:
+        warnings.warn(
+            f"finalize sets weights to 0 that are not small: {cut[worst]:.1%} of the norm of "
+            f"{worst}, and above {SMALL:.1%} in {large} of {len(cut)} weights; train to the end of "
+            "the ramp, with a learning rate that falls to 0 and a sum of lr · ramp above the "
+            "weights",
+            stacklevel=4,
+        )
 
 
 def to_semi_structured(model: nn.Module) -> list[str]:

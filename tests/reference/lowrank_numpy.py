@@ -61,17 +61,24 @@ def sparse_layer(
 
 
 def recovering(base: Callable[[int], float], every: int, n: int, steps: int) -> list[float]:
-    """The factors of the schedule, by walking: the last restart is remembered."""
-    factors, last = [], 0
-    for step in range(steps):
-        if step > 0 and step % every == 0:
-            last = step
-        if last > 0 and step - last < n:
-            target = base(last + n)
-            low = 0.001 * target
-            factors.append(low + (target - low) * (step - last) / n)
+    """The factor of each update in the authors' loop, walked with its counter.
+
+    A restart, after the update that it is due at, makes the scheduler anew at that update's number;
+    making it advances it by one. Before the first restart the schedule is the base.
+    """
+    factors: list[float] = []
+    counter, restarted = 0, False
+    for update in range(1, steps + 1):
+        since = counter % every
+        if restarted and since < n:
+            target = base(counter - since + n)
+            done = since / (n - 1) if n > 1 else 1.0
+            factors.append(0.001 * target + (target - 0.001 * target) * done)
         else:
-            factors.append(base(step))
+            factors.append(base(counter))
+        counter += 1
+        if update % every == 0:
+            counter, restarted = update + 1, True
     return factors
 
 

@@ -103,7 +103,7 @@ class StableSpamReference(Reference):
         update_proj_gap: int = 1000,
         eta_min: float = 0.5,
         total_steps: int | None = None,
-        reset_step: str = "clean",
+        reset_step: str = "authors",
         **common: Any,
     ) -> None:
         super().__init__(params, hidden, lr=lr, eps=eps, **common)
