@@ -3,15 +3,19 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python .ci/install
+# Other versions than those of constraints.txt: make VENV=build/old WITH="torch==2.9.0" test
+WITH ?=
 SOURCES := setup.cfg pyproject.toml constraints.txt setup.py .ci/install $(shell find csrc -type f)
 
-.PHONY: help test test-thorough test-distributed compare tune lint type fmt docs notebooks memory-table gpu gpu-dry-run gpu-tables gpu-tables-dry-run sanitize check-cuda check-triton clean
+.PHONY: help test test-thorough test-distributed test-matrix test-kernels compare tune lint type fmt docs notebooks memory-table gpu gpu-dry-run gpu-tables gpu-tables-dry-run sanitize check-cuda check-triton clean
 
 help:
 	@echo "make compare   train a small Llama with SGD, AdamW, Muon and SCALE; print the table"
 	@echo "make test      the tests"
 	@echo "make test-thorough       all cases of them, and those that take minutes"
 	@echo "make test-distributed    all tests of several processes: sharding, the harness, faults"
+	@echo "make test-matrix   the tests with every Python, torch, instruction set ... that is here"
+	@echo "make test-kernels ISA=baseline    all cases of the kernels, in one instruction set's build"
 	@echo "make lint type fmt    ruff, mypy, ruff format"
 	@echo "make docs notebooks   build the pages into build/site; execute every notebook"
 	@echo "make tune      the learning-rate grids behind 'make compare' (about an hour)"
@@ -20,27 +24,27 @@ help:
 	@echo "make memory-table     the published memory column beside ours"
 
 $(VENV)/bin/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "optimzoo needs Python 3.10 or newer; say which with: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "optimzoo needs Python 3.11 or newer; say which with: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 # Stamps are made last, so an interrupted install is done again.
 $(VENV)/.bench: $(VENV)/bin/python $(SOURCES)
 	@echo "installing into $(VENV) (half a minute, and the download)"
-	$(INSTALL) bench
+	$(INSTALL) bench $(WITH)
 	@touch $@
 
 $(VENV)/.test: $(VENV)/bin/python $(SOURCES)
 	@echo "installing into $(VENV), what the tests need too"
-	$(INSTALL) bench,test
+	$(INSTALL) bench,test $(WITH)
 	@touch $(VENV)/.bench $@
 
 $(VENV)/.dev: $(VENV)/.test
-	$(INSTALL) bench,test,dev
+	$(INSTALL) bench,test,dev $(WITH)
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.bench
-	$(INSTALL) bench,docs
+	$(INSTALL) bench,docs $(WITH)
 	@touch $@
 
 compare: $(VENV)/.bench
@@ -53,8 +57,10 @@ memory-table: $(VENV)/.bench
 	$(BIN)/python -m benchmarks reproduce scale-main --memory-only
 
 # One thread a worker: the tests are many and small.
+THREADS ?= 1
+WORKERS ?= 2
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS)
 
 # The cases that `make test` leaves out (tests/conftest.py), and what takes minutes of CPU; all of
 # them, or with PART=2/4 the second quarter.
@@ -66,6 +72,21 @@ test-thorough: $(VENV)/.test
 test-distributed: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m distributed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout 1800 tests/distributed_full.py tests/distributed
+
+# `make test` in every environment that this machine can make, or in some: ROWS="python3.13
+# native-off". Interrupted, it goes on where it stopped; a row that was run for this commit is not
+# run again, but with AGAIN=1. What would download a CUDA build of torch waits for CUDA_BUILDS=1. ROTATE=7: one row, the seventh.
+ROWS ?=
+test-matrix: $(VENV)/.test
+	$(BIN)/python tools/test_matrix.py --venv $(VENV) --workers $(WORKERS) \
+	  $(if $(AGAIN),--again) $(if $(CUDA_BUILDS),--cuda-builds) \
+	  $(if $(ROTATE),--rotate $(ROTATE)) $(ROWS)
+
+# All cases of the CPU kernels, in the build for one instruction set, on a CPU that has a better one.
+ISA ?= baseline
+test-kernels: $(VENV)/.test
+	OMP_NUM_THREADS=1 OPTIMZOO_CPU_ISA=$(ISA) $(BIN)/python -m pytest -n $(WORKERS) \
+	  -m "not distributed" tests/test_kernels.py tests/test_kernels_cpu.py tests/test_kernel_inputs.py
 
 # With the Python that has the GPU's torch: nothing is installed. Rows come to $(OUT).
 OUT ?= runs/gpu

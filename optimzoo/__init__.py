@@ -1,6 +1,9 @@
 """optimzoo: memory-efficient optimizers for language-model training, as torch.optim drop-ins."""
 
+import torch as _torch
+
 from optimzoo._version import __version__
+from optimzoo._version import warn_of_untested_torch as _warn_of_untested_torch
 from optimzoo.optimizers.adams import AdamS
 from optimzoo.optimizers.apollo import APOLLO, APOLLOMini
 from optimzoo.optimizers.fira import Fira
@@ -13,6 +16,8 @@ from optimzoo.optimizers.swan import SWAN
 from optimzoo.registry import OptimInfo, create_optimizer, get_info, list_optimizers
 from optimzoo.release import Release, release
 from optimzoo.roles import describe, param_groups
+
+_warn_of_untested_torch(_torch.__version__)
 
 __all__ = [
     "APOLLO",
