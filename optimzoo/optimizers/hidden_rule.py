@@ -9,7 +9,7 @@ from torch import Tensor
 
 from optimzoo.distributed import Shards, local_part
 from optimzoo.kernels import dispatch
-from optimzoo.lowbit import Counter, moment_dtype, opened, stand_in
+from optimzoo.lowbit import Counter, moment_dtype, opened, stand_in, widened
 from optimzoo.optimizers.adam_rule import adam_step, init_adam_state, step_as_tensor
 from optimzoo.optimizers.base import (
     RoleOptimizer,
@@ -97,7 +97,11 @@ class HiddenRule(RoleOptimizer):
                 self._step_hidden(wide, grad, state, group, index, shards)
 
     def _matrix(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor, Shards]:
-        """Weight and gradient as matrices ``[..., m, n]``: what this process has of them."""
+        """Weight and gradient as matrices ``[..., m, n]``: what this process has of them.
+
+        A float16 gradient in float32: products of it, its ratios and its moments leave float16's
+        range.
+        """
         layout = {key: bool(group[key]) for key in ("transposed", "stacked")}
         shards = Shards.of(p, **layout)
         weight, grad = local_part(p), local_part(p.grad, like=p)  # type: ignore[arg-type]
@@ -105,6 +109,7 @@ class HiddenRule(RoleOptimizer):
             grad = matrix_view(grad, stacked=group["stacked"])
             if group["transposed"] and grad.ndim == p.ndim:  # the rules want [out, in]
                 weight, grad = weight.mT, grad.mT
+        grad = grad.float() if grad.dtype == torch.float16 else grad
         return weight, -grad if group["maximize"] else grad, shards
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -124,7 +129,7 @@ class HiddenRule(RoleOptimizer):
                     continue
                 self._refuse_sparse(p.grad)
                 self.state[p]  # there even if empty: a distributed checkpoint asks for each
-                if role_of(p, group) not in self._own_roles:
+                if not self._is_own(p, group):
                     self._init_rest(p, group)
                     if group["state_bits"] == 8:  # one after the other: their moments are wide
                         with opened(self.state[p], 8, counters.get(p)):
@@ -135,6 +140,10 @@ class HiddenRule(RoleOptimizer):
                     hidden.append((index, p))
             self._step_matrices(hidden, group, counters)
             self._step_rest(rest, group, counters)
+
+    def _is_own(self, p: Tensor, group: dict[str, Any]) -> bool:
+        """Whether the method's own rule steps a parameter, and not Adam."""
+        return role_of(p, group) in self._own_roles
 
     def _init_rest(self, p: Tensor, group: dict[str, Any]) -> None:
         if group["state_bits"] == 8:
@@ -178,10 +187,11 @@ def adam_direction(state: State, grad: Tensor, group: dict[str, Any]) -> Tensor:
     direction = _fused_direction(m, v, grad, group)
     if direction is not None:
         return direction
-    grad = grad.to(m.dtype)
-    m.lerp_(grad, 1 - beta1)
-    v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    return m / (v.sqrt() + group["eps"])
+    with widened([m], [v]) as ([mean], [square]):
+        grad = grad.to(mean.dtype)
+        mean.lerp_(grad, 1 - beta1)
+        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        return (mean / (square.sqrt() + group["eps"])).to(m.dtype)
 
 
 def _fused_direction(m: Tensor, v: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor | None:
