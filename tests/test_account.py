@@ -13,7 +13,7 @@ from optimzoo.roles import role_of
 
 # No two sizes alike; the ranks of the low-rank methods below, above and at a dimension.
 CONFIG = LlamaConfig(97, 24, 37, 2, 2)
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOW_RANK = ("galore", "natural_galore", "fira", "apollo")
 # AdamS has options without defaults and refuses bfloat16; its bytes are in test_adams_state.py.
 NAMES = [n for n in list_optimizers() if n != "adams"]

@@ -11,6 +11,7 @@ from optimzoo.lowbit.write_back import (
     next_counter,
     one_by_one,
     stand_in,
+    widened,
 )
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "quantize",
     "round_stochastic",
     "stand_in",
+    "widened",
 ]

@@ -52,17 +52,33 @@ def stand_in(weight: Tensor, counter: Counter | None) -> Iterator[Tensor]:
     copy_(weight, wide, **counter._asdict())
 
 
+@contextmanager
+def widened(*columns: Sequence[Tensor]) -> Iterator[list[list[Tensor]]]:
+    """Yield the lists with float32 copies of what has 16 bits; round those back to nearest after.
+
+    So that a rule computes in float32 whatever it is kept in, as the kernels do.
+    """
+    wide = [[t.float() if t.dtype in LOW else t for t in column] for column in columns]
+    yield wide
+    for kept, copies in zip(columns, wide, strict=True):
+        for tensor, copy in zip(kept, copies, strict=True):
+            if copy is not tensor:
+                tensor.copy_(copy)
+
+
 def one_by_one(
     rule: Callable[..., None],
     counters: Sequence[Counter | None],
     params: Sequence[Tensor],
     *columns: Sequence[Any],
+    alone: bool = False,
 ) -> None:
     """``rule`` on the lists ``params, *columns``; on each weight's stand-in where one is counted.
 
-    Weights that are counted are stepped one after the other: one stand-in at a time.
+    Weights that are counted are stepped one after the other, one stand-in at a time; all are if
+    ``alone``, for a rule that makes copies of its own.
     """
-    if not any(counters):
+    if not any(counters) and not alone:
         rule(params, *columns)
         return
     for counter, param, *rest in zip(counters, params, *columns, strict=True):
@@ -71,10 +87,12 @@ def one_by_one(
 
 
 def moment_dtype(param: Tensor, group: Mapping[str, Any]) -> torch.dtype:
-    """Of Adam's moments: the parameter's; float32 at least with stochastic rounding, or codes.
+    """Of Adam's moments: the parameter's; float32 at least under float16, rounding, or codes.
 
-    In bfloat16 a second moment with β₂ = 0.999 hardly moves: its steps are below half a last bit.
+    float16 has no squares of gradients below 2.4e-4: a second moment of zero is divided by. In
+    bfloat16 one with β₂ = 0.999 hardly moves: its steps are below half a last bit.
     """
-    if group["rounding"] == "nearest" and group.get("state_bits") is None:
+    plain = group["rounding"] == "nearest" and group.get("state_bits") is None
+    if plain and param.dtype != torch.float16:
         return param.dtype
     return torch.promote_types(param.dtype, torch.float32)

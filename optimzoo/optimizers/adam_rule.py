@@ -14,7 +14,7 @@ from torch.optim.optimizer import _default_to_fused_or_foreach, _get_scalar_dtyp
 
 from optimzoo.distributed import local_part
 from optimzoo.kernels import dispatch
-from optimzoo.lowbit import Counter, one_by_one
+from optimzoo.lowbit import LOW, Counter, one_by_one, widened
 
 
 def init_adam_state(
@@ -105,8 +105,9 @@ def adam(
         v ← β₂ v + (1 − β₂) g²
         p ← (1 − lr·wd) p − lr · √(1 − β₂ᵗ) / (1 − β₁ᵗ) · m / (√v + eps)
 
-    Parameters of 16 bits that have a counter are rounded stochastically. What `lr` multiplies, but
-    for the decay, is clamped to ``[-max_update, max_update]``.
+    Computed in float32 where parameters or moments have 16 bits. Parameters of 16 bits that have a
+    counter are rounded stochastically. What `lr` multiplies, but for the decay, is clamped to
+    ``[-max_update, max_update]``.
     """
     if not params:
         return
@@ -127,12 +128,14 @@ def adam(
     options = (lr, betas, eps, weight_decay, capturable, max_update)
 
     def step(params: Any, grads: Any, means: Any, squares: Any, steps: Any) -> None:
-        grads = [g.to(m.dtype) for g, m in zip(grads, means, strict=True)]
-        if maximize:
-            grads = [-g for g in grads]
-        rule(params, grads, means, squares, steps, *options)
+        with widened(means, squares) as (means, squares):
+            grads = [g.to(m.dtype) for g, m in zip(grads, means, strict=True)]
+            if maximize:
+                grads = [-g for g in grads]
+            rule(params, grads, means, squares, steps, *options)
 
-    one_by_one(step, counters, params, grads, exp_avgs, exp_avg_sqs, steps)
+    lists = (params, grads, exp_avgs, exp_avg_sqs, steps)
+    one_by_one(step, counters, *lists, alone=any(m.dtype in LOW for m in exp_avgs))
 
 
 def _correction(step: Tensor, betas: tuple[float, float], capturable: bool) -> float | Tensor:

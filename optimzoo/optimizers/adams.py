@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT, _default_to_fused_or_foreach
 
 from optimzoo.distributed import local_part
 from optimzoo.kernels import dispatch
-from optimzoo.lowbit import LOW, Counter, moment_dtype, one_by_one
+from optimzoo.lowbit import LOW, Counter, moment_dtype, one_by_one, widened
 from optimzoo.optimizers.adam_rule import adam, init_adam_state, step_as_tensor
 from optimzoo.optimizers.base import (
     RoleOptimizer,
@@ -327,12 +327,14 @@ def adams(
     options = (lr, betas, eps, l1, total_steps, decay, weight_decay)
 
     def step(params: Any, grads: Any, means: Any, squares: Any, steps: Any, masks: Any) -> None:
-        grads = [g.to(m.dtype) for g, m in zip(grads, means, strict=True)]
-        if maximize:
-            grads = [-g for g in grads]
-        rule(params, grads, means, squares, steps, masks, *options)
+        with widened(means, squares) as (means, squares):
+            grads = [g.to(m.dtype) for g, m in zip(grads, means, strict=True)]
+            if maximize:
+                grads = [-g for g in grads]
+            rule(params, grads, means, squares, steps, masks, *options)
 
-    one_by_one(step, counters, params, grads, exp_avgs, exp_avg_sqs, steps, masks)
+    lists = (params, grads, exp_avgs, exp_avg_sqs, steps, masks)
+    one_by_one(step, counters, *lists, alone=any(m.dtype in LOW for m in exp_avgs))
 
 
 def _single_tensor_adams(

@@ -34,7 +34,6 @@ class RoleOptimizer(Optimizer):
     first_index = 0
     _warned_bare = False
     _looked_for_flat = False
-    _keeps_state_dtype = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as ``torch.optim.Optimizer`` does; the caller's dict is left alone.
@@ -73,7 +72,8 @@ class RoleOptimizer(Optimizer):
         """Load a state as ``torch.optim.Optimizer`` does, but keep every state tensor's dtype.
 
         torch casts each state tensor to its parameter's dtype, which ruins masks, seeds, integer
-        codes and float32 moments under bfloat16 weights.
+        codes and float32 moments under bfloat16 weights. A state of float16 weights that is in
+        float16 itself becomes float32 (Natural GaLore's history stays): it would underflow.
 
         Raises:
             ValueError: the groups differ in number, in size or in role from those of the state.
@@ -93,9 +93,11 @@ class RoleOptimizer(Optimizer):
             for handle in handles:
                 handle.remove()
 
+    def _keeps_state_dtype(self, param: Tensor) -> bool:
+        """Whether a load keeps the dtypes of this parameter's state."""
+        return True
+
     def _restore(self, seen: dict[str, Any]) -> None:
-        if not self._keeps_state_dtype:
-            return
         saved_ids = chain.from_iterable(group["params"] for group in seen["param_groups"])
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         for saved_id, param in zip(saved_ids, params, strict=True):
@@ -103,9 +105,13 @@ class RoleOptimizer(Optimizer):
                 loaded = self.state[param].get(key)
                 if not isinstance(value, Tensor) or not isinstance(loaded, Tensor):
                     continue
+                if not self._keeps_state_dtype(param):
+                    continue
                 device = torch.device("cpu") if key in _ON_CPU else loaded.device
-                if loaded.dtype != value.dtype or loaded.device != device:
-                    self.state[param][key] = value.detach().to(device, copy=True)
+                narrow = {param.dtype, value.dtype} == {torch.float16} and key != "history"
+                dtype = torch.float32 if narrow else value.dtype
+                if loaded.dtype != dtype or loaded.device != device:
+                    self.state[param][key] = value.detach().to(device, dtype, copy=True)
 
     def _check_loaded(self, state_dict: StateDict, seen: dict[str, Any]) -> StateDict:
         ours = [group.get("role") for group in self.param_groups]

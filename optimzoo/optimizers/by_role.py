@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
@@ -26,7 +27,8 @@ class ByRole(RoleOptimizer):
         rules: for each role its optimizer class and that class's hyperparameters.
         rounding: of weights of 16 bits: `nearest`, as the inner optimizers have it, or
             `stochastic`: each steps a float32 stand-in of one weight after the other, so that its
-            state is in float32, and the result is rounded into the weight.
+            state is in float32, and the result is rounded into the weight. float16 weights are
+            stepped so to nearest too: torch's rules divide by the zeros that their squares become.
         seed: of stochastic rounding.
 
     Raises:
@@ -42,8 +44,7 @@ class ByRole(RoleOptimizer):
         seed: int = 0,
     ) -> None:
         self._rules = dict(rules)
-        # To nearest, torch's rules compute in the weight's dtype: they need a loaded state cast.
-        self._keeps_state_dtype = rounding == "stochastic"
+        self._stochastic = rounding == "stochastic"
         self._inner: dict[type[Optimizer], Optimizer] = {}
         # torch adds this default on a load; there from the start, a load leaves the groups alike.
         defaults = {"differentiable": False, "rounding": rounding, "seed": seed}
@@ -95,10 +96,17 @@ class ByRole(RoleOptimizer):
         for cls, inner in self._inner.items():
             # Ours are what is stepped: of a likeness that `optimzoo.release` makes, some of them.
             inner.param_groups = [g for g in self.param_groups if self._rules[g["role"]][0] is cls]
-            if inner.param_groups and self._keeps_state_dtype:
+            if any(self._keeps_state_dtype(p) for g in inner.param_groups for p in g["params"]):
                 self._step_one_by_one(inner, indices)
             elif inner.param_groups:
                 inner.step()
+
+    def _keeps_state_dtype(self, param: Tensor) -> bool:
+        """Whether it is stepped by a float32 stand-in.
+
+        Else torch's rules compute in the weight's dtype: they need a loaded state cast.
+        """
+        return self._stochastic or param.dtype == torch.float16
 
     def _step_one_by_one(self, inner: Optimizer, indices: dict[Tensor, int]) -> None:
         groups = inner.param_groups
@@ -107,20 +115,27 @@ class ByRole(RoleOptimizer):
                 for p in group["params"]:
                     if p.grad is None:
                         continue
+                    if not self._keeps_state_dtype(p):
+                        inner.param_groups, inner.state = [{**group, "params": [p]}], self.state
+                        inner.step()
+                        continue
                     rounded, state = p.dtype in LOW, self.state[p]
                     weight = nn.Parameter(p.detach().float() if rounded else p.detach())
                     weight.grad = p.grad.to(weight.dtype)
                     inner.param_groups = [{**group, "params": [weight]}]
                     inner.state = defaultdict(dict, {weight: state})
                     inner.step()
-                    if rounded:  # counted now: to torch, a state that is empty is a first step
+                    if rounded and self._stochastic:
+                        # Counted now: to torch, a state that is empty is a first step.
                         counter = next_counter(state, seed=group["seed"], index=indices[p])
                         copy_(local_part(p), local_part(weight), **counter._asdict())
+                    elif rounded:
+                        local_part(p).copy_(local_part(weight))
         finally:
             inner.param_groups, inner.state = groups, self.state
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_rules": self._rules, "_keeps_state_dtype": self._keeps_state_dtype}
+        own = {"_rules": self._rules, "_stochastic": self._stochastic}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

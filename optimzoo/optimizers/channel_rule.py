@@ -1,5 +1,6 @@
 """What Fira and APOLLO share: channels scaled as Adam scaled their projection, under a limiter."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -23,14 +24,15 @@ def excess(norm: Tensor, state: State, limit: float) -> Tensor | None:
     """What to divide an update of this norm by; None: by nothing, it is the first.
 
     Fira's limiter: a matrix's norm may grow by a factor of at most ``limit`` a step. The norm
-    after the division is kept in ``state["update_norm"]``.
+    after the division is kept in ``state["update_norm"]``. A norm of zero is passed over (ours):
+    from it a weight would need two thousand steps to its old pace.
     """
     if "update_norm" not in state:
-        state["update_norm"] = norm
+        state["update_norm"] = torch.where(norm == 0, math.inf, norm)
         return None
     growth = norm / (state["update_norm"] + 1e-8)
     by = growth.clamp_min(limit) / limit
-    state["update_norm"] = norm / by
+    state["update_norm"] = torch.where(norm == 0, state["update_norm"], norm / by)
     return by
 
 
@@ -99,7 +101,7 @@ def subtract_scaled_(
     """``W ← keep · W − size · limited(ratio ∘ G)``, with one ratio a channel along ``dim``."""
     channels = Channels.of(weight, grad, dim, shards)
     if channels is None:
-        update = limited(grad * ratio.to(grad.dtype), state, limit, shards)
+        update = limited(grad * ratio, state, limit, shards)
         subtract_(weight, update, size=size, keep=keep)
         return
     ratio = ratio.flatten()

@@ -16,7 +16,7 @@ from optimzoo.optimizers.hidden_rule import (
     bias_correction,
     count_step,
 )
-from optimzoo.subspace.bases import KINDS
+from optimzoo.subspace.bases import KINDS, has_direction
 from optimzoo.subspace.natural import rotate_history
 from optimzoo.subspace.projector import (
     SIDES,
@@ -64,9 +64,10 @@ class Projected(HiddenRule):
             for key in ("projector_left", "projector_right"):
                 state.pop(key, None)
         if not has_projector(state) or (step - 1) % group["update_proj_gap"] == 0:
-            seed = (
-                group["seed"] + 7919 * index + step
-            )  # another sketch each time, the same on resume
+            # Another sketch each time, the same on resume.
+            seed = group["seed"] + 7919 * index + step
+            if step == 1 and not has_direction(grad, shards).any():
+                state["step"] -= 1  # the next is the first one: no subspace comes of this
             rotation = refresh(
                 state,
                 grad,
@@ -97,8 +98,8 @@ class GaLore(Projected):
 
     All other parameters take Adam with the same betas, eps (before the bias correction) and decay.
 
-    State of a hidden weight, in elements of its dtype: ``2 r max(m, n) + r min(m, n)``. The rest:
-    two of their own size.
+    State of a hidden weight, in elements of its dtype (float32 under float16):
+    ``2 r max(m, n) + r min(m, n)``. The rest: two of their own size.
 
     Args:
         params: groups from :func:`optimzoo.param_groups`; bare parameters fall back by shape.
@@ -127,7 +128,8 @@ class GaLore(Projected):
         RuntimeError: a sparse gradient, at `step`.
 
     A gradient for which the SVD does not converge takes the range finder; one that is zero or not
-    finite leaves the subspace as it was. The published runs: ``projector="svd", rotate=False``.
+    finite leaves the subspace as it was, and at the start is not counted as a step. The published
+    runs: ``projector="svd", rotate=False``.
 
     Source: arXiv 2403.03507; jiaweizzhao/GaLore. Ours differs from that code: decay before the
     step, as torch's AdamW; n-D weights are flattened, stacks of matrices taken slice by slice.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from optimzoo.distributed import Shards, local_part
 from optimzoo.kernels import dispatch
-from optimzoo.lowbit import Counter, moment_dtype, opened, stand_in
+from optimzoo.lowbit import Counter, moment_dtype, opened, stand_in, widened
 from optimzoo.optimizers.adam_rule import (
     adam_step,
     bias_correction,
@@ -104,7 +104,11 @@ class HiddenRule(RoleOptimizer):
                 self._step_hidden(wide, grad, state, group, index, shards)
 
     def _matrix(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor, Shards]:
-        """Weight and gradient as matrices ``[..., m, n]``: what this process has of them."""
+        """Weight and gradient as matrices ``[..., m, n]``: what this process has of them.
+
+        A float16 gradient in float32: products of it, its ratios and its moments leave float16's
+        range.
+        """
         layout = {key: bool(group[key]) for key in ("transposed", "stacked")}
         shards = Shards.of(p, **layout)
         weight, grad = local_part(p), local_part(p.grad, like=p)  # type: ignore[arg-type]
@@ -112,6 +116,7 @@ class HiddenRule(RoleOptimizer):
             grad = matrix_view(grad, stacked=group["stacked"])
             if group["transposed"] and grad.ndim == p.ndim:  # the rules want [out, in]
                 weight, grad = weight.mT, grad.mT
+        grad = grad.float() if grad.dtype == torch.float16 else grad
         return weight, -grad if group["maximize"] else grad, shards
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -131,7 +136,7 @@ class HiddenRule(RoleOptimizer):
                     continue
                 self._refuse_sparse(p.grad)
                 self.state[p]  # there even if empty: a distributed checkpoint asks for each
-                if role_of(p, group) not in self._own_roles:
+                if not self._is_own(p, group):
                     self._init_rest(p, group)
                     if group["state_bits"] == 8:  # one after the other: their moments are wide
                         t, betas = int(self.state[p]["step"]) + 1, group["betas"]
@@ -144,6 +149,10 @@ class HiddenRule(RoleOptimizer):
                     hidden.append((index, p))
             self._step_matrices(hidden, group, counters)
             self._step_rest(rest, group, counters)
+
+    def _is_own(self, p: Tensor, group: dict[str, Any]) -> bool:
+        """Whether the method's own rule steps a parameter, and not Adam."""
+        return role_of(p, group) in self._own_roles
 
     def _init_rest(self, p: Tensor, group: dict[str, Any]) -> None:
         if group["state_bits"] == 8:
@@ -193,11 +202,14 @@ def adam_direction(state: State, grad: Tensor, group: dict[str, Any]) -> Tensor:
     direction = _fused_direction(m, v, grad, group, most)
     if direction is not None:
         return direction
-    grad = grad.to(m.dtype)
-    m.lerp_(grad, 1 - beta1)
-    v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    direction = m / (v.sqrt() + group["eps"])
-    return direction if most == math.inf else direction.clamp_(-most, most)
+    with widened([m], [v]) as ([mean], [square]):
+        grad = grad.to(mean.dtype)
+        mean.lerp_(grad, 1 - beta1)
+        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        direction = mean / (square.sqrt() + group["eps"])
+    if most != math.inf:
+        direction.clamp_(-most, most)
+    return direction.to(m.dtype)
 
 
 def _fused_direction(

@@ -94,7 +94,8 @@ def _adjusted(shape: torch.Size, group: dict[str, Any]) -> float:
 class Muon(ByRole):
     """``torch.optim.Muon`` for ``roles`` and ``torch.optim.AdamW`` for the others.
 
-    State, in bytes a parameter: the weight's own size for Muon's roles, twice that for the others.
+    State, in bytes a parameter: the weight's own size for Muon's roles, twice that for the others;
+    under float16 weights in float32.
 
     Args:
         params: groups from :func:`optimzoo.param_groups`, or bare parameters (split by shape).

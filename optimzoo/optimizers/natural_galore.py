@@ -146,6 +146,8 @@ class NaturalGaLore(Projected):
         low = self._project(state, grad, group, step, index, shards)
         if "history" not in state:
             _init_history(state, low, group)
+        elif group["history_dtype"] == "auto" and state["history"].dtype == torch.float16:
+            state["history"] = state["history"].float()  # as a state of before has it
         natural = natural_gradient(
             state,
             low,

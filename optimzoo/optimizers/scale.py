@@ -51,8 +51,9 @@ class SCALE(RoleOptimizer):
     of an ``nn.Linear`` weight and of the head, dim 0 of an ``nn.Embedding`` weight. Weights above
     two dimensions are flattened to ``[out, -1]``; a stack of matrices is taken slice by slice.
 
-    State, in bytes a parameter of the head: its own size (``exp_avg``, in the weight's dtype). None
-    for hidden weights and the embedding. Vectors: 8 (two float32 moments), and 4 a tensor.
+    State, in bytes a parameter of the head: its own size (``exp_avg``, in the weight's dtype; in
+    float32 under float16). None for hidden weights and the embedding. Vectors: 8 (two float32
+    moments), and 4 a tensor.
 
     Args:
         params: groups from :func:`optimzoo.param_groups`; bare parameters fall back by shape.
@@ -81,7 +82,7 @@ class SCALE(RoleOptimizer):
             takes one weight after the other; 8 bytes of state a weight more, a count.
         state_bits: 8 keeps the momentum as int8 codes, with a float32 scale for each 256 of them,
             rounded as `rounding` says (:mod:`optimzoo.lowbit.blockwise`); it is a float32 temporary
-            while its weight is stepped. Default: in the weight's dtype. Not for sharded weights.
+            while its weight is stepped. Default: see above. Not for sharded weights.
         seed: of stochastic rounding: a function of it, the parameter's index among all, its count
             of steps and the element, so the same on resume and in any order of the parameters.
 
@@ -216,8 +217,10 @@ class SCALE(RoleOptimizer):
         if group["state_bits"] == 8:
             self._refuse_cut_codes(p)
         if not {"exp_avg", "exp_avg_codes"} & state.keys():
-            wide = torch.promote_types(p.dtype, torch.float32)
-            state["exp_avg"] = torch.zeros_like(p, dtype=wide if group["state_bits"] else None)
+            # In float16 a tenth of a gradient below 6e-7 would be zero.
+            wide = group["state_bits"] or p.dtype == torch.float16
+            dtype = torch.promote_types(p.dtype, torch.float32) if wide else p.dtype
+            state["exp_avg"] = torch.zeros_like(p, dtype=dtype)
 
     @_use_grad_for_differentiable
     def _update(self) -> None:

@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from optimzoo.distributed import WHOLE, Shards
 from optimzoo.kernels import dispatch
-from optimzoo.lowbit import moment_dtype
+from optimzoo.lowbit import moment_dtype, widened
 from optimzoo.optimizers.adam_rule import bias_correction, max_direction
 from optimzoo.optimizers.base import check_betas, check_choice, scalar_lr
 from optimzoo.optimizers.hidden_rule import (
@@ -137,14 +137,15 @@ class StableSPAM(HiddenRule):
         step = count_step(state, weight)
         shrink = cosine_factor(step, group["total_steps"], group["eta_min"])
         kernels = _kernels(weight, grad, state, shards)
+        dtype = moment_dtype(grad, group)
         if kernels is None:
+            grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
             grad = clip_spikes(grad, state, step, group["gamma3"], shards)
             grad = clip_norm(grad, state, step, shrink, group, shards)
         else:
             clips = _clips(kernels, grad, state, step, shrink, group)
         beta1, beta2 = group["betas"][0] * shrink, group["betas"][1]
         if "exp_avg" not in state:
-            dtype = moment_dtype(grad, group)
             state["exp_avg"] = torch.zeros_like(grad, dtype=dtype)
             state["exp_avg_sq"] = torch.zeros_like(grad, dtype=dtype)
             state["moment_step"] = torch.zeros_like(state["step"])
@@ -181,14 +182,15 @@ class StableSPAM(HiddenRule):
                 max_update=most,
             )
             return
-        grad = grad.to(m.dtype)
-        m.lerp_(grad, 1 - beta1)
-        v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        denominator = (v / (1 - beta2**k)).sqrt_().add_(group["eps"])
-        size = lr / (1 - beta1**k)
-        most *= 1 - beta1**k
-        update = (m / denominator).clamp_(-most, most)
-        subtract_(weight, update, size=size, keep=1 - lr * group["weight_decay"])
+        with widened([m], [v]) as ([mean], [square]):
+            grad = grad.to(mean.dtype)
+            mean.lerp_(grad, 1 - beta1)
+            square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            denominator = (square / (1 - beta2**k)).sqrt_().add_(group["eps"])
+            size = lr / (1 - beta1**k)
+            most *= 1 - beta1**k
+            update = (mean / denominator).clamp_(-most, most)
+            subtract_(weight, update, size=size, keep=1 - lr * group["weight_decay"])
 
 
 def cosine_factor(step: int, total: int | None, low: float) -> float:

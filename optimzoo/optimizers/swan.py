@@ -1,5 +1,6 @@
 """SWAN: stateless SGD with row normalisation and whitening (arXiv 2412.13148)."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,6 @@ from optimzoo.kernels import dispatch
 from optimzoo.lowbit import Counter, stand_in
 from optimzoo.optimizers.base import scalar_lr
 from optimzoo.optimizers.hidden_rule import REST_DEFAULTS, HiddenRule, subtract_
-from optimzoo.roles import role_of
 from optimzoo.subspace.newton_schulz import in_stacks, whiten
 
 
@@ -26,7 +26,9 @@ class SWAN(HiddenRule):
         U ← U · ‖Ĝ‖_F / ‖U‖_F                    (`rescale`: the entries of U have RMS 1)
         W ← (1 − ηλ) W − η U
 
-    All other parameters (the embedding and the head among them, as in the paper) take Adam.
+    All other parameters (the embedding and the head among them, as in the paper) take Adam, and so
+    do hidden weights whose rows have one entry (ours): each is its own mean, and would never move.
+    A row of equal gradients is not moved, whatever its length: that is the rule.
 
     State of a hidden weight: none. The rest: two of their own size.
 
@@ -103,7 +105,10 @@ class SWAN(HiddenRule):
 
         That of a hidden weight is, as long as each row's deviation is above `eps`.
         """
-        return role_of(param, group) == "hidden"
+        return self._is_own(param, group)
+
+    def _is_own(self, p: Tensor, group: dict[str, Any]) -> bool:
+        return super()._is_own(p, group) and _row_length(p, group) > 1
 
     def _step_matrices(
         self,
@@ -122,6 +127,13 @@ class SWAN(HiddenRule):
                 subtract_(weight, update, size=lr, keep=keep)
 
 
+def _row_length(p: Tensor, group: dict[str, Any]) -> int:
+    """Entries of a row of the weight as a matrix, sharded or not."""
+    if p.ndim > 2 and not group["stacked"]:
+        return math.prod(p.shape[1:])
+    return p.shape[-2 if group["transposed"] else -1]
+
+
 def direction(grad: Tensor, group: dict[str, Any]) -> Tensor:
     """``U`` of a whole gradient."""
     rows = normalize_rows(grad, group["eps"])
@@ -133,13 +145,18 @@ def direction(grad: Tensor, group: dict[str, Any]) -> Tensor:
 
 
 def normalize_rows(grad: Tensor, eps: float) -> Tensor:
-    """Each row less its mean, over its standard deviation, in at least float32."""
+    """Each row less its mean, over its standard deviation, in at least float32.
+
+    A row of equal entries gives zeros: what it differs from its mean by is rounding.
+    """
     out = torch.empty_like(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
     kernels = dispatch.backend(grad.device.type)
     item = dispatch.matrices(out, grad, None, dispatch.ROWS, stacked=True)[0]
     if kernels is not None and grad.is_contiguous() and dispatch.takes(item):
         kernels.center_([out], [grad], [item.shape], eps=eps)
-        return out
-    grad = grad.to(out.dtype)
-    centred = grad - grad.mean(-1, keepdim=True)
-    return centred / centred.square().mean(-1, keepdim=True).sqrt().clamp_min(eps)
+    else:
+        wide = grad.to(out.dtype)
+        centred = wide - wide.mean(-1, keepdim=True)
+        out = centred / centred.square().mean(-1, keepdim=True).sqrt().clamp_min(eps)
+    low, high = grad.aminmax(dim=-1, keepdim=True)
+    return out.masked_fill_(low == high, 0.0)

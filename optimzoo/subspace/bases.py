@@ -53,9 +53,8 @@ def leading_basis(
     rank = min(rank, *shards.shape(grad.shape)[-2:])
     if previous is not None:
         previous = previous.to(wide)
-    # The largest entry, not the norm: its square may overflow or vanish.
     size = _largest(grad, shards)
-    usable = (size > 0) & torch.isfinite(size)
+    usable = _usable(size)
     if not usable.any():
         return _coordinates(grad, rank, shards) if previous is None else previous
     if not ((size > 1e-9) & (size < 1e9)).all():
@@ -71,6 +70,16 @@ def leading_basis(
         kept = _coordinates(grad, rank, shards) if previous is None else previous
         basis = torch.where(usable, basis, kept)
     return basis
+
+
+def has_direction(grad: Tensor, shards: Shards = WHOLE) -> Tensor:
+    """Return whether each matrix is finite and not zero, ``[..., 1, 1]``."""
+    return _usable(_largest(grad, shards))
+
+
+def _usable(size: Tensor) -> Tensor:
+    # The largest entry, not the norm: its square may overflow or vanish.
+    return (size > 0) & torch.isfinite(size)
 
 
 def _largest(grad: Tensor, shards: Shards) -> Tensor:

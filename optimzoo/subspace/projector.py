@@ -96,9 +96,10 @@ def project(state: State, grad: Tensor, shards: Shards = WHOLE) -> Tensor:
 def subtract_back_(weight: Tensor, state: State, low: Tensor, *, size: float, keep: float) -> None:
     """``W ← keep · W − size · back(low)`` in place, without a full-size temporary where 2-D.
 
-    ``back`` is ``P low``, ``low Qᵀ`` or ``P low Qᵀ``.
+    ``back`` is ``P low``, ``low Qᵀ`` or ``P low Qᵀ``. A weight narrower than ``low`` takes the
+    temporary: the factors of the product would be rounded to it.
     """
-    if weight.ndim != 2:
+    if weight.ndim != 2 or torch.promote_types(weight.dtype, low.dtype) != weight.dtype:
         update = back(state, low).reshape(weight.shape)
         # One sum, so that a low-precision weight is rounded once.
         wide = torch.promote_types(weight.dtype, torch.float32)

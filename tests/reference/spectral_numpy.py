@@ -7,7 +7,7 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
-from .rest_adam_numpy import Array, Reference
+from .rest_adam_numpy import Array, Reference, correction
 
 
 def row_normalized(g: Array, eps: float) -> Array:
@@ -50,7 +50,7 @@ def whitened_exact(matrix: Array) -> Array:
 
 
 class SwanReference(Reference):
-    """SWAN: row-normalised, then whitened; no state for the hidden weights."""
+    """SWAN: row-normalised, then whitened, without state; a column takes Adam."""
 
     def __init__(
         self,
@@ -74,6 +74,8 @@ class SwanReference(Reference):
         self.whitening = whitening
 
     def matrix_update(self, key: str, g: Array, t: int) -> Array:
+        if g.shape[1] == 1:
+            return correction(self.betas, t) * self.normalized(key, g, self.betas, self.eps)
         normal = row_normalized(g, self.eps)
         if self.whitening == "exact":
             white = whitened_exact(normal)

@@ -174,6 +174,8 @@ class GrowthLimiter:
 
     def __call__(self, key: str, update: Array) -> Array:
         norm = float(np.linalg.norm(update))
+        if norm == 0:
+            return update
         if key not in self.previous:
             self.previous[key] = norm
             return update
