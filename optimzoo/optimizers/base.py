@@ -35,6 +35,7 @@ class RoleOptimizer(Optimizer):
     first_index = 0
     _warned_bare = False
     _looked_for_flat = False
+    _rates: GroupRates
     _keeps_state_dtype = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
