@@ -14,9 +14,11 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from optimzoo.flattened import refuse_flattened
 from optimzoo.optimizers.adams import AdamS
 from optimzoo.optimizers.apollo import APOLLO, APOLLOMini
+from optimzoo.optimizers.base import RoleOptimizer
 from optimzoo.optimizers.by_role import ByRole
 from optimzoo.optimizers.fira import Fira
 from optimzoo.optimizers.galore import GaLore
+from optimzoo.optimizers.group_rates import watch
 from optimzoo.optimizers.muon import Muon
 from optimzoo.optimizers.natural_galore import NaturalGaLore
 from optimzoo.optimizers.scale import SCALE
@@ -228,7 +230,10 @@ def create_optimizer(
     if rounding.get("rounding", "nearest") != "nearest":
         rule: Any = (info.make, hyper)
         return ByRole(groups, dict.fromkeys(ROLES, rule), **rounding)
-    return info.make(groups, **hyper)
+    optimizer = info.make(groups, **hyper)
+    if not isinstance(optimizer, RoleOptimizer):
+        watch(optimizer)
+    return optimizer
 
 
 def _refuse_flattened(groups: list[Any]) -> None:

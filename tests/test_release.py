@@ -66,8 +66,11 @@ def test_the_same_bits_in_weights_and_state(name):
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-6), (torch.float64, 1e-13)])
 def test_scale_is_exact_under_clipping(hyper, dtype, near):
     models, norms = [llama(dtype), llama(dtype)], []
-    if (hyper.get("normalize"), dtype, DEVICE) == ("spectral", torch.float32, "cuda"):
-        near = 0.05  # Newton-Schulz in bfloat16, as in Muon
+    if (hyper.get("normalize"), dtype) == ("spectral", torch.float32):
+        # On a GPU Newton-Schulz is in bfloat16, as in Muon. In float32 each of its five iterations
+        # stretches small singular values, and rounding with them, up to 3.4 times: 3.4^5 · 2^-24 of
+        # a direction, of which a step, 1e-3 of weights of 0.02, keeps a twentieth; twenty steps.
+        near = 0.05 if DEVICE == "cuda" else 3e-5
     for i, model in enumerate(models):
         optimizer = make("scale", model, **hyper)
         released = release(optimizer, max_norm=0.3) if i else None

@@ -153,7 +153,9 @@ def test_fifty_steps_follow_the_reference(case):
     runs = []
     for dtype, foreach in [(d, f) for d in (torch.float32, torch.float64) for f in (False, True)]:
         model = copy.deepcopy(leader).to(dtype) if runs else leader
-        optimizer = SCALE(param_groups(model), foreach=foreach, **hyper)
+        decay = hyper.get("weight_decay", 0.0)  # the reference's is of all, vectors too
+        groups = [{**group, "weight_decay": decay} for group in param_groups(model)]
+        optimizer = SCALE(groups, foreach=foreach, **hyper)
         runs.append((model, optimizer, LambdaLR(optimizer, schedule)))
     start = {name: p.detach().double().numpy() for name, p in leader.named_parameters()}
     reference = ScaleReference(start, kinds, **hyper)

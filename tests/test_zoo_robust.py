@@ -169,7 +169,8 @@ def test_hyperparameters_reach_the_groups(name):
     assert type(optimizer) is cls
     for group in optimizer.param_groups:
         lr = hyper["lr"] if group["role"] == "hidden" else 0.125
-        assert {k: group[k] for k in hyper} == {**hyper, "lr": lr}
+        decay = 0.0 if group["role"] == "vector" else 0.25
+        assert {k: group[k] for k in hyper} == {**hyper, "lr": lr, "weight_decay": decay}
 
 
 @every_method

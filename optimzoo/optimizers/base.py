@@ -14,6 +14,7 @@ from optimzoo.distributed import Shards, local_part, sum_packed
 from optimzoo.flattened import refuse_flat_matrices
 from optimzoo.lowbit import LOW, ROUNDINGS, Counter, next_counter
 from optimzoo.optimizers import compiled
+from optimzoo.optimizers.group_rates import GroupRates
 from optimzoo.roles import MATRIX_ROLES, check_role
 
 # Python reads these: on a GPU each look would wait for it.
@@ -34,6 +35,7 @@ class RoleOptimizer(Optimizer):
     first_index = 0
     _warned_bare = False
     _looked_for_flat = False
+    _rates: GroupRates
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as ``torch.optim.Optimizer`` does; the caller's dict is left alone.
@@ -49,6 +51,7 @@ class RoleOptimizer(Optimizer):
                 group["params"] = list(params)
             self._check_group(group)
         super().add_param_group(group)
+        self._group_rates().add(len(self.param_groups) - 1, self.param_groups[-1])
         self._register_traced()
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -138,7 +141,16 @@ class RoleOptimizer(Optimizer):
         for group in self.param_groups:  # options that an older checkpoint does not know
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
+        if "_rates" not in self.__dict__:  # a copy: it has the groups alone
+            for index, group in enumerate(self.param_groups):
+                self._group_rates().add(index, group)
+        self._group_rates().resume()
         self._register_traced()
+
+    def _group_rates(self) -> GroupRates:
+        """The rates that the groups were built with; made here, before torch's constructor."""
+        rates: GroupRates = self.__dict__.setdefault("_rates", GroupRates())
+        return rates
 
     def _register_traced(self) -> None:
         """What a traced step reads: this optimizer's number, and the groups' own lists."""
@@ -163,6 +175,7 @@ class RoleOptimizer(Optimizer):
         if not self._looked_for_flat:  # a model may be wrapped after its optimizer is built
             refuse_flat_matrices(self.param_groups, MATRIX_ROLES)
             self._looked_for_flat = True
+        self._rates.check(self.param_groups)
         trial = self._begin_trial()
         self._update()
         self._end_trial(trial)
