@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from optimzoo.kernels.table import TYPES, Rate, Shapes, States, Table, Tensors
 
-_ABI = 4
+_ABI = 5
 _ROWS, _COLUMNS, _SIGN, _ADAM = range(4)
 
 

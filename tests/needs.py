@@ -1,0 +1,9 @@
+"""What a test may need of the machine, and the one reason why it is skipped without it."""
+
+import pytest
+
+from optimzoo.kernels import native
+
+needs_cpu_kernels = pytest.mark.skipif(
+    not native.CPU.available(), reason=f"needs the CPU kernels: {native.CPU.why_not()}"
+)
