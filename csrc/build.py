@@ -4,9 +4,9 @@ setup.py calls it too. ``--sanitize`` makes, in place of them, ``build/sanitized
 address and undefined-behaviour sanitizers (``make sanitize`` runs the tests on it).
 
 The libraries are plain C, found by ctypes, so nothing but a compiler is needed: no torch, and no
-Python headers. The CPU library is made by ``CXX``, else by the first of g++, clang++ and c++ that can;
-without OpenMP it runs in one thread. A library that no compiler makes is left out, the installation
-goes on, and the reason is kept beside it, where ``optimzoo doctor`` reads it;
+Python headers. The CPU library is made by ``CXX``, else by the first of g++, clang++ and c++ that
+can; without OpenMP it runs in one thread. A library that no compiler makes is left out, the
+installation goes on, and the reason is kept beside it, where ``optimzoo doctor`` reads it;
 ``OPTIMZOO_BUILD=require`` makes that an error. The CUDA library is built where there is a GPU, or
 with ``OPTIMZOO_CUDA=1``; ``OPTIMZOO_CUDA=0`` leaves it out.
 """

@@ -4,6 +4,5 @@ import pytest
 
 from optimzoo.kernels import native
 
-needs_cpu_kernels = pytest.mark.skipif(
-    not native.CPU.available(), reason=f"needs the CPU kernels: {native.CPU.why_not()}"
-)
+WITHOUT_CPU_KERNELS = f"needs the CPU kernels: {native.CPU.why_not()}"
+needs_cpu_kernels = pytest.mark.skipif(not native.CPU.available(), reason=WITHOUT_CPU_KERNELS)
