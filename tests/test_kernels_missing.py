@@ -37,6 +37,7 @@ exit 1
 @pytest.fixture
 def backends(monkeypatch):
     """Choose anew which kernels there are, within the test and after it."""
+    monkeypatch.setenv("OPTIMZOO_NATIVE", "1")
     dispatch.backend.cache_clear()
     triton.why_not.cache_clear()
     yield lambda **devices: [
@@ -194,7 +195,6 @@ def test_doctor_tells_of_one_thread(capsys, backends, monkeypatch):
 
 
 def test_rocm_never_meets_the_kernels_for_cuda(rocm, monkeypatch):
-    monkeypatch.setenv("OPTIMZOO_NATIVE", "1")
     monkeypatch.setattr(ctypes, "CDLL", lambda path: pytest.fail(f"{path} was loaded"))
     assert not rocm.available() and "this torch is ROCm's" in rocm.why_not()
     for there in (True, False):
