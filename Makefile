@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python .ci/install
 WITH ?=
 SOURCES := setup.cfg pyproject.toml constraints.txt setup.py .ci/install $(shell find csrc -type f)
 
-.PHONY: help test test-thorough test-distributed test-matrix test-kernels compare tune lint type fmt docs notebooks memory-table gpu gpu-dry-run gpu-tables gpu-tables-dry-run sanitize check-cuda check-triton clean
+.PHONY: help test test-thorough test-distributed test-matrix test-kernels compare tune lint type fmt docs notebooks memory-table gpu gpu-dry-run gpu-tables gpu-tables-dry-run sanitize check-aarch64 check-cuda check-triton clean
 
 help:
 	@echo "make compare   train a small Llama with SGD, AdamW, Muon and SCALE; print the table"
@@ -86,7 +86,9 @@ test-matrix: $(VENV)/.test
 ISA ?= baseline
 test-kernels: $(VENV)/.test
 	OMP_NUM_THREADS=1 OPTIMZOO_CPU_ISA=$(ISA) $(BIN)/python -m pytest -n $(WORKERS) \
-	  -m "not distributed" tests/test_kernels.py tests/test_kernels_cpu.py tests/test_kernel_inputs.py
+	  -m "not distributed" tests/test_kernels.py tests/test_kernels_cpu.py \
+	  tests/test_kernels_float16.py tests/test_kernel_inputs.py tests/test_zoo_kernels.py \
+	  tests/test_adam_rule.py tests/test_scale_kept_call.py tests/test_sparsity_masks.py
 
 # With the Python that has the GPU's torch: nothing is installed. Rows come to $(OUT).
 OUT ?= runs/gpu
@@ -119,7 +121,12 @@ sanitize: $(VENV)/.test
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 OPTIMZOO_CPU_LIBRARY=build/sanitized/_cpu.so OMP_NUM_THREADS=2 \
 	  $(BIN)/python -m pytest -m "not distributed" tests/test_kernels.py \
-	  tests/test_kernel_inputs.py -k "cpu or tensors or kernel_inputs"
+	  tests/test_kernels_float16.py tests/test_kernel_inputs.py \
+	  -k "cpu or tensors or float16 or kernel_inputs"
+
+# The same tests on the kernels built for aarch64, in an emulator: g++-aarch64-linux-gnu, qemu-user.
+check-aarch64: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python csrc/check_aarch64.py --allow-missing
 
 # Compiles every CUDA kernel for GPUs that are not here, and looks at the machine code.
 check-cuda: $(VENV)/.dev

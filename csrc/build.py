@@ -4,16 +4,19 @@ setup.py calls it too. ``--sanitize`` makes, in place of them, ``build/sanitized
 address and undefined-behaviour sanitizers (``make sanitize`` runs the tests on it).
 
 The libraries are plain C, found by ctypes, so nothing but a compiler is needed: no torch, and no
-Python headers. Without g++ (or nvcc) that library is left out, and ``optimzoo doctor`` says so;
+Python headers. The CPU library is made by ``CXX``, else by the first of g++, clang++ and c++ that
+can; without OpenMP it runs in one thread. A library that no compiler makes is left out, the
+installation goes on, and the reason is kept beside it, where ``optimzoo doctor`` reads it;
 ``OPTIMZOO_BUILD=require`` makes that an error. The CUDA library is built where there is a GPU, or
 with ``OPTIMZOO_CUDA=1``; ``OPTIMZOO_CUDA=0`` leaves it out.
 """
 
 import os
-import platform
+import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,8 +36,9 @@ X86 = {
 # Not -ffast-math: NaN and infinity must go through.
 CPU_FLAGS = [
     *("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
-    *("-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra", "-Wno-psabi"),
+    *("-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas"),
 ]
+USES_OPENMP = "#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n"
 CUDA_FLAGS = [
     *("-std=c++17", "-O3", "--compiler-options", "-fPIC,-fvisibility=hidden", "--cudart=static"),
     *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 90, 100)),
@@ -56,7 +60,7 @@ def run_all(commands: list[list[str]]) -> None:
         )
     for command, result in zip(commands, results, strict=True):
         if result.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{result.stderr.strip()}")
+            raise RuntimeError(f"{shlex.join(command)}\n{result.stderr.strip()}")
 
 
 def link(command: list[str], target: Path) -> None:
@@ -66,30 +70,56 @@ def link(command: list[str], target: Path) -> None:
     unfinished.replace(target)
 
 
-def build_cpu(target: Path = TARGET / "_cpu.so", extra: tuple[str, ...] = ()) -> None:
-    """``_cpu.so``: every operation once for each instruction set."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise RuntimeError("no g++ or clang++")
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    sets = X86 if x86 else {"baseline": []}
-    common = [compiler, *CPU_FLAGS, *extra, f"-I{SOURCES / 'include'}"]
+def cpu_compilers() -> list[list[str]]:
+    """The commands to try, one after the other."""
+    if os.name == "nt":
+        raise RuntimeError("the kernels are not built on Windows")
+    if named := os.environ.get("CXX"):
+        return [shlex.split(named)]
+    found = [[name] for name in ("g++", "clang++", "c++") if shutil.which(name)]
+    if not found:
+        raise RuntimeError("no g++ or clang++ on PATH")
+    return found
+
+
+def openmp_flags(compiler: list[str]) -> list[str]:
+    """What makes threads of ``#pragma omp``; nothing where header or library are missing."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "openmp.cpp"
+        source.write_text(USES_OPENMP)
+        command = [*compiler, "-fopenmp", "-fPIC", "-shared", str(source), "-o", f"{source}.so"]
+        found = subprocess.run(command, capture_output=True).returncode == 0
+    return ["-fopenmp"] if found else []
+
+
+def compile_cpu(compiler: list[str], objects: Path, extra: tuple[str, ...] = ()) -> list[str]:
+    """The object files: every operation once for each instruction set of the compiler's target."""
+    described = subprocess.run([*compiler, "-dumpmachine"], capture_output=True, text=True)
+    x86 = described.stdout.startswith(("x86_64", "amd64"))
+    common = [*compiler, *CPU_FLAGS, *extra, f"-I{SOURCES / 'include'}"]
     common += ["-DOZ_X86"] if x86 else []
-    objects = OBJECTS if not extra else target.parent
     objects.mkdir(parents=True, exist_ok=True)
     jobs = {objects / "library.o": [*common, "-c", str(SOURCES / "cpu" / "library.cpp")]}
-    for name, flags in sets.items():
+    for name, flags in (X86 if x86 else {"baseline": []}).items():
         for operation in OPERATIONS:
             source = str(SOURCES / "cpu" / f"{operation}.cpp")
-            jobs[objects / f"{operation}-{name}.o"] = [
-                *common,
-                *flags,
-                f"-DOZ_ISA={name}",
-                "-c",
-                source,
-            ]
+            command = [*common, *flags, f"-DOZ_ISA={name}", "-c", source]
+            jobs[objects / f"{operation}-{name}.o"] = command
     run_all([[*command, "-o", str(place)] for place, command in jobs.items()])
-    link([compiler, "-shared", "-fopenmp", *extra, *map(str, jobs)], target)
+    return [*map(str, jobs)]
+
+
+def build_cpu(target: Path = TARGET / "_cpu.so", extra: tuple[str, ...] = ()) -> None:
+    """``_cpu.so``, by the first compiler that can."""
+    failures = []
+    for compiler in cpu_compilers():
+        try:
+            flags = (*openmp_flags(compiler), *extra)
+            objects = compile_cpu(compiler, OBJECTS if not extra else target.parent, flags)
+            return link([*compiler, "-shared", *flags, *objects], target)
+        except (RuntimeError, OSError) as error:
+            failures.append(str(error))
+    raise RuntimeError("\n".join(failures))
 
 
 def build_cuda() -> None:
@@ -105,6 +135,12 @@ def build_cuda() -> None:
     link([compiler, "-shared", "--cudart=static", *map(str, jobs)], TARGET / "_cuda.so")
 
 
+def in_one_line(error: Exception) -> str:
+    """What the compiler said first: for the file that ``optimzoo doctor`` reads."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return next((line for line in lines if "error" in line), lines[0]).strip()[:300]
+
+
 def main() -> None:
     """Build what is not fresh."""
     if "--sanitize" in sys.argv:
@@ -114,14 +150,24 @@ def main() -> None:
     # Three architectures take a minute: where there is no GPU, only if asked.
     gpu = os.environ.get("OPTIMZOO_CUDA", "1" if shutil.which("nvidia-smi") else "0") == "1"
     for kind, build in (("cpu", build_cpu), ("cuda", build_cuda)):
-        if (kind == "cuda" and not gpu) or fresh(TARGET / f"_{kind}.so", SOURCES / kind):
+        target = TARGET / f"_{kind}.so"
+        reason = target.with_suffix(".failure.txt")
+        if (kind == "cuda" and not gpu) or fresh(target, SOURCES / kind):
             continue
         try:
             build()
-        except RuntimeError as error:
+            reason.unlink(missing_ok=True)
+        except (RuntimeError, OSError) as error:
             print(f"the {kind} kernels were not built: {error}", file=sys.stderr)
             if required:
                 sys.exit(1)
+            target.unlink(missing_ok=True)  # of older sources
+            reason.write_text(in_one_line(error) + "\n", encoding="utf-8")
+            print(
+                "optimzoo goes on without them, on the eager path: "
+                f"{in_one_line(error)}; `optimzoo doctor` says what to do",
+                file=sys.stderr,
+            )
 
 
 if __name__ == "__main__":

@@ -62,8 +62,22 @@ def check(kernels: Any, device: str) -> dict[str, float]:
     return errors
 
 
+def _described(kernels: Any) -> str:
+    """What there is to say of kernels that are here."""
+    if not isinstance(kernels, native.Library):
+        return "" if torch.version.hip is None else "on ROCm, where nobody but you has tested them"
+    threads = "" if kernels.threaded() else ", in one thread: its compiler had no OpenMP"
+    return f"{kernels.variant()}{threads}"
+
+
+def eager_accelerators() -> list[str]:
+    """The kinds of device that torch finds here and that no kernel is made for."""
+    there = {"mps": torch.backends.mps.is_available(), "xpu": torch.xpu.is_available()}
+    return [kind for kind, found in there.items() if found]
+
+
 def main() -> int:
-    """Print the report; 1 if a kernel that is there is wrong."""
+    """Print the report; 1 if a kernel that is there is wrong, not if one is missing."""
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}")
     wrong = False
     found = [(device, b) for device, backends in dispatch.BACKENDS.items() for b in backends]
@@ -71,11 +85,15 @@ def main() -> int:
         native_one = isinstance(kernels, native.Library)
         name = f"{device}, {'native' if native_one else 'Triton'}:"
         if not kernels.available():
-            print(f"{name:<14} none; {kernels.why_not()}")
+            none_at_all = not any(b.available() for b in dispatch.BACKENDS[device])
+            eager = none_at_all and (device == "cpu" or torch.cuda.is_available())
+            print(f"{name:<14} none{', every step is eager' * eager}; {kernels.why_not()}")
             continue
-        print(f"{name:<14} {kernels.variant() if native_one else ''}")
+        print(f"{name:<14} {_described(kernels)}".rstrip())
         for kernel, error in check(kernels, device).items():
             good = error < 1e-5
             wrong |= not good
             print(f"  {kernel:<18} largest error {error:.1e}  {'ok' if good else 'WRONG'}")
+    for kind in eager_accelerators():
+        print(f"{kind + ':':<14} none, every step is eager; there are no kernels for {kind}")
     return int(wrong)

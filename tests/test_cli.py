@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from needs import needs_cpu_kernels
 
 import optimzoo
 from optimzoo import doctor, list_optimizers
@@ -47,6 +48,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"optimzoo {optimzoo.__version__}\n"
 
 
+@needs_cpu_kernels
 def test_doctor_finds_the_cpu_kernels_right(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
@@ -56,6 +58,7 @@ def test_doctor_finds_the_cpu_kernels_right(capsys):
     assert ("torch finds no CUDA device" in out) == (not torch.cuda.is_available())
 
 
+@needs_cpu_kernels
 def test_doctor_fails_for_a_kernel_that_is_wrong(capsys, monkeypatch):
     class Wrong(native.Library):
         def adam_(self, params, *args, **kwargs):

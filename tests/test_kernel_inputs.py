@@ -7,9 +7,9 @@ import math
 
 import pytest
 import torch
+from needs import needs_cpu_kernels
 
 import optimzoo
-from optimzoo.kernels import dispatch
 
 HYPER = {
     **{name: {"rank": 4} for name in ("GaLore", "NaturalGaLore", "Fira", "APOLLO")},
@@ -145,7 +145,7 @@ def test_a_sign_that_is_not_a_number_stays_none(fused):
     assert p.isnan().nonzero().tolist() == [[1, 2]]
 
 
-@pytest.mark.skipif(dispatch.backend("cpu") is None, reason="no CPU kernels were built")
+@needs_cpu_kernels
 def test_a_skipped_step_is_no_stochastic_rounding():
     p = torch.nn.Parameter(torch.ones(6, 6, dtype=torch.bfloat16))
     groups = [{"params": [p], "role": "hidden"}]

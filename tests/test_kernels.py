@@ -1,6 +1,8 @@
 """The native kernels against the header's words in NumPy, float64: shapes, types, options."""
 
+import math
 import os
+import shutil
 import subprocess
 import sys
 from itertools import product
@@ -9,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from needs import needs_cpu_kernels
 from reference import kernels_numpy as reference
 from reference.kernels_numpy import ADAM, COLUMNS, ROWS, SIGN
 
@@ -18,7 +21,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 SHAPES = [(1, 1), (1, 129), (129, 1), (7, 129), (64, 64), (33, 1000), (3, 9000), (0, 5), (5, 0)]
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 BACKENDS = [
-    pytest.param(native.CPU, "cpu", id="cpu"),
+    pytest.param(native.CPU, "cpu", id="cpu", marks=needs_cpu_kernels),
     pytest.param(native.CUDA, "cuda", id="cuda", marks=no_gpu),
 ]
 on_backends = pytest.mark.parametrize(("kernels", "device"), BACKENDS)
@@ -33,6 +36,27 @@ def normal(shape, seed, dtype, device="cpu", offset=0):
     store = torch.empty(count + offset, dtype=dtype)
     store[offset:] = torch.randn(count, generator=generator).to(dtype)
     return store.to(device)[offset:].view(shape)
+
+
+UNIT = 2.0**-24  # the largest relative error of one rounding in float32
+
+
+def random_walk(n):
+    """What the roundings of a sum of n terms may come to, in parts of it, in whatever order.
+
+    Each is off by UNIT of the sum so far at most, up or down: their sum is six deviations and more
+    of that away from zero. One term that is missing or doubled is further.
+    """
+    return 4 * (1 + math.sqrt(n)) * UNIT
+
+
+def step_bound(p, n, lr):
+    """How far two steps of SCALE may be apart whose sums of n squares were added in other orders.
+
+    Each sum is off by n UNIT at most, its root by half of that; no entry of g / s is larger than
+    sqrt(n), and few are larger than 5. The weight is rounded twice.
+    """
+    return lr * min(5.0, math.sqrt(n)) * (n + 8) * UNIT + 4 * UNIT * p.abs()
 
 
 def wide(t):
@@ -50,9 +74,17 @@ def stored(dtype):
 
 
 def test_the_cpu_library_was_built_and_is_chosen():
+    """Where it can be, it must be there: the other tests are skipped without it."""
+    if os.environ.get("OPTIMZOO_NATIVE") == "0":
+        pytest.skip(native.CPU.why_not())
+    if not any(map(shutil.which, ("g++", "clang++"))) and not native.CPU.available():
+        pytest.skip("no compiler could build it")
     assert native.CPU.available(), native.CPU.why_not()
-    flags = torch.backends.cpu.get_cpu_capability()
-    best = {"AVX512": "avx512", "AVX2": "avx2"}.get(flags, "baseline")
+    sets = ["baseline", "avx2", "avx512"]
+    flags = torch.backends.cpu.get_cpu_capability().lower()
+    best = flags if flags in sets else "baseline"
+    if "ATEN_CPU_CAPABILITY" in os.environ:  # torch's choice, not the machine's
+        best = sets[max(sets.index(best), sets.index(native.CPU.variant()))]
     assert native.CPU.variant() == os.environ.get("OPTIMZOO_CPU_ISA", best)
 
 
@@ -181,7 +213,8 @@ def test_reduce_apply_and_center_are_the_rules(kernels, device, types):
         kernels.reduce_(grads, outs, kinds, shapes, maximize=maximize)
         for g, out in zip(grads, outs, strict=True):
             expected = reference.reduce(wide(g), kind, bound=0.5, ratio=0.25, maximize=maximize)
-            np.testing.assert_allclose(wide(out[: len(expected)]), expected, rtol=1e-5)
+            rtol = random_walk(max(g.shape))
+            np.testing.assert_allclose(wide(out[: len(expected)]), expected, rtol=rtol)
         scales = [normal((n,), 7 + i, F32, device) for i, n in enumerate(sizes)]
         rule = {"lr": 0.1, "weight_decay": 0.2, "maximize": maximize}
         expected = [
@@ -294,6 +327,7 @@ def test_stochastic_rounding_is_unbiased(kernels, device, dtype):
     assert errors.mean().abs() < 4 * errors.std() / errors.numel() ** 0.5
 
 
+@needs_cpu_kernels
 def test_tensors_of_a_call_do_not_touch_each_other():
     """Alone or together, with any number of threads: rows to the bit, columns to rounding."""
     threads = torch.get_num_threads()
@@ -312,14 +346,16 @@ def test_tensors_of_a_call_do_not_touch_each_other():
             plain_scale(native.CPU, p, normal(p.shape, 9 + i, F32), kind)
         results.append(alone)
         for other in results[1:]:
-            tolerance = 1e-6 if kind == COLUMNS else 0.0
-            torch.testing.assert_close(other, results[0], rtol=0.0, atol=tolerance)
+            for p, q, shape in zip(other, results[0], shapes, strict=True):
+                bound = step_bound(q, shape[0], RULE["lr"]) if kind == COLUMNS else 0.0
+                assert ((p - q).abs() <= bound).all(), shape
     torch.set_num_threads(threads)
 
 
 MASKS = Path(__file__).with_name("test_sparsity_masks.py")
 
 
+@needs_cpu_kernels
 @pytest.mark.thorough
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_other_instruction_sets_pass_the_same_tests(isa):
@@ -340,14 +376,15 @@ def test_other_instruction_sets_pass_the_same_tests(isa):
     assert " passed" in run.stdout
 
 
+@needs_cpu_kernels
 @pytest.mark.parametrize("dtype", [F32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 17), (20, 4096), (20, 8321), (5, 1023)])
 def test_the_passes_over_a_history_are_products(shape, dtype):
     history, vector = (normal(s, i, dtype) for i, s in enumerate((shape, shape[1:])))
     weights = normal(shape[:1], 2, F32)
-    rows = wide(history) @ wide(vector)
-    np.testing.assert_allclose(wide(native.CPU.history_dot(history, vector)), rows, atol=3e-4)
-    columns = wide(weights) @ wide(history)
-    np.testing.assert_allclose(
-        wide(native.CPU.history_combine(history, weights)), columns, atol=1e-5
-    )
+    terms = wide(history) * wide(vector)
+    error = np.abs(wide(native.CPU.history_dot(history, vector)) - terms.sum(1))
+    assert np.all(error <= random_walk(shape[1]) * np.sqrt((terms**2).sum(1)) + UNIT)
+    terms = wide(weights)[:, None] * wide(history)
+    error = np.abs(wide(native.CPU.history_combine(history, weights)) - terms.sum(0))
+    assert np.all(error <= (shape[0] + 1) * UNIT * np.abs(terms).sum(0))

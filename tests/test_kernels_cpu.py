@@ -1,22 +1,22 @@
-"""The CPU library at its edges: mixed calls, what is not finite, wide indices, absent libraries."""
+"""The CPU library at its edges: mixed calls, what is not finite, wide indices."""
 
 import ctypes
 import mmap
 import os
-import shutil
-import subprocess
 import sys
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from needs import needs_cpu_kernels
 from reference import kernels_numpy as reference
 from reference.kernels_numpy import ADAM, COLUMNS, ROWS, SIGN
+from test_kernels import step_bound
 
-from optimzoo.kernels import native, table
+from optimzoo.kernels import native
 
+pytestmark = needs_cpu_kernels
 CPU = native.CPU
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 RULE = {
@@ -296,53 +296,6 @@ def test_elements_beyond_2_to_the_31(threads):
         release()
 
 
-def test_the_structures_are_those_of_the_header():
-    assert table._TENSOR.size == 104
-    assert ctypes.sizeof(native._Options) == 128
-
-
-def test_a_library_that_cannot_be_used_says_why(tmp_path, monkeypatch):
-    def reason(path):
-        library = native.Library("cpu")
-        library.path = path
-        assert not library.available()
-        with pytest.raises(RuntimeError, match="no cpu kernels: "):
-            library.center_([normal((1, 1), 0)], [normal((1, 1), 0)], [(1, 1)], eps=1.0)
-        return library.why_not()
-
-    text = tmp_path / "_cpu.so"
-    assert "was not built; install g++" in reason(text)
-    text.write_text("not a library")
-    assert "cannot be loaded" in reason(text)
-    own = native._ABI
-    monkeypatch.setattr(native, "_ABI", 999)
-    assert f"{CPU.path.name} has ABI {own}, not 999" in reason(CPU.path)
-    monkeypatch.setenv("OPTIMZOO_NATIVE", "0")
-    assert "OPTIMZOO_NATIVE=0" in reason(CPU.path)
-
-
-@pytest.mark.parametrize(("compiler", "said"), [("", "no g++ or clang++"), ("/bin/false", "false")])
-def test_a_build_without_a_compiler_goes_on_and_says_so(tmp_path, compiler, said):
-    source = Path(__file__).parent.parent / "csrc"
-    for part in ("cpu", "include", "build.py"):
-        copy = shutil.copytree if (source / part).is_dir() else shutil.copy
-        (tmp_path / "csrc").mkdir(exist_ok=True)
-        copy(source / part, tmp_path / "csrc" / part)
-    (tmp_path / "optimzoo" / "kernels").mkdir(parents=True)
-    env = {"PATH": "", "CXX": compiler}
-    for required, status in ((False, 0), (True, 1)):
-        more = {"OPTIMZOO_BUILD": "require"} if required else {}
-        run = subprocess.run(
-            [sys.executable, str(tmp_path / "csrc" / "build.py")],
-            env={**env, **more},
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == status, run.stderr
-        assert "the cpu kernels were not built" in run.stderr and said in run.stderr
-        assert not (tmp_path / "optimzoo" / "kernels" / "_cpu.so").exists()
-
-
 def test_rows_and_columns_swap_with_the_transpose(threads):
     """The two reductions are one rule: a column of g is a row of its transpose."""
     threads(1)
@@ -352,5 +305,6 @@ def test_rows_and_columns_swap_with_the_transpose(threads):
         none = [None]
         CPU.scale_([p], [g], none, none, none, [COLUMNS], [shape], **RULE)
         CPU.scale_([q], [h], none, none, none, [ROWS], [q.shape], **RULE)
-        close = 2**-7 if dtype == BF16 else 2e-6
-        torch.testing.assert_close(p, q.mT, rtol=close, atol=close)
+        # Sums in other orders: see step_bound. bfloat16 may round across a boundary, by a unit.
+        loose = 2**-7 * (p.abs() + 2**-7) if dtype == BF16 else 0.0
+        assert ((p - q.mT).abs() <= step_bound(p, shape[0], RULE["lr"]) + loose).all()

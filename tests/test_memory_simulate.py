@@ -10,6 +10,7 @@ from torch import nn
 
 import optimzoo
 from optimzoo import create_optimizer, list_optimizers
+from optimzoo.kernels import dispatch, native
 from optimzoo.memory import (
     account,
     checkpoint_blocks,
@@ -134,7 +135,7 @@ def test_the_simulated_peak_is_that_of_torchs_allocator(name):
     assert simulated.bytes == pytest.approx(highest, rel=0.02)
 
 
-def test_phases_and_categories_add_up():
+def test_phases_and_categories_add_up(monkeypatch):
     simulated = simulate(on_meta(), "adamw", batch=8, seq=64)
     assert list(simulated.steps) == ["first", "next"]
     assert simulated.steps["first"].phase == MODEL  # many tokens: activations outweigh the state
@@ -146,6 +147,8 @@ def test_phases_and_categories_add_up():
     assert few.by_category["parameters"] == counted.params
     assert few.by_category["gradients"] == counted.grads
     assert few.by_category["optimizer state"] == counted.state_total
+    # By the kernels, of which shapes ask nothing: an eager step may hold more than a refresh.
+    monkeypatch.setattr(dispatch, "backend", lambda kind: native.CPU)
     refreshed = simulate(on_meta(), "galore", rank=8, seq=2)
     assert list(refreshed.steps) == ["first", "next", "refresh"]
     assert refreshed.steps["refresh"].bytes > refreshed.steps["next"].bytes

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from needs import needs_cpu_kernels
 from optimizer_db import PlannedAdamS, Tiny
 from torch import nn
 from zoo_models import METHODS, normal, reloaded, train
@@ -230,6 +231,7 @@ def test_float32_weights_are_not_rounded_and_not_counted(name):
         assert same(*runs)
 
 
+@needs_cpu_kernels
 @pytest.mark.parametrize("hyper", [{}, {"normalize": "row"}, {"weight_decay": 0.1}], ids=str)
 def test_scales_kernels_and_its_specification_agree(hyper):
     """Where the float32 results differ in a last bit, a rounding may; so one weight in hundreds."""
@@ -247,6 +249,7 @@ def test_scales_kernels_and_its_specification_agree(hyper):
     assert differ < total / 300
 
 
+@needs_cpu_kernels
 def test_kernels_and_specification_have_the_same_bits_where_the_step_is_exact():
     """Signs and a power of two: the float32 results are alike, so the roundings must be."""
     runs = []

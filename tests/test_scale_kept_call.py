@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
+from needs import needs_cpu_kernels
 from torch import nn
 
 import optimzoo
 from optimzoo.kernels import dispatch
 
-pytestmark = pytest.mark.skipif(dispatch.backend("cpu") is None, reason="no CPU kernels were built")
+pytestmark = needs_cpu_kernels
 no_gpu = pytest.mark.skipif(dispatch.backend("cuda") is None, reason="torch finds no GPU")
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from needs import needs_cpu_kernels
 from reference.adams_numpy import nm_mask as numpy_mask
 
 from optimzoo.kernels import native
@@ -134,10 +135,11 @@ def test_the_packed_mask_of_other_layouts():
         packed_mask(torch.ones(4, 6), 2, 4)
 
 
+@needs_cpu_kernels
 def test_float32_takes_the_kernel(monkeypatch):
     taken = []
     kernel = native.CPU.nm_mask
     monkeypatch.setattr(native.CPU, "nm_mask", lambda *a: taken.append(a) or kernel(*a))
     packed_mask(torch.ones(3, 8), 2, 4)
     packed_mask(torch.ones(3, 8, dtype=torch.float64), 2, 4)
-    assert len(taken) == native.CPU.available() == 1
+    assert len(taken) == 1

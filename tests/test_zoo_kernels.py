@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from needs import needs_cpu_kernels
 from torch import nn
 
 import optimzoo
 from optimzoo.kernels import dispatch
 
-pytestmark = pytest.mark.skipif(dispatch.backend("cpu") is None, reason="no CPU kernels were built")
+pytestmark = needs_cpu_kernels
 
 METHODS = {
     "fira": ("fira", {"rank": 4, "update_proj_gap": 5}),

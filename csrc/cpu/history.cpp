@@ -8,7 +8,8 @@
 namespace {
 
 template <int TYPE>
-void dot(const void *from, const void *along, float *out, int64_t rows, int64_t cols, int threads) {
+void dot(const void *from, const void *along, float *out, int64_t rows, int64_t cols,
+         [[maybe_unused]] int threads) {
   using raw = typename Element<TYPE>::raw;
   const raw *history = static_cast<const raw *>(from), *vector = static_cast<const raw *>(along);
   std::vector<double> sums(rows, 0.0);
@@ -40,7 +41,7 @@ void dot(const void *from, const void *along, float *out, int64_t rows, int64_t 
 
 template <int TYPE>
 void combine(const void *from, const float *weights, float *out, int64_t rows, int64_t cols,
-             int threads) {
+             [[maybe_unused]] int threads) {
   using raw = typename Element<TYPE>::raw;
   const raw *history = static_cast<const raw *>(from);
   constexpr int64_t PART = 1024;

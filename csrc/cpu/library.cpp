@@ -79,6 +79,13 @@ const int isa = chosen_isa();
 
 extern "C" {
 int oz_cpu_abi(void) { return OZ_ABI; }
+int oz_cpu_threaded(void) {
+#ifdef _OPENMP
+  return 1;
+#else
+  return 0;
+#endif
+}
 __attribute__((visibility("default"))) const char *oz_cpu_isa(void) { return names[isa]; }
 OZ_EXPORT(scale)
 OZ_EXPORT(adam)

@@ -2,13 +2,23 @@
 #include "vectors.h"
 #include "work.h"
 
+/* The first is clang's, and GCC's from version 12 on; the second GCC's own. */
+#ifdef __has_builtin
+#if __has_builtin(__builtin_shufflevector)
+#define OZ_SHUFFLE(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
+#endif
+#endif
+#ifndef OZ_SHUFFLE
+#define OZ_SHUFFLE(v, ...) __builtin_shuffle(v, ints{__VA_ARGS__})
+#endif
+
 namespace {
 
 /* Lane i of the result is the member of i's group of M that stands `by` places after it. */
 template <int M, int BY>
 inline ints turned(ints v) {
 #define OZ_AT(i) ((i & ~(M - 1)) | ((i + BY) & (M - 1)))
-  return __builtin_shufflevector(v, v, OZ_AT(0), OZ_AT(1), OZ_AT(2), OZ_AT(3), OZ_AT(4), OZ_AT(5),
+  return OZ_SHUFFLE(v, OZ_AT(0), OZ_AT(1), OZ_AT(2), OZ_AT(3), OZ_AT(4), OZ_AT(5),
                                  OZ_AT(6), OZ_AT(7)
 #if OZ_LANES == 16
                                  , OZ_AT(8), OZ_AT(9), OZ_AT(10), OZ_AT(11), OZ_AT(12), OZ_AT(13),
@@ -74,7 +84,7 @@ void rows_of(int m, const void *weight, uint8_t *mask, int64_t from, int64_t to,
 }  // namespace
 
 int OZ_NAME(nm_mask, OZ_ISA)(const void *weight, uint8_t *mask, int64_t rows, int64_t cols, int type,
-                             int n, int m, int threads) {
+                             int n, int m, [[maybe_unused]] int threads) {
 #pragma omp parallel num_threads(threads)
   {
     const int me = omp_get_thread_num(), of = omp_get_num_threads();

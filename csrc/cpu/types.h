@@ -5,21 +5,14 @@
 #include <cstdint>
 #include <cstring>
 
+#include "float16.h"
 #include "optimzoo.h"
 
 namespace {
 
-inline uint32_t bits_of(float x) {
-  uint32_t u;
-  std::memcpy(&u, &x, 4);
-  return u;
-}
+inline uint32_t bits_of(float x) { return same_bits<uint32_t>(x); }
 
-inline float float_of(uint32_t u) {
-  float x;
-  std::memcpy(&x, &u, 4);
-  return x;
-}
+inline float float_of(uint32_t u) { return same_bits<float>(u); }
 
 inline bool is_finite(uint32_t u) { return (u & 0x7f800000u) != 0x7f800000u; }
 
@@ -88,9 +81,9 @@ struct Element<OZ_BF16> {
 
 template <>
 struct Element<OZ_F16> {
-  using raw = _Float16;
-  static float get(raw x) { return static_cast<float>(x); }
-  static raw make(float x) { return static_cast<_Float16>(x); }
+  using raw = uint16_t;
+  static float get(raw x) { return f16_value(x); }
+  static raw make(float x) { return f16_nearest(x); }
 };
 
 /* For what is called once for a block of elements: inlined it costs the compiler seconds, and the
@@ -113,9 +106,9 @@ OZ_APART const float *load(const void *from, int64_t at, int64_t n, int type, fl
     }
   } else {
     for (int64_t i = 0; i < n; ++i) {
-      _Float16 half;
+      uint16_t half;
       std::memcpy(&half, source + 2 * i, 2);
-      buffer[i] = static_cast<float>(half);
+      buffer[i] = f16_value(half);
     }
   }
   return buffer;
@@ -136,7 +129,7 @@ OZ_APART void store(const float *from, void *to, int64_t at, int64_t n, int type
     }
   } else {
     for (int64_t i = 0; i < n; ++i) {
-      _Float16 half = static_cast<_Float16>(from[i]);
+      uint16_t half = f16_nearest(from[i]);
       std::memcpy(place + 2 * i, &half, 2);
     }
   }

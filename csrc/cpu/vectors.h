@@ -23,17 +23,15 @@ typedef float floats __attribute__((vector_size(4 * OZ_LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * OZ_LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * OZ_LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * OZ_LANES)));
-typedef _Float16 float16s __attribute__((vector_size(2 * OZ_LANES)));
 
-/* One instruction each, where GCC 12 makes six of the portable conversions of integers, and goes
- * through float16 one by one. */
+/* One instruction each, where GCC 12 makes six of the portable conversions of integers. */
 #if defined(__AVX512F__)
 constexpr __mmask16 ALL = 0xffff; /* keeps GCC from warning about its own header */
 inline words widened(halves h) { return (words)_mm512_maskz_cvtepu16_epi32(ALL, (__m256i)h); }
 inline halves narrowed(words w) { return (halves)_mm512_maskz_cvtepi32_epi16(ALL, (__m512i)w); }
-inline floats widened(float16s h) { return (floats)_mm512_maskz_cvtph_ps(ALL, (__m256i)h); }
-inline float16s narrowed(floats v) {
-  return (float16s)_mm512_maskz_cvtps_ph(ALL, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
+inline floats f16_values(halves h) { return (floats)_mm512_maskz_cvtph_ps(ALL, (__m256i)h); }
+inline halves f16_nearest(floats v) {
+  return (halves)_mm512_maskz_cvtps_ph(ALL, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
 }
 inline int sign_bits(ints v) { return _mm512_movepi32_mask((__m512i)v); }
 inline floats root_of(floats v) { return (floats)_mm512_maskz_sqrt_ps(ALL, (__m512)v); }
@@ -43,17 +41,29 @@ inline halves narrowed(words w) { /* of words below 2^16 */
   const __m256i v = (__m256i)w;
   return (halves)_mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
 }
-inline floats widened(float16s h) { return (floats)_mm256_cvtph_ps((__m128i)h); }
-inline float16s narrowed(floats v) {
-  return (float16s)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+inline floats f16_values(halves h) { return (floats)_mm256_cvtph_ps((__m128i)h); }
+inline halves f16_nearest(floats v) {
+  return (halves)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
 }
 inline int sign_bits(ints v) { return _mm256_movemask_ps((__m256)v); }
 inline floats root_of(floats v) { return (floats)_mm256_sqrt_ps((__m256)v); }
 #else
 inline words widened(halves h) { return __builtin_convertvector(h, words); }
 inline halves narrowed(words w) { return __builtin_convertvector(w, halves); }
-inline floats widened(float16s h) { return __builtin_convertvector(h, floats); }
-inline float16s narrowed(floats v) { return __builtin_convertvector(v, float16s); }
+#ifdef OZ_NEON
+inline floats f16_values(halves h) {
+  const auto v = same_bits<float16x4x2_t>(h);
+  const float32x4x2_t values = {{vcvt_f32_f16(v.val[0]), vcvt_f32_f16(v.val[1])}};
+  return same_bits<floats>(values);
+}
+inline halves f16_nearest(floats v) {
+  const auto values = same_bits<float32x4x2_t>(v);
+  return same_bits<halves>(vcvt_high_f16_f32(vcvt_f16_f32(values.val[0]), values.val[1]));
+}
+#else
+inline floats f16_values(halves h) { return f16_value_by_bits<floats>(widened(h)); }
+inline halves f16_nearest(floats v) { return narrowed(f16_bits_by_bits<words>(v)); }
+#endif
 inline int sign_bits(ints v) {
   int bits = 0;
   for (int i = 0; i < LANES; ++i) bits |= (v[i] < 0) << i;
@@ -76,9 +86,9 @@ inline floats get(const typename Element<TYPE>::raw *x) {
     std::memcpy(&h, x, sizeof h);
     return (floats)(widened(h) << 16);
   } else {
-    float16s h;
+    halves h;
     std::memcpy(&h, x, sizeof h);
-    return widened(h);
+    return f16_values(h);
   }
 }
 
@@ -94,7 +104,7 @@ inline void put(typename Element<TYPE>::raw *x, floats v) {
     const halves h = narrowed(chosen >> 16);
     std::memcpy(x, &h, sizeof h);
   } else {
-    const float16s h = narrowed(v);
+    const halves h = f16_nearest(v);
     std::memcpy(x, &h, sizeof h);
   }
 }
@@ -266,7 +276,7 @@ inline void store_stochastic(const float *from, void *to, int64_t at, int64_t n,
       uint16_t half = bf16_stochastic(from[i], random);
       std::memcpy(place + 2 * i, &half, 2);
     } else {
-      _Float16 half = static_cast<_Float16>(f16_stochastic(from[i], random));
+      uint16_t half = f16_nearest(f16_stochastic(from[i], random));
       std::memcpy(place + 2 * i, &half, 2);
     }
   }

@@ -11,7 +11,9 @@
 #ifndef OZ_CPU_WORK_H
 #define OZ_CPU_WORK_H
 
+#ifdef _OPENMP
 #include <omp.h>
+#endif
 
 #include <algorithm>
 
@@ -24,6 +26,12 @@
   int OZ_NAME(op, OZ_ISA)(const oz_tensor *tensors, int64_t count, const oz_options *options)
 
 namespace {
+
+#ifndef _OPENMP /* the compiler has none: what is written for threads runs in one */
+inline int omp_get_thread_num() { return 0; }
+inline int omp_get_num_threads() { return 1; }
+inline int omp_get_max_threads() { return 1; }
+#endif
 
 constexpr int64_t BLOCK = 4096; /* elements: three float buffers of it stay in the L2 cache */
 
@@ -40,7 +48,7 @@ inline Scalars scalars_of(const oz_options &o) {
 inline float lr_of(const oz_tensor &t) { return t.lr_tensor ? *t.lr_tensor : t.lr; }
 
 inline int threads_of(const oz_options &o) {
-  return o.threads > 0 ? o.threads : omp_get_max_threads();
+  return std::max(1, o.threads > 0 ? o.threads : omp_get_max_threads());
 }
 
 /* Deal the units of all tensors out: thread `me` of `of` gets a contiguous share, by elements.

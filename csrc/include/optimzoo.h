@@ -102,6 +102,10 @@ typedef struct oz_options {
  *     float32, and whatever is not finite: as to nearest
  */
 int oz_cpu_abi(void);
+
+/* 0: built by a compiler without OpenMP, every call runs in one thread. */
+int oz_cpu_threaded(void);
+
 int oz_cpu_scale(const oz_tensor *tensors, int64_t count, const oz_options *options, void *stream);
 int oz_cpu_adam(const oz_tensor *tensors, int64_t count, const oz_options *options, void *stream);
 

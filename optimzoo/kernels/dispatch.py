@@ -1,8 +1,9 @@
 """Which kernels step a tensor: the one place that chooses.
 
-A CUDA tensor goes to the native CUDA library, else to Triton; a CPU tensor to the native CPU
-library. What no kernel takes stays with the optimizer's eager path: other dtypes than float32,
-bfloat16 and float16, weights or state that are not contiguous, tensor subclasses, other devices.
+A CUDA tensor goes to the native CUDA library, else to Triton; one of ROCm, which torch calls CUDA
+too, to Triton alone; a CPU tensor to the native CPU library. What no kernel takes stays with the
+optimizer's eager path: other dtypes than float32, bfloat16 and float16, weights or state that are
+not contiguous, tensor subclasses, other devices (XPU, MPS).
 """
 
 import functools

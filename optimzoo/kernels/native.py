@@ -50,10 +50,11 @@ class Library:
     @functools.cached_property
     def _loaded(self) -> tuple[ctypes.CDLL | None, str]:
         if os.environ.get("OPTIMZOO_NATIVE", "1") == "0":
-            return None, "native kernels are switched off by OPTIMZOO_NATIVE=0"
+            return None, "OPTIMZOO_NATIVE=0 switches them off; unset it"
+        if self.kind == "cuda" and torch.version.hip is not None:
+            return None, "the native CUDA kernels are NVIDIA's alone, and this torch is ROCm's"
         if not self.path.exists():
-            tool = "g++" if self.kind == "cpu" else "nvcc"
-            return None, f"{self.path.name} was not built; install {tool}, then optimzoo again"
+            return None, self._why_not_built()
         if self.kind == "cuda" and not torch.cuda.is_available():
             return None, "torch finds no CUDA device"
         try:
@@ -64,6 +65,13 @@ class Library:
         if abi != _ABI:
             return None, f"{self.path.name} has ABI {abi}, not {_ABI}; install optimzoo again"
         return library, ""
+
+    def _why_not_built(self) -> str:
+        """What csrc/build.py has left beside the library's place, and the way out."""
+        tool = "g++ or clang++" if self.kind == "cpu" else "nvcc"
+        report = self.path.with_suffix(".failure.txt")
+        reason = f" ({report.read_text(encoding='utf-8').strip()})" if report.exists() else ""
+        return f"{self.path.name} was not built{reason}; install {tool}, then optimzoo again"
 
     def available(self) -> bool:
         """Whether the library was built and loads here."""
@@ -80,6 +88,11 @@ class Library:
             return ""
         library.oz_cpu_isa.restype = ctypes.c_char_p
         return str(library.oz_cpu_isa().decode())
+
+    def threaded(self) -> bool:
+        """Whether calls run in several threads: the CPU library's do if its compiler had OpenMP."""
+        library = self._loaded[0]
+        return library is not None and (self.kind == "cuda" or bool(library.oz_cpu_threaded()))
 
     def scale_(
         self,

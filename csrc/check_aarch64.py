@@ -1,0 +1,86 @@
+"""Builds the CPU kernels for aarch64 and runs their tests on them, in an emulator.
+
+    python csrc/check_aarch64.py [--allow-missing] [-- PYTEST_ARGUMENTS]
+
+Needs a cross compiler and qemu's user mode: on Debian and Ubuntu
+``apt-get install g++-aarch64-linux-gnu qemu-user``. What is compared with what stands in
+tests/foreign_kernels.py. ``--allow-missing``: without them nothing is checked, and that is said.
+"""
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPILER = os.environ.get("AARCH64_CXX", "aarch64-linux-gnu-g++")
+EMULATORS = ("qemu-aarch64", "qemu-aarch64-static")
+TESTS = (
+    *("test_kernels.py", "test_kernels_cpu.py", "test_kernels_float16.py", "test_kernel_inputs.py"),
+    *(
+        "test_zoo_kernels.py",
+        "test_adam_rule.py",
+        "test_sparsity_masks.py",
+        "test_natural_gradient.py",
+    ),
+)
+# 4 GB that lie in 3 MB by the memory's mapping would go through the pipe as they are.
+LEFT_OUT = "tests/test_kernels_cpu.py::test_elements_beyond_2_to_the_31"
+build = runpy.run_path(str(ROOT / "csrc" / "build.py"))
+
+
+def server(name: str, compiler: list[str], extra: tuple[str, ...], static: bool) -> str:
+    """Compile csrc/cross/server.cpp with the kernels; the program's path."""
+    folder = ROOT / "build" / "aarch64" / name
+    flags = (*build["openmp_flags"](compiler), *extra)
+    objects = build["compile_cpu"](compiler, folder, flags)
+    source, include = ROOT / "csrc" / "cross" / "server.cpp", ROOT / "csrc" / "include"
+    command = [*compiler, "-std=c++17", "-O2", "-Wall", "-Wextra", *flags, f"-I{include}"]
+    command += [str(source), *objects, "-o", str(folder / "server"), *["-static"] * static]
+    build["run_all"]([command])
+    return str(folder / "server")
+
+
+def main() -> int:
+    """Build three servers, run the tests; pytest's exit status."""
+    emulator = next(filter(None, map(shutil.which, EMULATORS)), None)
+    missing = [
+        n
+        for n, there in ((COMPILER, shutil.which(COMPILER)), (EMULATORS[0], emulator))
+        if not there
+    ]
+    if missing:
+        print(
+            f"no {' and no '.join(missing)}: the kernels are not checked for aarch64",
+            file=sys.stderr,
+        )
+        return 0 if "--allow-missing" in sys.argv else 1
+    exact = ("-ffp-contract=off",)
+    commands = [
+        [emulator, server("shipped", [COMPILER], (), True)],
+        [emulator, server("exact", [COMPILER], exact, True)],
+        [server("exact-here", build["cpu_compilers"]()[0], exact, False)],
+    ]
+    env = {
+        **os.environ,
+        "OPTIMZOO_FOREIGN": json.dumps(commands),
+        "OPTIMZOO_CPU_ISA": "baseline",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    }
+    more = sys.argv[sys.argv.index("--") + 1 :] if "--" in sys.argv else []
+    tests = [str(ROOT / "tests" / name) for name in TESTS]
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-p", "foreign_kernels", "-p", "no:xdist"),
+            *("-m", "not distributed", "--deselect", LEFT_OUT, *tests, *more),
+        ],
+        env=env,
+        cwd=ROOT,
+    ).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
