@@ -10,7 +10,7 @@ import torch
 from benchmarks.llama import Llama, LlamaConfig
 from optimzoo.cli import main
 from optimzoo.memory import account, simulate
-from optimzoo.memory.command import parse_size
+from optimzoo.memory.options import parse_size
 from optimzoo.memory.plan import CHANGES, Planner
 from optimzoo.models import CONFIGS
 

@@ -2,13 +2,16 @@
 
 import importlib.util
 import json
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from optimzoo.memory.simulate import Step
-from optimzoo.models import Llama, get_config
+from optimzoo.models import Llama, LlamaConfig, get_config
 
 
 def load_model(name: str) -> nn.Module:
@@ -21,14 +24,16 @@ def load_model(name: str) -> nn.Module:
     path = Path(name)
     if path.suffix != ".json" and not path.is_dir():
         with torch.device("meta"):
-            return Llama(get_config(name))
+            return Llama(_config_of(name))
     path = path / "config.json" if path.is_dir() else path
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        kind = fields.pop("model_type")
-    except (OSError, json.JSONDecodeError, KeyError, AttributeError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{path} is not a Hugging Face config: {reason}") from None
+    if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
+        raise ValueError(f"{path} is not a Hugging Face config: it has no 'model_type'")
+    kind = fields.pop("model_type")
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError:
@@ -36,10 +41,36 @@ def load_model(name: str) -> nn.Module:
             f"{path} is a Hugging Face config, which needs transformers: pip install transformers"
         ) from None
     fields["use_cache"] = False  # keys and values are for generation, and cost memory
-    config = AutoConfig.for_model(kind, **fields)
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config)
+    try:
+        config = AutoConfig.for_model(kind, **fields)
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # transformers raises many
+        raise ValueError(f"{path} makes no causal language model: {_first_line(error)}") from error
     return model.train()
+
+
+def _config_of(name: str) -> LlamaConfig:
+    try:
+        return get_config(name)
+    except ValueError as error:
+        raise ValueError(f"{error}; or give the path of a Hugging Face config.json") from None
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Raise what fails in somebody's file as one line that says where."""
+    try:
+        yield
+    except Exception as error:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        where = f"{path}:{frames[-1].lineno}" if frames else path
+        raise ValueError(f"{where} failed: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def load_function(where: str) -> tuple[nn.Module, Step | None]:
@@ -56,11 +87,12 @@ def load_function(where: str) -> tuple[nn.Module, Step | None]:
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with _explained(path):
+        spec.loader.exec_module(module)
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"{path} has no function {name!r}")
-    with torch.device("meta"):
+    with _explained(path), torch.device("meta"):
         made = function()
     model, step = made if isinstance(made, tuple) else (made, None)
     if not isinstance(model, nn.Module):
