@@ -102,7 +102,7 @@ def _account(
                 raise
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(
-                f"{type(made).__name__} does not step sharded weights: {first}"
+                f"{type(made).__name__} does not step sharded weights: {first}; leave shards out"
             ) from error
     frozen = [p for p in model.parameters() if not p.requires_grad]
     sizes = [_first_part(p, mesh) * _itemsize(p, dtype) for p in frozen]

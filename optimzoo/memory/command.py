@@ -36,6 +36,11 @@ class _Plan:
     refused: dict[str, str]
     fixed_batch: int | None
 
+    @property
+    def from_module_alone(self) -> bool:
+        """Whether the model is somebody's own, and is called as a language model."""
+        return self.args.module is not None and self.planner.step is None
+
     def methods(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield each method's name and hyperparameters, and show how far it is."""
         for name, hyper in self.hypers.items():
@@ -49,7 +54,12 @@ class _Plan:
         Raises:
             ValueError: no method is left.
         """
-        self.refused[name] = report.one_line(error)
+        why = report.one_line(error)
+        if isinstance(error, TypeError) and self.args.hyper:
+            why = f"--hyper {' '.join(self.args.hyper)}: {name} takes no such value; {why}"
+        if self.from_module_alone and "unexpected keyword argument" in why:
+            why += "; or let the function return the module and a function from it to its loss"
+        self.refused[name] = why
         if len(self.refused) == len(self.hypers):
             first, why = next(iter(self.refused.items()))
             _progress("")
@@ -78,7 +88,8 @@ def _plan(given: argparse.Namespace, args: argparse.Namespace) -> _Plan:
         for name, hyper in takers.items():
             hypers[name] |= hyper
         if len(takers) < len(names):
-            notes.append(f"{pair} is of {', '.join(takers)}; no other method here takes it.")
+            key, who = pair.partition("=")[0], ", ".join(takers)
+            notes.append(f"{pair} is taken by {who} alone; the other methods here have no {key}.")
     if args.module is not None:
         model, step = load_function(args.module)
     else:
@@ -190,8 +201,11 @@ def _way_out(plan: _Plan) -> str:
 def _measure(args: argparse.Namespace) -> int:
     if not args.script:
         raise ValueError("--script takes a file, and then that file's arguments")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("torch finds no CUDA device here to measure on; leave --device out")
+    for option, needs in (("device", args.device == "cuda"), ("snapshot", bool(args.snapshot))):
+        if needs and not torch.cuda.is_available():
+            value = getattr(args, option)
+            text = f"--{option} {value}: torch finds no CUDA device here to measure on"
+            raise ValueError(f"{text}; leave --{option} out")
     found = measure_script(args.script[0], args.script[1:], snapshot=args.snapshot)
     title = f"{shlex.join(args.script)}, measured"
     print(report.measured_page(title, found))

@@ -87,7 +87,7 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
         _refuse(args, _OF_A_SIMULATION, given, reason, but=args.device == "cuda" and "device")
     elif "snapshot" in given:
         raise ValueError(
-            f"--snapshot is of a script on CUDA, which {args.snapshot} has not; add --script FILE.py"
+            f"--snapshot is of a script on CUDA; add --script FILE.py behind {args.snapshot}"
         )
     if args.account:
         reason = "it changes the peak of a step, which --account leaves out; leave out one of them"

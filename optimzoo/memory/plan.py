@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from optimzoo.memory.account import Account, account
 from optimzoo.memory.sharded import shard_of
-from optimzoo.memory.simulate import Session, Step, language_model_step
+from optimzoo.memory.simulate import Session, Step, blocks_of, language_model_step
 from optimzoo.memory.tracker import (
     GRADIENTS,
     OTHER,
@@ -124,13 +124,16 @@ class Planner:
         """Yield for each setting the largest micro-batch that fits in ``limit`` bytes.
 
         That is a power of two, or ``batch`` where it is given. Settings have what is true of
-        ``checkpointing`` and ``release``, and may have the other. The smallest change comes first;
-        a setting that does not allow more than a smaller change is left out.
+        ``checkpointing`` and ``release``, and may have the other, where the model has blocks to
+        checkpoint. The smallest change comes first; a setting that does not allow more than a
+        smaller change is left out.
         """
         best = 0
         fixed, first = batch is not None, batch or 1
         for setting in CHANGES:
             if setting[0] < checkpointing or setting[1] < release:
+                continue
+            if setting[0] > checkpointing and not blocks_of(self.model):
                 continue
             found: Fit | None = None
             batch = max(first, best)

@@ -44,7 +44,8 @@ def page(title: str, rows: Sequence[Row], refused: dict[str, str], notes: Sequen
     most = max((row.size for row in rows), default=1)
     unit, name = _unit(most)
     heads = ("weights", "grads", "state", "held", *(["peak"] if rows and rows[0].peak else []))
-    lines = [title, "", f"{'method':<15}" + "".join(f"{head:>8}" for head in heads) + f"  {name}"]
+    columns = "".join(f"{head:>8}" for head in heads)
+    lines = [*_heading(title), f"{'method':<15}{columns}  {name}"]
     for row in rows:
         held = row.account
         sizes = [held.params, held.grads, held.state_total, held.total]
@@ -78,7 +79,7 @@ def fits_page(
     own_step: bool,
 ) -> str:
     """Return the settings that fit, in the order found; ``nothing`` is said if none does."""
-    lines = [title, ""]
+    lines = _heading(title)
     if fits:
         unit, name = _unit(max(fit.peak.bytes for fit in fits))
         lines.append(f"{'method':<15}{'change':<26}{'micro-batch':>11}{'peak ' + name:>10}")
@@ -94,7 +95,7 @@ def fits_page(
 def measured_page(title: str, found: Measurement) -> str:
     """Return the page of a measurement; of a script that failed, up to there and its error."""
     unit, name = _unit(max(found.tensors.bytes, found.rss_peak))
-    lines = [title, "", breakdown(found.tensors)]
+    lines = [*_heading(title), breakdown(found.tensors)]
     sizes: dict[str, int | None] = {"resident before": found.rss_before}
     sizes |= {"resident peak": found.rss_peak}
     sizes |= {"CUDA allocated": found.cuda_allocated, "CUDA reserved": found.cuda_reserved}
@@ -162,6 +163,12 @@ def write_picture(path: Path, title: str, bars: Sequence[Bar], limit: int | None
     Raises:
         ImportError: without matplotlib.
     """
+    figure, kind = draw(title, bars, limit), path.suffix[1:].lower()
+    _write_whole(path, lambda place: figure.savefig(place, dpi=150, format=kind))
+
+
+def draw(title: str, bars: Sequence[Bar], limit: int | None = None) -> Any:
+    """Return what :func:`write_picture` writes, as a matplotlib figure."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -171,6 +178,7 @@ def write_picture(path: Path, title: str, bars: Sequence[Bar], limit: int | None
     unit, name = _unit(max([*totals, limit or 0]))
     figure = Figure(figsize=(9, 2.0 + 0.3 * len(bars)), layout="constrained")
     FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.1)
     axes = figure.add_subplot()
     places = range(len(bars))
     left = [0.0] * len(bars)
@@ -191,9 +199,9 @@ def write_picture(path: Path, title: str, bars: Sequence[Bar], limit: int | None
     axes.margins(y=0.5 / max(2, len(bars)))
     axes.set_xlabel(name)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("\n".join(_fill(line) for line in title.splitlines()), fontsize=10)
+    figure.suptitle("\n".join(_fill(line, 100) for line in title.splitlines()), fontsize=10)
     figure.legend(fontsize=8, ncols=4, loc="outside lower center", frameon=False)
-    _write_whole(path, lambda place: figure.savefig(place, dpi=150, format=path.suffix[1:].lower()))
+    return figure
 
 
 def _parts(row: Row) -> dict[str, int]:
@@ -249,8 +257,12 @@ def _notes(notes: Sequence[str]) -> list[str]:
     return ["", *(_fill(note) for note in notes)] if notes else []
 
 
-def _fill(text: str) -> str:
-    return textwrap.fill(text, 80, subsequent_indent="  ")
+def _heading(title: str) -> list[str]:
+    return [*(_fill(line) for line in title.splitlines()), ""]
+
+
+def _fill(text: str, width: int = 80) -> str:
+    return textwrap.fill(text, width, subsequent_indent="  ")
 
 
 def _cut(text: str, width: int = 80) -> str:

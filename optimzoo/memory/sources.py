@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import textwrap
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,7 +47,7 @@ def load_model(name: str) -> nn.Module:
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # transformers raises many
-        raise ValueError(f"{path} makes no causal language model: {_first_line(error)}") from error
+        raise ValueError(f"{path} makes no causal language model: {_brief(error)}") from error
     return model.train()
 
 
@@ -63,14 +64,17 @@ def _explained(path: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        file = str(Path(path).resolve())
+        frames = traceback.extract_tb(error.__traceback__)
+        frames = [f for f in frames if str(Path(f.filename).resolve()) == file]
         where = f"{path}:{frames[-1].lineno}" if frames else path
-        raise ValueError(f"{where} failed: {_first_line(error)}") from error
+        raise ValueError(f"{where} failed: {_brief(error)}") from error
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def _brief(error: BaseException) -> str:
+    """Return an error in one line, without the list of all models that transformers knows."""
+    text = textwrap.shorten(str(error), 200, placeholder=" …")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def load_function(where: str) -> tuple[nn.Module, Step | None]:
@@ -94,7 +98,12 @@ def load_function(where: str) -> tuple[nn.Module, Step | None]:
         raise ValueError(f"{path} has no function {name!r}")
     with _explained(path), torch.device("meta"):
         made = function()
-    model, step = made if isinstance(made, tuple) else (made, None)
+    model, step = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise ValueError(f"{where} returns a {type(model).__name__}, not a torch.nn.Module")
+    if step is not None and not callable(step):
+        raise ValueError(
+            f"{where} returns a module and a {type(step).__name__}; the second must be a function "
+            "from the module to its loss"
+        )
     return model, step
