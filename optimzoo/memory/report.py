@@ -172,13 +172,14 @@ def draw(title: str, bars: Sequence[Bar], limit: int | None = None) -> Any:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError:
         raise ImportError("a picture needs matplotlib: pip install matplotlib") from None
     totals = [sum(parts.values()) for _, parts in bars]
     unit, name = _unit(max([*totals, limit or 0]))
-    figure = Figure(figsize=(9, 2.0 + 0.3 * len(bars)), layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1)
+    figure = Figure(figsize=(9, 2.0 + 0.3 * len(bars)), layout=layout)
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.1)
     axes = figure.add_subplot()
     places = range(len(bars))
     left = [0.0] * len(bars)

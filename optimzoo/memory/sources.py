@@ -66,8 +66,8 @@ def _explained(path: str) -> Iterator[None]:
     except Exception as error:
         file = str(Path(path).resolve())
         frames = traceback.extract_tb(error.__traceback__)
-        frames = [f for f in frames if str(Path(f.filename).resolve()) == file]
-        where = f"{path}:{frames[-1].lineno}" if frames else path
+        lines = [f.lineno for f in frames if str(Path(f.filename).resolve()) == file]
+        where = f"{path}:{lines[-1]}" if lines else path
         raise ValueError(f"{where} failed: {_brief(error)}") from error
 
 
