@@ -252,6 +252,11 @@ def test_who_does_not_take_a_hyperparameter_is_said(capsys, tmp_path):
     assert json.loads(file.read_text())["notes"] == [note]
 
 
+def test_a_named_model_takes_any_length(capsys):
+    assert run("--model", "tiny", "--optimizer", "sgd", "--seq", "1500") == 0
+    assert "a step of 1 x 1500 tokens" in capsys.readouterr().out
+
+
 def test_methods_that_cannot_are_said_with_what_fits(capsys):
     assert (
         run("--model", "tiny", "--fits", "1GB", "--batch", "2", "--optimizer", "adams", "sgd") == 0

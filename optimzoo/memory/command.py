@@ -93,7 +93,7 @@ def _plan(given: argparse.Namespace, args: argparse.Namespace) -> _Plan:
     if args.module is not None:
         model, step = load_function(args.module)
     else:
-        model, step = load_model(args.model), None
+        model, step = load_model(args.model, args.seq), None
     if step is not None:
         refuse_for_own_step(given, args.module)
     settings = {"seq": args.seq, "step": step, "device": args.device, "shards": args.shards}

@@ -6,6 +6,7 @@ import textwrap
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,8 +16,10 @@ from optimzoo.memory.simulate import Step
 from optimzoo.models import Llama, LlamaConfig, get_config
 
 
-def load_model(name: str) -> nn.Module:
-    """A model on ``meta``: `llama-7b` or `7b`, or the path of a Hugging Face ``config.json``.
+def load_model(name: str, seq: int = 1) -> nn.Module:
+    """Return a model on ``meta``: `llama-7b` or `7b`, or of a Hugging Face ``config.json``.
+
+    A named one takes sequences of ``seq`` tokens, longer than it was trained with if need be.
 
     Raises:
         ValueError: an unknown name (the message has the nearest ones), a file that is no config.
@@ -25,7 +28,9 @@ def load_model(name: str) -> nn.Module:
     path = Path(name)
     if path.suffix != ".json" and not path.is_dir():
         with torch.device("meta"):
-            return Llama(_config_of(name))
+            config = _config_of(name)
+            positions = max(seq, config.max_position_embeddings)
+            return Llama(replace(config, max_position_embeddings=positions))
     path = path / "config.json" if path.is_dir() else path
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
