@@ -1,8 +1,10 @@
 """``optimzoo list``, ``doctor`` and ``memory``, also as ``python -m optimzoo``."""
 
 import argparse
+import os
 import sys
 import textwrap
+from typing import NoReturn
 
 from optimzoo import __version__, doctor
 from optimzoo.memory import command as memory
@@ -22,9 +24,17 @@ def list_methods(pattern: str) -> int:
     return 0
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, and of sub-commands, too."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line, and leave with status 2."""
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; bad input is one line on stderr and exit status 2, Ctrl-C is 130."""
-    parser = argparse.ArgumentParser(prog="optimzoo", description="memory-efficient optimizers")
+    parser = Parser(prog="optimzoo", description="memory-efficient optimizers")
     parser.add_argument("--version", action="version", version=f"optimzoo {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list", help="the optimizers of create_optimizer")
@@ -34,12 +44,33 @@ def main(argv: list[str] | None = None) -> int:
     memory.add_arguments(commands.add_parser("memory", help=text, description=text))
     args = parser.parse_args(argv)
     try:
-        if args.command == "memory":
-            return memory.main(args)
-        return doctor.main() if args.command == "doctor" else list_methods(args.pattern)
+        status = _run(args)
+        sys.stdout.flush()  # what cannot be written is said here, and not by a dying interpreter
+        return status
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    except (ValueError, ImportError, OSError) as error:
+    except BrokenPipeError:  # `| head` has read enough
+        _drop_output()
+        return 141
+    except OSError as error:
+        _drop_output()
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.command == "memory":
+        return memory.main(args)
+    return doctor.main() if args.command == "doctor" else list_methods(args.pattern)
+
+
+def _drop_output() -> None:
+    """Let what is still to be written to a closed pipe or a full disk go nowhere."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

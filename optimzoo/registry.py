@@ -167,6 +167,16 @@ def get_info(name: str) -> OptimInfo:
     return _REGISTRY[key]
 
 
+def hyperparameters(info: OptimInfo) -> list[str]:
+    """Return the names that :func:`create_optimizer` takes for a method, beside its own two."""
+    accepted = [p for p in inspect.signature(info.make).parameters if p != "params"]
+    return accepted + _rounding_of_torch(accepted)
+
+
+def _rounding_of_torch(accepted: list[str]) -> list[str]:
+    return [] if "rounding" in accepted else ["rounding", "seed"]
+
+
 def create_optimizer(
     name: str,
     model_or_params: nn.Module | ParamsT,
@@ -195,9 +205,7 @@ def create_optimizer(
             shape).
     """
     info = get_info(name)
-    accepted = [p for p in inspect.signature(info.make).parameters if p != "params"]
-    rounds = [] if "rounding" in accepted else ["rounding", "seed"]  # torch's own
-    accepted += rounds
+    accepted = hyperparameters(info)
     for key in hyper:
         if key not in accepted:
             raise ValueError(
@@ -226,6 +234,7 @@ def create_optimizer(
             raise ValueError("other_lr needs roles; pass a model or optimzoo.param_groups(model)")
         own = {*info.main_roles, *(["vector"] if hyper.get("vector_lr") is not None else [])}
         groups = [g if g["role"] in own else {"lr": other_lr, **g} for g in groups]
+    rounds = _rounding_of_torch(list(inspect.signature(info.make).parameters))
     rounding = {key: hyper.pop(key) for key in rounds if key in hyper}
     if rounding.get("rounding", "nearest") != "nearest":
         rule: Any = (info.make, hyper)

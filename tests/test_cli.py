@@ -1,5 +1,6 @@
 """``optimzoo list`` and ``optimzoo doctor``."""
 
+import os
 import subprocess
 import sys
 
@@ -39,6 +40,28 @@ def test_ctrl_c_and_a_full_disk_are_one_line(capsys, monkeypatch):
         monkeypatch.setattr(doctor, "main", stopped)
         assert main(["doctor"]) == status
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_closed_pipe_and_a_full_device_leave_no_traceback(capsys, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    for target, status, lines in ((writer, 141, 0), ("/dev/full", 2, 1)):
+        if target == "/dev/full" and not os.path.exists(target):
+            continue  # Linux has it
+        with open(target, "w") as out:
+            monkeypatch.setattr(sys, "stdout", out)
+            assert main(["list"]) == status
+            out.write("what an interpreter still has to write when it ends")
+        assert capsys.readouterr().err.count("\n") == lines
+
+
+def test_errors_of_the_parser_are_one_line(capsys):
+    for arguments in ([], ["lst"], ["list", "a", "b"], ["doctor", "--fast"], ["memory"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        error = capsys.readouterr().err
+        assert caught.value.code == 2
+        assert error.startswith("error: ") and error.endswith("--help\n") and error.count("\n") == 1
 
 
 def test_version(capsys):

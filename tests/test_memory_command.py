@@ -1,6 +1,7 @@
 """``optimzoo memory``: its page, JSON, picture, what fits, sources of models, bad input."""
 
 import json
+import os
 import sys
 from itertools import pairwise
 
@@ -9,8 +10,8 @@ import torch
 
 from benchmarks.llama import Llama, LlamaConfig
 from optimzoo.cli import main
-from optimzoo.memory import account, simulate
-from optimzoo.memory.command import parse_size
+from optimzoo.memory import account, report, simulate
+from optimzoo.memory.options import parse_size
 from optimzoo.memory.plan import CHANGES, Planner
 from optimzoo.models import CONFIGS
 
@@ -143,6 +144,15 @@ def test_a_script_with_its_arguments(capsys, tmp_path):
     ("arguments", "message"),
     [
         (("--model", "llama-60n"), "unknown model 'llama-60n': did you mean 60m"),
+        (("--model", "Llama-3.1-8B"), "or give the path of a Hugging Face config.json"),
+        (("--model", "tiny", "--fits", "24"), "--fits 24: a size needs its unit; write 24GB"),
+        (("--model", "tiny", "--fits", "0GB"), "--fits 0GB: nothing fits in no bytes; write 24GB"),
+        (("--model", "tiny", "--hyper", "rnk=2"), "has a hyperparameter 'rnk'; did you mean rank?"),
+        (("--model", "tiny", "--hyper", "rank=1", "rank=2"), "rank=2: rank is 1 already"),
+        (("--model", "tiny", "--optimizer", "galore", "--hyper", "rank=x"), "takes no such value"),
+        (("--model", "tiny", "--picture", "a.xyz"), "--picture a.xyz: its name must end in one of"),
+        (("--model", "tiny", "--picture", "a.png", "--json", "./a.png"), "--json writes that file"),
+        (("--model", "tiny", "--json", "."), "--json .: it is a folder; name a file in it"),
         (("--model", "tiny", "--optimizer", "scal"), "unknown optimizer 'scal'; did you mean"),
         (("--model", "tiny", "--fits", "much"), "'much' is not a size; write 24GB or 24GiB"),
         (("--model", "tiny", "--optimizer", "scale", "--hyper", "rank=2"), "no hyperparameter"),
@@ -162,6 +172,141 @@ def test_bad_input_is_one_line(capsys, arguments, message):
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--batch", "two"), "argument --batch: invalid int value: 'two'; see optimzoo memory -"),
+        (("--batch", "2", "--batch", "4"), "--batch is given twice, as 2 and 4; give it once"),
+        (("--bacth", "2"), "unrecognized arguments: --bacth 2"),
+    ],
+)
+def test_what_the_parser_refuses_is_one_line(capsys, arguments, message):
+    with pytest.raises(SystemExit) as left:
+        run("--model", "tiny", *arguments)
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1", "is not a Hugging Face config: Expecting ',' delimiter"),
+        ("[1]", "is not a Hugging Face config: it has no 'model_type'"),
+        ('{"model_type": "nothing"}', "makes no causal language model: ValueError: Unrecognized"),
+        ('{"model_type": "gpt2", "n_embd": "x"}', "makes no causal language model"),
+        ('{"model_type": "vit"}', "makes no causal language model"),
+    ],
+)
+def test_a_damaged_config_is_one_line(capsys, tmp_path, text, message):
+    pytest.importorskip("transformers")
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    assert run("--model", str(path)) == 2
+    error = capsys.readouterr().err
+    assert message in error and str(path) in error and error.count("\n") == 1
+    assert len(error) < len(str(path)) + 300
+
+
+def test_what_is_wrong_in_a_module_of_ones_own_is_one_line(capsys, tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text(
+        "import torch\n"
+        "def bad():\n    return nothing\n"
+        "def pair():\n    return torch.nn.Linear(2, 2), 3\n"
+        "def bare():\n    return torch.nn.Linear(2, 2)\n"
+    )
+    for name, message in (
+        ("bad", f"{own}:3 failed: NameError: name 'nothing' is not defined"),
+        ("pair", "the second must be a function from the module to its loss"),
+        ("bare", "let the function return the module and a function from it to its loss"),
+    ):
+        assert run("--module", f"{own}:{name}", "--optimizer", "scale") == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+
+
+def test_a_step_of_ones_own_is_named_and_decides_its_batch(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(
+        "import torch\ndef make():\n"
+        "    return torch.nn.Linear(64, 3), lambda m: m(torch.ones(5, 64)).sum()\n"
+    )
+    assert run("--module", "own.py:make", "--optimizer", "scale") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["Linear (own.py:make): 195 parameters, bfloat16", "peak of its own step"]
+    assert run("--module", "own.py:make", "--optimizer", "scale", "--fits", "1MB") == 0
+    out = capsys.readouterr().out
+    assert "what fits in 1MB at its own step" in out and "its own" in out.splitlines()[-1]
+    assert run("--module", "own.py:make", "--seq", "9") == 2
+    assert "--seq 9: own.py:make returns a step of its own" in capsys.readouterr().err
+
+
+def test_who_does_not_take_a_hyperparameter_is_said(capsys, tmp_path):
+    file = tmp_path / "a.json"
+    names = ("--optimizer", "sgd", "galore", "fira")
+    assert (
+        run("--model", "tiny", "--account", *names, "--hyper", "rank=8", "--json", str(file)) == 0
+    )
+    note = "rank=8 is taken by galore, fira alone; the other methods here have no rank."
+    assert note in capsys.readouterr().out
+    assert json.loads(file.read_text())["notes"] == [note]
+
+
+def test_a_named_model_takes_any_length(capsys):
+    assert run("--model", "tiny", "--optimizer", "sgd", "--seq", "1500") == 0
+    assert "a step of 1 x 1500 tokens" in capsys.readouterr().out
+
+
+def test_methods_that_cannot_are_said_with_what_fits(capsys):
+    assert (
+        run("--model", "tiny", "--fits", "1GB", "--batch", "2", "--optimizer", "adams", "sgd") == 0
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("adams          parameter 0 is torch.bfloat16") for line in lines)
+    assert max(map(len, lines)) <= 80
+
+
+def test_json_goes_into_a_pipe_or_a_link_and_leaves_them_there(tmp_path):
+    pipe, link, file = tmp_path / "pipe", tmp_path / "link", tmp_path / "file"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    arguments = ("--model", "tiny", "--account", "--optimizer", "sgd", "--json")
+    assert run(*arguments, str(pipe)) == 0
+    assert json.loads(os.read(reader, 65536))["methods"][0]["method"] == "sgd"
+    os.close(reader)
+    assert pipe.is_fifo()
+    file.write_text("old")
+    link.symlink_to(file)
+    assert run(*arguments, str(link)) == 0
+    assert link.is_symlink() and json.loads(file.read_text())["methods"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link", "pipe"]
+
+
+def test_no_text_of_a_picture_is_cut():
+    pytest.importorskip("matplotlib")
+    many = [
+        (f"natural_galore, checkpointing + release, batch {i}", {"parameters": i * 10**9})
+        for i in range(1, 23)
+    ]
+    title = "\n".join(["a title that is as long as that of a model from a path " * 3] * 2)
+    for bars, limit in (
+        (many, None),
+        (many[-1:], None),
+        (many[:3], 10**12),
+        ([("", {"other": 5})], 9),
+    ):
+        figure = report.draw(title, bars, limit)
+        figure.canvas.draw()
+        [axes] = figure.axes
+        texts = [*axes.texts, *axes.get_yticklabels(), axes.xaxis.label, figure._suptitle]
+        texts += figure.legends[0].get_texts()
+        assert len(texts) >= 2 * len(bars) + 3
+        for text in texts:
+            box = text.get_window_extent()
+            assert box.x0 >= 0 and box.y0 >= 0, text
+            assert box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, text
+
+
 def test_a_machine_without_cuda_asked_for_cuda(capsys, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is CUDA here")
@@ -173,4 +318,7 @@ def test_a_machine_without_cuda_asked_for_cuda(capsys, tmp_path):
 
 def test_sizes():
     assert parse_size("24GB") == parse_size("24 gb") == parse_size("24G") == 24 * 10**9
-    assert parse_size("1.5GiB") == 3 * 2**29
+    assert parse_size("1.5GiB") == parse_size(" 1.5 gib") == 3 * 2**29
+    for text in ("24", "24000000000", "1e9GB", "-1GB", "1,5GB", "GB", ".", "1.2.3GB", "infGB", ""):
+        with pytest.raises(ValueError, match="write"):
+            parse_size(text)

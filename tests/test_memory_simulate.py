@@ -190,6 +190,25 @@ def test_a_model_and_a_loss_of_ones_own():
     assert simulated.bytes == measure(step, steps=2).tensors.bytes - others
 
 
+@pytest.mark.parametrize("experts", (1, 4))
+def test_natural_galore_of_stacked_experts(experts):
+    """The Fisher matrix of shapes alone is positive definite, in a stack as by itself."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(experts, 64, 32, device="meta"))
+
+    def loss_of(module):
+        return torch.einsum("eoi,ti->eto", module.weight, torch.ones(5, 32)).square().mean()
+
+    hyper = {"rank": 4, "history": 3}
+    counted = account(Experts(), "natural_galore", **hyper)
+    assert counted.state["hidden", "gram"] == 4 * experts * 3 * 3
+    found = simulate(Experts(), "natural_galore", step=loss_of, **hyper)
+    assert found.steps["next"].by_category["optimizer state"] == counted.state_total
+
+
 def test_a_module_that_cannot_be_faked_is_one_line():
     class Reads(nn.Module):
         def __init__(self):

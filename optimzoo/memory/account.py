@@ -2,16 +2,18 @@
 
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.optimizer import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from optimzoo.distributed import local_part
+from optimzoo.memory.fake import Values
 from optimzoo.memory.sharded import pretended_mesh, shard_of
 from optimzoo.registry import create_optimizer
 from optimzoo.roles import param_groups, role_of
@@ -62,7 +64,12 @@ def account(
     """
     if shards < 1:
         raise ValueError(f"Invalid shards: {shards}; it must be at least 1")
-    with pretended_mesh(shards) if shards > 1 else nullcontext() as mesh:
+    mesh = None
+    with ExitStack() as contexts:
+        if shards > 1:
+            mesh = contexts.enter_context(pretended_mesh(shards))
+            contexts.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            contexts.enter_context(Values(lambda: True))
         return _account(model, optimizer, dtype, mesh, hyper)
 
 
@@ -88,7 +95,15 @@ def _account(
     else:
         made = optimizer(groups)
     with _ZeroForValues():
-        made.step()
+        try:
+            made.step()
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            if mesh is None:
+                raise
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"{type(made).__name__} does not step sharded weights: {first}; leave shards out"
+            ) from error
     frozen = [p for p in model.parameters() if not p.requires_grad]
     sizes = [_first_part(p, mesh) * _itemsize(p, dtype) for p in frozen]
     result = Account(params=sum(sizes))

@@ -81,6 +81,7 @@ def measure_script(
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no script {str(path)!r}")
+    _refuse_snapshot(snapshot)  # here, since what fails below is the script's
     result = Measurement()
     argv, place = sys.argv, sys.path[0]
     sys.argv, sys.path[0] = [str(path), *(arguments or [])], str(path.resolve().parent)
@@ -99,9 +100,8 @@ def measure_script(
 
 @contextmanager
 def _watched(result: Measurement, snapshot: str | Path | None) -> Iterator[None]:
+    _refuse_snapshot(snapshot)
     cuda = torch.cuda.is_available()
-    if snapshot is not None and not cuda:
-        raise ValueError("a snapshot is CUDA's, and torch finds no CUDA device; leave it out")
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     if snapshot is not None:
@@ -124,6 +124,13 @@ def _watched(result: Measurement, snapshot: str | Path | None) -> Iterator[None]
         if snapshot is not None:
             torch.cuda.memory._dump_snapshot(str(snapshot))
             torch.cuda.memory._record_memory_history(enabled=None)
+
+
+def _refuse_snapshot(snapshot: str | Path | None) -> None:
+    if snapshot is not None and not torch.cuda.is_available():
+        raise ValueError(
+            f"a snapshot is CUDA's, and torch finds no CUDA device; leave {str(snapshot)!r} out"
+        )
 
 
 def _reset_rss() -> int:

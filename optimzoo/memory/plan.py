@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from optimzoo.memory.account import Account, account
-from optimzoo.memory.simulate import Session, Step, language_model_step
+from optimzoo.memory.sharded import shard_of
+from optimzoo.memory.simulate import Session, Step, blocks_of, language_model_step
 from optimzoo.memory.tracker import (
     GRADIENTS,
     OTHER,
@@ -30,6 +31,7 @@ from optimzoo.roles import param_groups
 
 # What a user changes, smallest change first.
 CHANGES = ((False, False), (False, True), (True, False), (True, True))  # checkpointing, release
+MOST = 1024  # the largest micro-batch that is tried
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,11 @@ class Fit:
     batch: int
     peak: Peak
 
+    @property
+    def setting(self) -> tuple[bool, bool]:
+        """Checkpointing and release."""
+        return self.checkpointing, self.release
+
 
 class Planner:
     """Peaks for one model; what does not depend on the method is simulated once."""
@@ -71,8 +78,10 @@ class Planner:
         seq: int = 256,
         step: Step | None = None,
         device: str = "cpu",
+        shards: int = 1,
     ) -> None:
         self.model, self.dtype, self.seq, self.step, self.device = model, dtype, seq, step, device
+        self.shards = shards
         self._passes: dict[tuple[int, bool, bool], Peak] = {}
 
     def method(self, name: str, **hyper: Any) -> Method:
@@ -81,10 +90,12 @@ class Planner:
         Raises:
             ValueError: the method refuses the model, its dtype or a hyperparameter.
         """
-        counted = account(self.model, name, dtype=self.dtype, **hyper)
+        counted = account(self.model, name, dtype=self.dtype, shards=self.shards, **hyper)
         one, two = (self._step_of(name, hyper, copies) for copies in (1, 2))
-        # A step that needs no more for twice as many weights takes them one after the other.
-        whole = one if two == one else self._step_of(name, hyper, None)
+        # A step that needs no more for twice as many weights takes them one after the other; but
+        # shards may be dealt out whole among the processes.
+        one_by_one = two == one and self.shards == 1
+        whole = one if one_by_one else self._step_of(name, hyper, None)
         return Method(name, counted, whole, one)
 
     def peak(
@@ -101,21 +112,36 @@ class Planner:
         step = Peak(sum(parts.values()), STEP, {k: v for k, v in parts.items() if v})
         return max(passes, step, key=lambda peak: peak.bytes)
 
-    def fits(self, method: Method, limit: int, most: int = 1024) -> Iterator[Fit]:
-        """For each setting the largest micro-batch, a power of two, that fits in ``limit`` bytes.
+    def fits(
+        self,
+        method: Method,
+        limit: int,
+        *,
+        batch: int | None = None,
+        checkpointing: bool = False,
+        release: bool = False,
+    ) -> Iterator[Fit]:
+        """Yield for each setting the largest micro-batch that fits in ``limit`` bytes.
 
-        The smallest change comes first; a setting that does not allow more than a smaller change
-        is left out.
+        That is a power of two, or ``batch`` where it is given. Settings have what is true of
+        ``checkpointing`` and ``release``, and may have the other, where the model has blocks to
+        checkpoint. The smallest change comes first; a setting that does not allow more than a
+        smaller change is left out.
         """
         best = 0
-        for checkpointing, release in CHANGES:
+        fixed, first = batch is not None, batch or 1
+        for setting in CHANGES:
+            if setting[0] < checkpointing or setting[1] < release:
+                continue
+            if setting[0] > checkpointing and not blocks_of(self.model):
+                continue
             found: Fit | None = None
-            batch = max(1, best)
-            while batch <= most:
-                peak = self.peak(method, batch, checkpointing=checkpointing, release=release)
+            batch = max(first, best)
+            while batch <= (first if fixed else MOST):
+                peak = self.peak(method, batch, checkpointing=setting[0], release=setting[1])
                 if peak.bytes > limit:
                     break
-                found = Fit(method.name, checkpointing, release, batch, peak)
+                found = Fit(method.name, *setting, batch, peak)
                 batch *= 2
             if found is not None and found.batch > best:
                 best = found.batch
@@ -125,7 +151,8 @@ class Planner:
         """The peak of forward and backward without any state; simulated once."""
         key = (batch, checkpointing, release)
         if key not in self._passes:
-            session = Session(self.model, self.dtype, self.device, checkpointing=checkpointing)
+            more: dict[str, Any] = {"checkpointing": checkpointing, "shards": self.shards}
+            session = Session(self.model, self.dtype, self.device, **more)
             with session:
                 if release:
                     session.tracker.bracket(session.model.parameters(), lambda: _drop(session))
@@ -139,24 +166,27 @@ class Planner:
 
     def _step_of(self, name: str, hyper: dict[str, Any], copies: int | None) -> int:
         """Temporaries of a step, with so many parameters of each kind (None: all)."""
-        session = Session(nn.Module(), None, self.device, checkpointing=False)
+        session = Session(nn.Module(), None, self.device, shards=self.shards)
         with session:
             groups = param_groups(self.model)
             for group in groups:
-                group["params"] = self._shapes(group["params"], copies)
+                group["params"] = self._shapes(group["params"], copies, session.mesh)
                 del group["param_names"]
             optimizer = create_optimizer(name, groups, **hyper)
             steps = session.run_steps(optimizer)
         return max(peak.by_category.get(TEMPORARIES, 0) for peak in steps.values())
 
-    def _shapes(self, params: list[Tensor], copies: int | None) -> list[Tensor]:
+    def _shapes(self, params: list[Tensor], copies: int | None, mesh: Any) -> list[Tensor]:
         seen: dict[Any, int] = {}
         shapes: list[Tensor] = []
         for p in params:
             kind = (p.shape, p.stride(), p.dtype)
             seen[kind] = seen.get(kind, 0) + 1
             if copies is None or seen[kind] <= copies:
-                dtype = self.dtype if p.is_floating_point() else None
+                dtype = self.dtype if p.is_floating_point() and self.dtype else p.dtype
+                if mesh is not None:
+                    shapes.append(shard_of(p, dtype, mesh))
+                    continue
                 shape = nn.Parameter(torch.empty_like(p, dtype=dtype, device="cpu"))
                 shape.grad = torch.empty_like(shape)
                 shapes.append(shape)

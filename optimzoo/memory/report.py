@@ -2,16 +2,18 @@
 
 import json
 import os
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from optimzoo.memory.account import Account
 from optimzoo.memory.measure import Measurement
-from optimzoo.memory.plan import Fit
+from optimzoo.memory.plan import MOST, Fit
 from optimzoo.memory.tracker import CATEGORIES, GRADIENTS, PARAMETERS, STATE, Peak
 
+Bar = tuple[str, dict[str, int]]  # a label, and bytes by category
 _BAR = 22
 _SHADES = {PARAMETERS: "█", GRADIENTS: "▓", STATE: "▒", "rest": "░"}
 CHANGES = {
@@ -36,27 +38,26 @@ class Row:
         return self.peak.bytes if self.peak else self.account.total
 
 
-def page(title: str, rows: Sequence[Row], refused: dict[str, str]) -> str:
-    """The table of methods, smallest first, each with a bar of what its bytes are."""
+def page(title: str, rows: Sequence[Row], refused: dict[str, str], notes: Sequence[str]) -> str:
+    """Return the table of methods, smallest first, each with a bar of what its bytes are."""
     rows = sorted(rows, key=lambda row: row.size)
     most = max((row.size for row in rows), default=1)
     unit, name = _unit(most)
     heads = ("weights", "grads", "state", "held", *(["peak"] if rows and rows[0].peak else []))
-    lines = [title, "", f"{'method':<15}" + "".join(f"{head:>8}" for head in heads) + f"  {name}"]
+    columns = "".join(f"{head:>8}" for head in heads)
+    lines = [*_heading(title), f"{'method':<15}{columns}  {name}"]
     for row in rows:
         held = row.account
         sizes = [held.params, held.grads, held.state_total, held.total]
         sizes += [row.peak.bytes] if row.peak else []
         figures = "".join(f"{_figure(size, unit):>8}" for size in sizes)
         lines.append(f"{row.method:<15}{figures}  {_bar(row, most)}".rstrip())
-    for method, why in refused.items():
-        lines.append(_cut(f"{method:<15}{why}"))
     legend = "  ".join(f"{shade} {kind}" for kind, shade in _SHADES.items())
-    return "\n".join([*lines, "", legend])
+    return "\n".join([*lines, *_refusals(refused), "", legend, *_notes(notes)])
 
 
 def breakdown(peak: Peak) -> str:
-    """What a peak consists of, a category a line."""
+    """Return what a peak consists of, a category a line."""
     unit, name = _unit(peak.bytes)
     lines = [f"the peak, in the {peak.phase}: {_figure(peak.bytes, unit)} {name}"]
     for category in CATEGORIES:
@@ -68,23 +69,33 @@ def breakdown(peak: Peak) -> str:
     return "\n".join(lines)
 
 
-def fits_page(title: str, fits: Sequence[Fit], limit: str) -> str:
-    """The settings that fit, in the order found."""
-    if not fits:
-        return f"{title}\n\nnothing fits in {limit}; a shorter sequence or a smaller model may"
-    unit, name = _unit(max(fit.peak.bytes for fit in fits))
-    lines = [title, "", f"{'method':<15}{'change':<26}{'micro-batch':>11}{'peak ' + name:>10}"]
+def fits_page(
+    title: str,
+    fits: Sequence[Fit],
+    refused: dict[str, str],
+    notes: Sequence[str],
+    *,
+    nothing: str,
+    own_step: bool,
+) -> str:
+    """Return the settings that fit, in the order found; ``nothing`` is said if none does."""
+    lines = _heading(title)
+    if fits:
+        unit, name = _unit(max(fit.peak.bytes for fit in fits))
+        lines.append(f"{'method':<15}{'change':<26}{'micro-batch':>11}{'peak ' + name:>10}")
+    else:
+        lines.append(_fill(nothing))
     for fit in fits:
-        change = CHANGES[fit.checkpointing, fit.release]
+        batch = "its own" if own_step else f"{fit.batch}{'+' if fit.batch == MOST else ''}"
         size = _figure(fit.peak.bytes, unit)
-        lines.append(f"{fit.method:<15}{change:<26}{fit.batch:>11}{size:>10}")
-    return "\n".join(lines)
+        lines.append(f"{fit.method:<15}{CHANGES[fit.setting]:<26}{batch:>11}{size:>10}")
+    return "\n".join([*lines, *_refusals(refused), *_notes(notes)])
 
 
 def measured_page(title: str, found: Measurement) -> str:
-    """A live measurement; of a script that failed, what there was and its error."""
+    """Return the page of a measurement; of a script that failed, up to there and its error."""
     unit, name = _unit(max(found.tensors.bytes, found.rss_peak))
-    lines = [title, "", breakdown(found.tensors)]
+    lines = [*_heading(title), breakdown(found.tensors)]
     sizes: dict[str, int | None] = {"resident before": found.rss_before}
     sizes |= {"resident peak": found.rss_peak}
     sizes |= {"CUDA allocated": found.cuda_allocated, "CUDA reserved": found.cuda_reserved}
@@ -98,7 +109,7 @@ def measured_page(title: str, found: Measurement) -> str:
 
 
 def as_record(row: Row) -> dict[str, Any]:
-    """A row for JSON, in bytes."""
+    """Return a row for JSON, in bytes."""
     state: dict[str, dict[str, int]] = {}
     for (role, tensor), bytes_ in row.account.state.items():
         state.setdefault(role, {})[tensor] = bytes_
@@ -113,45 +124,85 @@ def as_record(row: Row) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Write JSON, whole or not at all; into a pipe or a device as it goes."""
+    text = json.dumps(value, indent=1) + "\n"
+    _write_whole(path, lambda place: place.write_text(text, encoding="utf-8"))
 
 
-def write_picture(path: Path, title: str, rows: Sequence[Row]) -> None:
-    """Stacked bars, one a method, smallest on top.
+def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    if path.exists() and not path.is_file():  # /dev/stdout cannot be replaced, and must not be
+        write(path)
+        return
+    path = path.resolve()  # a link stays one
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def bars_of(rows: Sequence[Row]) -> list[Bar]:
+    """Return a bar for each method, the smallest first."""
+    return [(row.method, _parts(row)) for row in sorted(rows, key=lambda row: row.size)]
+
+
+def bars_of_fits(fits: Sequence[Fit], own_step: bool) -> list[Bar]:
+    """Return a bar for each setting that fits, in the order found."""
+    bars = []
+    for fit in fits:
+        words = [fit.method, *([CHANGES[fit.setting]] if any(fit.setting) else [])]
+        words += [] if own_step else [f"batch {fit.batch}"]
+        bars.append((", ".join(words), fit.peak.by_category))
+    return bars
+
+
+def write_picture(path: Path, title: str, bars: Sequence[Bar], limit: int | None = None) -> None:
+    """Write stacked bars, the first on top, and a line at ``limit`` bytes.
 
     Raises:
         ImportError: without matplotlib.
     """
+    figure, kind = draw(title, bars, limit), path.suffix[1:].lower()
+    _write_whole(path, lambda place: figure.savefig(place, dpi=150, format=kind))
+
+
+def draw(title: str, bars: Sequence[Bar], limit: int | None = None) -> Any:
+    """Return what :func:`write_picture` writes, as a matplotlib figure."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError:
         raise ImportError("a picture needs matplotlib: pip install matplotlib") from None
-    rows = sorted(rows, key=lambda row: -row.size)
-    unit, name = _unit(max(row.size for row in rows))
-    figure = Figure(figsize=(9, 1.4 + 0.3 * len(rows)), layout="constrained")
-    axes = figure.add_subplot()
-    left = [0.0] * len(rows)
-    for index, category in enumerate(CATEGORIES):
-        widths = [_parts(row).get(category, 0) / unit for row in rows]
-        if any(widths):
-            color = f"C{index}"
-            axes.barh([r.method for r in rows], widths, left=left, label=category, color=color)
-            left = [a + b for a, b in zip(left, widths, strict=True)]
-    for at, total in enumerate(left):
-        axes.text(total, at, f" {total:.2f}", va="center", fontsize=8)
-    axes.set_title(title, fontsize=10)
-    axes.set_xlabel(name)
-    axes.margins(x=0.08, y=0.01)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
+    totals = [sum(parts.values()) for _, parts in bars]
+    unit, name = _unit(max([*totals, limit or 0]))
+    layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1)
+    figure = Figure(figsize=(9, 2.0 + 0.3 * len(bars)), layout=layout)
     FigureCanvasAgg(figure)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    figure.savefig(temporary, dpi=150)
-    os.replace(temporary, path)
+    axes = figure.add_subplot()
+    places = range(len(bars))
+    left = [0.0] * len(bars)
+    for index, category in enumerate(CATEGORIES):
+        widths = [parts.get(category, 0) / unit for _, parts in bars]
+        if any(widths):
+            axes.barh(places, widths, left=left, label=category, color=f"C{index}")
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+    for place, total in zip(places, totals, strict=True):
+        text = f" {_figure(total, unit)}"
+        axes.annotate(text, (total / unit, place), va="center", fontsize=8)
+    if limit is not None:
+        axes.axvline(limit / unit, color="black", linestyle="--", linewidth=1, label="limit")
+    axes.set_yticks(places, [_cut(label, 60) for label, _ in bars], fontsize=9)
+    axes.invert_yaxis()
+    # Room for the figure behind the longest bar, whatever its width.
+    axes.set_xlim(0, 1.12 * max([*totals, limit or 0, 1]) / unit)
+    axes.margins(y=0.5 / max(2, len(bars)))
+    axes.set_xlabel(name)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("\n".join(_fill(line, 100) for line in title.splitlines()), fontsize=10)
+    figure.legend(fontsize=8, ncols=4, loc="outside lower center", frameon=False)
+    return figure
 
 
 def _parts(row: Row) -> dict[str, int]:
@@ -172,11 +223,47 @@ def _bar(row: Row, most: int) -> str:
 
 
 def _unit(most: int) -> tuple[float, str]:
-    return (1e9, "GB") if most >= 1e9 else (1e6, "MB")
+    units = ((1e9, "GB"), (1e6, "MB"), (1e3, "KB"))
+    return next((unit for unit in units if most >= unit[0]), units[-1])
 
 
 def _figure(size: int, unit: float) -> str:
     return f"{size / unit:.2f}" if unit == 1e9 else f"{size / unit:.1f}"
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's first line; of one that is no ValueError, its kind, too."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return first if isinstance(error, ValueError) and first else f"{type(error).__name__}: {first}"
+
+
+def count_of(parameters: int) -> str:
+    """Return a number of parameters as `6,738.4 M`, or whole if that says nothing."""
+    return f"{parameters / 1e6:,.1f} M" if parameters >= 1e5 else f"{parameters:,}"
+
+
+def cut_left(text: str, width: int) -> str:
+    """Return the end of a long text."""
+    return text if len(text) <= width else "…" + text[1 - width :]
+
+
+def _refusals(refused: dict[str, str]) -> list[str]:
+    return [
+        textwrap.fill(f"{method:<15}{why}", 80, subsequent_indent=" " * 15)
+        for method, why in refused.items()
+    ]
+
+
+def _notes(notes: Sequence[str]) -> list[str]:
+    return ["", *(_fill(note) for note in notes)] if notes else []
+
+
+def _heading(title: str) -> list[str]:
+    return [*(_fill(line) for line in title.splitlines()), ""]
+
+
+def _fill(text: str, width: int = 80) -> str:
+    return textwrap.fill(text, width, subsequent_indent="  ")
 
 
 def _cut(text: str, width: int = 80) -> str:

@@ -1,4 +1,4 @@
-"""Weights as the first of several processes holds them under FSDP2, without the others."""
+"""What the first of several processes holds under FSDP2, without the others."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,14 +7,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-from optimzoo.memory.fake import Values
 
 
 @contextmanager
 def pretended_mesh(processes: int) -> Iterator[Any]:
-    """A device mesh of so many processes, all but this one pretended, on fake tensors.
+    """Yield a device mesh of so many processes, all but this one pretended.
 
     Raises:
         ValueError: a process group exists already.
@@ -26,15 +23,13 @@ def pretended_mesh(processes: int) -> Iterator[Any]:
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
     try:
-        mesh = init_device_mesh("cpu", (processes,))
-        with FakeTensorMode(allow_non_fake_inputs=True), Values(lambda: True):
-            yield mesh
+        yield init_device_mesh("cpu", (processes,))
     finally:
         dist.destroy_process_group()
 
 
 def shard_of(param: Tensor, dtype: torch.dtype, mesh: Any) -> nn.Parameter:
-    """A parameter cut along dimension 0, with a gradient, as the first process has it.
+    """Return a parameter cut along dimension 0, with a gradient, as the first process has it.
 
     The first process has the most rows, ⌈rows / processes⌉.
     """
@@ -50,3 +45,11 @@ def shard_of(param: Tensor, dtype: torch.dtype, mesh: Any) -> nn.Parameter:
     shadow = nn.Parameter(part())
     shadow.grad = part()
     return shadow
+
+
+def shard_model(model: nn.Module, blocks: list[nn.Module], mesh: Any) -> None:
+    """Apply ``fully_shard`` to each block and then to the whole model, in place."""
+    from torch.distributed.fsdp import fully_shard
+
+    for module in (*blocks, model):
+        fully_shard(module, mesh=mesh)

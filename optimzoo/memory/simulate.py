@@ -1,7 +1,7 @@
 """The peak of a training step, by category, from shapes alone: no weights and no GPU needed."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.optim.optimizer import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from optimzoo.memory.fake import Values, cuda_choices, fake_copy
+from optimzoo.memory.sharded import pretended_mesh, shard_model
 from optimzoo.memory.tracker import MODEL, PARAMETERS, STATE, STEP, WORKSPACES, Peak, Tracker
 from optimzoo.registry import create_optimizer, get_info
 from optimzoo.release import release as step_in_backward
@@ -49,6 +50,7 @@ def simulate(
     checkpointing: bool = False,
     release: bool = False,
     micro_batches: int = 1,
+    shards: int = 1,
     device: str = "cpu",
     **hyper: Any,
 ) -> Simulation:
@@ -69,13 +71,15 @@ def simulate(
         checkpointing: recompute each block in the backward pass (:func:`checkpoint_blocks`).
         release: step in the backward pass (:func:`optimzoo.release`).
         micro_batches: backward passes a step; with two and more, gradients wait for the next.
+        shards: processes under FSDP2, each with its own ``batch``; the peak is that of the first.
+            Each block is wrapped by ``fully_shard``, and then the whole model.
         device: `cpu`, or `cuda`: what torch and our kernels choose on a GPU, sizes as its allocator
             rounds them, and cuBLAS's workspaces.
         **hyper: hyperparameters, where ``optimizer`` is a name.
 
     Raises:
         ValueError: a module that cannot run on fake tensors (the message says why), an unknown
-            optimizer, ``release`` with several micro-batches.
+            optimizer, ``release`` with several micro-batches, ``shards`` below one.
     """
     if isinstance(optimizer, str):
         get_info(optimizer)  # an unknown name fails at once
@@ -84,7 +88,7 @@ def simulate(
             f"release steps at the first gradient, and micro_batches={micro_batches} gives several"
         )
     step = step or language_model_step(batch, seq)
-    session = Session(model, dtype, device, checkpointing=checkpointing)
+    session = Session(model, dtype, device, checkpointing=checkpointing, shards=shards)
     with session:
         if not release:
             session.run_model(step, min(micro_batches, 2))
@@ -101,11 +105,19 @@ class Session:
     """One copy of a model as shapes, and the tracker that counts what happens to it."""
 
     def __init__(
-        self, model: nn.Module, dtype: torch.dtype | None, device: str, *, checkpointing: bool
+        self,
+        model: nn.Module,
+        dtype: torch.dtype | None,
+        device: str,
+        *,
+        checkpointing: bool = False,
+        shards: int = 1,
     ) -> None:
+        if shards < 1:
+            raise ValueError(f"Invalid shards: {shards}; it must be at least 1")
         if device not in ("cpu", "cuda"):
             raise ValueError(f"cannot simulate device {device!r}; it must be cpu or cuda")
-        self.cuda = device == "cuda"
+        self.cuda, self.shards, self.mesh = device == "cuda", shards, None
         self.name = type(model).__name__
         self.tracker = Tracker(block=_CUDA_BLOCK if self.cuda else 1)
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -116,19 +128,31 @@ class Session:
             checkpoint_blocks(self.model)
 
     def __enter__(self) -> "Session":
-        self._choices = cuda_choices() if self.cuda else nullcontext()
-        for context in self._contexts():
-            context.__enter__()
-        self.tracker.count(self.model.buffers())
-        self.tracker.count(self.model.parameters(), PARAMETERS)
+        self._contexts = ExitStack()
+        try:
+            self._enter()
+        except BaseException:
+            self._contexts.close()
+            raise
         return self
 
     def __exit__(self, *error: Any) -> None:
-        for context in reversed(self._contexts()):
-            context.__exit__(*error)
+        self._contexts.__exit__(*error)
 
-    def _contexts(self) -> list[Any]:
-        return [self._choices, self._fake, self._values, self.tracker]
+    def _enter(self) -> None:
+        enter = self._contexts.enter_context
+        if self.shards > 1:
+            self.mesh = enter(pretended_mesh(self.shards))
+        if self.cuda:
+            enter(cuda_choices())
+        enter(self._fake)
+        enter(self._values)
+        if self.mesh is not None and any(True for _ in self.model.parameters()):
+            with self._explained():
+                shard_model(self.model, blocks_of(self.model), self.mesh)
+        enter(self.tracker)
+        self.tracker.count(self.model.buffers())
+        self.tracker.count(self.model.parameters(), PARAMETERS)
 
     def run_model(self, step: Step, passes: int = 1) -> Peak:
         """The peak of forward and backward; gradients stay."""
@@ -218,6 +242,18 @@ def checkpoint_blocks(model: nn.Module) -> None:
     Raises:
         ValueError: there are none.
     """
+    blocks = blocks_of(model)
+    if not blocks:
+        raise ValueError(
+            f"{type(model).__name__} has no nn.ModuleList of blocks to checkpoint; "
+            "checkpoint inside its forward and leave checkpointing off"
+        )
+    for block in blocks:
+        block.forward = _recomputed(block.forward)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Return the elements of the outermost ``nn.ModuleList``s and ``nn.Sequential``s."""
     blocks: list[nn.Module] = []
     pending = [model]
     while pending:
@@ -227,13 +263,7 @@ def checkpoint_blocks(model: nn.Module) -> None:
             blocks += children
         else:
             pending += children
-    if not blocks:
-        raise ValueError(
-            f"{type(model).__name__} has no nn.ModuleList of blocks to checkpoint; "
-            "checkpoint inside its forward and leave checkpointing off"
-        )
-    for block in blocks:
-        block.forward = _recomputed(block.forward)
+    return blocks
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:

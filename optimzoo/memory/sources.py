@@ -2,17 +2,24 @@
 
 import importlib.util
 import json
+import textwrap
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from optimzoo.memory.simulate import Step
-from optimzoo.models import Llama, get_config
+from optimzoo.models import Llama, LlamaConfig, get_config
 
 
-def load_model(name: str) -> nn.Module:
-    """A model on ``meta``: `llama-7b` or `7b`, or the path of a Hugging Face ``config.json``.
+def load_model(name: str, seq: int = 1) -> nn.Module:
+    """Return a model on ``meta``: `llama-7b` or `7b`, or of a Hugging Face ``config.json``.
+
+    A named one takes sequences of ``seq`` tokens, longer than it was trained with if need be.
 
     Raises:
         ValueError: an unknown name (the message has the nearest ones), a file that is no config.
@@ -21,14 +28,18 @@ def load_model(name: str) -> nn.Module:
     path = Path(name)
     if path.suffix != ".json" and not path.is_dir():
         with torch.device("meta"):
-            return Llama(get_config(name))
+            config = _config_of(name)
+            positions = max(seq, config.max_position_embeddings)
+            return Llama(replace(config, max_position_embeddings=positions))
     path = path / "config.json" if path.is_dir() else path
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        kind = fields.pop("model_type")
-    except (OSError, json.JSONDecodeError, KeyError, AttributeError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{path} is not a Hugging Face config: {reason}") from None
+    if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
+        raise ValueError(f"{path} is not a Hugging Face config: it has no 'model_type'")
+    kind = fields.pop("model_type")
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError:
@@ -36,10 +47,39 @@ def load_model(name: str) -> nn.Module:
             f"{path} is a Hugging Face config, which needs transformers: pip install transformers"
         ) from None
     fields["use_cache"] = False  # keys and values are for generation, and cost memory
-    config = AutoConfig.for_model(kind, **fields)
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config)
+    try:
+        config = AutoConfig.for_model(kind, **fields)
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # transformers raises many
+        raise ValueError(f"{path} makes no causal language model: {_brief(error)}") from error
     return model.train()
+
+
+def _config_of(name: str) -> LlamaConfig:
+    try:
+        return get_config(name)
+    except ValueError as error:
+        raise ValueError(f"{error}; or give the path of a Hugging Face config.json") from None
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Raise what fails in somebody's file as one line that says where."""
+    try:
+        yield
+    except Exception as error:
+        file = str(Path(path).resolve())
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f.lineno for f in frames if str(Path(f.filename).resolve()) == file]
+        where = f"{path}:{lines[-1]}" if lines else path
+        raise ValueError(f"{where} failed: {_brief(error)}") from error
+
+
+def _brief(error: BaseException) -> str:
+    """Return an error in one line, without the list of all models that transformers knows."""
+    text = textwrap.shorten(str(error), 200, placeholder=" …")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def load_function(where: str) -> tuple[nn.Module, Step | None]:
@@ -56,13 +96,19 @@ def load_function(where: str) -> tuple[nn.Module, Step | None]:
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with _explained(path):
+        spec.loader.exec_module(module)
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"{path} has no function {name!r}")
-    with torch.device("meta"):
+    with _explained(path), torch.device("meta"):
         made = function()
-    model, step = made if isinstance(made, tuple) else (made, None)
+    model, step = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise ValueError(f"{where} returns a {type(model).__name__}, not a torch.nn.Module")
+    if step is not None and not callable(step):
+        raise ValueError(
+            f"{where} returns a module and a {type(step).__name__}; the second must be a function "
+            "from the module to its loss"
+        )
     return model, step

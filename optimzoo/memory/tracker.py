@@ -72,6 +72,7 @@ class Tracker(TorchDispatchMode):
         self._depth = 0
         self._parameters = WeakIdKeyDictionary()
         self._handles: list[Any] = []
+        self._resize: Any = None
 
     @property
     def stepping(self) -> bool:
@@ -83,11 +84,15 @@ class Tracker(TorchDispatchMode):
             register_optimizer_step_pre_hook(self._begin_step),
             register_optimizer_step_post_hook(self._end_step),
         ]
+        # FSDP2 frees and refills its gathered weights so, which is no operation.
+        self._resize = torch.UntypedStorage.resize_
+        torch.UntypedStorage.resize_ = self._resizer()  # type: ignore[method-assign]
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -170,9 +175,26 @@ class Tracker(TorchDispatchMode):
             known = self._live.get(storage._cdata)
             if known is None:
                 self._add(storage, category)
-            elif known.bytes != self._round(storage.nbytes()):  # resized
-                self._change(known, self._round(storage.nbytes()) - known.bytes)
+            else:
+                self._measure_again(known, storage)
         return result
+
+    def _resizer(self) -> Callable[..., Any]:
+        resize = self._resize
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            known = self._live.get(storage._cdata)
+            if known is not None:
+                self._measure_again(known, storage)
+            return result
+
+        return resize_
+
+    def _measure_again(self, known: _Storage, storage: torch.UntypedStorage) -> None:
+        more = self._round(storage.nbytes()) - known.bytes
+        if more:
+            self._change(known, more)
 
     def _category(self) -> str:
         if self.stepping:
@@ -269,7 +291,8 @@ def _tensors(values: Any) -> Iterable[Tensor]:
 def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
     if _wraps(type(tensor)):
         names = tensor.__tensor_flatten__()[0]  # type: ignore[attr-defined]
-        return [s for name in names for s in _storages(getattr(tensor, name))]
+        parts = (getattr(tensor, name) for name in names)  # a DTensor names its mesh, too
+        return [s for part in parts if isinstance(part, Tensor) for s in _storages(part)]
     if tensor.layout is not torch.strided or tensor.device.type == "meta":
         return []
     return [tensor.untyped_storage()]

@@ -115,14 +115,14 @@ def _solve_unit(gram: Tensor, index: int, damping: float, relative: bool) -> Ten
     unit[..., index, :] = 1
     # An all-zero gradient has no scale to damp relative to; any ridge gives zero then.
     ridge = torch.where(mean > 0, ridge, ridge.clamp_min(1.0))
-    added, bad = torch.zeros_like(mean), torch.ones_like(finite)
+    added, good = torch.zeros_like(mean), torch.zeros_like(finite)
     for jitter in _JITTERS:
-        added = torch.where(bad, jitter * mean, added)
+        added = torch.where(good, added, jitter * mean)
         factor, info = torch.linalg.cholesky_ex(gram + (ridge + added)[..., None, None] * eye)
         # A pivot below the rounding of its row is noise, and would be divided by.
         pivots = factor.diagonal(dim1=-2, dim2=-1).square()
-        bad = (info != 0) | (pivots <= precision * diagonal).any(-1)
-        if not bad.any():
+        good = (info == 0) & (pivots > precision * diagonal).all(-1)
+        if not int((~good).sum()):  # a count: of shapes alone, which have no values, it is zero
             weights = torch.cholesky_solve(unit, factor).squeeze(-1)
             if relative:
                 weights = weights * ((1 + damping) * mean).unsqueeze(-1)
