@@ -44,11 +44,6 @@ def real(name: str, dtype: torch.dtype, device: str) -> Llama:
     return model
 
 
-def methods() -> list[str]:
-    """Every method that this torch has."""
-    return [n for n in optimzoo.list_optimizers() if n != "muon" or hasattr(torch.optim, "Muon")]
-
-
 def account_rows(models: list[str], names: list[str]) -> Iterator[dict[str, Any]]:
     """Bytes counted from shapes beside those held after a real step, gradients drawn."""
     for model in models:
@@ -169,7 +164,7 @@ def main(args: argparse.Namespace) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name in [*args.models, args.plan_model]:
         get_config(name)
-    names = [optimzoo.get_info(n).name for n in args.optimizers or methods()]
+    names = [optimzoo.get_info(n).name for n in args.optimizers or optimzoo.list_optimizers()]
     three = names if args.optimizers else ["adamw", "scale", "galore"]
     makers: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
         "account": lambda: account_rows(args.models, names),

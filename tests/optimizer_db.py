@@ -441,4 +441,4 @@ ZOO = [
     ),
 ]
 # torch has Muon from 2.9 on.
-OPTIM_DB = [SCALE_INFO, *([MUON_INFO] if hasattr(torch.optim, "Muon") else []), *ZOO]
+OPTIM_DB = [SCALE_INFO, MUON_INFO, *ZOO]

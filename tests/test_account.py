@@ -17,7 +17,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOW_RANK = ("galore", "natural_galore", "fira", "apollo")
 # AdamS has options without defaults and refuses bfloat16; its bytes are in test_adams_state.py.
 NAMES = [n for n in list_optimizers() if n != "adams"]
-NAMES = [n for n in NAMES if n != "muon" or hasattr(torch.optim, "Muon")]
 CASES = [(name, {}) for name in NAMES] + [(n, {"rank": r}) for n in LOW_RANK for r in (5, 24)]
 CASES += [
     ("galore", {"rank": 5, "projector": "svd", "side": "both"}),

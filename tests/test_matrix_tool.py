@@ -277,10 +277,15 @@ def test_an_interrupt_ends_what_a_row_started(tmp_path):
         signal.raise_signal(signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        matrix.call([sys.executable, "-c", program], log, {})
-    thread.join()
+    # Who runs the tests in the background may have SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            matrix.call([sys.executable, "-c", program], log, {})
+        thread.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
     pid = int(log.read_text().split()[0])
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)

@@ -9,7 +9,6 @@ from torch import nn
 
 import optimzoo
 
-pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has no Muon")
 SHAPES = ((7, 5), (5, 7), (6, 6), (129, 3), (1, 4), (4, 1))
 STEPS = 6
 

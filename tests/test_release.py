@@ -15,7 +15,7 @@ import optimzoo
 from benchmarks.llama import Llama, LlamaConfig
 from optimzoo import SCALE, list_optimizers, param_groups, release
 
-NAMES = [n for n in list_optimizers() if n != "muon" or hasattr(torch.optim, "Muon")]
+NAMES = list_optimizers()
 
 
 class LiveGradients:

@@ -22,7 +22,6 @@ PUBLISHED = {
 ROUNDED_PARTS = {("Adam", "130M"), ("Adam", "1B")}
 CELLS = [(method, size) for method, row in PUBLISHED.items() for size in row]
 MEMORY: dict[tuple[str, str, str], tuple[float, float]] = {}
-needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has no Muon")
 
 
 @cache
@@ -45,10 +44,7 @@ def bytes_counted_once(monkeypatch):
     monkeypatch.setattr(reproduce, "memory_gigabytes", remembered)
 
 
-@pytest.mark.parametrize(
-    ("method", "size"),
-    [pytest.param(m, s, marks=needs_muon if m == "Muon" else ()) for m, s in CELLS],
-)
+@pytest.mark.parametrize(("method", "size"), CELLS)
 def test_each_published_cell_is_ours(method, size):
     paper = PUBLISHED[method][size]
     assert reproduce.published_value("SCALE", "memory params+optimizer", method, size) == paper
@@ -80,7 +76,6 @@ def test_bytes_are_those_of_the_shapes(size):
         assert gigabytes(method, size) == (2 * params / 1e9, state / 1e9)
 
 
-@needs_muon
 def test_the_printed_table(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert main(COMMAND) == 0
@@ -97,7 +92,6 @@ def test_the_printed_table(capsys, monkeypatch):
     assert not re.search(r"\d!|…", "".join(lines))
 
 
-@needs_muon
 @pytest.mark.parametrize(
     ("method", "size", "value"), [("SCALE", "350M", 0.82), ("Adam", "1B", 8.05)]
 )
@@ -118,8 +112,6 @@ def test_only_cells_that_differ_are_called_explained():
     source = reproduce.TABLES["scale-main"]
     differ = set()
     for method, row in reproduce.SCALE_MAIN.items():
-        if method == "Muon" and not hasattr(torch.optim, "Muon"):
-            continue
         for size in row:
             paper = reproduce.published_value(source.paper, source.metric, method, size)
             if not reproduce.memory_cell(*gigabytes(method, size), paper)[1]:
@@ -127,7 +119,6 @@ def test_only_cells_that_differ_are_called_explained():
     assert differ == source.explained
 
 
-@needs_muon
 @pytest.mark.parametrize("table", sorted(reproduce.TABLES))
 def test_every_table_prints_whole_and_explains_what_differs(table, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")

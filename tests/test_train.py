@@ -39,8 +39,6 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16-autocast", "bf16"])
 @pytest.mark.parametrize("name", [n for n in HYPER if n in list_optimizers()])
 def test_the_loss_falls(name, precision, corpus, tmp_path):
-    if name == "muon" and not hasattr(torch.optim, "Muon"):
-        pytest.skip("torch has no Muon")
     config = replace(SGD, optimizer=name, steps=40, precision=precision, **HYPER[name])
     row = train(config, corpus)
     assert row["precision"] == precision and not row["diverged"]

@@ -12,7 +12,6 @@ from itertools import pairwise
 
 import pytest
 import tiny_benchmarks
-import torch
 from data_helpers import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_benchmarks import saved_step, stop_at
@@ -45,8 +44,6 @@ def assert_same_bits(row, straight) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", HYPER)
 def test_an_interrupted_run_goes_on_to_the_same_bits(name, precision, corpus, tmp_path):
-    if name == "muon" and not hasattr(torch.optim, "Muon"):
-        pytest.skip("torch has no Muon")
     config = replace(
         SGD, optimizer=name, accumulate=2, clip=0.5, precision=precision, **HYPER[name]
     )

@@ -317,7 +317,7 @@ def run_rows(rows: list[Row], args: argparse.Namespace, results: list[dict[str, 
                 if tree_key(ROOT) == tree:
                     store(RESULTS, result)
                 else:
-                    result["failures"].append("the tree changed meanwhile: not stored")
+                    result["failures"].insert(0, "the tree changed meanwhile: not stored")
         results.append(result)
         print(table([result]).split("\n", 1)[1], flush=True)
         if args.rotate is not None and result["status"] != "not run":
@@ -347,7 +347,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(f"{row.name:<{width}}  {row.what}" for row in chosen))
         return 0
     results: list[dict[str, Any]] = []
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # SIGINT too: where it is ignored, as in a script's background, the tests would inherit that.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         run_rows(chosen if args.rotate is None else rotated(chosen, args.rotate), args, results)
     except KeyboardInterrupt:
