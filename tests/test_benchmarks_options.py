@@ -14,6 +14,7 @@ from benchmarks import (
     plan,
     report,
     reproduce,
+    sparse_time,
     step_time,
     table_runs,
     train,
@@ -93,6 +94,9 @@ REFUSED = {
     "memory --checks account simulate --plan-model 9m": "--plan-model 9m: it is of the check plan;",
     "step-time --layers 0": "--layers 0: it must be at least 1; 60m has 8",
     "step-time --layers -1": "--layers -1: it must be at least 1; 60m has 8",
+    "sparse-time --tokens 64": (
+        "--tokens 64: it is of 2:4 layers, which are not measured on a CPU; leave --tokens out"
+    ),
     "report --check --out runs/report": (
         "--out runs/report: --check writes nothing; leave --out out"
     ),
@@ -114,6 +118,7 @@ HEEDED = [
     "memory --checks plan --plan-model 9m",
     "memory --checks account --optimizers sgd --models nano",
     "step-time --layers 1 --repeats 6",
+    "sparse-time --model nano --repeats 3",
     "report --check",
     "report --out a",
 ]
@@ -143,6 +148,8 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(cast_beside, "show", lambda out: None if out.name == "a" else begun())
     monkeypatch.setattr(reproduce, "print_memory", begun)
     monkeypatch.setattr(step_time, "measure_steps", begun)
+    monkeypatch.setattr(sparse_time, "measure_mask", begun)
+    monkeypatch.setattr(sparse_time.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(report, "filled", begun)
     return tmp_path
 
@@ -202,6 +209,20 @@ def test_a_finished_run_says_what_it_does_not_heed(folder, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[0] == note
     assert main([*TRAIN.split(), "--out=a"]) == 1
     assert "note" not in capsys.readouterr().out
+
+
+def test_rows_are_stored_as_measured_and_that_is_said(folder, monkeypatch):
+    """The table's losses are GaLore's, the rows' are not."""
+    shown = []
+    monkeypatch.setattr(table_runs.TableRuns, "__init__", lambda *_: None)
+    monkeypatch.setattr(table_runs.TableRuns, "run", lambda _: ({}, []))
+    monkeypatch.setattr(table_runs.beside, "show", lambda *how: shown.append(how[-1]))
+    words = "reproduce scale-main --scale dry --out a"
+    galore = "Test losses as GaLore's evaluation counts them: times n / (n + 1)."
+    measured = "The rows that are stored have them as they were measured."
+    for more in ("", "--store", "--galore-eval", "--galore-eval --store"):
+        assert main(f"{words} {more}".split()) == 0
+    assert shown == [[], [], [galore], [galore, measured]]
 
 
 def test_a_budget_is_not_taken_for_another(folder, capsys):
