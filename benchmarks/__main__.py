@@ -38,13 +38,27 @@ COMMANDS = {
 }
 
 
+def _given(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, words: list[str]
+) -> list[str]:
+    """The options that are on the command line, those at their defaults too, but for no others.
+
+    A value that is there already keeps argparse from setting a default.
+    """
+    unset = argparse.Namespace(**dict.fromkeys(vars(args)))
+    found = parser.parse_args(words[words.index(args.command) + 1 :], unset)
+    return [name for name, value in vars(found).items() if value is not None]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; bad input is one line on stderr and exit status 2."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (module, text) in COMMANDS.items():
         module.add_arguments(commands.add_parser(name, help=text, description=text))
-    args = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(words)
+    args.given = _given(commands.choices[args.command], args, words)
     try:
         return COMMANDS[args.command][0].main(args)
     except KeyboardInterrupt:

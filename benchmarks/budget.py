@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,14 +104,31 @@ def fit(
     return Cut(seeds, tune, share, tuple(notes))
 
 
-def kept(path: Path, decide: Any) -> Cut:
-    """The decision in ``path``; made and kept there by the first process that asks.
+def refuse_other(path: Path, asked: dict[str, Any]) -> None:
+    """Refuse options that the decision in ``path``, if there is one, was not made for.
+
+    Raises:
+        ValueError: one of them, with the value that it was made for.
+    """
+    if not path.exists():
+        return
+    before = json.loads(path.read_text(encoding="utf-8")).get("asked", {})
+    for option, value in asked.items():
+        if option in before and before[option] != value:
+            raise ValueError(
+                f"{option} {value}: {path} was decided for {option} {before[option]}; give that, "
+                "or delete the file"
+            )
+
+
+def kept(path: Path, asked: dict[str, Any], decide: Callable[[], Cut]) -> Cut:
+    """The decision in ``path``; made and kept there, with its options, by the first that asks.
 
     All processes that share the runs, and a run that goes on, need the same one.
     """
     if not path.exists():
         mine = path.with_name(f"{path.name}.{os.getpid()}.new")
-        write_json(mine, asdict(decide()))
+        write_json(mine, {**asdict(decide()), "asked": asked})
         try:
             os.link(mine, path)
         except FileExistsError:
@@ -118,4 +136,5 @@ def kept(path: Path, decide: Any) -> Cut:
         finally:
             mine.unlink()
     values = json.loads(path.read_text(encoding="utf-8"))
+    values.pop("asked", None)  # a file of before it was kept has none
     return Cut(**{**values, "notes": tuple(values["notes"])})

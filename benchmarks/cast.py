@@ -26,7 +26,8 @@ from benchmarks.run import Run, RunConfig, fingerprint
 from benchmarks.signals import HeldSignals
 from benchmarks.sparse_run import Method, SparseRun
 from benchmarks.telemetry import Scalars
-from benchmarks.train import add_corpus_arguments, corpus_from
+from benchmarks.train import add_corpus_arguments, corpus_from, refuse_cache
+from optimzoo.memory.options import refuse
 
 RESULTS = Path(__file__).with_name("results")
 Row = dict[str, Any]
@@ -42,6 +43,14 @@ METHODS = {
         "SR-STE (L2, pruned forward)", lr=5e-4, decay="l2", l1=0.2, masked_forward=True
     ),
     "cast": Method("CAST", lr=1e-3, decay="l1", l1=1e-2, scale_blocks=2),
+}
+# Options that only some of the methods have.
+_TAKERS: dict[str, Callable[[Method], bool]] = {
+    "steps": lambda method: method.trained,
+    "lr": lambda method: method.trained,
+    "other_lr": lambda method: method.trained,
+    "l1": lambda method: method.decay is not None,
+    "eta": lambda method: method.trained and method.distill,
 }
 HEADERS = ("method", "zeros", "valid ppl", "after pruning", "test ppl", "masked max", "tokens", "s")
 
@@ -265,8 +274,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_corpus_arguments(parser)
 
 
+def _refuse_dropped(args: argparse.Namespace) -> None:
+    """Refuse an option that none of the methods has; say which have none."""
+    for name, takes in _TAKERS.items():
+        without = [m for m in args.methods if not takes(METHODS[m])]
+        if len(without) == len(args.methods):
+            others = ", ".join(m for m in METHODS if takes(METHODS[m]))
+            reason = f"none of the --methods has it; add one of {others}, or leave {{option}} out"
+            refuse(args, [name], args.given, reason)
+        elif without and name in args.given:
+            option = f"--{name.replace('_', '-')} {getattr(args, name):g}"
+            print(f"note: {option} is without effect on {', '.join(without)}")
+    refuse_cache(args)
+
+
 def main(args: argparse.Namespace) -> int:
     """Run what is missing, print the table, write results.json, table.md and the pictures."""
+    _refuse_dropped(args)
     if args.fresh:
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(args.out)

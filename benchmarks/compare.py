@@ -31,8 +31,9 @@ from benchmarks.plan import (
 from benchmarks.progress import SideBySide
 from benchmarks.provenance import make_folder, write_json
 from benchmarks.run import fingerprint
-from benchmarks.train import add_corpus_arguments, corpus_from, finished, train
+from benchmarks.train import add_corpus_arguments, corpus_from, finished, refuse_cache, train
 from benchmarks.work import Claim, Lost, WorkList
+from optimzoo.memory.options import refuse
 
 WAIT = 0.5  # seconds between two looks at what other processes have
 Pairs = Iterator[tuple[Entry, Row]]
@@ -277,11 +278,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run what is missing, print the table, write results.json, table.md and the pictures."""
+    if args.tune:
+        refuse(args, ["seeds"], args.given, "--tune runs seed 0 alone; leave {option} out")
+        refuse(args, ["store"], args.given, "--tune always stores its rows; leave {option} out")
+    refuse_cache(args)
     settle_counts(args)
     plan = Plan(args.plan)
     methods = plan.select(args.optimizers)
     protocols = list(PROTOCOLS) if args.protocol == "both" else [args.protocol]
     pairs = plan.pairs(methods, protocols)
+    missing = [m for m in methods if m not in dict(pairs)]
+    if not pairs:
+        names = ", ".join(missing)
+        raise ValueError(
+            f"--protocol {args.protocol}: plan {args.plan} has none for {names}; leave it out"
+        )
+    if missing:
+        print(f"note: left out, for they have no protocol {args.protocol}: {', '.join(missing)}")
     seeds = range(0 if args.tune else args.seeds)
     entries = [plan.chosen(*pair, seed) for seed in seeds for pair in pairs]
     if args.fresh:

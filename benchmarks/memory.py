@@ -19,9 +19,18 @@ import optimzoo
 from benchmarks.llama import Llama, get_config
 from benchmarks.provenance import provenance, write_json
 from optimzoo.memory import account, checkpoint_blocks, language_model_step, measure, simulate
+from optimzoo.memory.options import refuse
 from optimzoo.models.llama import rope_table
 
 CHECKS = ("account", "simulate", "plan")
+_CHECKS_OF = {
+    "models": ("account", "simulate"),
+    "optimizers": ("account", "simulate"),
+    "dtype": ("simulate",),
+    "batch": ("simulate",),
+    "seq": ("simulate",),
+    "plan_model": ("plan",),
+}
 PLAN: dict[str, Any] = {"batch": 1, "seq": 256, "checkpointing": True, "release": True}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # It has no defaults for these; bytes do not depend on them.
@@ -150,17 +159,26 @@ def cuda_workspaces() -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m benchmarks memory`."""
     parser.add_argument("--checks", nargs="+", choices=CHECKS, default=list(CHECKS))
-    parser.add_argument("--models", nargs="+", default=["nano", "9m", "60m"])
-    parser.add_argument("--optimizers", nargs="+", metavar="NAME", help="default: all, to account")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16", help="of the peaks")
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--seq", type=int, default=128)
-    parser.add_argument("--plan-model", default="7b")
+    text = "of account and simulate"
+    parser.add_argument("--models", nargs="+", default=["nano", "9m", "60m"], help=text)
+    parser.add_argument(
+        "--optimizers", nargs="+", metavar="NAME", help=f"{text}; default: all, to account"
+    )
+    of_peaks = "of simulate; account has both, plan bfloat16"
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16", help=of_peaks)
+    parser.add_argument("--batch", type=int, default=2, help="of simulate; plan has 1")
+    parser.add_argument("--seq", type=int, default=128, help="of simulate; plan has 256")
+    parser.add_argument("--plan-model", default="7b", help="of plan, with SCALE")
     parser.add_argument("--out", type=Path, help="a JSON file for the rows")
 
 
 def main(args: argparse.Namespace) -> int:
     """Print a row a check; 1 if one is off: a byte for accounts, 2 % for peaks."""
+    for option, checks in _CHECKS_OF.items():
+        if not set(checks) & set(args.checks):
+            text = " or ".join(checks)
+            reason = f"it is of the check {text}; add that to --checks, or leave {{option}} out"
+            refuse(args, [option], args.given, reason)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name in [*args.models, args.plan_model]:
         get_config(name)

@@ -88,10 +88,10 @@ class Plan:
             chosen = list(self.methods)
         for method in chosen:
             if method not in self.methods:
-                near = difflib.get_close_matches(method, self.methods, n=3, cutoff=0.3)
-                hint = f"did you mean {' or '.join(near)}? " if near else ""
-                known = ", ".join(self.methods)
-                raise ValueError(f"unknown method {method!r}: {hint}plan {self.name} has {known}")
+                raise ValueError(
+                    f"unknown method {method!r}: {near(method, self.methods)}"
+                    f"plan {self.name} has {', '.join(self.methods)}"
+                )
         return chosen
 
     def pairs(self, methods: Iterable[str], protocols: Iterable[str]) -> list[tuple[str, str]]:
@@ -203,9 +203,13 @@ def _scale_of(name: str) -> tuple[Scale | None, Path]:
         base = "full" if size.endswith("-full") else name.replace(size, "nano", 1)
         if name.startswith(size) and base in names:
             return SCALES[size], _CONFIGS / f"{base}.json"
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.3)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise ValueError(f"unknown plan {name!r}: {hint}there are {', '.join(names)}")
+    raise ValueError(f"unknown plan {name!r}: {near(name, names)}there are {', '.join(names)}")
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """The question whether a name like it was meant; empty if none is."""
+    names = difflib.get_close_matches(name, list(known), n=3, cutoff=0.3)
+    return f"did you mean {' or '.join(names)}? " if names else ""
 
 
 def _times(values: Row, centre: tuple[float, float], factor: float) -> Row:

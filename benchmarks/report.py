@@ -13,6 +13,7 @@ from benchmarks.plan import Plan
 from benchmarks.provenance import write_atomic
 from benchmarks.tables import LEGEND, caption, markdown_table, read_rows, write_report
 from benchmarks.utilisation import speed_text
+from optimzoo.memory.options import refuse
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -131,6 +132,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Write the README's tables, the page and the pictures; or check the README's tables."""
+    if args.check:
+        refuse(args, ["out"], args.given, "--check writes nothing; leave {option} out")
     old = README.read_text(encoding="utf-8")
     new = filled(old)
     if args.check:

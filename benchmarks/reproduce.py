@@ -15,9 +15,10 @@ from benchmarks.low_rank import on_meta
 from benchmarks.published import published
 from benchmarks.scales import SCALES
 from benchmarks.table_runs import run_tables
-from benchmarks.train import add_corpus_arguments
+from benchmarks.train import add_corpus_arguments, refuse_cache
 from optimzoo.lowrank import support_bytes
 from optimzoo.memory import account
+from optimzoo.memory.options import refuse
 
 SIZES = ("60M", "130M", "350M", "1B", "7B")
 RANKS = {"60M": 128, "130M": 256, "350M": 256, "1B": 512, "7B": 1024}
@@ -234,22 +235,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stop-after", type=float, metavar="MINUTES", help="stop; the same command goes on"
     )
-    parser.add_argument("--galore-eval", action="store_true", help="losses times n / (n + 1)")
+    parser.add_argument(
+        "--galore-eval", action="store_true", help="losses of the table times n / (n + 1)"
+    )
     add_jobs_argument(parser)
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"))
     parser.add_argument("--store", action="store_true", help="also keep the rows in the repository")
     parser.add_argument(
         "--fresh",
-        dest="committed",
-        action="store_false",
-        help="run what has a committed row too",
+        action="store_true",
+        help="run what has a committed row too; finished runs in --out stay",
     )
     add_corpus_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     """Print the tables; 1 if a memory cell that can be computed differs from the paper's."""
+    _refuse_dropped(args)
     settle_counts(args)
+    args.committed = not args.fresh
     given = {"budget-minutes": args.budget_minutes, "stop-after": args.stop_after}
     for option, minutes in given.items():
         if minutes is not None and not minutes > 0:
@@ -257,12 +261,24 @@ def main(args: argparse.Namespace) -> int:
     if args.memory_only:
         return max(print_memory(name) for name in args.table)
     for name in args.table:
-        if name == "cast":
-            cast_beside.show(args.out)
-        elif name not in beside.TABLES:
+        if name != "cast" and name not in beside.TABLES:
             raise ValueError(f"{name} has a memory column alone; add --memory-only")
+    if "cast" in args.table:
+        cast_beside.show(args.out)
     args.table = [name for name in args.table if name != "cast"]
     return run_tables(args)
+
+
+def _refuse_dropped(args: argparse.Namespace) -> None:
+    """Refuse options that a table which runs nothing would drop."""
+    names = [name for name in args.given if name not in ("table", "memory_only")]
+    if args.memory_only:
+        reason = "--memory-only counts bytes and runs nothing; leave {option} out"
+        refuse(args, names, args.given, reason)
+    if set(args.table) == {"cast"}:
+        reason = "the table cast shows the rows of `benchmarks cast --store`; leave {option} out"
+        refuse(args, names, args.given, reason, but="out")
+    refuse_cache(args)
 
 
 def print_memory(name: str) -> int:

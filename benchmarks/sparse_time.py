@@ -16,6 +16,7 @@ import optimzoo
 from benchmarks.llama import Llama, get_config
 from benchmarks.provenance import provenance, write_json
 from benchmarks.timing import in_turn
+from optimzoo.memory.options import refuse
 from optimzoo.sparsity import nm_mask, to_semi_structured
 from optimzoo.sparsity.masks import packed_mask
 
@@ -57,13 +58,16 @@ def measure_layer(shape: tuple[int, int], tokens: int, repeats: int) -> dict[str
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m benchmarks sparse-time`."""
     parser.add_argument("--model", default="60m", help="whose hidden weights are masked")
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=4096, help="of the layers on a GPU")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, help="a JSON file for the rows")
 
 
 def main(args: argparse.Namespace) -> int:
     """Print both comparisons, the layers on a GPU alone, and write them where asked to."""
+    if not torch.cuda.is_available():
+        reason = "it is of 2:4 layers, which are not measured on a CPU; leave {option} out"
+        refuse(args, ["tokens"], args.given, reason)
     console = Console()
     masks = {}
     for dtype in (torch.float32, torch.bfloat16):

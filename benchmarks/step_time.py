@@ -51,6 +51,7 @@ HOW: dict[str, dict[str, Any]] = {
 }
 LOW_RANK = ("galore", "natural_galore", "fira", "apollo")
 REFRESH_SHAPES = ((1376, 512), (4096, 1376))
+REFRESHES = 5  # of each kind, at most: an SVD takes seconds
 Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 
@@ -155,7 +156,8 @@ def measure_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of median milliseconds: a plain step, the first step, and both amortised."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = get_config(args.model)
-    config = replace(config, num_hidden_layers=args.layers or config.num_hidden_layers)
+    if args.layers is not None:
+        config = replace(config, num_hidden_layers=args.layers)
     model = Llama(config).to(device, getattr(torch, args.dtype))
     generator = torch.Generator().manual_seed(0)
     grads = [(torch.randn(p.shape, generator=generator) * 1e-3).to(p) for p in model.parameters()]
@@ -237,7 +239,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--roles", nargs="+", choices=ROLES, help="of the weights to step")
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--gap", type=int, default=200, help="steps between two refreshes")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument(
+        "--repeats", type=int, default=15, help=f"of steps; of refreshes {REFRESHES} at most"
+    )
     parser.add_argument(
         "--seconds", type=float, default=60, metavar="S", help="of steps of one method, at most"
     )
@@ -248,6 +252,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Print both tables, and write the rows where asked to."""
+    layers = get_config(args.model).num_hidden_layers
+    if args.layers is not None and args.layers < 1:
+        raise ValueError(
+            f"--layers {args.layers}: it must be at least 1; {args.model} has {layers}"
+        )
+    if "repeats" in args.given and args.repeats > REFRESHES and not args.no_refresh:
+        print(
+            f"note: --repeats {args.repeats} is of the steps; refreshes are timed {REFRESHES} times"
+        )
     for name in args.optimizers:
         name = name.partition("-")[0]
         optimzoo.get_info(VARIANTS.get(name, (name,))[0])
@@ -268,7 +281,9 @@ def main(args: argparse.Namespace) -> int:
             f"{row['amortised_ms'] / base['step_ms']:.2f}",
         )
     console.print(table)
-    refreshes = measure_refresh(args.rank, min(args.repeats, 5)) if not args.no_refresh else []
+    refreshes = (
+        measure_refresh(args.rank, min(args.repeats, REFRESHES)) if not args.no_refresh else []
+    )
     for row in refreshes:
         ms = row["ms"]
         m, n = row["shape"]
@@ -290,4 +305,4 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _plain(args: argparse.Namespace) -> dict[str, Any]:
-    return {k: v for k, v in vars(args).items() if not isinstance(v, Path)}
+    return {k: v for k, v in vars(args).items() if k != "given" and not isinstance(v, Path)}

@@ -15,7 +15,7 @@ from benchmarks.beside import Beside
 from benchmarks.budget import Cut
 from benchmarks.compare import Session, merged, threads_each
 from benchmarks.data import Corpus
-from benchmarks.plan import Entry, Plan, Row, choose, settings
+from benchmarks.plan import Entry, Plan, Row, choose, near, settings
 from benchmarks.provenance import make_folder, write_json
 from benchmarks.tables import read_rows
 from benchmarks.train import corpus_from
@@ -29,9 +29,6 @@ class TableRuns:
         self.pairs = beside.methods_of(table, beside.plans_at(table, args.scale))
         if args.methods:
             self.pairs = [(plan, m) for plan, m in self.pairs if m in args.methods]
-        if not self.pairs:
-            known = ", ".join(m for m in table.methods)
-            raise ValueError(f"none of these methods is in the table; it has {known}")
         make_folder(args.out, "--out")
         model = self.pairs[0][0].values["model"]
         self.corpus: Corpus = corpus_from(args, model)
@@ -83,7 +80,7 @@ class TableRuns:
                 args.budget_minutes, final, grid, seconds, seeds=args.seeds, workers=workers
             )
 
-        return budget.kept(Path(args.out) / "budget.json", decide)
+        return budget.kept(Path(args.out) / "budget.json", _asked(args), decide)
 
     def _committed(self, plan: Plan, method: str) -> bool:
         """Whether its rates are: a grid that was stopped has rows for some of its points alone."""
@@ -129,19 +126,59 @@ def _by_plan(pairs: list[tuple[Plan, str]]) -> list[tuple[Plan, list[str]]]:
     return [(plan, [m for p, m in pairs if p is plan]) for plan in plans]
 
 
+def _asked(args: argparse.Namespace) -> dict[str, str]:
+    """The options that a budget is decided for."""
+    return {
+        "--budget-minutes": f"{args.budget_minutes:g}",
+        "--seeds": str(args.seeds),
+        "--methods": " ".join(sorted(args.methods)) if args.methods else "of the whole table",
+        "--jobs": str(args.jobs),
+    }
+
+
+def _refuse_early(args: argparse.Namespace) -> None:
+    """Refuse, before the first of the tables is run, methods or another budget than a table has."""
+    has = {}
+    for name in args.table:
+        table = beside.TABLES[name]
+        has[name] = [m for _, m in beside.methods_of(table, beside.plans_at(table, args.scale))]
+    known = list(dict.fromkeys(m for methods in has.values() for m in methods))
+    for method in args.methods or []:
+        if method not in known:
+            raise ValueError(
+                f"--methods {method}: unknown; {near(method, known)}there are {', '.join(known)}"
+            )
+    for name, methods in has.items():
+        if args.methods and not set(args.methods) & set(methods):
+            given = " ".join(args.methods)
+            raise ValueError(f"--methods {given}: none is in {name}; it has {', '.join(methods)}")
+        if args.budget_minutes is not None:
+            asked = _asked(args)
+            if "jobs" not in args.given:
+                del asked["--jobs"]  # the default is the machine's, and a run may go on on another
+            budget.refuse_other(_folder(args.out, name, args) / "budget.json", asked)
+
+
+def _folder(out: Path, name: str, args: argparse.Namespace) -> Path:
+    return out / f"{name}-{args.scale}"
+
+
 def run_tables(args: argparse.Namespace) -> int:
     """Run the tables one after the other, and print, write and perhaps store each."""
+    _refuse_early(args)
     _own_device()
     if args.stop_after is not None:
         _stop_after(args.stop_after)
     out = args.out
     for name in args.table:
         table = beside.TABLES[name]
-        args.out = out / f"{name}-{args.scale}"
+        args.out = _folder(out, name, args)
         rows, cut = TableRuns(args, table).run()
         if args.galore_eval:
             rows = {m: [beside.as_galore(row) for row in mine] for m, mine in rows.items()}
             cut.append("Test losses as GaLore's evaluation counts them: times n / (n + 1).")
+            if args.store:
+                cut.append("The rows that are stored have them as they were measured.")
         beside.show(name, beside.records(table, args.scale, rows), args.out, cut)
         print(f"written: {args.out}/{name}.md and .json\ncurves: tensorboard --logdir {args.out}")
     args.out = out

@@ -23,8 +23,10 @@ from benchmarks.signals import HeldSignals
 from benchmarks.telemetry import Scalars, peak_memory, reset_peak_memory
 from benchmarks.timing import Spans, step_spans
 from benchmarks.utilisation import speed_text
+from optimzoo.memory.options import refuse
 
 LOG_EVERY = 10
+_OF_OUT = ("eval_every", "save_every", "keep", "skip_damaged")
 
 Progress = Callable[[int, float, float], None]  # step, loss, tokens per second
 
@@ -184,6 +186,18 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache-dir", type=Path, default=Path(".cache/optimzoo"))
 
 
+def refuse_cache(args: argparse.Namespace) -> None:
+    """Refuse a `--cache-dir` that is not read, before anything is done.
+
+    Raises:
+        ValueError: it was given with a folder of tokens.
+    """
+    named = args.data in (["stdlib"], ["c4"])
+    if not named and len(args.data) == 1 and Path(args.data[0]).is_dir():
+        reason = "--data is a folder of tokens, which are read where they lie; leave {option} out"
+        refuse(args, ["cache_dir"], args.given, reason)
+
+
 def corpus_from(args: argparse.Namespace, model: str, *, progress: bool = True) -> Corpus:
     """The corpus that the options ask for, tokenised for a model."""
     source = args.data[0] if args.data in (["stdlib"], ["c4"]) else args.data
@@ -246,12 +260,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Train with a progress bar, and print the result."""
+    if args.out is None:
+        reason = "it is of what --out keeps; add --out FOLDER, or leave {option} out"
+        refuse(args, _OF_OUT, args.given, reason)
+    refuse_cache(args)
     config = RunConfig(**{f.name: getattr(args, f.name) for f in fields(RunConfig)})
     refuse_early(config)
     if args.out is not None:
         make_folder(args.out, "--out")
     with start(args.parallel) as parallel:
         corpus = parallel.first(lambda: corpus_from(args, config.model, progress=parallel.leads))
+        late = [name for name in (*_OF_OUT, "parallel") if name in args.given]
+        if late and parallel.leads and finished(config, corpus, args.out):
+            names = ", ".join("--" + name.replace("_", "-") for name in late)
+            print(f"note: without effect, {args.out} is finished: {names}; take another --out")
         bars = RunProgress(config.steps) if parallel.leads else nullcontext()
         with bars as bar:
             row = train(

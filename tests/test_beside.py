@@ -163,8 +163,9 @@ def test_a_budget_cuts_seeds_then_the_grid_then_steps():
 
 def test_the_first_decision_is_everyones(tmp_path):
     path = tmp_path / "budget.json"
-    first = budget.kept(path, lambda: budget.Cut(1, False, 0.25, ("cut",)))
-    assert budget.kept(path, lambda: budget.Cut(3, True, 1.0)) == first
+    asked = {"--budget-minutes": "3", "--seeds": "3"}
+    first = budget.kept(path, asked, lambda: budget.Cut(1, False, 0.25, ("cut",)))
+    assert budget.kept(path, asked, lambda: budget.Cut(3, True, 1.0)) == first
     assert [p.name for p in tmp_path.iterdir()] == ["budget.json"]
 
 
@@ -227,9 +228,7 @@ def test_what_a_stopped_table_has_is_stored_and_not_run_again(words, tmp_path, m
 def test_refusals_are_one_line(words, capsys):
     assert main(["reproduce", "scale-main", "--scale", "dry", *words, "--methods", "x"]) == 2
     error = capsys.readouterr().err.splitlines()
-    assert error == [
-        f"error: none of these methods is in the table; it has {', '.join(SCALE.methods)}"
-    ]
+    assert error == [f"error: --methods x: unknown; there are {', '.join(SCALE.methods)}"]
     for option in ("--budget-minutes", "--stop-after"):
         assert main(["reproduce", "scale-main", *words, f"{option}=-3"]) == 2
         assert capsys.readouterr().err == f"error: {option} is -3; it must be more than 0\n"

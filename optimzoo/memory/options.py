@@ -84,14 +84,14 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     given = [name for name, value in vars(args).items() if value is not None and value is not False]
     if args.script is not None:
         reason = "a script is measured as it runs; leave {option} out, or plan with --model"
-        _refuse(args, _OF_A_SIMULATION, given, reason, but=args.device == "cuda" and "device")
+        refuse(args, _OF_A_SIMULATION, given, reason, but=args.device == "cuda" and "device")
     elif "snapshot" in given:
         raise ValueError(
             f"--snapshot is of a script on CUDA; add --script FILE.py behind {args.snapshot}"
         )
     if args.account:
         reason = "it changes the peak of a step, which --account leaves out; leave out one of them"
-        _refuse(args, _OF_A_STEP, given, reason)
+        refuse(args, _OF_A_STEP, given, reason)
     for name in ("batch", "seq", "shards"):
         if name in given and getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1")
@@ -110,21 +110,26 @@ def refuse_for_own_step(args: argparse.Namespace, where: str) -> None:
     """
     given = [name for name in ("batch", "seq") if getattr(args, name) is not None]
     reason = f"{where} returns a step of its own, which decides that; leave {{option}} out"
-    _refuse(args, ("batch", "seq"), given, reason)
+    refuse(args, ("batch", "seq"), given, reason)
 
 
-def _refuse(
+def refuse(
     args: argparse.Namespace,
     names: Iterable[str],
     given: list[str],
     reason: str,
     but: str | bool = False,
 ) -> None:
+    """Refuse the first of some options that was given and would be without effect.
+
+    Raises:
+        ValueError: the option with its value, and ``reason``, in which ``{option}`` is its name.
+    """
     for name in names:
         if name in given and name != but:
             value = getattr(args, name)
-            value = " ".join(value) if isinstance(value, list) else value
-            option = f"--{name}"
+            value = " ".join(map(str, value)) if isinstance(value, list) else value
+            option = f"--{name.replace('_', '-')}"
             shown = option if value is True else f"{option} {value}"
             raise ValueError(f"{shown}: {reason.format(option=option)}")
 
