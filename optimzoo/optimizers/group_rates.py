@@ -26,8 +26,8 @@ class GroupRates:
         self._watching = self._were_apart = self._came_together = False
 
     def add(self, index: int, group: dict[str, Any]) -> None:
-        """Take in the group at ``index``; those behind it were refused."""
-        self._built = [*self._built[:index], (group.get("role") or "by shape", group["lr"])]
+        """Take in the group at ``index``; those behind it were refused. It may have no rate yet."""
+        self._built = [*self._built[:index], (group.get("role") or "by shape", group.get("lr"))]
         rates = [rate for _, rate in self._built]
         tensors = any(isinstance(rate, Tensor) for rate in rates)
         self._watching = not tensors and len(set(rates)) > 1
