@@ -20,12 +20,7 @@ COMPILER = os.environ.get("AARCH64_CXX", "aarch64-linux-gnu-g++")
 EMULATORS = ("qemu-aarch64", "qemu-aarch64-static")
 TESTS = (
     *("test_kernels.py", "test_kernels_cpu.py", "test_kernels_float16.py", "test_kernel_inputs.py"),
-    *(
-        "test_zoo_kernels.py",
-        "test_adam_rule.py",
-        "test_sparsity_masks.py",
-        "test_natural_gradient.py",
-    ),
+    *("test_zoo_kernels.py", "test_adam_rule.py", "test_sparsity_masks.py"),
 )
 # 4 GB that lie in 3 MB by the memory's mapping would go through the pipe as they are.
 LEFT_OUT = "tests/test_kernels_cpu.py::test_elements_beyond_2_to_the_31"

@@ -91,6 +91,8 @@ def of_a_tensor(operation, places, row, options, before, there, here):
 
 def of_arrays(operation, places, arguments, before, there, here):
     """What differs between what two builds wrote for a history or a mask."""
+    if not all(places[:2]):
+        return ""  # of nothing
     if operation == "nm_mask":
         one, other = (np.frombuffer(x[places[1]], np.uint8).astype(float) for x in (there, here))
         return told("mask", one, other)

@@ -212,7 +212,7 @@ def test_reduce_apply_and_center_are_the_rules(kernels, device, types):
         kernels.reduce_(grads, outs, kinds, shapes, maximize=maximize)
         for g, out in zip(grads, outs, strict=True):
             expected = reference.reduce(wide(g), kind, bound=0.5, ratio=0.25, maximize=maximize)
-            rtol = random_walk(max(g.shape))
+            rtol = random_walk(max(*g.shape, min(g.numel(), 4096)))  # what float32 adds up
             np.testing.assert_allclose(wide(out[: len(expected)]), expected, rtol=rtol)
         scales = [normal((n,), 7 + i, F32, device) for i, n in enumerate(sizes)]
         rule = {"lr": 0.1, "weight_decay": 0.2, "maximize": maximize}
