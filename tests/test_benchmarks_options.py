@@ -143,6 +143,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setitem(CONFIGS, "tiny", tiny_benchmarks.TINY)
     for module in (train, compare, cast, table_runs):
         monkeypatch.setattr(module, "corpus_from", begun)
+    monkeypatch.setattr(train, "refuse_early", lambda config: None)  # it builds an optimizer
     for name in ("account_rows", "simulate_rows", "one_peak"):
         monkeypatch.setattr(memory, name, begun)
     monkeypatch.setattr(cast_beside, "show", lambda out: None if out.name == "a" else begun())
