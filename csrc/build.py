@@ -117,8 +117,10 @@ def build_cpu(target: Path = TARGET / "_cpu.so", extra: tuple[str, ...] = ()) ->
             flags = (*openmp_flags(compiler), *extra)
             objects = compile_cpu(compiler, OBJECTS if not extra else target.parent, flags)
             return link([*compiler, "-shared", *flags, *objects], target)
-        except (RuntimeError, OSError) as error:
+        except RuntimeError as error:
             failures.append(str(error))
+        except OSError as error:
+            failures.append(f"{compiler[0]} cannot be run: {error.strerror}")
     raise RuntimeError("\n".join(failures))
 
 

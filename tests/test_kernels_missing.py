@@ -205,6 +205,15 @@ def test_rocm_never_meets_the_kernels_for_cuda(rocm, monkeypatch):
         assert dispatch.backend("cuda") is (triton if there else None)
 
 
+def test_a_gpu_too_old_for_the_machine_code_takes_the_eager_path(rocm, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace())
+    assert dispatch.backend("cuda") is None
+    assert "need a GPU of compute capability 8.0" in rocm.why_not()
+    assert "need a GPU of compute capability 8.0" in triton.why_not()
+
+
 def test_doctor_tells_of_rocm_and_of_accelerators_without_kernels(rocm, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace())
     monkeypatch.setattr(doctor, "check", lambda kernels, device: {})

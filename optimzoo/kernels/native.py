@@ -57,6 +57,8 @@ class Library:
             return None, self._why_not_built()
         if self.kind == "cuda" and not torch.cuda.is_available():
             return None, "torch finds no CUDA device"
+        if self.kind == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+            return None, "the CUDA kernels need a GPU of compute capability 8.0 or more"
         try:
             library = ctypes.CDLL(str(self.path))
             abi = getattr(library, f"oz_{self.kind}_abi")()
