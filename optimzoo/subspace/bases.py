@@ -143,7 +143,10 @@ def _randomized(
         basis = torch.linalg.qr(left)[0] if left is not basis else basis
         left = _orthonormal(_blurred_product(grad.mT, basis, shards.T), 1e-3, times)
     # `left` is grad times orthonormal columns, so its leading directions are those of the basis.
-    vectors = torch.linalg.eigh(left.mT @ left)[1].flip(-1)[..., :rank]
+    gram = left.mT @ left
+    # At 1e-13 the float32 solver may not converge. A power of two changes no digit.
+    exponent = torch.frexp(gram.diagonal(dim1=-2, dim2=-1).amax(-1))[1][..., None, None]
+    vectors = torch.linalg.eigh(torch.ldexp(gram, -exponent))[1].flip(-1)[..., :rank]
     basis = left @ vectors
     # Orthogonal but for rounding: of unit columns, the Gram matrix is nearly the identity.
     norms = torch.linalg.vector_norm(basis, dim=-2, keepdim=True)
