@@ -188,8 +188,10 @@ class StableSPAM(HiddenRule):
             square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
             denominator = (square / (1 - beta2**k)).sqrt_().add_(group["eps"])
             size = lr / (1 - beta1**k)
-            most *= 1 - beta1**k
-            update = (mean / denominator).clamp_(-most, most)
+            update = mean / denominator
+            if most != math.inf:
+                most *= 1 - beta1**k  # `size` has the other part of the bias correction
+                update.clamp_(-most, most)
             subtract_(weight, update, size=size, keep=1 - lr * group["weight_decay"])
 
 
