@@ -5,35 +5,34 @@ import os
 import signal
 import sys
 
-from benchmarks import (
-    cast,
-    compare,
-    gpu,
-    growth,
-    lowrank_time,
-    memory,
-    release_memory,
-    report,
-    reproduce,
-    sparse_time,
+from benchmarks.experiments import cast, compare
+from benchmarks.microbench import (
+    gpu_suite,
+    gradient_release,
+    low_rank,
+    memory_planner,
+    mfu,
+    sparsity,
     step_time,
-    train,
-    utilisation,
+    step_time_by_size,
 )
+from benchmarks.papers import reproduce
+from benchmarks.report import readme
+from benchmarks.training import cli as train
 
 COMMANDS = {
     "train": (train, "train one model with one optimizer"),
     "compare": (compare, "train the same model with several optimizers and print the table"),
     "cast": (cast, "from a dense model to a 2:4 one: CAST beside other ways"),
     "step-time": (step_time, "what one optimizer step costs, as ratios in one process"),
-    "growth": (growth, "how one step's cost grows from a million weights to a billion"),
-    "lowrank-time": (lowrank_time, "what low-rank weights cost: refactorization and SLTrain"),
-    "sparse-time": (sparse_time, "what N:M masks cost, and what a 2:4 layer gives on a GPU"),
-    "release-memory": (release_memory, "what optimizer-in-backward frees"),
-    "memory": (memory, "the memory planner against what torch holds, and the 7B plan"),
-    "utilisation": (utilisation, "how much of a GPU training uses, and the optimizer's share"),
-    "gpu": (gpu, "build, test, sanitize and measure the kernels on a GPU"),
-    "report": (report, "write the README's tables from the committed results"),
+    "growth": (step_time_by_size, "how one step's cost grows from a million weights to a billion"),
+    "lowrank-time": (low_rank, "what low-rank weights cost: refactorization and SLTrain"),
+    "sparse-time": (sparsity, "what N:M masks cost, and what a 2:4 layer gives on a GPU"),
+    "release-memory": (gradient_release, "what optimizer-in-backward frees"),
+    "memory": (memory_planner, "the memory planner against what torch holds, and the 7B plan"),
+    "utilisation": (mfu, "how much of a GPU training uses, and the optimizer's share"),
+    "gpu": (gpu_suite, "build, test, sanitize and measure the kernels on a GPU"),
+    "report": (readme, "write the README's tables from the committed results"),
     "reproduce": (reproduce, "a paper's table beside ours"),
 }
 

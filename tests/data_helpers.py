@@ -12,8 +12,8 @@ import numpy as np
 import zstandard
 from tokenizers import Tokenizer
 
-from benchmarks.corpus import SPLITS
-from benchmarks.data import Corpus, load_corpus
+from benchmarks.data.corpus import Corpus, load_corpus
+from benchmarks.data.sources import SPLITS
 
 ROOT = Path(__file__).parents[1]
 VOCAB = 320

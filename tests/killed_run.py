@@ -18,10 +18,10 @@ import torch._dynamo  # imported by the first step: once here, not in every chil
 import torch.utils.tensorboard
 from tiny_benchmarks import TINY, saved_step, tiny_corpus
 
-from benchmarks import llama
-from benchmarks.checkpoint import Checkpoints
-from benchmarks.run import RunConfig
-from benchmarks.train import train
+from benchmarks.training.checkpoint import Checkpoints
+from benchmarks.training.config import RunConfig
+from benchmarks.training.loop import train
+from optimzoo.models import llama
 
 CONFIG = RunConfig("scale", 1e-2, model="tiny", steps=100, batch_size=2, seq_len=16)
 

@@ -23,12 +23,14 @@ import torch.distributed.fsdp
 import torch.utils.tensorboard
 from tiny_benchmarks import TINY, saved_step, tiny_corpus
 
-from benchmarks import checkpoint, llama
-from benchmarks.checkpoint import Checkpoints
-from benchmarks.data import Corpus
-from benchmarks.parallel import ALONE, Parallel
-from benchmarks.run import Run, RunConfig
-from benchmarks.train import train
+from benchmarks.data.corpus import Corpus
+from benchmarks.training import checkpoint
+from benchmarks.training.checkpoint import Checkpoints
+from benchmarks.training.config import RunConfig
+from benchmarks.training.distributed import ALONE, Parallel
+from benchmarks.training.loop import train
+from benchmarks.training.run import Run
+from optimzoo.models import llama
 from optimzoo.optimizers import galore
 
 LOW = {"rank": 4, "update_proj_gap": 3}

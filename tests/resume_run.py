@@ -13,8 +13,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import Optimizer
 
-from benchmarks.llama import Llama, LlamaConfig
 from optimzoo import create_optimizer
+from optimzoo.models.llama import Llama, LlamaConfig
 
 STEPS, HALF, WARMUP = 12, 6, 3
 LOW_RANK = {"lr": 1e-2, "other_lr": 5e-3, "rank": 7, "update_proj_gap": HALF}

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.llama import Llama, LlamaConfig
 from optimzoo import create_optimizer, list_optimizers, param_groups
 from optimzoo.memory import account
+from optimzoo.models.llama import Llama, LlamaConfig
 from optimzoo.roles import role_of
 
 # No two sizes alike; the ranks of the low-rank methods below, above and at a dimension.

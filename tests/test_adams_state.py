@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from zoo_models import normal, reloaded
 
-from benchmarks.llama import Llama, LlamaConfig
 from optimzoo import param_groups
 from optimzoo.memory import account
+from optimzoo.models.llama import Llama, LlamaConfig
 from optimzoo.optimizers.adams import AdamS
 from optimzoo.sparsity import nm_mask, unpack
 

@@ -9,11 +9,12 @@ import pytest
 import tiny_benchmarks
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from benchmarks import compare, plan, tables
 from benchmarks.__main__ import main
-from benchmarks.compare import _train_in_worker as run_job
-from benchmarks.llama import CONFIGS
-from benchmarks.run import Run, RunConfig
+from benchmarks.experiments import plan, run_queue, summary
+from benchmarks.experiments.run_queue import _train_in_worker as run_job
+from benchmarks.training.config import RunConfig
+from benchmarks.training.run import Run
+from optimzoo.models.llama import CONFIGS
 
 
 @pytest.fixture
@@ -97,9 +98,9 @@ def test_groups_give_a_role_options_of_its_own(folder, capsys):
     }
     assert held == {"hidden": 0, "embedding": 1, "head": 0}
     hyper, head = json.dumps(options["hyper"]), 2 * 32000 * 512
-    plain = tables.bytes_at("60m", "scale", hyper)
+    plain = summary.bytes_at("60m", "scale", hyper)
     groups = json.dumps(options["groups"])
-    assert tables.bytes_at("60m", "scale", hyper, "{}", groups) == plain + head
+    assert summary.bytes_at("60m", "scale", hyper, "{}", groups) == plain + head
     capsys.readouterr()
     assert main(train_words(folder, groups='{"heads": {}}')) == 2
     error = "error: groups has the role 'heads'; there are hidden, embedding, head, vector\n"
@@ -124,7 +125,7 @@ def test_every_worker_saves_however_long_its_step(folder, monkeypatch, capsys):
     values = copy.deepcopy(tiny_benchmarks.PLAN)
     values["steps"] = 10_000
     tiny_benchmarks.write_plan(folder, values)
-    monkeypatch.setattr(compare, "_train_in_worker", slow_worker)
+    monkeypatch.setattr(run_queue, "_train_in_worker", slow_worker)
     runs = folder / "out" / "runs"
 
     def stopped(*_, **__):
@@ -132,7 +133,7 @@ def test_every_worker_saves_however_long_its_step(folder, monkeypatch, capsys):
             time.sleep(0.01)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compare, "wait", stopped)
+    monkeypatch.setattr(run_queue, "wait", stopped)
     only = ["--optimizers", "scale", "--protocol", "paper", "--jobs=2", "--out=out"]
     assert main(["compare", "--plan=tiny", "--tune", *only, *text(folder)]) == 130
     assert "Traceback" not in capsys.readouterr().err
@@ -159,7 +160,7 @@ def test_the_widest_table_fits(monkeypatch, capsys):
             row["provenance"] = {"device": "x" * 50, "threads": 16, "torch": "2.13.0+cpu"}
             row["provenance"]["commit"] = "0123456789-dirty"
             rows.append(row)
-    tables.print_table(nano, rows)
+    summary.comparison(nano, rows).print()
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80 and "…" not in out
     for cell in ("0.00025/0.016/0", "156.22 ±11.04", "130.0", "1024", "123.4", "12,345"):

@@ -5,22 +5,17 @@ import json
 import pytest
 import tiny_benchmarks
 
-from benchmarks import (
-    budget,
-    cast,
-    cast_beside,
-    compare,
-    memory,
-    plan,
-    report,
-    reproduce,
-    sparse_time,
-    step_time,
-    table_runs,
-    train,
-)
 from benchmarks.__main__ import main
-from benchmarks.llama import CONFIGS
+from benchmarks.experiments import cast, compare, plan
+from benchmarks.experiments import time_budget as budget
+from benchmarks.microbench import memory_planner as memory
+from benchmarks.microbench import sparsity as sparse_time
+from benchmarks.microbench import step_time
+from benchmarks.papers import cast as cast_beside
+from benchmarks.papers import reproduce, table_runs
+from benchmarks.report import readme as report
+from benchmarks.training import cli as train
+from optimzoo.models.llama import CONFIGS
 
 BEGUN = "the work was begun"
 TRAIN = "train --model tiny --optimizer sgd --lr 0.1"
@@ -217,7 +212,7 @@ def test_rows_are_stored_as_measured_and_that_is_said(folder, monkeypatch):
     shown = []
     monkeypatch.setattr(table_runs.TableRuns, "__init__", lambda *_: None)
     monkeypatch.setattr(table_runs.TableRuns, "run", lambda _: ({}, []))
-    monkeypatch.setattr(table_runs.beside, "show", lambda *how: shown.append(how[-1]))
+    monkeypatch.setattr(table_runs.perplexity_tables, "show", lambda *how: shown.append(how[-1]))
     words = "reproduce scale-main --scale dry --out a"
     galore = "Test losses as GaLore's evaluation counts them: times n / (n + 1)."
     measured = "The rows that are stored have them as they were measured."

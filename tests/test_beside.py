@@ -8,33 +8,40 @@ from dataclasses import replace
 import pytest
 import tiny_benchmarks
 
-from benchmarks import beside, budget, cast_beside, table_runs
-from benchmarks import plan as plan_module
 from benchmarks.__main__ import main
-from benchmarks.beside import TABLES
-from benchmarks.plan import Plan
-from benchmarks.scales import SCALES
+from benchmarks.experiments import plan as plan_module
+from benchmarks.experiments import time_budget as budget
+from benchmarks.experiments.model_sizes import SCALES
+from benchmarks.experiments.plan import Plan
+from benchmarks.papers import cast as cast_beside
+from benchmarks.papers import perplexity_tables, table_runs
+from benchmarks.papers.perplexity_tables import TABLES
 
 SCALE = TABLES["scale-main"]
 
 
 def test_every_method_of_a_table_is_published_or_ours_alone():
     for name, table in TABLES.items():
-        values = beside.paper_values(table, table.methods)
+        values = perplexity_tables.paper_values(table, table.methods)
         known = {method for by_size in values.values() for method in by_size}
         assert known == {m for m, paper in table.methods.items() if paper}, name
         assert table.size in values and table.reference in values[table.size]
         found = (
-            [m for _, m in beside.methods_of(table, beside.plans_at(table, "nano"))]
+            [
+                m
+                for _, m in perplexity_tables.methods_of(
+                    table, perplexity_tables.plans_at(table, "nano")
+                )
+            ]
             if (table.plans != ("full",))
-            else [m for _, m in beside.methods_of(table, [Plan("full")])]
+            else [m for _, m in perplexity_tables.methods_of(table, [Plan("full")])]
         )
         assert set(found) >= known - {"muon", "swan", "stable_spam"}, name
 
 
 def test_ratios_ranks_and_tau_are_those_of_the_rows():
-    rows = beside.stored_rows(SCALE, "nano")
-    made = {r["method"]: r for r in beside.records(SCALE, "nano", rows)}
+    rows = perplexity_tables.stored_rows(SCALE, "nano")
+    made = {r["method"]: r for r in perplexity_tables.records(SCALE, "nano", rows)}
     means = {m: sum(math.exp(r["test_loss"]) for r in mine) / len(mine) for m, mine in rows.items()}
     for method, record in made.items():
         assert record["ratio"] == pytest.approx(means[method] / means["adamw"])
@@ -45,27 +52,32 @@ def test_ratios_ranks_and_tau_are_those_of_the_rows():
     common = [m for m in made if SCALE.methods[m]]
     assert sorted(made[m]["rank"] for m in common) == list(range(1, len(common) + 1))
     assert made["stable_spam"]["paper_rank"] == 1
-    paper = beside.paper_values(SCALE, SCALE.methods)["60M"]
+    paper = perplexity_tables.paper_values(SCALE, SCALE.methods)["60M"]
     agree = [
         math.copysign(1, (paper[a] - paper[b]) * (means[a] - means[b]))
         for i, a in enumerate(common)
         for b in common[:i]
     ]
-    tau = next(t for t in beside.taus(SCALE, list(made.values())) if t["size"] == "60M")
+    tau = next(t for t in perplexity_tables.taus(SCALE, list(made.values())) if t["size"] == "60M")
     assert tau["methods"] == len(common) == 9
     assert tau["tau"] == pytest.approx(sum(agree) / len(agree))
 
 
 def test_log_perplexities_become_perplexities():
-    values = beside.paper_values(TABLES["natural-galore"], TABLES["natural-galore"].methods)
+    values = perplexity_tables.paper_values(
+        TABLES["natural-galore"], TABLES["natural-galore"].methods
+    )
     assert values["60M"]["galore"] == pytest.approx(math.exp(3.56))
     assert set(values) == {"60M", "130M", "350M", "1.1B"}
 
 
 def test_galores_evaluation_counts_one_batch_more():
     config = {"eval_tokens": 10_000, "seq_len": 256, "batch_size": 4}  # 39 windows, 10 batches
-    assert beside.as_galore({"config": config, "test_loss": 3.3})["test_loss"] == 3.3 * 10 / 11
-    assert beside.as_galore({"config": config, "test_loss": None})["test_loss"] is None
+    assert (
+        perplexity_tables.as_galore({"config": config, "test_loss": 3.3})["test_loss"]
+        == 3.3 * 10 / 11
+    )
+    assert perplexity_tables.as_galore({"config": config, "test_loss": None})["test_loss"] is None
 
 
 def test_cast_is_measured_against_the_dense_model_trained_as_long():

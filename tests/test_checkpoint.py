@@ -14,12 +14,12 @@ import pytest
 import tiny_benchmarks
 import torch
 
-import benchmarks.run as run_module
+import benchmarks.training.run as run_module
 from benchmarks.__main__ import main
-from benchmarks.checkpoint import Checkpoints, DamagedError
-from benchmarks.llama import CONFIGS
-from benchmarks.run import RunConfig
-from benchmarks.train import train
+from benchmarks.training.checkpoint import Checkpoints, DamagedError
+from benchmarks.training.config import RunConfig
+from benchmarks.training.loop import train
+from optimzoo.models.llama import CONFIGS
 
 pytestmark = pytest.mark.usefixtures("tiny")
 SGD = RunConfig("sgd", 0.5, model="tiny", steps=9, batch_size=4, seq_len=16, eval_tokens=256)

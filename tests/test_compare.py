@@ -12,13 +12,15 @@ import pytest
 import tiny_benchmarks
 from tiny_benchmarks import PLAN
 
-from benchmarks import compare, plan, report, tables
 from benchmarks.__main__ import main
-from benchmarks.llama import CONFIGS
-from benchmarks.plan import Plan, perplexity
-from benchmarks.progress import SideBySide
-from benchmarks.run import Run
+from benchmarks.common.progress import SideBySide
+from benchmarks.experiments import plan, run_queue, summary
+from benchmarks.experiments.plan import Plan
+from benchmarks.report import readme as report
+from benchmarks.training.metrics import perplexity
+from benchmarks.training.run import Run
 from optimzoo import get_info
+from optimzoo.models.llama import CONFIGS
 
 PAIRS = [(m, p) for m in ("adamw", "scale") for p in ("tuned", "paper")]
 
@@ -174,7 +176,7 @@ def test_compare_prints_the_table_and_writes_the_files(tuned, folder, capsys):
 
 
 def test_interrupted_in_the_middle_it_goes_on(folder, monkeypatch, capsys, tuned):
-    train, started = compare.train, []
+    train, started = run_queue.train, []
 
     def interrupted(config, corpus, *, progress, **options):
         started.append((config.optimizer, config.lr))
@@ -186,7 +188,7 @@ def test_interrupted_in_the_middle_it_goes_on(folder, monkeypatch, capsys, tuned
         return train(config, corpus, progress=stop, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(compare, "train", interrupted)
+        patch.setattr(run_queue, "train", interrupted)
         assert run(folder) == 130
     assert capsys.readouterr().err.endswith("stopped; the same command goes on from here\n")
     assert not (folder / "out" / "results.json").exists()
@@ -237,13 +239,13 @@ def test_runs_that_diverge_or_only_ended_here_have_their_row(folder, tuned, caps
     rows[0]["test_loss"] = 1e5  # finite, and its exponential is not
     labels = copy.deepcopy(Plan("tiny"))
     labels.methods["scale"]["label"] = "Natural GaLore"
-    tables.write_report(labels, rows, folder / "out")
-    tables.print_table(labels, rows)
+    summary.write_report(labels, rows, folder / "out")
+    summary.comparison(labels, rows).print()
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80 and "…" not in "".join(lines)
     markdown = (folder / "out" / "table.md").read_text().splitlines()
     assert [("inf" in line, "±" in line) for line in markdown if line.startswith(("| A", "| N"))]
-    records = tables.summarise(labels, rows)
+    records = summary.summarise(labels, rows)
     assert [r["perplexity"] == math.inf for r in records] == [False, True, False, True]
     assert [r["spread"] is None for r in records] == [False, True, False, True]
     assert perplexity(None) == perplexity(1e5) == math.inf
@@ -292,7 +294,7 @@ def test_report_writes_and_checks_the_readme(folder, monkeypatch, capsys):
     assert main(["report"]) == 0
     new = readme.read_text()
     stored = json.loads((folder / "results" / "tiny-compare.json").read_text())["rows"]
-    assert tables.markdown_table(Plan("tiny"), stored) in new
+    assert summary.comparison(Plan("tiny"), stored).markdown() in new
     assert new.startswith("# zoo\n") and new.endswith("<!-- end -->\n\nrest <!-- end -->\n")
     assert main(["report", "--check"]) == 0
     (folder / "results" / "tiny-compare.json").unlink()

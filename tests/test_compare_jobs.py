@@ -11,9 +11,9 @@ import pytest
 import tiny_benchmarks
 from tiny_benchmarks import start
 
-from benchmarks import plan
 from benchmarks.__main__ import main
-from benchmarks.llama import CONFIGS
+from benchmarks.experiments import plan
+from optimzoo.models.llama import CONFIGS
 
 pytestmark = [
     pytest.mark.thorough,

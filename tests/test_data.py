@@ -25,9 +25,10 @@ from data_helpers import (
 )
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from benchmarks import data, tokens
-from benchmarks.corpus import SPLITS, split_of, stdlib_source
-from benchmarks.data import Batches, iterate_eval
+from benchmarks.data import corpus as data
+from benchmarks.data import tokenizer as tokens
+from benchmarks.data.batches import Batches, iterate_eval
+from benchmarks.data.sources import SPLITS, split_of, stdlib_source
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def test_split_shares() -> None:
 @pytest.mark.thorough
 def test_two_processes_at_once_give_what_one_gives(corpus_file: Path, cache: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from benchmarks.data import load_corpus\n"
+        "import sys; from pathlib import Path; from benchmarks.data.corpus import load_corpus\n"
         "c = load_corpus(sys.argv[1], vocab_size=320, cache_dir=Path(sys.argv[2]), progress=False)"
         "\nprint(c.sha256)"
     )

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import optimzoo
-from benchmarks.plan import Plan
-from benchmarks.tables import cells, read_rows, summarise
+from benchmarks.experiments.plan import Plan
+from benchmarks.experiments.summary import cells, read_rows, summarise
 from docs.hooks import pages
 
 DOCS = pages.ROOT / "docs"

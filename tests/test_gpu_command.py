@@ -7,7 +7,7 @@ from argparse import Namespace
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks.microbench import gpu_suite as gpu
 
 
 def stage(name, code, seconds=60):

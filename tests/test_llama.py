@@ -9,15 +9,8 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.llama import (
-    CONFIGS,
-    Llama,
-    LlamaConfig,
-    count_parameters,
-    flops_per_token,
-    get_config,
-)
-from optimzoo.models.llama import RMSNorm
+from benchmarks.training.flops import count_parameters, flops_per_token
+from optimzoo.models.llama import CONFIGS, Llama, LlamaConfig, RMSNorm, get_config
 
 # Three heads, a small RoPE base and weights large enough that attention is far from uniform: a
 # wrong pairing, base or scale shows up well above the tolerance.

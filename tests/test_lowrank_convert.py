@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.llama import Llama, LlamaConfig
 from optimzoo import create_optimizer, param_groups
 from optimzoo.lowrank import LoRALinear, LowRankLinear, SparseLowRankLinear, convert, merge
 from optimzoo.lowrank.convert import support_bytes
+from optimzoo.models.llama import Llama, LlamaConfig
 
 KINDS = {"low_rank": LowRankLinear, "sltrain": SparseLowRankLinear, "lora": LoRALinear}
 CONFIG = LlamaConfig(50, 16, 24, 2, 2)

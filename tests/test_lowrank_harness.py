@@ -9,12 +9,14 @@ import torch
 from reference.lowrank_numpy import recovering
 from tiny_benchmarks import stop_at
 
-from benchmarks import reproduce, tables
 from benchmarks.__main__ import main
-from benchmarks.checkpoint import Checkpoints
-from benchmarks.plan import Plan
-from benchmarks.run import Run, RunConfig, fingerprint, lr_factor
-from benchmarks.train import train
+from benchmarks.experiments import summary
+from benchmarks.experiments.plan import Plan
+from benchmarks.papers import memory_columns
+from benchmarks.training.checkpoint import Checkpoints
+from benchmarks.training.config import RunConfig, fingerprint, lr_factor
+from benchmarks.training.loop import train
+from benchmarks.training.run import Run
 from optimzoo import get_info
 from optimzoo.lowrank import FactoredLinear, LoRALinear, LowRankLinear, ReLoRA, Restarts
 
@@ -193,12 +195,12 @@ def test_bytes_at_60m():
     blocks = 8 * 128 * (4 * (512 + 512) + 3 * (512 + 1376))
     assert 2 * 32000 * 512 + 17 * 512 + blocks == params
     scalars = 4 * (2 + 17 + 8 * 7 * 2)  # a step count for each tensor
-    assert tables.bytes_at("60m", "adamw", "{}", low) == 6 * params + scalars
-    sparse = tables.bytes_at("60m", "adamw", "{}", json.dumps({"rank": 128, "kind": "sltrain"}))
+    assert summary.bytes_at("60m", "adamw", "{}", low) == 6 * params + scalars
+    sparse = summary.bytes_at("60m", "adamw", "{}", json.dumps({"rank": 128, "kind": "sltrain"}))
     values = 8 * (4 * round(0.03 * 512 * 512) + 3 * round(0.03 * 512 * 1376))
     assert sparse == 6 * (params + values) + 4 * values + scalars + 4 * 8 * 7
-    dense = tables.bytes_at("60m", "adamw", "{}")
-    assert dense == tables.bytes_at("60m", "adamw", "{}", "{}") > sparse
+    dense = summary.bytes_at("60m", "adamw", "{}")
+    assert dense == summary.bytes_at("60m", "adamw", "{}", "{}") > sparse
 
 
 @pytest.mark.thorough
@@ -215,11 +217,11 @@ def test_the_memory_table(capsys, monkeypatch):
     # A product of rank 512 for each weight, and six bytes for a weight of any kind.
     params = 2 * 32000 * 2048 + 49 * 2048 + 24 * 512 * (4 * 4096 + 3 * (2048 + 5461))
     scalars = 4 * (2 + 49 + 24 * 7 * 2)
-    assert 1e9 * sum(reproduce.memory_gigabytes(*reproduce.LOW_RANK["Low-Rank"]["1B"], "1B")) == (
-        pytest.approx(6 * params + scalars, abs=1)
-    )
+    assert 1e9 * sum(
+        memory_columns.memory_gigabytes(*memory_columns.LOW_RANK["Low-Rank"]["1B"], "1B")
+    ) == (pytest.approx(6 * params + scalars, abs=1))
 
 
 def test_a_saving_that_is_not_the_published_one_fails(capsys, monkeypatch):
-    monkeypatch.setattr(reproduce, "published_value", lambda *_: 40.0)
-    assert reproduce.low_rank_saving()[1] is False
+    monkeypatch.setattr(memory_columns, "published_value", lambda *_: 40.0)
+    assert memory_columns.low_rank_saving()[1] is False

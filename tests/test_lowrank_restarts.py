@@ -12,9 +12,9 @@ from reference.lowrank_numpy import recovering
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.llama import Llama, LlamaConfig
 from optimzoo import create_optimizer
 from optimzoo.lowrank import ReLoRA, Restarts, convert, quick_recovery, refactorize_
+from optimzoo.models.llama import Llama, LlamaConfig
 
 KINDS = ("low_rank", "sltrain", "lora")
 

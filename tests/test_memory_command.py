@@ -8,12 +8,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from benchmarks.llama import Llama, LlamaConfig
 from optimzoo.cli import main
 from optimzoo.memory import account, report, simulate
 from optimzoo.memory.options import parse_size
 from optimzoo.memory.plan import CHANGES, Planner
 from optimzoo.models import CONFIGS
+from optimzoo.models.llama import Llama, LlamaConfig
 
 TINY = LlamaConfig(509, 48, 132, 2, 3)
 

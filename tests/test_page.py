@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import beside, page
+from benchmarks.papers import perplexity_tables
+from benchmarks.report import results_page as page
 
 DRIVER = shutil.which("chromedriver")
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -61,9 +62,9 @@ def test_its_tables_are_the_rows(text):
 
 
 def test_a_name_cannot_break_out_of_the_page(monkeypatch):
-    table = beside.TABLES["scale-main"]
+    table = perplexity_tables.TABLES["scale-main"]
     bad = "</script><script>alert(1)</script>"
-    rows = beside.stored_rows(table, "nano")
+    rows = perplexity_tables.stored_rows(table, "nano")
     section = page._beside_section("x", table, "nano", rows)
     for part in ("rows", "curves", "front"):
         for item in section[part]:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from data_helpers import ROOT
 
 from benchmarks.__main__ import main
-from benchmarks.parallel import ALONE, Parallel
+from benchmarks.training.distributed import ALONE, Parallel
 
 needs_gloo = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo"

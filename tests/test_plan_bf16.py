@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.plan import Plan, settings
+from benchmarks.experiments.plan import Plan, settings
 
 
 @pytest.mark.parametrize("method", ["scale", "adamw"])

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 import optimzoo
-from benchmarks.llama import Llama, LlamaConfig, get_config
-from benchmarks.report import README, filled
+from benchmarks.report.readme import README, filled
+from optimzoo.models.llama import Llama, LlamaConfig, get_config
 
 TEXT = README.read_text(encoding="utf-8")
 

@@ -12,8 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR, LinearLR
 from zoo_models import reloaded
 
 import optimzoo
-from benchmarks.llama import Llama, LlamaConfig
 from optimzoo import SCALE, list_optimizers, param_groups, release
+from optimzoo.models.llama import Llama, LlamaConfig
 
 NAMES = list_optimizers()
 

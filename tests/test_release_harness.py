@@ -7,8 +7,8 @@ import pytest
 import tiny_benchmarks
 
 from benchmarks.__main__ import main
-from benchmarks.run import RunConfig
-from benchmarks.train import train
+from benchmarks.training.config import RunConfig
+from benchmarks.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("tiny")
 SCALE = RunConfig(

@@ -7,9 +7,9 @@ from functools import cache
 import pytest
 import torch
 
-from benchmarks import reproduce
 from benchmarks.__main__ import main
-from benchmarks.llama import Llama, get_config
+from benchmarks.papers import memory_columns
+from optimzoo.models.llama import Llama, get_config
 
 COMMAND = ["reproduce", "scale-main", "--memory-only"]
 # Parameters and optimizer state in bfloat16, in 1e9 bytes, as the paper prints them.
@@ -26,14 +26,14 @@ MEMORY: dict[tuple[str, str, str], tuple[float, float]] = {}
 
 @cache
 def gigabytes(method: str, size: str) -> tuple[float, float]:
-    name, hyper = reproduce.SCALE_MAIN[method][size]
-    return reproduce.memory_gigabytes(name, hyper, size)
+    name, hyper = memory_columns.SCALE_MAIN[method][size]
+    return memory_columns.memory_gigabytes(name, hyper, size)
 
 
 @pytest.fixture(autouse=True)
 def bytes_counted_once(monkeypatch):
     """A model of 7B without memory still takes a second to make."""
-    count, known = reproduce.memory_gigabytes, MEMORY
+    count, known = memory_columns.memory_gigabytes, MEMORY
 
     def remembered(name, hyper, size):
         key = (name, repr(hyper), size)
@@ -41,15 +41,15 @@ def bytes_counted_once(monkeypatch):
             known[key] = count(name, hyper, size)
         return known[key]
 
-    monkeypatch.setattr(reproduce, "memory_gigabytes", remembered)
+    monkeypatch.setattr(memory_columns, "memory_gigabytes", remembered)
 
 
 @pytest.mark.parametrize(("method", "size"), CELLS)
 def test_each_published_cell_is_ours(method, size):
     paper = PUBLISHED[method][size]
-    assert reproduce.published_value("SCALE", "memory params+optimizer", method, size) == paper
+    assert memory_columns.published_value("SCALE", "memory params+optimizer", method, size) == paper
     params, state = gigabytes(method, size)
-    cell, same = reproduce.memory_cell(params, state, paper)
+    cell, same = memory_columns.memory_cell(params, state, paper)
     assert same
     if (method, size) in ROUNDED_PARTS:
         assert cell == f"{params + state:.2f}*"
@@ -58,7 +58,7 @@ def test_each_published_cell_is_ours(method, size):
         assert cell == f"{params + state:.2f}" == f"{paper:.2f}"
 
 
-@pytest.mark.parametrize("size", reproduce.SIZES)
+@pytest.mark.parametrize("size", memory_columns.SIZES)
 def test_bytes_are_those_of_the_shapes(size):
     """The same figures from the shapes alone, by hand."""
     with torch.device("meta"):
@@ -84,7 +84,7 @@ def test_the_printed_table(capsys, monkeypatch):
     rows = [line.split() for line in lines if len(line.split()) == 11]
     for method, row in PUBLISHED.items():
         (figures,) = (words for first, *words in rows if first == method)
-        assert figures[::2] == [f"{row[size]:.2f}" for size in reproduce.SIZES]
+        assert figures[::2] == [f"{row[size]:.2f}" for size in memory_columns.SIZES]
         starred = {s for s, ours in zip(row, figures[1::2], strict=True) if ours.endswith("*")}
         assert starred == {s for m, s in ROUNDED_PARTS if m == method}
     (sgd,) = (words for first, *words in rows if first == "SGD")
@@ -97,11 +97,11 @@ def test_the_printed_table(capsys, monkeypatch):
 )
 def test_a_cell_that_differs_is_marked_and_fails(method, size, value, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    records = copy.deepcopy(reproduce.published())
+    records = copy.deepcopy(memory_columns.published())
     for record in records:
         if record["paper"].startswith("SCALE") and record["metric"].startswith("memory"):
             record["values"].get(method, {}).update({size: value})
-    monkeypatch.setattr(reproduce, "published", lambda: records)
+    monkeypatch.setattr(memory_columns, "published", lambda: records)
     assert main(COMMAND) == 1
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
@@ -109,17 +109,17 @@ def test_a_cell_that_differs_is_marked_and_fails(method, size, value, capsys, mo
 
 
 def test_only_cells_that_differ_are_called_explained():
-    source = reproduce.TABLES["scale-main"]
+    source = memory_columns.TABLES["scale-main"]
     differ = set()
-    for method, row in reproduce.SCALE_MAIN.items():
+    for method, row in memory_columns.SCALE_MAIN.items():
         for size in row:
-            paper = reproduce.published_value(source.paper, source.metric, method, size)
-            if not reproduce.memory_cell(*gigabytes(method, size), paper)[1]:
+            paper = memory_columns.published_value(source.paper, source.metric, method, size)
+            if not memory_columns.memory_cell(*gigabytes(method, size), paper)[1]:
                 differ.add((method, size))
     assert differ == source.explained
 
 
-@pytest.mark.parametrize("table", sorted(reproduce.TABLES))
+@pytest.mark.parametrize("table", sorted(memory_columns.TABLES))
 def test_every_table_prints_whole_and_explains_what_differs(table, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["reproduce", table, "--memory-only"]) == 0
@@ -137,7 +137,7 @@ def test_a_table_of_memory_alone_says_so(capsys):
 
 
 def test_every_published_figure_says_where_it_is_from():
-    records = reproduce.published()
+    records = memory_columns.published()
     count = 0
     for record in records:
         for key in ("paper", "table", "metric", "provenance"):
@@ -159,6 +159,6 @@ def test_every_published_figure_says_where_it_is_from():
 
 
 def test_a_figure_that_is_not_published_is_none():
-    assert reproduce.published_value("SCALE", "memory params+optimizer", "SGD", "60M") is None
-    assert reproduce.published_value("SCALE", "eval perplexity", "SCALE", "60M") == 30.81
-    assert reproduce.memory_cell(1.0, 0.5, None) == ("1.50", True)
+    assert memory_columns.published_value("SCALE", "memory params+optimizer", "SGD", "60M") is None
+    assert memory_columns.published_value("SCALE", "eval perplexity", "SCALE", "60M") == 30.81
+    assert memory_columns.memory_cell(1.0, 0.5, None) == ("1.50", True)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_roles import assert_complete, names
 
-from benchmarks.llama import Llama, LlamaConfig
 from optimzoo import SCALE, describe, param_groups
+from optimzoo.models.llama import Llama, LlamaConfig
 
 transformers = pytest.importorskip("transformers")
 

@@ -11,11 +11,11 @@ from optimizer_db import PlannedAdamS, Tiny
 from torch import nn
 from zoo_models import METHODS, normal, reloaded, train
 
-from benchmarks.llama import Llama, LlamaConfig
 from optimzoo import SCALE, Muon, create_optimizer, param_groups, release
 from optimzoo.kernels import dispatch
 from optimzoo.lowbit import round_stochastic, write_back
 from optimzoo.memory import account
+from optimzoo.models.llama import Llama, LlamaConfig
 from optimzoo.optimizers import by_role
 
 BF16, F16 = torch.bfloat16, torch.float16

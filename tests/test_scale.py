@@ -11,8 +11,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.testing import assert_close
 
-from benchmarks.llama import Llama, LlamaConfig
 from optimzoo import SCALE, param_groups
+from optimzoo.models.llama import Llama, LlamaConfig
 from optimzoo.subspace.newton_schulz import orthogonalize
 
 VOCAB, WIDTH, STEPS = 97, 24, 50

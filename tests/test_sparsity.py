@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 from zoo_models import llama, normal, reloaded, train
 
-from benchmarks.llama import Llama, LlamaConfig
 from optimzoo import param_groups
+from optimzoo.models.llama import Llama, LlamaConfig
 from optimzoo.optimizers.adams import AdamS
 from optimzoo.sparsity import (
     WeightScale,

@@ -10,9 +10,10 @@ from tiny_benchmarks import TINY, VOCAB, tiny_corpus
 from torch import nn
 
 from benchmarks import __main__ as command
-from benchmarks import cast, llama
-from benchmarks.llama import Llama
-from benchmarks.sparse_run import MaskedForward
+from benchmarks.experiments import cast
+from benchmarks.experiments.sparse_run import MaskedForward
+from optimzoo.models import llama
+from optimzoo.models.llama import Llama
 from optimzoo.sparsity import is_nm, linear_targets, nm_mask
 
 SMALL = ["--model", "tiny", "--dense-steps", "4", "--steps", "13", "--batch-size", "2"]
@@ -77,10 +78,10 @@ def test_a_stopped_run_goes_on_to_the_same_bits(corpus, tmp_path, monkeypatch, n
     whole = run(tmp_path / "whole", "--methods", name)[name]
     step = cast.SparseRun.train_step
 
-    def stopping(self, log):
+    def stopping(self, log, **how):
         if self.step == 8:
             raise KeyboardInterrupt
-        return step(self, log)
+        return step(self, log, **how)
 
     words = ["cast", *SMALL, "--out", str(tmp_path / "cut"), "--methods", name]
     monkeypatch.setattr(cast.SparseRun, "train_step", stopping)
@@ -100,7 +101,9 @@ def test_finished_runs_are_read_and_others_run_again(corpus, tmp_path, monkeypat
     trained = []
     step = cast.SparseRun.train_step
     monkeypatch.setattr(
-        cast.SparseRun, "train_step", lambda run, log, **how: trained.append(1) or step(run, log)
+        cast.SparseRun,
+        "train_step",
+        lambda run, log, **how: trained.append(1) or step(run, log, **how),
     )
     assert run(tmp_path, "--methods", "cast")["cast"] == first
     assert not trained

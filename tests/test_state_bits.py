@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from zoo_models import METHODS, llama, normal, reloaded, train
 
-from benchmarks.llama import Llama, get_config
 from optimzoo import SCALE, param_groups, release
 from optimzoo.lowbit import Counter, blockwise, dequantize, quantize
 from optimzoo.memory import account
+from optimzoo.models.llama import Llama, get_config
 from optimzoo.optimizers.hidden_rule import HiddenRule
 
 BF16, F32 = torch.bfloat16, torch.float32

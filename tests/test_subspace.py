@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from benchmarks import llama
 from optimzoo import GaLore, create_optimizer, param_groups
+from optimzoo.models import llama
 from optimzoo.subspace import newton_schulz, projector
 from optimzoo.subspace.bases import KINDS, leading_basis
 from optimzoo.subspace.newton_schulz import in_stacks, orthogonalize

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from data_helpers import PACK, ROOT, load, make_texts, write_jsonl
 
-from benchmarks import data, text_files
+from benchmarks.data import corpus as data
+from benchmarks.data import text_files
 
 
 @pytest.fixture

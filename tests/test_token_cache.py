@@ -28,11 +28,12 @@ from data_helpers import (
     write_jsonl,
 )
 
-from benchmarks import data, llama
-from benchmarks.corpus import SPLITS
-from benchmarks.data import Corpus
-from benchmarks.run import RunConfig, fingerprint
-from benchmarks.train import add_corpus_arguments, corpus_from
+from benchmarks.data import corpus as data
+from benchmarks.data.corpus import Corpus
+from benchmarks.data.sources import SPLITS
+from benchmarks.training.cli import add_corpus_arguments, corpus_from
+from benchmarks.training.config import RunConfig, fingerprint
+from optimzoo.models import llama
 
 
 @pytest.fixture
@@ -147,7 +148,7 @@ def test_failure_at_any_step_leaves_all_or_nothing(
 KILLED = """
 import os, sys, time
 from pathlib import Path
-from benchmarks.data import load_corpus
+from benchmarks.data.corpus import load_corpus
 real, calls = os.fsync, 0
 def fsync(handle):
     global calls

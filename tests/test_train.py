@@ -14,11 +14,12 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
 
-import benchmarks.train as train_module
+import benchmarks.training.cli as train_module
 from benchmarks.__main__ import main
-from benchmarks.data import Batches
-from benchmarks.run import Run, RunConfig, lr_factor
-from benchmarks.train import train
+from benchmarks.data.batches import Batches
+from benchmarks.training.config import RunConfig, lr_factor
+from benchmarks.training.loop import train
+from benchmarks.training.run import Run
 from optimzoo import list_optimizers
 from optimzoo.memory import account
 
@@ -276,7 +277,7 @@ def test_bad_settings_are_refused_in_one_line(values, message):
 
 @pytest.mark.parametrize(("values", "message"), REFUSED_BY_RUN, ids=str)
 def test_what_does_not_fit_is_refused_before_a_step(values, message, corpus, monkeypatch):
-    monkeypatch.setattr(train_module.Run, "train_step", None)
+    monkeypatch.setattr(Run, "train_step", None)
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         train(replace(SGD, **values), corpus)
     assert "\n" not in str(caught.value)

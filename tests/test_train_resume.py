@@ -16,10 +16,11 @@ from data_helpers import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_benchmarks import saved_step, stop_at
 
-import benchmarks.train as train_module
-from benchmarks.provenance import write_atomic
-from benchmarks.run import Run, RunConfig
-from benchmarks.train import train
+import benchmarks.training.loop as train_module
+from benchmarks.common.files import write_atomic
+from benchmarks.training.config import RunConfig
+from benchmarks.training.loop import train
+from benchmarks.training.run import Run
 
 pytestmark = pytest.mark.usefixtures("tiny")
 LOW_RANK = {"rank": 4, "update_proj_gap": 3}

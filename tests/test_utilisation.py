@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import llama
 from benchmarks.__main__ import main
-from benchmarks.llama import Llama, LlamaConfig, get_config
-from benchmarks.utilisation import peak_flops, speed_text
+from benchmarks.training import flops
+from benchmarks.training.flops import peak_flops, speed_text
+from optimzoo.models.llama import Llama, LlamaConfig, get_config
 
-flops_per_token = partial(llama.flops_per_token, causal=True)
+flops_per_token = partial(flops.flops_per_token, causal=True)
 
 
 @pytest.mark.parametrize("config", [LlamaConfig(96, 32, 80, 3, 4), LlamaConfig(64, 16, 24, 1, 2)])

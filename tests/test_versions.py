@@ -112,7 +112,13 @@ def is_ours(module):
 
 
 def test_a_runtime_warning_is_an_error_in_every_file_of_ours_and_in_no_other():
-    for name in ("optimzoo", "optimzoo.kernels.native", "benchmarks.run", "__main__", "check_cuda"):
+    for name in (
+        "optimzoo",
+        "optimzoo.kernels.native",
+        "benchmarks.training.run",
+        "__main__",
+        "check_cuda",
+    ):
         assert is_ours(name)
     for path in (ROOT / "tests").rglob("*.py"):
         parts = path.relative_to(ROOT / "tests").with_suffix("").parts

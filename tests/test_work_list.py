@@ -11,8 +11,8 @@ import tiny_benchmarks
 from test_compare_jobs import compare, rows_of, write_plan
 from tiny_benchmarks import start
 
-from benchmarks import work
-from benchmarks.work import Claim, WorkList
+from benchmarks.experiments import run_lock as work
+from benchmarks.experiments.run_lock import Claim, WorkList
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
 

@@ -12,8 +12,8 @@ import torch
 from torch.testing import assert_close
 from zoo_models import METHODS, make, normal, one_weight, reloaded, train, values
 
-from benchmarks.llama import Llama, LlamaConfig
 from optimzoo import create_optimizer
+from optimzoo.models.llama import Llama, LlamaConfig
 from optimzoo.subspace.projector import gaussian
 
 LOW_RANK = ["galore", "natural_galore", "fira", "apollo", "apollo_mini"]

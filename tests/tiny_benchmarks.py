@@ -15,10 +15,11 @@ from typing import Any
 
 from data_helpers import ROOT, load, make_texts
 
-from benchmarks import llama, plan
-from benchmarks.checkpoint import Checkpoints
-from benchmarks.data import Corpus
-from benchmarks.llama import LlamaConfig
+from benchmarks.data.corpus import Corpus
+from benchmarks.experiments import plan
+from benchmarks.training.checkpoint import Checkpoints
+from optimzoo.models import llama
+from optimzoo.models.llama import LlamaConfig
 
 VOCAB = 320
 TINY = LlamaConfig(VOCAB, 16, 24, 2, 2)

@@ -5,8 +5,8 @@ import io
 import torch
 from torch import nn
 
-from benchmarks.llama import Llama, LlamaConfig
 from optimzoo import APOLLO, SWAN, APOLLOMini, Fira, GaLore, NaturalGaLore, StableSPAM, param_groups
+from optimzoo.models.llama import Llama, LlamaConfig
 
 LOW = {"rank": 5, "update_proj_gap": 4}
 METHODS = {

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 
 import optimzoo
-from benchmarks.llama import Llama, get_config
-from benchmarks.plan import Plan
-from benchmarks.report import filled
-from benchmarks.tables import HEADERS, bytes_at, cells, read_rows, summarise
+from benchmarks.common.tables import Table
+from benchmarks.experiments.plan import Plan
+from benchmarks.experiments.summary import HEADERS, bytes_at, cells, read_rows, summarise
+from benchmarks.report.readme import filled
 from optimzoo.memory import account
+from optimzoo.models.llama import Llama, get_config
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -211,10 +212,9 @@ def result_table(name: str) -> str:
     if not mine:
         return "## Results\n\nThis method is not in the [comparison](../choosing.md)."
     adamw = [r for r in records if r["method"] == "adamw" and name != "adamw"]
-    lines = ["| " + " | ".join(h for h, _ in HEADERS) + " |", "|---" * len(HEADERS) + "|"]
-    lines += ["| " + " | ".join(cells(r)) + " |" for r in [*mine, *adamw]]
+    table = Table(HEADERS, [cells(record) for record in [*mine, *adamw]], left=3)
     text = "Its rows of the [comparison](../choosing.md#the-comparison), and AdamW's."
-    return f"## Results\n\n{text}\n\n" + "\n".join(lines)
+    return f"## Results\n\n{text}\n\n{table.markdown()}"
 
 
 # What mkdocs calls.

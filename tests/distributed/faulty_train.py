@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from parallel_runs import arm, weights_kept
 from tiny_benchmarks import TINY
 
-from benchmarks import llama
-from benchmarks.checkpoint import Checkpoints
-from benchmarks.run import Run
-from benchmarks.signals import HeldSignals
+from benchmarks.training.checkpoint import Checkpoints
+from benchmarks.training.interrupts import HeldSignals
+from benchmarks.training.run import Run
+from optimzoo.models import llama
 
 START, RANK = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
 

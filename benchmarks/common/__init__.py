@@ -1,0 +1,1 @@
+"""What every room uses: files, provenance, progress, tables, timing."""

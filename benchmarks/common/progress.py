@@ -1,0 +1,127 @@
+"""The progress of training runs: a bar with loss, speed and time left; else a line a run."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+
+class RunProgress:
+    """One bar over the steps of all runs; it also says which run, its loss and its speed."""
+
+    def __init__(self, total_steps: int) -> None:
+        self.console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=total_steps, status="")
+        self._base = 0
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def start(self, name: str, steps: int) -> Callable[[int, float, float], None]:
+        """Begin a run; what it returns is to be called with (step, loss, tokens per second)."""
+        base = self._base
+        self._base += steps
+        self._bar.update(self._task, description=name, completed=base, status="")
+
+        def report(step: int, loss: float, speed: float) -> None:
+            status = f"loss {loss:.3f}  {speed:,.0f} tok/s"
+            self._bar.update(self._task, completed=base + step, status=status)
+
+        return report
+
+    def finish(self, text: str) -> None:
+        """A line for a finished run."""
+        self.console.print(text, highlight=False)
+
+
+class SideBySide(RunProgress):
+    """One bar over runs at the same time: the range of their losses, their speed together."""
+
+    def __init__(self, total_steps: int) -> None:
+        super().__init__(total_steps)
+        self._running: dict[str, tuple[str, int, float, float]] = {}
+
+    def report(self, key: str, name: str, step: int, loss: float, speed: float) -> None:
+        """The run of this key is at a step."""
+        self._running[key] = (name, step, loss, speed)
+        (first, *others), steps, losses, speeds = zip(*self._running.values(), strict=True)
+        between = " to ".join(f"{loss:.3f}" for loss in sorted({min(losses), max(losses)}))
+        self._bar.update(
+            self._task,
+            description=f"{first} and {len(others)} more" if others else first,
+            completed=self._base + sum(steps),
+            status=f"loss {between}  {sum(speeds):,.0f} tok/s",
+        )
+
+    def end(self, key: str, steps: int) -> None:
+        """A run of so many steps has ended."""
+        self._running.pop(key, None)
+        self._base += steps
+
+
+class _Amount(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        unit = task.fields["unit"]
+        return Text(f"{task.completed:,.0f} {unit}" if unit else "", no_wrap=True)
+
+
+class Bars:
+    """Progress bars on stderr that fit in 80 columns, or nothing at all."""
+
+    def __init__(self, shown: bool) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:<14}"),
+            BarColumn(bar_width=16),
+            _Amount(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not shown,
+        )
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    @contextmanager
+    def bar(
+        self, description: str, total: int | None, unit: str
+    ) -> Iterator[Callable[[int], None]]:
+        """One bar; yields a function that advances it. Without a total it only counts."""
+        task = self._progress.add_task(description, total=total, unit=unit)
+        yield lambda amount: self._progress.advance(task, amount)
+        done = self._progress.tasks[task].completed or 1
+        self._progress.update(task, completed=done, total=done)

@@ -1,0 +1,57 @@
+"""What a number needs beside it: commit, device, versions; and writing files whole."""
+
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import optimzoo
+from benchmarks.common.files import ROOT
+
+
+def provenance() -> dict[str, Any]:
+    """Commit, device and versions of this process, for a results row."""
+    return {
+        "commit": _commit(),
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "optimzoo": optimzoo.__version__,
+    }
+
+
+def made_on(made: dict[str, Any]) -> str:
+    """Return device, threads, torch and commit of a provenance, as text."""
+    return (
+        f"{made['device']}, {made['threads']} threads, torch {made['torch']}, commit "
+        f"{made['commit']}"
+    )
+
+
+def device_name() -> str:
+    """The GPU's name, or the processor's with its architecture."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        model = platform.processor() or "unknown processor"
+    return f"{model} ({platform.machine()})"
+
+
+def _commit() -> str:
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=10"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit

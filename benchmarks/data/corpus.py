@@ -1,0 +1,236 @@
+"""Tokens to train on: a byte-level BPE over local text, or C4, cached as memory-mapped files.
+
+A cached folder is complete by itself: copied to a machine without the text, it is a source there.
+
+Documents are packed: each is followed by an end-of-text token and the next begins at once, with no
+padding and no truncation, and a window may hold parts of several. (The published C4 runs pad or cut
+each document to 256 tokens instead, so perplexities of the two protocols do not compare.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common.progress import Bars
+from benchmarks.data.sources import (
+    SPLITS,
+    Source,
+    c4_source,
+    hub_error,
+    limited,
+    stdlib_source,
+    survey,
+)
+from benchmarks.data.text_files import file_source
+from benchmarks.data.token_cache import (
+    StaleCacheError,
+    TokenWriter,
+    build,
+    open_copied,
+    open_tokens,
+    sweep,
+)
+from benchmarks.data.tokenizer import END_OF_TEXT, encode, train_tokenizer
+
+FORMAT = 1  # of the cache; a higher number makes every older cache unused
+MIN_VOCAB = 300  # 256 bytes, the end of text, and a few merges
+C4_EVAL_TOKENS = 10_000_000  # of each of valid and test: what the published runs evaluate on
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The tokens of a source; `sha256` is that of its documents and their splits."""
+
+    name: str
+    sha256: str
+    vocab_size: int
+    train: np.ndarray
+    valid: np.ndarray
+    test: np.ndarray
+
+
+def load_corpus(
+    source: str | Sequence[str | Path] = "stdlib",
+    *,
+    vocab_size: int,
+    cache_dir: Path = Path(".cache/optimzoo"),
+    progress: bool = True,
+    max_chars: int | None = None,
+    max_tokens: int | None = None,
+    c4_dataset: str = "allenai/c4",
+    tokenizer: str = "t5-base",
+) -> Corpus:
+    """The tokens of a source, from the cache if they are there.
+
+    Args:
+        source: "stdlib" (the running Python's standard library), "c4", .txt and .jsonl files, or
+            one folder that this function made in some `cache_dir`, its .bin files plain or .bin.xz.
+        vocab_size: of the tokenizer that is trained on the train split; for "c4" that of the model.
+        cache_dir: holds one folder for each source, vocabulary size and version.
+        progress: draw progress bars on stderr.
+        max_chars: take no more of the train split; valid and test stay whole. Only for text.
+        max_tokens: how much of C4's train split to take. Only for "c4", and needed there.
+        c4_dataset: a dataset on the Hugging Face hub, or a local folder laid out like it
+            (which must not change: a cache is found by the name of the dataset alone).
+        tokenizer: a tokenizer on the hub, or a local folder. Only for "c4".
+    """
+    if vocab_size < MIN_VOCAB:
+        raise ValueError(f"vocab_size must be at least {MIN_VOCAB} (bytes first), got {vocab_size}")
+    paths = [source] if isinstance(source, (str, Path)) else source
+    named = source in ("stdlib", "c4")
+    with Bars(progress) as bars:
+        if not named and len(paths) == 1 and (folder := Path(paths[0])).is_dir():
+            limits = {"max_chars": max_chars, "max_tokens": max_tokens}
+            return _copied(folder, vocab_size, limits, bars)
+        if source == "c4":
+            if max_chars is not None:
+                raise ValueError(f"max_chars={max_chars} is not for 'c4'; give max_tokens")
+            if max_tokens is None or max_tokens < 1:
+                raise ValueError(f"'c4' needs max_tokens of at least 1, got {max_tokens}")
+            recipe = _c4_recipe(vocab_size, max_tokens, c4_dataset, tokenizer, bars)
+        else:
+            if max_tokens is not None:
+                raise ValueError(f"max_tokens={max_tokens} is only for 'c4'; give max_chars")
+            text = stdlib_source() if source == "stdlib" else file_source(paths)
+            recipe = _text_recipe(limited(text, max_chars), vocab_size, bars)
+        meta, tokens = _from_cache(recipe, Path(cache_dir))
+    return Corpus(recipe.name, meta["sha256"], vocab_size, **tokens)
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """What names a cached folder, and how to fill it."""
+
+    name: str
+    identity: dict[str, Any]
+    fill: Callable[[Path], None]
+
+
+def _from_cache(recipe: _Recipe, cache_dir: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    key = hashlib.sha256(json.dumps(recipe.identity, sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache_dir / f"{recipe.name}-{key}"
+    sweep(cache_dir)
+    if folder.exists():
+        try:
+            return open_tokens(folder, recipe.identity)
+        except StaleCacheError as reason:
+            log.warning("cached tokens in %s: %s; building them again", folder, reason)
+    build(folder, recipe.fill, recipe.identity)
+    return open_tokens(folder, recipe.identity)
+
+
+def _copied(folder: Path, vocab_size: int, limits: Mapping[str, int | None], bars: Bars) -> Corpus:
+    if not (folder / "meta.json").exists():
+        raise ValueError(
+            f"{folder} is a folder; give the files in it, or a folder of tokens from the token "
+            "cache (this one has no meta.json)"
+        )
+    for name, value in limits.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}={value} has no effect on the folder of tokens {folder}; leave it out, "
+                "or give the text"
+            )
+    try:
+        with bars.bar("checking", None, ""):
+            identity = {"format": FORMAT, "vocab_size": vocab_size}
+            meta, tokens = open_copied(folder, identity)
+    except StaleCacheError as reason:
+        raise ValueError(
+            f"{folder}: {reason}; take a folder of tokens that was made for this model by this "
+            "version, and copied whole"
+        ) from reason
+    return Corpus(meta["source"], meta["sha256"], vocab_size, **tokens)
+
+
+def _text_recipe(source: Source, vocab_size: int, bars: Bars) -> _Recipe:
+    import tokenizers
+
+    with bars.bar("reading", None, "characters") as advance:
+        found = survey(source, advance)
+    identity = {
+        "format": FORMAT,
+        "sha256": found.sha256,
+        "vocab_size": vocab_size,
+        "tokenizers": tokenizers.__version__,
+    }
+
+    def fill(folder: Path) -> None:
+        tokenizer = train_tokenizer(source, found, vocab_size, bars)
+        writer = TokenWriter(folder, _dtype(vocab_size))
+        total = sum(found.characters.values())
+        try:
+            with bars.bar("encoding", total, "characters") as advance:
+                sha256 = encode(
+                    source.documents(),
+                    found.owns,
+                    tokenizer,
+                    tokenizer.token_to_id(END_OF_TEXT),
+                    vocab_size,
+                    writer,
+                    lambda document, _: advance(len(document.text)),
+                )
+            if sha256 != found.sha256:
+                raise ValueError(f"{source.name} has changed while it was read; run again")
+            facts = {"characters": found.characters, "documents": found.documents}
+            writer.finish(tokenizer.to_str(), identity, source=source.name, **facts)
+        finally:
+            writer.close()
+
+    return _Recipe(source.name, identity, fill)
+
+
+def _c4_recipe(vocab_size: int, max_tokens: int, dataset: str, name: str, bars: Bars) -> _Recipe:
+    identity = {
+        "format": FORMAT,
+        "dataset": dataset,
+        "tokenizer": name,
+        "max_tokens": max_tokens,
+        "vocab_size": vocab_size,
+    }
+
+    def fill(folder: Path) -> None:
+        try:
+            from transformers import AutoTokenizer
+
+            loaded = AutoTokenizer.from_pretrained(name)
+            tokenizer, end = loaded.backend_tokenizer, loaded.eos_token_id
+        except Exception as error:
+            raise hub_error(f"tokenizer {name!r}", error) from error
+        if end is None:
+            raise ValueError(f"tokenizer {name!r} has no end-of-text token; take one that has")
+        limits = dict.fromkeys(SPLITS, C4_EVAL_TOKENS) | {"train": max_tokens}
+        writer = TokenWriter(folder, _dtype(vocab_size), limits)
+        source = c4_source(dataset, writer.full)
+        try:
+            with bars.bar("encoding train", max_tokens, "tokens") as advance:
+                sha256 = encode(
+                    source.documents(),
+                    lambda _: True,
+                    tokenizer,
+                    end,
+                    vocab_size,
+                    writer,
+                    lambda document, count: advance(count if document.split == "train" else 0),
+                )
+            if not writer.counts["train"]:
+                raise ValueError(f"dataset {dataset!r} has no training text; check the dataset")
+            writer.finish(tokenizer.to_str(), identity, sha256=sha256, source=source.name)
+        finally:
+            writer.close()
+
+    return _Recipe("c4", identity, fill)
+
+
+def _dtype(vocab_size: int) -> str:
+    return "uint16" if vocab_size <= 65535 else "uint32"

@@ -1,0 +1,173 @@
+"""Documents read from .txt and .jsonl files, plain or compressed."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import lzma
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, cast
+
+from benchmarks.data.sources import Document, Source, split_of
+
+BLOCK_CHARS = 10_000  # the size of a document cut from a .txt file
+TEXT_SUFFIXES = (".txt", ".jsonl")
+PACKED_SUFFIXES = (".gz", ".xz", ".zst")
+NAMED_SPLITS = {"valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
+
+
+def file_source(paths: Sequence[str | Path]) -> Source:
+    """Documents of .txt and .jsonl files (key `text`), plain or .gz, .xz or .zst.
+
+    A file with `valid`, `val` or `test` as a part of its name is that split. A split that no file
+    is named for is drawn from the other files by the sha256 of each document's text.
+    """
+    files = [Path(path) for path in paths]
+    if not files:
+        raise ValueError("no source files given; give .txt or .jsonl files, 'stdlib' or 'c4'")
+    for path in files:
+        _check_file(path)
+    named = {path: _named_split(path) for path in files}
+    claimed = set(named.values())
+
+    def documents() -> Iterator[Document]:
+        for path in files:
+            for text in _read_texts(path):
+                split = named[path] or split_of(text)
+                if named[path] is None and split in claimed:
+                    split = "train"
+                yield Document(split, text)
+
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", files[0].name.split(".")[0])[:40] or "text"
+    return Source(stem if len(files) == 1 else f"{stem}+{len(files) - 1}", documents)
+
+
+def _check_file(path: Path) -> None:
+    if _kind(path) not in TEXT_SUFFIXES:
+        raise ValueError(f"{path}: unknown suffix; give .txt or .jsonl, plain or .gz, .xz, .zst")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the files in it")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; check the path")
+
+
+def _kind(path: Path) -> str:
+    name, suffix = os.path.splitext(path.name)
+    return os.path.splitext(name)[1] if suffix in PACKED_SUFFIXES else suffix
+
+
+def _named_split(path: Path) -> str | None:
+    parts = re.split(r"[^a-z]+", path.name.lower())
+    return next((NAMED_SPLITS[part] for part in parts if part in NAMED_SPLITS), None)
+
+
+def _read_texts(path: Path) -> Iterator[str]:
+    """The non-empty documents of one file; whatever is wrong with it is one line with its name."""
+    number = 0
+    try:
+        with _open_binary(path) as binary:
+            # newline="\n" keeps the text exact; utf-8-sig drops the mark that some editors add.
+            handle = io.TextIOWrapper(binary, encoding="utf-8-sig", newline="\n")
+            if _kind(path) == ".txt":
+                yield from _blocks(handle)
+                return
+            for line in handle:
+                number += 1
+                if line.strip() and (text := _parse_line(line)):
+                    yield text
+    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is truncated or damaged ({error}); fetch it again") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason}); convert it") from error
+    except _BadLineError as error:
+        raise ValueError(f"{path}:{number}: {error}") from error
+
+
+class _BadLineError(Exception):
+    """What is wrong with a line; the reader adds the file and the line number."""
+
+
+def _parse_line(line: str) -> str:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise _BadLineError(f"not a JSON line ({error}); write one object a line") from error
+    text = row.get("text") if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        raise _BadLineError("no string under the key 'text'; write one in every line")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _BadLineError("the text has a lone surrogate, which UTF-8 cannot hold") from error
+    return text
+
+
+def _blocks(handle: IO[str]) -> Iterator[str]:
+    """Documents of BLOCK_CHARS or a little more, cut at line ends (or inside a longer line)."""
+    lines: list[str] = []
+    size = 0
+    while line := handle.readline(BLOCK_CHARS):
+        lines.append(line)
+        size += len(line)
+        if size >= BLOCK_CHARS:
+            yield "".join(lines)
+            lines, size = [], 0
+    if lines:
+        yield "".join(lines)
+
+
+def _open_binary(path: Path) -> IO[bytes]:
+    if path.suffix == ".gz":
+        return cast(IO[bytes], gzip.open(path, "rb"))
+    if path.suffix == ".xz":
+        return lzma.open(path, "rb")
+    if path.suffix == ".zst":
+        return io.BufferedReader(_ZstdReader(path))
+    return path.open("rb")
+
+
+class _ZstdReader(io.RawIOBase):
+    """Reads .zst frames and, unlike zstandard's own stream reader, refuses a truncated file."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import zstandard
+        except ImportError as error:
+            raise ImportError(f"{path} needs zstandard: pip install zstandard") from error
+        self._new_frame: Callable[[], Any] = zstandard.ZstdDecompressor().decompressobj
+        self._error = zstandard.ZstdError
+        self._file = path.open("rb")
+        self._frame: Any = None
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            packed = self._frame.unused_data if self._frame and self._frame.eof else b""
+            packed = packed or self._file.read(1 << 16)
+            if not packed:
+                if self._frame and not self._frame.eof:
+                    raise EOFError("the last frame is not complete")
+                return 0
+            if self._frame is None or self._frame.eof:
+                self._frame = self._new_frame()
+            try:
+                self._ready = self._frame.decompress(packed)
+            except self._error as error:
+                raise EOFError(str(error)) from error
+        size = min(len(buffer), len(self._ready))
+        buffer[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size
+
+    def close(self) -> None:
+        if hasattr(self, "_file"):
+            self._file.close()
+        super().close()

@@ -1,0 +1,251 @@
+"""A folder of token files that is complete or absent, whatever kills the process that writes it.
+
+A folder is built under another name, synced, and renamed into place. Its builder holds a lock that
+the kernel drops with the process, so a later run can tell a dead folder from one in the making.
+Needs a POSIX system (`flock`, and a rename that never replaces a folder with files in it).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import lzma
+import os
+import secrets
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common.files import sync_folder
+from benchmarks.data.sources import SPLITS
+
+UNFINISHED = ".unfinished-"
+
+
+class StaleCacheError(Exception):
+    """Why a folder cannot be used as it is."""
+
+
+class TokenWriter:
+    """Writes train.bin, valid.bin and test.bin, each up to its limit, if it has one."""
+
+    def __init__(self, folder: Path, dtype: str, limits: Mapping[str, int] | None = None) -> None:
+        self.counts: Counter[str] = Counter()
+        self._folder = folder
+        self._dtype = np.dtype(dtype)
+        self._limits = dict(limits or {})
+        self._stack = ExitStack()
+        self._files = {
+            split: self._stack.enter_context((folder / f"{split}.bin").open("wb"))
+            for split in SPLITS
+        }
+        self._hashes = {split: hashlib.sha256() for split in SPLITS}
+
+    def full(self, split: str) -> bool:
+        """Whether the split has all the tokens that it may have."""
+        return split in self._limits and self.counts[split] >= self._limits[split]
+
+    def write(self, split: str, ids: Sequence[int]) -> int:
+        """Append tokens; returns how many there was room for."""
+        room = self._limits.get(split, len(ids) + self.counts[split]) - self.counts[split]
+        data = np.asarray(ids[:room], dtype=self._dtype)
+        self._files[split].write(data)
+        self._hashes[split].update(data)
+        self.counts[split] += len(data)
+        return len(data)
+
+    def finish(self, tokenizer: str, identity: Mapping[str, Any], **facts: Any) -> None:
+        """Sync the tokens, then write the tokenizer, then the description of all of them."""
+        for file in self._files.values():
+            _sync(file)
+        self.close()
+        _write_synced(self._folder / "tokenizer.json", tokenizer)
+        meta = {
+            **identity,
+            **facts,
+            "dtype": self._dtype.name,
+            "tokenizer_sha256": hashlib.sha256(tokenizer.encode()).hexdigest(),
+            "splits": {
+                split: {"tokens": self.counts[split], "sha256": self._hashes[split].hexdigest()}
+                for split in SPLITS
+            },
+        }
+        _write_synced(self._folder / "meta.json", json.dumps(meta, indent=2) + "\n")
+
+    def close(self) -> None:
+        """Close the files; the folder is then the caller's to keep or to remove."""
+        self._stack.close()
+
+
+def open_tokens(
+    folder: Path, identity: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The description and the memory-mapped tokens of a folder, or a StaleCacheError.
+
+    Sizes, the tokenizer's sha256 and the identity are compared with meta.json every time; the
+    tokens' own sha256 is in meta.json but not checked here, as that would read all of them.
+    """
+    meta = _description(folder, identity)
+    with _reasons():
+        tokenizer = (folder / "tokenizer.json").read_bytes()
+        if hashlib.sha256(tokenizer).hexdigest() != meta["tokenizer_sha256"]:
+            raise StaleCacheError("tokenizer.json is not the one that meta.json describes")
+        dtype = np.dtype(meta["dtype"])
+        tokens = {}
+        for split in SPLITS:
+            path, expected = folder / f"{split}.bin", meta["splits"][split]["tokens"]
+            if (size := path.stat().st_size) != expected * dtype.itemsize:
+                raise StaleCacheError(
+                    f"{path.name} has {size} bytes, meta.json says {expected * dtype.itemsize}"
+                )
+            tokens[split] = (
+                np.memmap(path, dtype, "r") if expected else np.empty(0, dtype)  # no empty maps
+            )
+    return meta, tokens
+
+
+def open_copied(
+    folder: Path, identity: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """`open_tokens` for a folder that was made elsewhere: the tokens' sha256 is checked too.
+
+    Where it has NAME.bin.xz and no NAME.bin, that is unpacked first, to stay.
+    """
+    meta = _description(folder, identity)  # to refuse a wrong folder before it is unpacked
+    if missing := sorted({"source", "sha256"} - meta.keys()):
+        raise StaleCacheError(f"meta.json has no {missing[0]}")
+    for split in SPLITS:
+        _unpack(folder / f"{split}.bin")
+    meta, tokens = open_tokens(folder, identity)
+    with _reasons():
+        for split in SPLITS:
+            if hashlib.sha256(tokens[split]).hexdigest() != meta["splits"][split]["sha256"]:
+                raise StaleCacheError(f"{split}.bin does not have the sha256 in meta.json")
+    return meta, tokens
+
+
+def _description(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    with _reasons():
+        meta = json.loads((folder / "meta.json").read_text("utf-8"))
+        for key, value in identity.items():
+            if meta[key] != value:
+                raise StaleCacheError(f"meta.json has {key} {meta[key]!r}, expected {value!r}")
+    return meta
+
+
+@contextmanager
+def _reasons() -> Iterator[None]:
+    """Whatever goes wrong with the files of a folder is a reason not to use it."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StaleCacheError(f"{type(error).__name__}: {error}") from error
+
+
+def _unpack(path: Path) -> None:
+    packed = path.with_name(f"{path.name}.xz")
+    if path.exists() or not packed.exists():
+        return
+    unpacked = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    try:
+        with lzma.open(packed) as source, unpacked.open("wb") as file:
+            shutil.copyfileobj(source, file, 1 << 20)
+            _sync(file)
+        if not path.exists():  # else another process may have mapped what it unpacked
+            os.replace(unpacked, path)
+    except (lzma.LZMAError, EOFError) as error:
+        raise StaleCacheError(f"{packed.name} is truncated or damaged ({error})") from error
+    except OSError as error:
+        raise OSError(
+            f"{packed} cannot be unpacked in its folder ({error.strerror}); make the folder "
+            "writable, with room for it, or unpack it before"
+        ) from error
+    finally:
+        with suppress(OSError):  # it was moved, or never made
+            unpacked.unlink()
+
+
+def build(folder: Path, fill: Callable[[Path], None], identity: Mapping[str, Any]) -> None:
+    """Fill a new folder and move it into place, unless another process has done so meanwhile."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _unfinished(folder) as built:
+        fill(built)
+        sync_folder(built)
+        while not _moved(built, folder):
+            with suppress(StaleCacheError):
+                open_tokens(folder, identity)
+                return
+            with suppress(FileNotFoundError):
+                os.rename(folder, _new_name(folder))  # swept with the dead ones
+        sync_folder(folder.parent)
+    sweep(folder.parent)
+
+
+def sweep(cache_dir: Path) -> None:
+    """Remove what dead processes left behind, and nothing that a living one is writing."""
+    for folder in cache_dir.glob(UNFINISHED + "*"):
+        # No permission, no locks on this file system, or a living owner: it stays.
+        with suppress(OSError), _locked(folder):
+            shutil.rmtree(folder)
+
+
+@contextmanager
+def _unfinished(folder: Path) -> Iterator[Path]:
+    with ExitStack() as stack:
+        while True:
+            built = _new_name(folder)
+            built.mkdir()
+            try:
+                stack.enter_context(_locked(built))
+            except (BlockingIOError, FileNotFoundError):
+                continue  # swept between its making and its locking
+            except OSError:
+                break  # no locks on this file system: nobody can sweep there either
+            if built.exists():
+                break
+        try:
+            yield built
+        finally:
+            shutil.rmtree(built, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _new_name(folder: Path) -> Path:
+    return folder.parent / f"{UNFINISHED}{folder.name}-{secrets.token_hex(6)}"
+
+
+def _moved(built: Path, folder: Path) -> bool:
+    try:
+        os.rename(built, folder)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        raise
+    return True
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        _sync(file)
+
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,1 @@
+"""Comparisons of methods: plans, runs side by side, summaries."""

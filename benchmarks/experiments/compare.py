@@ -1,0 +1,95 @@
+"""Train the same model with several optimizers on the same batches; print and write the table."""
+
+import argparse
+import contextlib
+import shutil
+from pathlib import Path
+
+from benchmarks.common.files import make_folder, write_json
+from benchmarks.experiments import summary
+from benchmarks.experiments.plan import (
+    PROTOCOLS,
+    Plan,
+    on_edge,
+)
+from benchmarks.experiments.run_queue import Session, add_jobs_argument, merged, settle_counts
+from benchmarks.training.cli import add_corpus_arguments, corpus_from, refuse_cache
+from optimzoo.memory.options import refuse
+
+
+def tune(session: Session, methods: list[str], protocols: list[str]) -> int:
+    """Run the grids; write every row, and with them the values that `compare` trains at."""
+    plan = session.plan
+    pairs = plan.pairs(methods, protocols)
+    session.run([e for pair in pairs for e in plan.grid(*pair)], test=False)
+    session.run([e for pair in pairs for e in plan.second(*pair, session.rows)], test=False)
+    rows = [{k: v for k, v in row.items() if k != "curve"} for row in session.rows]
+    rows = merged(plan.tune_path, rows)
+    rows.sort(key=lambda r: (r["method"], r["protocol"], r["valid_loss"] or float("inf")))
+    write_json(plan.tune_path, {"rows": rows})
+    print(summary.tuning_text(plan, rows))
+    for method, protocol in pairs:
+        for axis in on_edge(rows, plan, method, protocol):
+            print(f"note: {method} ({protocol}) is best at the edge of its {axis} grid")
+    return 0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m benchmarks compare`."""
+    parser.add_argument("--plan", default="nano", help="a file of experiments/configs, by name")
+    parser.add_argument(
+        "--optimizers", nargs="+", metavar="NAME", help="of the plan, or all; default: its four"
+    )
+    parser.add_argument("--protocol", choices=[*PROTOCOLS, "both"], default="both")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1")
+    parser.add_argument("--tune", action="store_true", help="run the grids and store their rows")
+    add_jobs_argument(parser)
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"))
+    parser.add_argument("--store", action="store_true", help="also keep the rows in the repository")
+    parser.add_argument(
+        "--committed", action="store_true", help="take rows of the repository that fit, not run"
+    )
+    parser.add_argument("--fresh", action="store_true", help="forget the finished runs in --out")
+    add_corpus_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run what is missing, print the table, write results.json, table.md and the pictures."""
+    if args.tune:
+        refuse(args, ["seeds"], args.given, "--tune runs seed 0 alone; leave {option} out")
+        refuse(args, ["store"], args.given, "--tune always stores its rows; leave {option} out")
+    refuse_cache(args)
+    settle_counts(args)
+    plan = Plan(args.plan)
+    methods = plan.select(args.optimizers)
+    protocols = list(PROTOCOLS) if args.protocol == "both" else [args.protocol]
+    pairs = plan.pairs(methods, protocols)
+    missing = [m for m in methods if m not in dict(pairs)]
+    if not pairs:
+        names = ", ".join(missing)
+        raise ValueError(
+            f"--protocol {args.protocol}: plan {args.plan} has none for {names}; leave it out"
+        )
+    if missing:
+        print(f"note: left out, for they have no protocol {args.protocol}: {', '.join(missing)}")
+    seeds = range(0 if args.tune else args.seeds)
+    entries = [plan.chosen(*pair, seed) for seed in seeds for pair in pairs]
+    if args.fresh:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(args.out / "runs")
+    make_folder(args.out, "--out")
+    session = Session(args, plan, corpus_from(args, plan.values["model"]))
+    if args.tune:
+        return tune(session, methods, protocols)
+    rows = session.run(entries, test=True)
+    write_json(args.out / "results.json", {"plan": plan.values, "rows": rows})
+    if args.store:
+        stored = merged(plan.results_path, rows)
+        write_json(plan.results_path, {"plan": plan.values, "rows": stored})
+    summary.write_report(plan, rows, args.out)
+    summary.comparison(plan, rows).print()
+    print(
+        f"written: {args.out}/results.json, table.md, loss.png, memory.png\n"
+        f"curves: tensorboard --logdir {args.out}/runs"
+    )
+    return 0

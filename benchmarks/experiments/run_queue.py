@@ -1,0 +1,229 @@
+"""Runs of a plan, one after the other or in several processes, shared with other processes."""
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common.progress import SideBySide
+from benchmarks.data.corpus import Corpus
+from benchmarks.experiments.plan import Entry, Plan, Row, committed_rows, same_run
+from benchmarks.experiments.run_lock import Claim, Lost, WorkList
+from benchmarks.experiments.summary import read_rows
+from benchmarks.training.cli import corpus_from
+from benchmarks.training.config import fingerprint
+from benchmarks.training.loop import finished, train
+from benchmarks.training.metrics import perplexity
+
+WAIT = 0.5  # seconds between two looks at what other processes have
+Pairs = Iterator[tuple[Entry, Row]]
+
+
+class Session:
+    """Runs entries, one after the other or in several processes, and collects their rows."""
+
+    def __init__(self, args: argparse.Namespace, plan: Plan, corpus: Corpus) -> None:
+        self.args, self.plan, self.corpus = args, plan, corpus
+        self.rows: list[Row] = []
+        self.known = committed_rows() if args.committed else {}
+        self.work = WorkList()
+
+    def run(self, entries: list[Entry], *, test: bool) -> list[Row]:
+        """The rows of ``entries``; finished ones are read, unfinished ones go on."""
+        steps = sum(entry.config.steps for entry in entries)
+        together = min(self.args.jobs, len(entries))
+        bar = SideBySide(steps)
+        with bar:
+            known = [(entry, self._known(entry, test)) for entry in entries]
+            ready = [(entry, row) for entry, row in known if row is not None]
+            rest = [entry for entry, row in known if row is None]
+            if together > 1:
+                runs = self._many(rest, together, bar, test)
+            else:
+                runs = self._each(rest, bar, test)
+            pairs = itertools.chain(ready, runs)
+            for done, (entry, row) in enumerate(pairs, start=1):
+                bar.end(entry.key, entry.config.steps)
+                row = {**row, "method": entry.method, "protocol": entry.protocol}
+                self.rows.append(row)
+                c, loss = entry.config, row["test_loss"] if test else row["valid_loss"]
+                other = "" if c.other_lr is None else f" / {c.other_lr:g}"
+                bar.finish(
+                    f"[{done}/{len(entries)}] {self.plan.label(entry.method)} {entry.protocol}"
+                    f" lr {c.lr:g}{other} clip {c.clip:g} seed {c.seed}:"
+                    f" {'test' if test else 'validation'} perplexity {perplexity(loss):.2f}"
+                )
+        return self.rows
+
+    def _known(self, entry: Entry, test: bool) -> Row | None:
+        """A committed row of the same settings on the same text, if there is one."""
+        row = self.known.get(same_run(fingerprint(entry.config, self.corpus)))
+        tested = row is not None and (not test or row["diverged"] or row["test_loss"] is not None)
+        return row if tested else None
+
+    def _name(self, entry: Entry) -> str:
+        return f"{self.plan.label(entry.method)} {entry.protocol}"
+
+    def _folder(self, entry: Entry) -> Path:
+        return Path(self.args.out) / "runs" / entry.key
+
+    def _next(self, pending: list[Entry], test: bool) -> tuple[Entry, Row | Claim] | None:
+        """Take the first run off the list that is finished (its row) or free (a claim on it)."""
+        for entry in pending:
+            folder = self._folder(entry)
+            found: Row | Claim | None = finished(entry.config, self.corpus, folder, test=test)
+            found = found or self.work.claim(folder)
+            if found:
+                pending.remove(entry)
+                return entry, found
+        return None
+
+    def _each(self, entries: list[Entry], bar: SideBySide, test: bool) -> Pairs:
+        pending = list(entries)
+        while pending:
+            found = self._next(pending, test)
+            if found is None:  # other processes have them
+                time.sleep(WAIT)
+                continue
+            entry, held = found
+            if not isinstance(held, Claim):
+                yield entry, held
+                continue
+            with held:
+                row = self._train(entry, held, bar, test)
+            if row is None:
+                pending.append(entry)
+            else:
+                yield entry, row
+
+    def _train(self, entry: Entry, claim: Claim, bar: SideBySide, test: bool) -> Row | None:
+        def progress(step: int, loss: float, speed: float) -> None:
+            claim.check()
+            bar.report(entry.key, self._name(entry), step, loss, speed)
+
+        options: Any = {"out": self._folder(entry), "save_every": _save_every(entry), "test": test}
+        try:
+            return train(entry.config, self.corpus, progress=progress, **options)
+        except Lost:
+            return None
+
+    def _many(self, entries: list[Entry], jobs: int, bar: SideBySide, test: bool) -> Pairs:
+        threads = threads_each(jobs)
+        # spawn: a forked child would inherit torch's thread pool without its threads.
+        context = multiprocessing.get_context("spawn")
+        reports = context.SimpleQueue()
+        pending, running = list(entries), dict[Future[Row], tuple[Entry, Claim]]()
+        with ProcessPoolExecutor(jobs, context, _start_worker, (threads, reports)) as pool:
+            try:
+                while pending or running:
+                    while len(running) < jobs and (found := self._next(pending, test)):
+                        entry, held = found
+                        if isinstance(held, Claim):
+                            job = (self.args, entry, self._name(entry), self._folder(entry), test)
+                            running[pool.submit(_train_in_worker, *job)] = entry, held
+                        else:
+                            yield entry, held
+                    ended = wait(running, WAIT, FIRST_COMPLETED).done
+                    while not reports.empty():
+                        bar.report(*reports.get())
+                    for future in ended:
+                        entry, held = running.pop(future)
+                        self.work.release(held)
+                        yield entry, future.result()
+                    if not running:
+                        time.sleep(WAIT if pending else 0)
+            except BaseException:
+                for worker in multiprocessing.active_children():
+                    worker.terminate()  # a run saves and leaves
+                pool.shutdown(cancel_futures=True)
+                for _, held in running.values():
+                    self.work.release(held)
+                raise
+
+
+def _save_every(entry: Entry) -> int:
+    """Steps between two checkpoints: a killed run loses a fifth of itself at most."""
+    return max(100, entry.config.steps // 5)
+
+
+def default_jobs() -> int:
+    """One on a GPU. On a CPU one for each thread, to eight: a small model gains little by two."""
+    return 1 if torch.cuda.is_available() else min(8, torch.get_num_threads())
+
+
+def threads_each(jobs: int) -> int:
+    """Threads of each of so many runs side by side."""
+    return max(1, torch.get_num_threads() // jobs)
+
+
+# Of a worker: where it says how far it is, and the text of its last run, by model.
+_reports: Any = None
+_corpus: dict[str, Corpus] = {}
+
+
+def _start_worker(threads: int, reports: Any) -> None:
+    global _reports
+    _reports = reports
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; it ends the workers
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        if parent is not None:
+            parent.join()
+            os.kill(os.getpid(), signal.SIGTERM)  # the run saves and leaves
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _train_in_worker(
+    args: argparse.Namespace, entry: Entry, name: str, folder: Path, test: bool
+) -> Row:
+    def progress(step: int, loss: float, speed: float) -> None:
+        _reports.put((entry.key, name, step, loss, speed))
+
+    try:
+        model = entry.config.model
+        if model not in _corpus:
+            _corpus.clear()
+            _corpus[model] = corpus_from(args, model)
+        options: Any = {"out": folder, "save_every": _save_every(entry), "test": test}
+        return train(entry.config, _corpus[model], progress=progress, **options)
+    except KeyboardInterrupt:
+        os._exit(130)  # else the pool would give this worker the next run
+
+
+def merged(path: Path, rows: list[Row]) -> list[Row]:
+    """The rows of a results file, those of the same methods and protocols replaced by ``rows``."""
+    ours = {(row["method"], row["protocol"]) for row in rows}
+    kept = read_rows(path) if path.exists() else []
+    return [row for row in kept if (row["method"], row["protocol"]) not in ours] + rows
+
+
+def add_jobs_argument(parser: argparse.ArgumentParser) -> None:
+    """`--jobs`."""
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        help="runs side by side, in processes; on a CPU as many as threads, to eight",
+    )
+
+
+def settle_counts(args: argparse.Namespace) -> None:
+    """Jobs where none were given.
+
+    Raises:
+        ValueError: there are none of them, or no seeds.
+    """
+    args.jobs = default_jobs() if args.jobs is None else args.jobs
+    if args.seeds < 1 or args.jobs < 1:
+        raise ValueError("--seeds and --jobs must be at least 1")

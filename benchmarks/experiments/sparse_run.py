@@ -1,0 +1,245 @@
+"""One run of the CAST recipe: a dense model trained further on its way to N:M sparsity."""
+
+import copy
+import hashlib
+import io
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from benchmarks.common.files import write_atomic
+from benchmarks.data.corpus import Corpus
+from benchmarks.training.config import RunConfig
+from benchmarks.training.run import Run
+from optimzoo import param_groups
+from optimzoo.optimizers.adams import AdamS
+from optimzoo.sparsity import (
+    SparsityReport,
+    distillation_loss,
+    finalize,
+    is_nm,
+    linear_targets,
+    nm_mask,
+    prepare,
+    report,
+    sparse_groups,
+    unpack,
+)
+
+N, M = 2, 4
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a dense model becomes sparse.
+
+    Attributes:
+        label: in tables.
+        lr: learning rate of the hidden weights.
+        decay: AdamS's (`l1`, `l2`); None: AdamW.
+        l1: the decay's strength.
+        prune: the mask is that of the dense weights, from the first step on.
+        masked_forward: the forward sees the pruned weights, the gradient passes to all (SR-STE).
+        scale_blocks: of CAST's weight scaling.
+        distill: with the dense model as teacher.
+        trained: False: no further steps at all.
+    """
+
+    label: str
+    lr: float = 1e-3
+    decay: str | None = None
+    l1: float = 0.0
+    prune: bool = False
+    masked_forward: bool = False
+    scale_blocks: int = 0
+    distill: bool = True
+    trained: bool = True
+
+    @property
+    def dense(self) -> bool:
+        """Whether the model stays dense."""
+        return self.decay is None and not self.prune
+
+
+class MaskedForward(nn.Module):
+    """A parametrization: the weight without what the mask leaves out; its gradient goes to all."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.mask = nn.Buffer(nm_mask(weight, N, M), persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The pruned weight, with the identity's gradient (straight-through)."""
+        return weight + (weight * self.mask - weight).detach()
+
+
+def save_weights(run: Run) -> None:
+    """Write the weights of a trained model into weights.pt of the run's folder."""
+    assert run.out is not None
+    buffer = io.BytesIO()
+    torch.save({k: v.cpu() for k, v in run.model.state_dict().items()}, buffer)
+    write_atomic(run.out / "weights.pt", buffer.getvalue())
+
+
+class DenseRun(Run):
+    """The training run of the dense model that all methods start from."""
+
+    def results(self, test: bool) -> dict[str, Any]:
+        """Return the losses, and keep the weights."""
+        save_weights(self)
+        return {"label": "start", **super().results(test)}
+
+
+def sparse_config(
+    config: RunConfig, method: Method, dense: dict[str, Tensor], eta: float
+) -> RunConfig:
+    """Return the configuration whose ``hyper`` records the method and the weights it starts from.
+
+    They are part of the run's fingerprint.
+    """
+    digest = hashlib.sha256()
+    for value in dense.values():
+        digest.update(value.numpy().tobytes())
+    facts = {**asdict(method), "eta": eta, "start": digest.hexdigest()[:16]}
+    return replace(config, hyper=facts)
+
+
+class SparseRun(Run):
+    """A training run that starts from dense weights and ends with a sparse model.
+
+    Args:
+        config: from `sparse_config`.
+        corpus: the text.
+        out: the folder of its results and checkpoints.
+        method: the way to a sparse model.
+        dense: the weights to start from.
+        eta: the teacher's share of the loss.
+        options: of `Run`.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        corpus: Corpus,
+        out: Path | None,
+        *,
+        method: Method,
+        dense: dict[str, Tensor],
+        eta: float,
+        **options: Any,
+    ) -> None:
+        super().__init__(replace(config, optimizer="adamw", hyper={}), corpus, out, **options)
+        self.config = config
+        self.method, self.eta = method, eta if method.distill else 0.0
+        self.model.load_state_dict(dense)
+        self.teacher = copy.deepcopy(self.model).requires_grad_(False)
+        layers: dict[str, Any] = dict(linear_targets(self.model))
+        self.fixed = {m: nm_mask(m.weight, N, M) for m in layers.values() if method.prune}
+        self._apply_fixed()
+        if method.scale_blocks:
+            prepare(self.model, N, M, scale_blocks=method.scale_blocks)
+        for module in layers.values() if method.masked_forward else ():
+            parametrize.register_parametrization(module, "weight", MaskedForward(module.weight))
+        self._make_optimizer()
+        self.last: SparsityReport | None = None
+        self.masked_curve: list[tuple[int, float, float, float]] = []
+        if not method.trained:
+            self.step = config.steps
+
+    def _make_optimizer(self) -> None:
+        config, method = self.config, self.method
+        groups = sparse_groups(self.model) if method.decay else param_groups(self.model)
+        for group in groups:
+            if group["role"] != "hidden" and config.other_lr is not None:
+                group["lr"] = config.other_lr
+        if method.decay:
+            self.optimizer: Any = AdamS(
+                groups,
+                lr=config.lr,
+                l1=method.l1,
+                total_steps=config.steps,
+                n=N,
+                m=M,
+                decay=method.decay,
+            )
+        else:
+            self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=0.0)
+        schedule = self.scheduler.lr_lambdas[0]
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
+
+    def accumulate_gradients(self) -> Tensor:
+        """Forward and backward over one step's batch, with the teacher where there is one."""
+        if not self.eta:
+            return super().accumulate_gradients()
+        inputs, labels = self.batches[self.step]
+        total, parts = torch.zeros((), device=self.device), self.config.accumulate
+        for x, y in zip(inputs.chunk(parts), labels.chunk(parts), strict=True):
+            x, y = self._moved(x), self._moved(y)
+            with self.autocast():
+                with torch.no_grad():
+                    target = self.teacher(x)
+                loss = distillation_loss(self.forward(x), target, y, self.eta) / parts
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def train_step(self, log: bool, *, read: bool = True) -> tuple[float, dict[str, float]]:
+        """One optimizer step; the loss, and with ``log`` the scalars, those of the masks too."""
+        loss, scalars = super().train_step(log, read=read)
+        self._apply_fixed()
+        self._refresh_forward()
+        if self.method.decay and (self.step % 10 == 1 or self.step == self.config.steps):
+            self.last = report(self.model, self.optimizer, self.last)
+            total = self.last.total()
+            point = (self.step, total["masked_mean"], total["masked_max"], total["flips"])
+            self.masked_curve.append(point)
+            scalars |= {f"sparsity/{k}": v for k, v in total.items()}
+        return loss, scalars
+
+    @torch.no_grad()
+    def _apply_fixed(self) -> None:
+        for module, mask in self.fixed.items():
+            module.weight.masked_fill_(~mask, 0)
+
+    def _refresh_forward(self) -> None:
+        for module in self.model.modules():
+            if self.method.masked_forward and parametrize.is_parametrized(module, "weight"):
+                parts: Any = module.parametrizations
+                weight = parts.weight.original
+                parts.weight[0].mask = unpack(self.optimizer.state[weight]["mask"], weight.shape)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the run goes on from."""
+        return {**super().state_dict(), "masked": json.dumps(self.masked_curve)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there, with its masks."""
+        super().load_state_dict(state)
+        self.masked_curve = [tuple(x) for x in json.loads(state["masked"])]
+        if self.method.decay and self.step:
+            self._refresh_forward()
+            self.last = report(self.model, self.optimizer)
+
+    def results(self, test: bool) -> dict[str, Any]:
+        """Prune for good, keep the weights, and return losses and shares of zeros."""
+        facts: dict[str, Any] = {"label": self.method.label, "masked_curve": self.masked_curve}
+        facts["tokens"] = self.method.trained * self.step * self.config.tokens_per_step
+        facts["valid_before"] = self.evaluate("valid")
+        if self.method.decay and self.last is not None:
+            facts |= {k: v for k, v in self.last.total().items() if k.startswith("masked")}
+            finalize(self.model, self.optimizer)
+        for module in list(self.model.modules()):
+            if parametrize.is_parametrized(module, "weight"):
+                parametrize.remove_parametrizations(module, "weight")
+        layers: list[Any] = list(linear_targets(self.model).values())
+        if not self.method.dense and not all(is_nm(m.weight, N, M) for m in layers):
+            raise RuntimeError(f"{self.method.label}: a weight is not {N}:{M}")
+        zeros = sum(int((m.weight == 0).sum()) for m in layers)
+        facts["zeros"] = zeros / sum(m.weight.numel() for m in layers)
+        save_weights(self)
+        return facts | super().results(test)

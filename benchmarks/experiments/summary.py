@@ -1,0 +1,163 @@
+"""Rows of a comparison as one record for each method and protocol, and as a table."""
+
+import json
+import math
+import statistics
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.optimizer import Optimizer
+
+from benchmarks.common.files import write_atomic
+from benchmarks.common.provenance import made_on
+from benchmarks.common.tables import Table
+from benchmarks.experiments import pictures
+from benchmarks.experiments.model_sizes import SCALES, rescaled
+from benchmarks.experiments.plan import Plan, Row, choose, settings
+from benchmarks.training.low_rank_model import on_meta
+from benchmarks.training.metrics import perplexity
+from optimzoo import create_optimizer
+from optimzoo.lowrank import support_bytes
+from optimzoo.memory import account
+
+MIB = 1024**2
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a results file."""
+    return json.loads(path.read_text(encoding="utf-8"))["rows"]
+
+
+@cache
+def bytes_at(size: str, optimizer: str, hyper: str, lowrank: str = "{}", groups: str = "{}") -> int:
+    """Parameters and state in bfloat16 at a published size, from shapes.
+
+    ``hyper``, ``lowrank`` and ``groups`` are JSON. The positions of sparse parts count as
+    parameters.
+    """
+    model = on_meta(size, json.loads(lowrank))
+    if by_role := json.loads(groups):
+
+        def make(params: list[dict[str, Any]]) -> Optimizer:
+            params = [{**group, **by_role.get(group["role"], {})} for group in params]
+            return create_optimizer(optimizer, params, **json.loads(hyper))
+
+        counted = account(model, make, dtype=torch.bfloat16)
+    else:
+        counted = account(model, optimizer, dtype=torch.bfloat16, **json.loads(hyper))
+    return counted.params + support_bytes(model) + counted.state_total
+
+
+def summarise(plan: Plan, rows: list[Row]) -> list[Row]:
+    """One record a method and protocol: mean and spread over seeds, and the other columns."""
+    records = []
+    pairs = dict.fromkeys((r["method"], r["protocol"]) for r in rows)
+    for method, protocol in pairs:
+        mine = [r for r in rows if (r["method"], r["protocol"]) == (method, protocol)]
+        losses = [perplexity(r["test_loss"]) for r in mine]
+        finite = all(map(math.isfinite, losses))
+        times = [r["optimizer_ms"] for r in mine if r["optimizer_ms"] is not None]
+        first = mine[0]["config"]
+        records.append(
+            {
+                "method": method,
+                "label": plan.label(method),
+                "protocol": protocol,
+                **settings(mine[0]),
+                "perplexity": statistics.fmean(losses),
+                "spread": statistics.stdev(losses) if len(losses) > 1 and finite else None,
+                "seeds": len(mine),
+                "held_bytes": mine[0]["parameter_bytes"] + mine[0]["state_bytes"],
+                "bytes_60m": bytes_at(
+                    "60m",
+                    first["optimizer"],
+                    *(
+                        json.dumps(rescaled(first.get(name, {}), SCALES["60m"]))
+                        for name in ("hyper", "lowrank", "groups")
+                    ),
+                ),
+                "peak_bytes": statistics.median(r["peak_bytes"] for r in mine),
+                "optimizer_ms": statistics.median(times) if times else math.nan,
+                "tokens_per_second": statistics.median(r["tokens_per_second"] for r in mine),
+            }
+        )
+    return sorted(records, key=lambda r: (r["protocol"] != "tuned", r["perplexity"]))
+
+
+HEADERS = (
+    *("method", "protocol", "lr/other/clip", "test ppl", "held MiB", "60M MB", "peak MiB"),
+    *("step ms", "tok/s"),
+)
+
+
+def cells(record: Row) -> list[str]:
+    """A record as text, in the order of `HEADERS`."""
+    other = "=" if record["other_lr"] is None else f"{record['other_lr']:g}"
+    spread = f" ±{record['spread']:.2f}" if record["spread"] is not None else ""
+    return [
+        record["label"],
+        record["protocol"],
+        f"{record['lr']:g}/{other}/{record['clip']:g}",
+        f"{record['perplexity']:.2f}{spread}",
+        f"{record['held_bytes'] / MIB:.1f}",
+        f"{record['bytes_60m'] / 1e6:.0f}",
+        f"{record['peak_bytes'] / MIB:.0f}",
+        f"{record['optimizer_ms']:.1f}",
+        f"{record['tokens_per_second']:,.0f}",
+    ]
+
+
+LEGEND = (
+    "Same model, same batches in the same order, same steps for every row; learning rates were "
+    "chosen on validation text (benchmarks/results), perplexity is on test text. tuned: a learning "
+    "rate for the method's weights and one for the rest, and clipping where it helped; paper: one "
+    "learning rate, no clipping. held: parameters + optimizer state of this model as trained, "
+    "measured from the tensors. 60M: the same for the 58 M Llama in bf16, 1e6 bytes, from shapes, "
+    "of rank 128 where a method has a rank. peak: of the process, the interpreter and torch "
+    "included (on a GPU: allocated). step: the optimizer alone."
+)
+
+
+def caption(rows: list[Row]) -> str:
+    """How the rows were made, in one line."""
+    row = rows[0]
+    config = row["config"]
+    places = [made_on(r["provenance"]) for r in rows]
+    seeds = len({r["config"]["seed"] for r in rows})
+    return (
+        f"{config['model']}, {row['corpus']['name']} text (sha256 {row['corpus']['sha256'][:12]}), "
+        f"{row['tokens']:,} tokens a run, {row['precision']}, {seeds} seed{'s' * (seeds > 1)}; "
+        + "; ".join(dict.fromkeys(places))
+    )
+
+
+def comparison(plan: Plan, rows: list[Row]) -> Table:
+    """Return the table of a comparison, with how it was made and how to read it."""
+    lines = [cells(record) for record in summarise(plan, rows)]
+    return Table(HEADERS, lines, notes=[caption(rows), LEGEND], left=3, gap=0)
+
+
+def tuning_text(plan: Plan, rows: list[Row]) -> str:
+    """Return the chosen point of each method and protocol, as lines."""
+    lines = []
+    for method, protocol in dict.fromkeys((r["method"], r["protocol"]) for r in rows):
+        best = choose(rows, method, protocol)
+        tried = sum((r["method"], r["protocol"]) == (method, protocol) for r in rows)
+        values = ", ".join(f"{k}={v}" for k, v in settings(best).items())
+        lines.append(
+            f"{plan.label(method):<12} {protocol:<6} {values}: validation perplexity "
+            f"{perplexity(best['valid_loss']):.2f} (best of {tried})"
+        )
+    return "\n".join(lines)
+
+
+def write_report(plan: Plan, rows: list[Row], out: Path) -> None:
+    """Write table.md, loss.png and memory.png into ``out``."""
+    table = comparison(plan, rows)
+    text = "\n\n".join([f"# {plan.name}", table.markdown(), *table.notes])
+    write_atomic(out / "table.md", f"{text}\n")
+    records = summarise(plan, rows)
+    write_atomic(out / "loss.png", pictures.losses(plan, rows, records))
+    write_atomic(out / "memory.png", pictures.memory(plan, records))

@@ -1,0 +1,1 @@
+"""What single steps, layers and plans cost in time and memory."""

@@ -1,0 +1,210 @@
+"""What needs a GPU, in one command of under nine minutes: build, test, sanitize, measure.
+
+``make gpu`` writes, into ``--out``, ``gpu.json`` (how each stage ended, and the rows of the step
+times) and ``gpu.log`` (all output). After the build the tests and the sanitizers run side by side,
+then the measurements, each alone. A stage that fails or runs out of its time does not stop the
+next, and what the whole has no time left for is named, to be run with ``--only``. Without a GPU it
+refuses, but for ``--dry-run``, which runs what a CPU can, at small sizes.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common.files import ROOT, write_json
+from benchmarks.common.provenance import provenance
+
+PYTHON = sys.executable
+# Without the cache an access behind a tensor is one behind an allocation.
+UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
+SHAPES = (("60m",), ("1b",), ("7b", "--layers", "1"))
+KERNELS = (
+    "tests/test_kernels.py",
+    "tests/test_kernels_cuda.py",
+    "tests/test_scale_kept_call.py",
+    "tests/test_subspace.py",
+)
+TRITON = ("tests/kernels_triton_rules.py", "tests/kernels_triton_edges.py")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command, how long it may take, and the JSON file that it writes, if any."""
+
+    name: str
+    command: list[str]
+    seconds: int
+    rows: Path | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+    beside: bool = False  # may run while others do
+
+
+def step_time(out: Path, model: str, dtype: str, *more: str) -> Stage:
+    """Step times of a model's shapes, in a file of their own."""
+    rows = out / f"step-{model}-{dtype}.json"
+    command = [PYTHON, "-m", "benchmarks", "step-time", "--model", model, "--dtype", dtype]
+    return Stage(f"steps {model} {dtype}", [*command, "--out", str(rows), *more], 90, rows)
+
+
+def shapes(out: Path, model: str, *more: str, native: bool = True) -> Stage:
+    """SCALE in bfloat16 by CUDA kernels, or by Triton's, beside its loop, its graph and torch's."""
+    kernels = "cuda" if native else "triton"
+    rows = out / f"step-{model}-{kernels}.json"
+    methods = ["sgd", "adamw", "scale"]
+    methods += ["scale-loop", "scale-captured", "scale-compiled"] if native else []
+    command = [PYTHON, "-m", "benchmarks", "step-time", "--model", model, "--dtype", "bfloat16"]
+    command += ["--optimizers", *methods, "--repeats", "50", "--no-refresh", "--no-peers", *more]
+    environment = {} if native else {"OPTIMZOO_NATIVE": "0"}
+    name = f"steps {model} {kernels}"
+    return Stage(name, [*command, "--out", str(rows)], 60, rows, environment)
+
+
+def measured(out: Path, command: str, *more: str, seconds: int = 60) -> Stage:
+    """Another command of `python -m benchmarks` that writes its rows to a file."""
+    rows = out / f"{command}.json"
+    words = [PYTHON, "-m", "benchmarks", command, "--out", str(rows), *more]
+    return Stage(command, words, seconds, rows)
+
+
+def memory(out: Path, *more: str) -> Stage:
+    """Simulated peaks beside the allocator's, and a 7B step for real."""
+    rows = out / "memory.json"
+    command = [PYTHON, "-m", "benchmarks", "memory", "--checks", "simulate", "plan"]
+    return Stage("memory", [*command, "--out", str(rows), *more], 150, rows)
+
+
+def tests(name: str, *words: str) -> Stage:
+    """Some tests, in a few processes if pytest can."""
+    pytest = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("xdist"):
+        pytest += ["-n", "3"]
+    one_thread = {"OMP_NUM_THREADS": "1"}
+    return Stage(name, [*pytest, *words], 150, environment=one_thread, beside=True)
+
+
+def sanitizers() -> list[Stage]:
+    """Every CUDA kernel under compute-sanitizer, where there is one."""
+    tool = shutil.which("compute-sanitizer")
+    options = ["--error-exitcode", "9", PYTHON, "csrc/cuda/sanitize.py"]
+    return [
+        Stage(check, [tool, "--tool", check, *options], 150, environment=UNCACHED, beside=True)
+        for check in ("memcheck", "racecheck")
+        if tool
+    ]
+
+
+def stages(out: Path, dry: bool) -> list[Stage]:
+    """What is run, in order."""
+    if dry:
+        few = ["--optimizers", "sgd", "scale", "scale-loop", "--repeats", "3"]
+        few += ["--no-refresh", "--no-peers"]
+        return [
+            Stage("build", [PYTHON, "csrc/build.py", "--require"], 300),
+            tests("kernels", "tests/test_kernels.py", "-k", "zeros or chosen"),
+            step_time(out, "nano", "float32", *few),
+            measured(out, "sparse-time", "--model", "nano", "--repeats", "3"),
+            measured(out, "utilisation", "--scales", "dry", "--steps", "3"),
+            memory(out, "--models", "nano", "--optimizers", "scale", "--plan-model", "9m"),
+        ]
+    contract = ("tests/test_torch_contract.py", "tests/test_torch_state.py")
+    rows = out / "release.json"
+    released = [PYTHON, "-m", "benchmarks", "release-memory", "--model=350m", "--dtype=bfloat16"]
+    return [
+        Stage("build", [PYTHON, "csrc/build.py", "--require"], 150),
+        tests("kernels", *KERNELS),
+        tests("triton", *TRITON),
+        tests("contract", *contract, "-m", "not distributed", "-k", "CUDA or cuda"),
+        tests("release", "tests/test_release.py", "tests/test_release_edges.py"),
+        tests("compiled", "tests/test_compile.py"),
+        tests("sparsity", "tests/test_sparsity.py", "-k", "semi_structured"),
+        *sanitizers(),
+        *(shapes(out, m, *few) for m, *few in SHAPES),
+        *(shapes(out, m, *few, native=False) for m, *few in SHAPES),
+        step_time(out, "60m", "float32"),
+        measured(out, "utilisation", "--steps", "30", seconds=150),
+        measured(out, "sparse-time"),
+        Stage("released bytes", [*released, "--out", str(rows)], 60, rows),
+        memory(out, "--models", "60m", "1b"),
+    ]
+
+
+def run(stage: Stage, log: Path, end: float) -> dict[str, Any]:
+    """Run one stage, at the latest to ``end``; how it ended, and its rows."""
+    start = time.perf_counter()
+    limit = min(stage.seconds, end - start)
+    if end - start < 2:
+        print(f"{stage.name}: not run: no time left", flush=True)
+        return {"stage": stage.name, "ended": "not run: no time left", "seconds": 0.0}
+    try:
+        done = subprocess.run(
+            stage.command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **stage.environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=limit,
+        )
+        output = done.stdout
+        ended = "ok" if done.returncode == 0 else f"failed with status {done.returncode}"
+    except subprocess.TimeoutExpired as error:
+        output, ended = error.stdout or b"", f"stopped after {limit:.0f} s"
+    with log.open("ab") as file:  # in one write: others may run beside it
+        file.write(f"\n=== {stage.name}: {' '.join(stage.command)}\n".encode() + output)
+    result: dict[str, Any] = {"stage": stage.name, "ended": ended}
+    result["seconds"] = round(time.perf_counter() - start, 1)
+    if stage.rows is not None and stage.rows.exists():
+        result["rows"] = json.loads(stage.rows.read_text(encoding="utf-8"))
+        stage.rows.unlink()  # it is in gpu.json now
+    print(f"{stage.name}: {ended} ({result['seconds']} s)", flush=True)
+    return result
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m benchmarks gpu`."""
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
+    parser.add_argument("--minutes", type=float, default=8.8, help="of the whole, at most")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="run these alone")
+    parser.add_argument("--dry-run", action="store_true", help="what a CPU can run, small")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run all stages; 1 if one did not end well."""
+    if not args.dry_run and not torch.cuda.is_available():
+        raise ValueError("torch finds no GPU here; --dry-run runs what a CPU can")
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "gpu.log"
+    log.unlink(missing_ok=True)
+    plan = stages(out, args.dry_run)
+    names = [stage.name for stage in plan]
+    for name in args.only or []:
+        if name not in names:
+            raise ValueError(f"no stage {name!r}; there are: {', '.join(names)}")
+    chosen = [stage for stage in plan if not args.only or stage.name in args.only]
+    results: list[dict[str, Any]] = []
+    end = time.perf_counter() + 60 * args.minutes
+
+    def keep(result: dict[str, Any]) -> None:
+        results.append(result)
+        write_json(out / "gpu.json", {"stages": results, "provenance": provenance()})
+
+    for together, group in itertools.groupby(chosen, lambda stage: stage.beside):
+        some = list(group)
+        with ThreadPoolExecutor(len(some) if together else 1) as pool:
+            for result in pool.map(lambda stage: run(stage, log, end), some):
+                keep(result)
+    failed = [r["stage"] for r in results if r["ended"] != "ok"]
+    print(f"written to {out}" + (f"; look at gpu.log for {', '.join(failed)}" if failed else ""))
+    return int(bool(failed))

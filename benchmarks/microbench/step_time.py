@@ -1,0 +1,308 @@
+"""What one optimizer step costs: all methods in one process, taking turns, as ratios.
+
+Machines drift, so absolute times mean little: every repeat times each method once, one after the
+other, and the table gives medians and their ratios to the first method.
+"""
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+import optimzoo
+from benchmarks.common.files import write_json
+from benchmarks.common.progress import RunProgress
+from benchmarks.common.provenance import provenance
+from benchmarks.common.tables import Table
+from benchmarks.common.timing import timed
+from benchmarks.microbench.third_party import peers
+from optimzoo.models.llama import Llama, get_config
+from optimzoo.roles import ROLES
+from optimzoo.subspace.bases import leading_basis
+
+DEFAULT = (
+    *("sgd", "adamw", "scale", "scale_spectral", "adams", "muon", "galore", "natural_galore"),
+    *("fira", "apollo", "apollo_mini", "swan", "stable_spam"),
+)
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "scale_spectral": ("scale", {"normalize": "spectral"})
+}
+# Tensors of the weight's size that a step has to read or write, by role: the floor of its time.
+FLOOR = {
+    "sgd": {"hidden": 3, "embedding": 3, "head": 3, "vector": 3},
+    "adamw": {"hidden": 7, "embedding": 7, "head": 7, "vector": 7},
+    "scale": {"hidden": 3, "embedding": 4, "head": 5, "vector": 7},
+}
+FUSED = ("sgd", "adamw", "adam")
+# `scale-loop` and so on: options of a method that is called in another way.
+HOW: dict[str, dict[str, Any]] = {
+    "loop": {"fused": False, "foreach": False},
+    "captured": {"capturable": True},
+    "compiled": {},
+}
+LOW_RANK = ("galore", "natural_galore", "fira", "apollo")
+REFRESH_SHAPES = ((1376, 512), (4096, 1376))
+REFRESHES = 5  # of each kind, at most: an SVD takes seconds
+Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+
+
+def ours(name: str, rank: int, gap: int) -> Make:
+    """A method of the registry, at the given rank, fused where it is torch's."""
+    name, _, how = name.partition("-")
+    name, options = VARIANTS.get(name, (name, HOW.get(how, {})))
+    options = {"fused": True} if name in FUSED else dict(options)
+    if name == "adams":
+        options |= {"l1": 1e-7, "total_steps": 10_000}
+    if name in LOW_RANK:
+        options |= {"rank": rank, "update_proj_gap": gap}
+    return lambda groups: optimzoo.create_optimizer(name, groups, lr=1e-4, **options)
+
+
+class Subject:
+    """One method with weights of its own, and the gradients that all share."""
+
+    def __init__(
+        self,
+        name: str,
+        make: Make,
+        model: nn.Module,
+        grads: list[torch.Tensor],
+        roles: list[str] | None,
+    ) -> None:
+        self.name = name
+        sources = [g for g in optimzoo.param_groups(model) if not roles or g["role"] in roles]
+        groups = [dict(g) for g in sources]
+        gradient = dict(zip(model.parameters(), grads, strict=True))
+        for group in groups:
+            group["params"] = [nn.Parameter(p.detach().clone()) for p in group["params"]]
+        self.grads = {
+            p: gradient[original]
+            for group, source in zip(groups, sources, strict=True)
+            for p, original in zip(group["params"], source["params"], strict=True)
+        }
+        method, _, how = name.partition("-")
+        tensors = FLOOR.get(method) if how in ("", *HOW) else None
+        self.floor_bytes = tensors and sum(
+            tensors[g["role"]] * p.numel() * p.element_size() for g in groups for p in g["params"]
+        )
+        optimizer = make(groups)
+        self.give_grads()
+        self.step: Callable[[], Any] = optimizer.step
+        if how == "captured":
+            self.step = captured(optimizer)
+        elif how == "compiled":
+            self.step = torch.compile(optimizer.step, fullgraph=True)
+        self.first = self.timed()  # makes the state and, for projected methods, the first subspace
+        self.times: list[float] = []
+
+    def timed(self) -> float:
+        """Milliseconds of one step."""
+        self.give_grads()
+        return timed(self.step)
+
+    def give_grads(self) -> None:
+        """Before each step: heavyball takes gradients away when it has used them."""
+        for p, grad in self.grads.items():
+            p.grad = grad
+
+
+class Streams:
+    """What the memory gives: the better of a copy and of a sum in place, on at most 256 MB each.
+
+    A copy counts two tensors, but on a CPU the target is read too before it is written; a sum in
+    place counts three and moves three, as a step without state does.
+    """
+
+    def __init__(self, grads: list[torch.Tensor]) -> None:
+        size = min(sum(g.numel() * g.element_size() for g in grads), 2**28)
+        self.source = torch.ones(size // 4, device=grads[0].device)
+        self.target = torch.zeros_like(self.source)
+        self.rates: dict[str, list[float]] = {"copy": [], "add": []}
+
+    def measure(self) -> None:
+        """One pass of each."""
+        calls: dict[str, tuple[Callable[..., Any], int]] = {
+            "copy": (self.target.copy_, 2),
+            "add": (self.target.add_, 3),
+        }
+        for name, (call, tensors) in calls.items():
+            took = timed(partial(call, self.source))
+            self.rates[name].append(tensors * 4 * self.source.numel() / took / 1e6)
+
+    def best(self) -> float:
+        """Gigabytes a second: the better median."""
+        return max(statistics.median(rates) for rates in self.rates.values())
+
+
+def captured(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    """The step as a CUDA graph, after one that made the state."""
+    optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    return graph.replay
+
+
+def measure_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of median milliseconds: a plain step, the first step, and both amortised."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = get_config(args.model)
+    if args.layers is not None:
+        config = replace(config, num_hidden_layers=args.layers)
+    model = Llama(config).to(device, getattr(torch, args.dtype))
+    generator = torch.Generator().manual_seed(0)
+    grads = [(torch.randn(p.shape, generator=generator) * 1e-3).to(p) for p in model.parameters()]
+    makers = {name: ours(name, args.rank, args.gap) for name in args.optimizers}
+    makers |= {} if args.no_peers else peers(args.rank, args.gap)
+    with RunProgress(len(makers) + args.repeats) as bar:
+        subjects = []
+        for name, make in makers.items():
+            bar.start(f"first step of {name}", 1)
+            subjects.append(Subject(name, make, model, grads, args.roles))
+        gc.collect()
+        streams = Streams(grads)
+        for turn in range(args.repeats):
+            bar.start(f"steps in turn, {turn + 1} of {args.repeats}", 1)
+            streams.measure()
+            for subject in subjects:
+                # One slow method must not keep the others waiting: its median is of fewer steps.
+                if sum(subject.times) < 1000 * args.seconds:
+                    subject.times.append(subject.timed())
+    rows = []
+    for subject in subjects:
+        plain = statistics.median(subject.times)
+        floor = subject.floor_bytes
+        rate = floor / plain / 1e6 if floor else None
+        rows.append(
+            {
+                "method": subject.name,
+                "step_ms": plain,
+                "steps": len(subject.times),
+                "floor_gb_per_s": rate,
+                "share_of_stream": rate and rate / streams.best(),
+                "first_ms": subject.first,
+                # a refresh every `gap` steps, counted at the cost of the first step
+                "amortised_ms": (subject.first + (args.gap - 1) * plain) / args.gap,
+            }
+        )
+    return rows
+
+
+def measure_refresh(rank: int, repeats: int) -> list[dict[str, Any]]:
+    """A projector refresh against ``torch.linalg.svd``, in turn, and the energy it captures."""
+    rows = []
+    for m, n in REFRESH_SHAPES:
+        generator = torch.Generator().manual_seed(0)
+        # singular values k^-1: a power law, as gradients have
+        left = torch.linalg.qr(torch.randn(m, n, generator=generator))[0]
+        right = torch.linalg.qr(torch.randn(n, n, generator=generator))[0]
+        values = torch.arange(1, n + 1).float().reciprocal()
+        grad = (left * values) @ right.mT
+        best = values[:rank].square().sum()
+        # The shorter side is projected: its directions are those of the transpose.
+        earlier = grad + 1e-3 * torch.randn(m, n, generator=generator)
+        previous = leading_basis(earlier.mT, rank)
+        times: dict[str, list[float]] = {"svd": [], "cold": [], "warm": []}
+        captured = {}
+        for _ in range(repeats):
+            for kind in times:
+                start = time.perf_counter()
+                if kind == "svd":
+                    torch.linalg.svd(grad, full_matrices=False)
+                    basis = None
+                else:
+                    last = previous if kind == "warm" else None
+                    basis = leading_basis(grad.mT, rank, previous=last)
+                times[kind].append(1000 * (time.perf_counter() - start))
+                if basis is not None:
+                    captured[kind] = float((grad @ basis).square().sum() / best)
+        medians = {kind: statistics.median(values) for kind, values in times.items()}
+        rows.append({"shape": [m, n], "rank": rank, "ms": medians, "captured": captured})
+    return rows
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m benchmarks step-time`."""
+    parser.add_argument("--model", default="60m")
+    parser.add_argument("--layers", type=int, help="fewer than the model has")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--optimizers", nargs="+", default=list(DEFAULT), metavar="NAME")
+    parser.add_argument("--roles", nargs="+", choices=ROLES, help="of the weights to step")
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--gap", type=int, default=200, help="steps between two refreshes")
+    parser.add_argument(
+        "--repeats", type=int, default=15, help=f"of steps; of refreshes {REFRESHES} at most"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=60, metavar="S", help="of steps of one method, at most"
+    )
+    parser.add_argument("--no-refresh", action="store_true", help="leave out projector refreshes")
+    parser.add_argument("--no-peers", action="store_true", help="leave out installed peers")
+    parser.add_argument("--out", type=Path, help="a JSON file for the rows")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print both tables, and write the rows where asked to."""
+    layers = get_config(args.model).num_hidden_layers
+    if args.layers is not None and args.layers < 1:
+        raise ValueError(
+            f"--layers {args.layers}: it must be at least 1; {args.model} has {layers}"
+        )
+    if "repeats" in args.given and args.repeats > REFRESHES and not args.no_refresh:
+        print(
+            f"note: --repeats {args.repeats} is of the steps; refreshes are timed {REFRESHES} times"
+        )
+    for name in args.optimizers:
+        name = name.partition("-")[0]
+        optimzoo.get_info(VARIANTS.get(name, (name,))[0])
+    steps = measure_steps(args)
+    console = Console()
+    base = steps[0]
+    cells = [
+        [
+            row["method"],
+            f"{row['step_ms']:.1f}",
+            f"{row['step_ms'] / base['step_ms']:.2f}",
+            f"{100 * row['share_of_stream']:.0f} %" if row["share_of_stream"] else "",
+            f"{row['first_ms']:.0f}",
+            f"{row['amortised_ms']:.1f}",
+            f"{row['amortised_ms'] / base['step_ms']:.2f}",
+        ]
+        for row in steps
+    ]
+    headers = ("method", "step ms", "ratio", "of stream", "first ms", "amortised ms", "ratio")
+    Table(headers, cells, title=f"{args.model}, {args.dtype}, rank {args.rank}", gap=2).print()
+    refreshes = (
+        measure_refresh(args.rank, min(args.repeats, REFRESHES)) if not args.no_refresh else []
+    )
+    for row in refreshes:
+        ms = row["ms"]
+        m, n = row["shape"]
+        console.print(
+            f"refresh {m} x {n}, rank {args.rank}: svd {ms['svd']:.0f} ms; "
+            + "; ".join(
+                f"{k} {ms[k]:.1f} ms ({ms['svd'] / ms[k]:.1f}x faster, "
+                f"{100 * row['captured'][k]:.2f} % of the best energy)"
+                for k in ("cold", "warm")
+            ),
+            highlight=False,
+        )
+    if args.out:
+        write_json(
+            args.out,
+            {"rows": steps, "refresh": refreshes, "provenance": provenance(), "args": _plain(args)},
+        )
+    return 0
+
+
+def _plain(args: argparse.Namespace) -> dict[str, Any]:
+    return {k: v for k, v in vars(args).items() if k != "given" and not isinstance(v, Path)}

@@ -1,0 +1,65 @@
+"""CAST beside its published run: how much perplexity 2:4 weights cost."""
+
+from pathlib import Path
+
+from benchmarks.common.files import RESULTS, write_atomic, write_json
+from benchmarks.common.tables import Table
+from benchmarks.experiments.plan import Row
+from benchmarks.experiments.summary import read_rows
+from benchmarks.papers.published import published
+from benchmarks.training.metrics import perplexity
+
+ROWS = RESULTS / "nano-cast.json"
+HEADERS = ("method", "zeros", "paper", "ratio", "ours", "ratio", "tokens")
+NOTE = (
+    "paper: LLaMA2-7B on WikiText-2, CAST and, from the increase that the abstract states, the "
+    "dense model. Ours: nano on test text, one seed; ratios are to the dense model trained as "
+    "long. Perplexities on different text do not compare: read the ratios. The runs: python -m "
+    "benchmarks cast --store."
+)
+
+
+def records(path: Path = ROWS) -> list[Row]:
+    """A record a way: the published figure where there is one, and ours."""
+    rows = {row["method"]: row for row in read_rows(path)}
+    dense = perplexity(rows["continued"]["test_loss"])
+    paper = {r["metric"]: r["values"] for r in reversed(published()) if r["paper"][:4] == "CAST"}
+    sparse = paper["WikiText-2 ppl (4096)"]["CAST 2:4 @7.5B tokens"]["LLaMA2-7B"]
+    increase = paper["perplexity increase"]["CAST vs dense"]["LLaMA2-7B"]
+    known = {"continued": sparse - increase, "cast": sparse}
+    return [
+        {
+            "method": method,
+            "label": row["label"],
+            "zeros": row["zeros"],
+            "paper": known.get(method),
+            "paper_ratio": known[method] / known["continued"] if method in known else None,
+            "perplexity": perplexity(row["test_loss"]),
+            "ratio": perplexity(row["test_loss"]) / dense,
+            "tokens": row["tokens"],
+        }
+        for method, row in rows.items()
+    ]
+
+
+def cells(record: Row) -> list[str]:
+    """A record as text, in the order of `HEADERS`."""
+    paper = record["paper"]
+    return [
+        record["label"],
+        f"{record['zeros']:.0%}",
+        "-" if paper is None else f"{paper:.2f}",
+        "-" if paper is None else f"{record['paper_ratio']:.3f}",
+        f"{record['perplexity']:.2f}",
+        f"{record['ratio']:.3f}",
+        f"{record['tokens']:,}",
+    ]
+
+
+def show(out: Path) -> None:
+    """Print the table, and write it as Markdown and as JSON."""
+    made = records()
+    table = Table(HEADERS, [cells(record) for record in made], title="CAST", notes=[NOTE])
+    table.print()
+    write_atomic(out / "cast.md", f"# CAST\n\n{table.markdown()}\n\n{NOTE}\n")
+    write_json(out / "cast.json", {"records": made})

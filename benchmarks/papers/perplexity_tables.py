@@ -1,0 +1,320 @@
+"""A paper's perplexities beside ours: ratios to Adam, ranks, Kendall's tau of the two orders."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.files import write_atomic, write_json
+from benchmarks.common.tables import Table
+from benchmarks.experiments.plan import Plan, Row
+from benchmarks.experiments.summary import MIB, read_rows, summarise
+from benchmarks.papers.published import published
+
+
+@dataclass(frozen=True)
+class PaperComparison:
+    """A published table and the plans whose methods stand in it.
+
+    Attributes:
+        title: the table, and where it is from.
+        paper, metric: what to look up in the published figures; `log`: they are log-perplexities.
+        size: the published size that is shown; tau is computed at every one.
+        plans: plans by their names at nano, the first that has a method gives it.
+        methods: our method and its name in the paper, or None.
+        reference: the method that ratios are to.
+        protocol: of the plans.
+        notes: what must be known to read it.
+    """
+
+    title: str
+    paper: str
+    metric: str
+    size: str
+    plans: tuple[str, ...]
+    methods: dict[str, str | None]
+    reference: str = "adamw"
+    protocol: str = "tuned"
+    log: bool = False
+    notes: tuple[str, ...] = ()
+
+
+_SCALE: dict[str, str | None] = {
+    "adamw": "Adam",
+    "stable_spam": "Stable-SPAM",
+    "muon": "Muon",
+    "galore": "GaLore",
+    "fira": "Fira",
+    "swan": "SWAN",
+    "apollo": "APOLLO",
+    "apollo_mini": "APOLLO-Mini",
+    "scale": "SCALE",
+    "scale_spectral": None,
+}
+_ABLATION: dict[str, str | None] = {
+    "adamw": "Adam",
+    "sign": "SGD + sign norm",
+    "row": "SGD + row-wise norm",
+    "column": "SGD + column-wise norm (no momentum)",
+    "spectral": "SGD + singular-value norm (NS)",
+    "scale": "SGD col-norm + last-layer momentum (SCALE)",
+    "column_first": None,
+    "column_both": None,
+    "scale_spectral": None,
+}
+_NATURAL: dict[str, str | None] = {
+    "adamw": "Full-Rank",
+    "natural_galore": "Natural GaLore",
+    "galore": "GaLore",
+    "low_rank": "Low-Rank",
+    "lora": "LoRA",
+    "relora": "ReLoRA",
+}
+_LOW_RANK: dict[str, str | None] = {
+    "adamw": "Full-Rank (best optimizer)",
+    "sltrain_restarts": "SLTrain-restarts",
+    "low_rank_restarts": "Low-Rank-restarts",
+    "fira": "Fira",
+    "galore": "GaLore",
+    **dict.fromkeys(("low_rank", "low_rank_refactorize", "low_rank_reset", "lora", "relora")),
+    "sltrain": None,
+}
+TABLES = {
+    "scale-main": PaperComparison("SCALE, main table", "SCALE", "eval", "60M", ("nano",), _SCALE),
+    "scale-ablation": PaperComparison(
+        "SCALE, ablation of the normalisation",
+        "SCALE",
+        "eval",
+        "60M",
+        ("nano-ablation", "nano"),
+        _ABLATION,
+        notes=(
+            "SCALE, SCALE spectral and Adam are those of scale-main, tuned on its larger grid.",
+        ),
+    ),
+    "natural-galore": PaperComparison(
+        "Natural GaLore, comparison on C4",
+        "Natural GaLore",
+        "validation log-perplexity",
+        "60M",
+        ("nano", "nano-lowrank"),
+        _NATURAL,
+        log=True,
+        notes=("The paper gives log-perplexities; here is their exponential.",),
+    ),
+    "low-rank": PaperComparison(
+        "Low-rank pretraining (2505.22922)",
+        "Scalable",
+        "eval",
+        "1B",
+        ("nano-lowrank",),
+        _LOW_RANK,
+        notes=(
+            "The paper's Full-Rank is its best optimizer, Stable-SPAM; ours is AdamW. Its figures "
+            "below 1B were not at hand.",
+        ),
+    ),
+    "full": PaperComparison(
+        "The published protocol",
+        "SCALE",
+        "eval",
+        "60M",
+        ("full",),
+        {**_SCALE, "natural_galore": None, "low_rank_restarts": None, "sltrain": None},
+        protocol="paper",
+        notes=("Published rates and steps; of Adam, whose rate is not known, 1e-3.",),
+    ),
+}
+WARNING = (
+    "Perplexities on different text do not compare: read the ratios to Adam and the order alone. "
+    "Ours: test text, mean and spread over the seeds."
+)
+
+
+def paper_values(
+    table: PaperComparison, names: dict[str, str | None]
+) -> dict[str, dict[str, float]]:
+    """Published perplexities by size and by our method; a first record of a size counts."""
+    values: dict[str, dict[str, float]] = {}
+    for record in published():
+        if record["paper"].startswith(table.paper) and record["metric"].startswith(table.metric):
+            if table.paper == "SCALE" and record["table"].startswith("7B"):
+                continue  # the same runs at four lengths
+            for method, name in names.items():
+                for size, value in record["values"].get(name, {}).items():
+                    number = math.exp(value) if table.log else float(value)
+                    values.setdefault(size, {}).setdefault(method, number)
+    return values
+
+
+def plans_at(table: PaperComparison, scale: str) -> list[Plan]:
+    """The table's plans at a size."""
+    if table.plans == ("full",):
+        return [Plan(f"{scale}-full")]
+    return [Plan(name.replace("nano", scale, 1)) for name in table.plans]
+
+
+def methods_of(table: PaperComparison, plans: list[Plan]) -> list[tuple[Plan, str]]:
+    """Each method of the table with the plan that has it."""
+    pairs = []
+    for method in table.methods:
+        plan = next((p for p in plans if table.protocol in p.methods.get(method, {})), None)
+        if plan is not None:
+            pairs.append((plan, method))
+    return pairs
+
+
+def stored_rows(table: PaperComparison, scale: str) -> dict[str, list[Row]]:
+    """The committed rows of a table, by method."""
+    found: dict[str, list[Row]] = {}
+    for plan, method in methods_of(table, plans_at(table, scale)):
+        rows = read_rows(plan.results_path) if plan.results_path.exists() else []
+        mine = [r for r in rows if (r["method"], r["protocol"]) == (method, table.protocol)]
+        if mine:
+            found[method] = mine
+    return found
+
+
+def records(table: PaperComparison, scale: str, rows: dict[str, list[Row]]) -> list[Row]:
+    """A record a method: the paper's figure and ours, each with its ratio and its rank."""
+    plans = dict[str, Plan]((m, plan) for plan, m in methods_of(table, plans_at(table, scale)))
+    ours = {m: summarise(plans[m], mine)[0] for m, mine in rows.items()}
+    by_size = paper_values(table, table.methods)
+    size = scale.upper() if scale.upper() in by_size else table.size
+    paper = by_size.get(size, {})
+    made = []
+    for method, record in ours.items():
+        made.append(
+            {
+                **record,
+                "size": size,
+                "tokens": rows[method][0]["tokens"],
+                "tried": _tried(plans[method], method, table.protocol),
+                "paper": paper.get(method),
+                "paper_ratio": _ratio(paper, method, table.reference),
+                "ratio": _ratio(
+                    {m: r["perplexity"] for m, r in ours.items()}, method, table.reference
+                ),
+            }
+        )
+    both = [r for r in made if r["paper"] is not None]
+    for key, name in (("paper", "paper_rank"), ("perplexity", "rank")):
+        for place, record in enumerate(sorted(both, key=lambda r: r[key]), start=1):
+            record[name] = place
+    return sorted(made, key=lambda r: r["perplexity"])
+
+
+def _tried(plan: Plan, method: str, protocol: str) -> int:
+    """How many points of its grid a method's rates were chosen from, as committed."""
+    rows = read_rows(plan.tune_path) if plan.tune_path.exists() else []
+    return sum((row["method"], row["protocol"]) == (method, protocol) for row in rows)
+
+
+def _ratio(values: dict[str, float], method: str, reference: str) -> float | None:
+    if method not in values or reference not in values:
+        return None
+    return values[method] / values[reference]
+
+
+def taus(table: PaperComparison, made: list[Row]) -> list[Row]:
+    """Kendall's tau of our order with the paper's, at every published size."""
+    from scipy.stats import kendalltau
+
+    found = []
+    for size, values in paper_values(table, table.methods).items():
+        pairs = [(values[r["method"]], r["perplexity"]) for r in made if r["method"] in values]
+        if len(pairs) > 2:
+            tau, p = kendalltau(*zip(*pairs, strict=True))
+            found.append({"size": size, "tau": float(tau), "p": float(p), "methods": len(pairs)})
+    return found
+
+
+HEADERS = ("method", "paper", "ratio", "rank", "ours", "ratio", "rank", "MiB", "step ms", "tokens")
+
+
+def cells(record: Row) -> list[str]:
+    """A record as text, in the order of `HEADERS`."""
+
+    def number(key: str, form: str) -> str:
+        value = record.get(key)
+        return "-" if value is None else format(value, form)
+
+    spread = "" if record["spread"] is None else f" ±{record['spread']:.2f}"
+    return [
+        record["label"],
+        number("paper", ".2f"),
+        number("paper_ratio", ".3f"),
+        number("paper_rank", "d"),
+        f"{record['perplexity']:.2f}{spread}",
+        number("ratio", ".3f"),
+        number("rank", "d"),
+        f"{record['held_bytes'] / MIB:.1f}",
+        f"{record['optimizer_ms']:.1f}",
+        f"{record['tokens']:,}",
+    ]
+
+
+def lines_below(table: PaperComparison, made: list[Row]) -> list[str]:
+    """What stands under a table: tau, how to read it, what was cut."""
+    lines = (
+        [
+            "Kendall's tau with the paper's order: "
+            + "; ".join(
+                f"{t['size']} {t['tau']:+.2f} (p {t['p']:.2f}, {t['methods']} methods)"
+                for t in taus(table, made)
+            )
+            + "."
+        ]
+        if taus(table, made)
+        else ["Too few methods in common for an order."]
+    )
+    size = made[0]["size"] if made else table.size
+    seeds = sorted({r["seeds"] for r in made})
+    lines.append(
+        f"paper: C4 at {size}. {WARNING} Ranks count the methods that both have. MiB: parameters + "
+        f"optimizer state as trained, exact. Seeds: {', '.join(map(str, seeds))}."
+    )
+    counts = sorted({r["tried"] for r in made}, reverse=True)
+    by_count = [(n, [r["label"] for r in made if r["tried"] == n]) for n in counts]
+    texts = [f"{n} ({', '.join(labels)})" for n, labels in by_count]
+    lines.append(f"Points of the grid tried, as committed: {'; '.join(texts)}.")
+    return [*lines, *table.notes]
+
+
+def grid(table: PaperComparison, made: list[Row], more: Iterable[str] = ()) -> Table:
+    """Return the table with the lines below it."""
+    rows = [cells(record) for record in made]
+    return Table(HEADERS, rows, title=table.title, notes=[*lines_below(table, made), *more])
+
+
+def markdown(table: PaperComparison, made: list[Row], more: Iterable[str] = ()) -> str:
+    """Return the table in Markdown, with the lines below it."""
+    whole = grid(table, made, more)
+    return f"{whole.markdown()}\n\n" + " ".join(whole.notes)
+
+
+def show(name: str, made: list[Row], out: Path, more: list[str]) -> None:
+    """Print a table, and write it as Markdown and as JSON."""
+    table = TABLES[name]
+    grid(table, made, more).print()
+    write_atomic(out / f"{name}.md", f"# {table.title}\n\n{markdown(table, made, more)}\n")
+    value: Any = {"records": [_plain(r) for r in made], "tau": taus(table, made), "notes": more}
+    write_json(out / f"{name}.json", value)
+
+
+def _plain(record: Row) -> Row:
+    finite = {k: v for k, v in record.items() if not isinstance(v, float) or math.isfinite(v)}
+    return {**dict.fromkeys(record), **finite}
+
+
+def as_galore(row: Row) -> Row:
+    """A row whose test loss is what GaLore's evaluation gives.
+
+    That code starts its count of batches at 1: its loss is the sum over n batches divided by
+    n + 1.
+    """
+    config = row["config"]
+    batches = math.ceil(config["eval_tokens"] // config["seq_len"] / config["batch_size"])
+    loss = row["test_loss"]
+    return {**row, "test_loss": None if loss is None else loss * batches / (batches + 1)}

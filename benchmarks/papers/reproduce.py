@@ -1,0 +1,73 @@
+"""A paper's table beside ours: the memory columns here, the perplexities in `beside`."""
+
+import argparse
+from pathlib import Path
+
+from benchmarks.experiments.model_sizes import SCALES
+from benchmarks.experiments.run_queue import add_jobs_argument, settle_counts
+from benchmarks.papers import cast, memory_columns, perplexity_tables
+from benchmarks.papers.memory_columns import print_memory
+from benchmarks.papers.table_runs import run_tables
+from benchmarks.training.cli import add_corpus_arguments, refuse_cache
+from optimzoo.memory.options import refuse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m benchmarks reproduce`."""
+    names = sorted({*memory_columns.TABLES, *perplexity_tables.TABLES, "cast"})
+    text = f"of {', '.join(names)}"
+    parser.add_argument("table", nargs="+", choices=names, metavar="TABLE", help=text)
+    parser.add_argument("--memory-only", action="store_true", help="the memory column, in seconds")
+    parser.add_argument("--scale", default="nano", choices=("nano", *SCALES), metavar="SIZE")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="some of the table's methods")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1")
+    parser.add_argument(
+        "--budget-minutes", type=float, help="cut seeds, grid and steps so that all runs finish"
+    )
+    parser.add_argument(
+        "--stop-after", type=float, metavar="MINUTES", help="stop; the same command goes on"
+    )
+    parser.add_argument(
+        "--galore-eval", action="store_true", help="losses of the table times n / (n + 1)"
+    )
+    add_jobs_argument(parser)
+    parser.add_argument("--out", type=Path, default=Path("runs/reproduce"))
+    parser.add_argument("--store", action="store_true", help="also keep the rows in the repository")
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="run what has a committed row too; finished runs in --out stay",
+    )
+    add_corpus_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print the tables; 1 if a memory cell that can be computed differs from the paper's."""
+    _refuse_dropped(args)
+    settle_counts(args)
+    args.committed = not args.fresh
+    given = {"budget-minutes": args.budget_minutes, "stop-after": args.stop_after}
+    for option, minutes in given.items():
+        if minutes is not None and not minutes > 0:
+            raise ValueError(f"--{option} is {minutes:g}; it must be more than 0")
+    if args.memory_only:
+        return max(print_memory(name) for name in args.table)
+    for name in args.table:
+        if name != "cast" and name not in perplexity_tables.TABLES:
+            raise ValueError(f"{name} has a memory column alone; add --memory-only")
+    if "cast" in args.table:
+        cast.show(args.out)
+    args.table = [name for name in args.table if name != "cast"]
+    return run_tables(args)
+
+
+def _refuse_dropped(args: argparse.Namespace) -> None:
+    """Refuse options that a table which runs nothing would drop."""
+    names = [name for name in args.given if name not in ("table", "memory_only")]
+    if args.memory_only:
+        reason = "--memory-only counts bytes and runs nothing; leave {option} out"
+        refuse(args, names, args.given, reason)
+    if set(args.table) == {"cast"}:
+        reason = "the table cast shows the rows of `benchmarks cast --store`; leave {option} out"
+        refuse(args, names, args.given, reason, but="out")
+    refuse_cache(args)

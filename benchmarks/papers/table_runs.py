@@ -1,0 +1,210 @@
+"""Run what a table needs: rates from a grid or from the committed ones, then a run a seed."""
+
+import argparse
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from benchmarks.common.files import make_folder, write_json
+from benchmarks.data.corpus import Corpus
+from benchmarks.experiments import time_budget as budget
+from benchmarks.experiments.plan import Entry, Plan, Row, choose, near, settings
+from benchmarks.experiments.run_queue import Session, merged, threads_each
+from benchmarks.experiments.summary import read_rows
+from benchmarks.experiments.time_budget import Cut
+from benchmarks.papers import perplexity_tables
+from benchmarks.papers.perplexity_tables import PaperComparison
+from benchmarks.training.cli import corpus_from
+
+
+class TableRuns:
+    """The runs of one table at one size, resumable, shared with the processes beside this one."""
+
+    def __init__(self, args: argparse.Namespace, table: PaperComparison) -> None:
+        self.args, self.table = args, table
+        self.pairs = perplexity_tables.methods_of(
+            table, perplexity_tables.plans_at(table, args.scale)
+        )
+        if args.methods:
+            self.pairs = [(plan, m) for plan, m in self.pairs if m in args.methods]
+        make_folder(args.out, "--out")
+        model = self.pairs[0][0].values["model"]
+        self.corpus: Corpus = corpus_from(args, model)
+
+    def grid(self) -> list[Entry]:
+        """The runs that choose rates, of the methods whose rates are not committed."""
+        return [e for p, m in self.pairs if not self._committed(p, m) for e in self._grid(p, m)]
+
+    def final(self) -> list[Entry]:
+        """One run a method; where a grid has yet to choose, its middle stands for it."""
+        return [self._final(p, m, 0, None) for p, m in self.pairs]
+
+    def run(self) -> tuple[dict[str, list[Row]], list[str]]:
+        """The rows of each method, and what was cut."""
+        cut = self._cut()
+        tuned: list[Row] = []
+        tune = [(p, m) for p, m in self.pairs if cut.tune and not self._committed(p, m)]
+        for plan, methods in _by_plan(tune):
+            session = Session(self.args, plan, self.corpus)
+            with self._stored(plan.tune_path, session, {}):
+                entries = [e for m in methods for e in self._grid(plan, m)]
+                while entries:
+                    session.run(entries, test=False)
+                    entries = self._beyond(plan, methods, session.rows)
+            tuned += session.rows
+        rows: dict[str, list[Row]] = {}
+        for plan, methods in _by_plan(self.pairs):
+            if cut.share < 1:
+                plan.values["steps"] = int(cut.share * plan.values["steps"])
+            session = Session(self.args, plan, self.corpus)
+            chosen = {m: tuned if (plan, m) in tune else None for m in methods}
+            finals = [self._final(plan, m, s, chosen[m]) for s in range(cut.seeds) for m in methods]
+            with self._stored(plan.results_path, session, {"plan": plan.values}):
+                session.run(finals, test=True)
+            for row in session.rows:
+                rows.setdefault(row["method"], []).append(row)
+        return rows, list(cut.notes)
+
+    def _cut(self) -> Cut:
+        args = self.args
+        if args.budget_minutes is None:
+            return Cut(args.seeds, tune=True, share=1.0)
+
+        def decide() -> Cut:
+            final, grid = self.final(), self.grid()
+            seconds = budget.measure(final, self.corpus, threads=threads_each(args.jobs))
+            workers = args.jobs * int(os.environ.get("WORLD_SIZE", "1"))
+            return budget.fit(
+                args.budget_minutes, final, grid, seconds, seeds=args.seeds, workers=workers
+            )
+
+        return budget.kept(Path(args.out) / "budget.json", _asked(args), decide)
+
+    def _committed(self, plan: Plan, method: str) -> bool:
+        """Whether its rates are: a grid that was stopped has rows for some of its points alone."""
+        points = len(self._grid(plan, method))
+        if points == 1 or not plan.tune_path.exists():
+            return points == 1
+        rows = read_rows(plan.tune_path)
+        tried = sum((r["method"], r["protocol"]) == (method, self.table.protocol) for r in rows)
+        whole = tried >= points and not self._beyond(plan, [method], rows)
+        return whole or "tuned_by" in plan.values
+
+    def _beyond(self, plan: Plan, methods: list[str], rows: list[Row]) -> list[Entry]:
+        """Where grids must grow; a budget has no time for it."""
+        if self.args.budget_minutes is not None:
+            return []
+        return [e for m in methods for e in plan.beyond(m, self.table.protocol, rows)]
+
+    def _grid(self, plan: Plan, method: str) -> list[Entry]:
+        return plan.grid(method, self.table.protocol)
+
+    def _final(self, plan: Plan, method: str, seed: int, tuned: list[Row] | None) -> Entry:
+        protocol = self.table.protocol
+        if tuned is not None:
+            values = settings(choose(tuned, method, protocol))
+        elif self._committed(plan, method):
+            values = plan.best(method, protocol)
+        else:
+            values = plan.base.centre(method, protocol)
+        return plan.entry(method, protocol, seed, **values)
+
+    @contextmanager
+    def _stored(self, path: Path, session: Session, more: Row) -> Iterator[None]:
+        """Keep the session's rows in the repository, if asked to; those of one stopped too."""
+        try:
+            yield
+        finally:
+            if self.args.store and session.rows:
+                write_json(path, {**more, "rows": merged(path, session.rows)})
+
+
+def _by_plan(pairs: list[tuple[Plan, str]]) -> list[tuple[Plan, list[str]]]:
+    plans = dict.fromkeys(plan for plan, _ in pairs)
+    return [(plan, [m for p, m in pairs if p is plan]) for plan in plans]
+
+
+def _asked(args: argparse.Namespace) -> dict[str, str]:
+    """The options that a budget is decided for."""
+    return {
+        "--budget-minutes": f"{args.budget_minutes:g}",
+        "--seeds": str(args.seeds),
+        "--methods": " ".join(sorted(args.methods)) if args.methods else "of the whole table",
+        "--jobs": str(args.jobs),
+    }
+
+
+def _refuse_early(args: argparse.Namespace) -> None:
+    """Refuse, before the first of the tables is run, methods or another budget than a table has."""
+    has = {}
+    for name in args.table:
+        table = perplexity_tables.TABLES[name]
+        has[name] = [
+            m
+            for _, m in perplexity_tables.methods_of(
+                table, perplexity_tables.plans_at(table, args.scale)
+            )
+        ]
+    known = list(dict.fromkeys(m for methods in has.values() for m in methods))
+    for method in args.methods or []:
+        if method not in known:
+            raise ValueError(
+                f"--methods {method}: unknown; {near(method, known)}there are {', '.join(known)}"
+            )
+    for name, methods in has.items():
+        if args.methods and not set(args.methods) & set(methods):
+            given = " ".join(args.methods)
+            raise ValueError(f"--methods {given}: none is in {name}; it has {', '.join(methods)}")
+        if args.budget_minutes is not None:
+            asked = _asked(args)
+            if "jobs" not in args.given:
+                del asked["--jobs"]  # the default is the machine's, and a run may go on on another
+            budget.refuse_other(_folder(args.out, name, args) / "budget.json", asked)
+
+
+def _folder(out: Path, name: str, args: argparse.Namespace) -> Path:
+    return out / f"{name}-{args.scale}"
+
+
+def run_tables(args: argparse.Namespace) -> int:
+    """Run the tables one after the other, and print, write and perhaps store each."""
+    _refuse_early(args)
+    _own_device()
+    if args.stop_after is not None:
+        _stop_after(args.stop_after)
+    out = args.out
+    for name in args.table:
+        table = perplexity_tables.TABLES[name]
+        args.out = _folder(out, name, args)
+        rows, cut = TableRuns(args, table).run()
+        if args.galore_eval:
+            rows = {
+                m: [perplexity_tables.as_galore(row) for row in mine] for m, mine in rows.items()
+            }
+            cut.append("Test losses as GaLore's evaluation counts them: times n / (n + 1).")
+            if args.store:
+                cut.append("The rows that are stored have them as they were measured.")
+        perplexity_tables.show(
+            name, perplexity_tables.records(table, args.scale, rows), args.out, cut
+        )
+        print(f"written: {args.out}/{name}.md and .json\ncurves: tensorboard --logdir {args.out}")
+    args.out = out
+    return 0
+
+
+def _own_device() -> None:
+    """Under torchrun each rank trains on a GPU of its own."""
+    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+
+
+def _stop_after(minutes: float) -> None:
+    """Stop as Ctrl-C does after a while: what is unfinished is saved, and goes on next time."""
+    timer = threading.Timer(60 * minutes, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.daemon = True
+    timer.start()

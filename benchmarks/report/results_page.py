@@ -1,0 +1,244 @@
+"""The results as one HTML page that needs nothing else: tables to sort, curves, memory."""
+
+import html
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from benchmarks.experiments import summary
+from benchmarks.experiments.model_sizes import SCALES
+from benchmarks.experiments.plan import Plan, Row
+from benchmarks.papers import cast, perplexity_tables
+from benchmarks.papers.memory_columns import published_value
+from benchmarks.papers.perplexity_tables import PaperComparison
+
+PARTS = Path(__file__).with_name("page")
+TITLE = "optimzoo: what was measured"
+LEAD = (
+    "Memory-efficient optimizers for language-model training, each trained on the same batches, "
+    "beside what their papers state. Our runs are small: read ratios and orders, not perplexities. "
+    "Every figure here is computed from the rows in benchmarks/results, and every row says how it "
+    "was made."
+)
+
+
+def sections() -> list[Row]:
+    """What the page shows: one record a table that has rows."""
+    found, stored = [], {plan.name: plan for plan in Plan.stored()}
+    for scale in ("nano", *SCALES):
+        for name, table in perplexity_tables.TABLES.items():
+            full = table.plans == ("full",)
+            names = {scale} if full else {p.replace("nano", scale, 1) for p in table.plans}
+            if full != scale.endswith("-full") or not names & stored.keys():
+                continue
+            rows = perplexity_tables.stored_rows(table, scale.removesuffix("-full"))
+            if len(rows) > 1:
+                found.append(_beside_section(name, table, scale, rows))
+    if plan := stored.get("nano"):
+        found.append(_protocols(plan, summary.read_rows(plan.results_path)))
+    if cast.ROWS.exists():
+        found.append(_cast())
+    return found
+
+
+def _beside_section(
+    name: str, table: PaperComparison, scale: str, rows: dict[str, list[Row]]
+) -> Row:
+    made = perplexity_tables.records(table, scale, rows)
+    flat = [row for mine in rows.values() for row in mine]
+    numbers = ["paper", "paper_ratio", "paper_rank", "perplexity", "ratio", "rank", "held_bytes"]
+    numbers += ["optimizer_ms", "tokens"]
+    body = [
+        {
+            "method": record["method"],
+            "cells": perplexity_tables.cells(record),
+            "values": [None, *(record.get(key) for key in numbers)],
+            "made": how_made(rows[record["method"]]),
+        }
+        for record in made
+    ]
+    notes = perplexity_tables.lines_below(table, made)
+    section = _section(
+        f"{name}-{scale}", table.title, _where(flat), perplexity_tables.HEADERS, body, notes
+    )
+    labels = {record["method"]: record["label"] for record in made}
+    section["curves"] = _curves(flat, labels)
+    section["front"] = _front(table, made)
+    return section
+
+
+def _protocols(plan: Plan, rows: list[Row]) -> Row:
+    body = []
+    for record in summary.summarise(plan, rows):
+        key = (record["method"], record["protocol"])
+        mine = [row for row in rows if (row["method"], row["protocol"]) == key]
+        values = [None, None, record["lr"], record["perplexity"], record["held_bytes"]]
+        values += [record[k] for k in ("bytes_60m", "peak_bytes", "optimizer_ms")]
+        values += [record["tokens_per_second"]]
+        cells = {"cells": summary.cells(record), "values": values}
+        body.append({"method": record["method"], **cells, "made": how_made(mine)})
+    headers = list(summary.HEADERS)
+    title = "Every method under both protocols"
+    section = _section("protocols", title, _where(rows), headers, body, [summary.LEGEND])
+    labels = {method: plan.label(method) for method in plan.methods}
+    section["curves"] = _curves([r for r in rows if r["protocol"] == "paper"], labels)
+    return section
+
+
+def _cast() -> Row:
+    rows = {row["method"]: row for row in summary.read_rows(cast.ROWS)}
+    numbers = ("zeros", "paper", "paper_ratio", "perplexity", "ratio", "tokens")
+    body = [
+        {
+            "method": record["method"],
+            "cells": cast.cells(record),
+            "values": [None, *(record[key] for key in numbers)],
+            "made": how_made([rows[record["method"]]]),
+        }
+        for record in cast.records()
+    ]
+    where, notes = _where(list(rows.values())), [cast.NOTE]
+    section = _section("cast", "CAST: from dense to 2:4", where, cast.HEADERS, body, notes)
+    section["curves"] = _curves(list(rows.values()), {m: r["label"] for m, r in rows.items()})
+    return section
+
+
+def _section(
+    name: str, title: str, where: str, headers: Any, body: list[Row], notes: list[str]
+) -> Row:
+    head = {"id": name, "title": title, "where": where, "headers": [*headers, "made"]}
+    methods = [row["method"] for row in body]
+    return {**head, "rows": body, "notes": notes, "methods": methods, "curves": [], "front": []}
+
+
+def how_made(rows: list[Row]) -> str:
+    """Commit, device, versions, seeds and text of a record's rows."""
+    places = dict.fromkeys(
+        f"{made['commit']}, {made['device']}, {made['threads']} thread"
+        f"{'s' * (made['threads'] > 1)}, torch {made['torch']}"
+        for made in (row["provenance"] for row in rows)
+    )
+    seeds = ", ".join(str(seed) for seed in sorted({row["config"]["seed"] for row in rows}))
+    text = rows[0]["corpus"]
+    return f"{'; '.join(places)}; seed {seeds}; {text['name']} {text['sha256'][:12]}"
+
+
+def _where(rows: list[Row]) -> str:
+    config, text = rows[0]["config"], rows[0]["corpus"]
+    batch = config["batch_size"] * config["accumulate"] * config["seq_len"]
+    return (
+        f"{config['model']}, {text['name']} text, {config['steps']:,} steps of {batch:,} tokens, "
+        f"{rows[0]['precision']}"
+    )
+
+
+def _curves(rows: list[Row], labels: dict[str, str]) -> list[Row]:
+    """The curve of the lowest seed of each method."""
+    chosen: dict[tuple[str, str], Row] = {}
+    for row in sorted(rows, key=lambda r: r["config"]["seed"]):
+        if row.get("curve") and row["method"] in labels:
+            chosen.setdefault((row["method"], row.get("protocol", "")), row)
+    return [
+        {
+            "method": method,
+            "protocol": protocol,
+            "label": labels[method],
+            "points": [[step, round(loss, 4)] for step, loss in row["curve"]],
+        }
+        for (method, protocol), row in chosen.items()
+    ]
+
+
+def _front(table: PaperComparison, made: list[Row]) -> list[Row]:
+    """Ratio to Adam against memory at 60M: our points, and the paper's beside them."""
+    points = []
+    reference = next((r["perplexity"] for r in made if r["method"] == table.reference), None)
+    if reference is None or table.log or table.size != "60M":
+        return []
+    for record in made:
+        base = {"method": record["method"], "label": record["label"]}
+        spread = (record["spread"] or 0.0) / reference
+        if math.isfinite(record["ratio"]):
+            x = record["bytes_60m"] / 1e6
+            points.append({**base, "x": x, "y": record["ratio"], "spread": spread, "paper": False})
+        name = perplexity_tables.TABLES["scale-main"].methods.get(record["method"])
+        memory = published_value("SCALE", "memory params", name or "", "60M")
+        if memory is not None and record["paper_ratio"] is not None:
+            y = record["paper_ratio"]
+            points.append({**base, "x": 1e3 * memory, "y": y, "spread": 0.0, "paper": True})
+    return points
+
+
+def _table(section: Row) -> str:
+    heads = "".join(
+        f'<th scope="col"><button type="button">{html.escape(name)}</button></th>'
+        for name in section["headers"]
+    )
+    ways = list(dict.fromkeys(row["made"] for row in section["rows"]))
+    lines = []
+    for row in section["rows"]:
+        dot = f'<span class="dot" data-method="{html.escape(row["method"])}"></span>'
+        cells = []
+        for i, (text, value) in enumerate(zip(row["cells"], row["values"], strict=True)):
+            known = "" if value is None and text == "-" else value
+            order = f' data-value="{known}"' if known is not None else ""
+            cells.append(f"<td{order}>{dot * (i == 0)}{html.escape(text)}</td>")
+        way = f'<a href="#{section["id"]}-made">{_letter(ways.index(row["made"]))}</a>'
+        lines.append(f'<tr>{"".join(cells)}<td title="{html.escape(row["made"])}">{way}</td></tr>')
+    return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+
+
+def _letter(number: int) -> str:
+    return chr(ord("a") + number)
+
+
+def _ways(section: Row) -> str:
+    ways = dict.fromkeys(row["made"] for row in section["rows"])
+    items = "".join(f"<dt>{_letter(i)}</dt><dd>{html.escape(w)}</dd>" for i, w in enumerate(ways))
+    return f'<dl class="ways" id="{section["id"]}-made">{items}</dl>'
+
+
+def _figure(name: str, title: str, text: str) -> str:
+    caption = f"<figcaption>{title}<small>{text}</small></figcaption>"
+    return f'<figure class="{name}">{caption}</figure>'
+
+
+def _html(section: Row) -> str:
+    figures = ""
+    if section["curves"]:
+        text = "mean of five neighbouring values, one seed; press a name to hide it"
+        figures += _figure("curves", "Training loss", text)
+    if section["front"]:
+        text = "to Adam = 1; filled: ours, with the spread of seeds; ring: the paper's"
+        figures += _figure("front", "Perplexity ratio against memory", text)
+    notes = "".join(f"<p>{html.escape(note)}</p>" for note in section["notes"])
+    return (
+        f'<section id="{section["id"]}"><h2>{html.escape(section["title"])}</h2>'
+        f'<p class="where">{html.escape(section["where"])}</p>'
+        f'<div class="scroll" tabindex="0">{_table(section)}</div>'
+        f'<div class="charts">{figures}</div><div class="notes">{notes}{_ways(section)}</div>'
+        "</section>"
+    )
+
+
+def render() -> str:
+    """The page."""
+    made = sections()
+    style = (PARTS / "page.css").read_text(encoding="utf-8")
+    script = (PARTS / "page.js").read_text(encoding="utf-8")
+    keys = ("id", "methods", "curves", "front")
+    data = json.dumps([{key: section[key] for key in keys} for section in made])
+    data = data.replace("<", "\\u003c")  # no text of a row can end the script
+    links = "".join(f'<a href="#{s["id"]}">{html.escape(s["title"])}</a>' for s in made)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<link rel="icon" href="data:,">'
+        f"<title>{TITLE}</title>\n<style>\n{style}</style></head>\n<body><header><h1>{TITLE}</h1>"
+        f'<p class="lead">{LEAD}</p><nav>{links}</nav></header>\n<main>\n'
+        + "\n".join(map(_html, made))
+        + "\n</main><footer><p>Made by <code>python -m benchmarks report</code>.</p></footer>\n"
+        f'<script type="application/json" id="data">{data}</script>\n'
+        f"<script>\n{script}</script></body></html>\n"
+    )

@@ -1,0 +1,102 @@
+"""The configuration of a training run."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from benchmarks.data.corpus import Corpus
+from benchmarks.training.low_rank_model import check
+from optimzoo.roles import ROLES
+
+PRECISIONS = ("auto", "fp32", "bf16-autocast", "bf16")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run's numbers, beside the corpus.
+
+    `lr` trains the weights of the method's own rule, `other_lr` the rest (see
+    `optimzoo.create_optimizer`); `clip` bounds the gradient's global norm, 0 leaves it alone.
+    Learning rates warm up linearly over `warmup` of the steps, then follow a cosine to
+    `min_lr_ratio`. `precision="auto"` is fp32 on a CPU and bf16-autocast on a GPU. `lowrank` makes
+    the hidden weights low-rank: arguments of `optimzoo.lowrank.convert`, and `restarts` or
+    `relora` with those of `Restarts` or `ReLoRA`; empty: the model is dense. `groups` has further
+    options of the parameters of a role, as `{"embedding": {"momentum": 0.9}}`. `release` steps each
+    weight in the backward, with `optimzoo.release`.
+    """
+
+    optimizer: str
+    lr: float
+    other_lr: float | None = None
+    hyper: dict[str, Any] = field(default_factory=dict)
+    model: str = "nano"
+    steps: int = 240
+    batch_size: int = 8
+    seq_len: int = 256
+    accumulate: int = 1
+    warmup: float = 0.1
+    min_lr_ratio: float = 0.1
+    clip: float = 0.0
+    precision: str = "auto"
+    compile: bool = False
+    seed: int = 0
+    eval_tokens: int = 65536
+    lowrank: dict[str, Any] = field(default_factory=dict)
+    groups: dict[str, dict[str, Any]] = field(default_factory=dict)
+    release: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "seq_len", "accumulate", "eval_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup is {self.warmup}; it is a share of the steps, from 0 to 1")
+        if self.eval_tokens < self.seq_len:
+            raise ValueError(
+                f"eval_tokens is {self.eval_tokens}, less than one window of seq_len {self.seq_len}"
+            )
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise ValueError(f"min_lr_ratio is {self.min_lr_ratio}; it must be from 0 to 1")
+        if not self.clip >= 0:
+            raise ValueError(f"clip is {self.clip}; it must be >= 0 (0: no clipping)")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
+        if not isinstance(self.hyper, dict):
+            raise ValueError(f"hyper is {self.hyper!r}; it must be an object, as {{'eps': 1e-6}}")
+        check(self.lowrank)
+        for role in self.groups:
+            if role not in ROLES:
+                raise ValueError(f"groups has the role {role!r}; there are {', '.join(ROLES)}")
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.batch_size * self.accumulate * self.seq_len
+
+
+def resolve_precision(config: RunConfig) -> str:
+    """The precision a run uses on this machine."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16-autocast" if torch.cuda.is_available() else "fp32"
+
+
+def fingerprint(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
+    """What a checkpoint or a finished row must agree on to be continued or reused."""
+    values = {**asdict(config), "precision": resolve_precision(config), "corpus": corpus.sha256}
+    for later in ("lowrank", "groups", "release"):
+        if not values[later]:
+            del values[later]  # rows from before it was there stay valid
+    return json.loads(json.dumps(values))
+
+
+def lr_factor(step: int, config: RunConfig) -> float:
+    """The share of the peak learning rate at ``step``: linear warm-up, cosine to the floor."""
+    warmup = round(config.warmup * config.steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, config.steps - warmup)
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))

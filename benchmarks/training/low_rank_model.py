@@ -1,0 +1,59 @@
+"""Low-rank weights in a run: what `RunConfig.lowrank` says, made with `optimzoo.lowrank`."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import Optimizer
+
+from optimzoo.lowrank import ReLoRA, Restarts, convert
+from optimzoo.models.llama import Llama, get_config
+
+_CONVERSION = ("rank", "kind", "alpha", "sparsity", "targets")
+_CLOCKS: dict[str, type[Restarts] | type[ReLoRA]] = {"restarts": Restarts, "relora": ReLoRA}
+
+
+def check(lowrank: Any) -> None:
+    """Refuse a `lowrank` that is none.
+
+    Raises:
+        ValueError: not an object, an unknown key, no rank, or two kinds of restarts.
+    """
+    if not isinstance(lowrank, dict):
+        raise ValueError(f"lowrank is {lowrank!r}; it must be an object, as {{'rank': 32}}")
+    known = (*_CONVERSION, *_CLOCKS)
+    for key in lowrank:
+        if key not in known:
+            raise ValueError(f"lowrank has no key {key!r}; it takes {', '.join(known)}")
+    if lowrank and "rank" not in lowrank:
+        raise ValueError("lowrank needs a rank")
+    if all(key in lowrank for key in _CLOCKS):
+        raise ValueError("lowrank takes restarts or relora, not both")
+
+
+def convert_model(model: nn.Module, lowrank: dict[str, Any], seed: int) -> None:
+    """Make a model low-rank as `lowrank` says; an empty one changes nothing."""
+    if lowrank:
+        options = {key: lowrank[key] for key in _CONVERSION if key in lowrank}
+        convert(model, **options, seed=seed)
+
+
+def on_meta(size: str, lowrank: dict[str, Any] | None = None) -> Llama:
+    """Return the Llama of a size on the meta device, with low-rank hidden weights if asked for."""
+    with torch.device("meta"):
+        model = Llama(get_config(size))
+    convert_model(model, lowrank or {}, seed=0)
+    return model
+
+
+def make_restarts(
+    model: nn.Module, optimizer: Optimizer, lowrank: dict[str, Any]
+) -> Restarts | ReLoRA | None:
+    """The restarts that `lowrank` asks for, or None."""
+    for key, cls in _CLOCKS.items():
+        if key in lowrank:
+            try:
+                return cls(model, optimizer, **lowrank[key])
+            except TypeError as error:
+                raise ValueError(f"{key} {lowrank[key]} does not fit: {error}") from error
+    return None

@@ -1,0 +1,99 @@
+"""What a training run shows and records beside its loss: TensorBoard scalars and peak memory."""
+
+import math
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from benchmarks.training.distributed import whole
+from optimzoo.roles import role_of
+
+
+class UpdateRatios:
+    """‖Δw‖ / ‖w‖ of one optimizer step, by role. Holds a copy of the weights during that step."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.ratios: dict[str, float] = {}
+
+    @contextmanager
+    def around_step(self) -> Iterator[None]:
+        """Measure the step taken inside."""
+        before = [(p, role_of(p, g), p.detach().clone()) for p, g in self._params()]
+        yield
+        sums: dict[str, list[Tensor]] = {}
+        for p, role, old in before:
+            squares = [x.float().square().sum() for x in (p.detach() - old, old)]
+            sums.setdefault(role, []).append(torch.stack([whole(x) for x in squares]))
+        for role, parts in sums.items():
+            moved, size = torch.stack(parts).sum(0).sqrt().tolist()
+            self.ratios[role] = moved / max(size, 1e-12)
+
+    def _params(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        return [(p, g) for g in self.optimizer.param_groups for p in g["params"]]
+
+
+def reset_peak_memory() -> None:
+    """Start a new peak: of the CUDA allocator, or of this process's resident memory on Linux."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        # Elsewhere than on Linux the peak stays that of the process so far.
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """Bytes at the peak since the last reset (allocated on CUDA, resident on CPU)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        status = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in status if line.startswith("VmHWM")))
+    except (OSError, StopIteration):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+class Scalars:
+    """TensorBoard scalars of one run; without a folder, nothing."""
+
+    def __init__(self, folder: Path | None, *, first_step: int = 0) -> None:
+        self._writer: Any = None
+        if folder is not None:
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            # A resumed run goes on from its checkpoint: drop what was logged beyond it.
+            self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        """Record ``values`` at ``step``."""
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Put on disk what was recorded so far."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self, hparams: dict[str, Any] | None = None, **metrics: float) -> None:
+        """Record the hyperparameters with their final metrics, and close."""
+        if self._writer is not None:
+            if hparams is not None:
+                simple = (bool, int, float, str)
+                plain = {k: v if isinstance(v, simple) else str(v) for k, v in hparams.items()}
+                self._writer.add_hparams(plain, metrics, run_name=".")
+            self._writer.close()
+
+
+def perplexity(loss: float | None) -> float:
+    """exp of a mean loss; infinite for a run that diverged, or nearly did."""
+    return math.inf if loss is None or loss > 700 else math.exp(loss)
