@@ -4,6 +4,7 @@ import torch as _torch
 
 from optimzoo._version import __version__
 from optimzoo._version import warn_of_untested_torch as _warn_of_untested_torch
+from optimzoo.gradient_release import Release, release
 from optimzoo.optimizers.adams import AdamS
 from optimzoo.optimizers.apollo import APOLLO, APOLLOMini
 from optimzoo.optimizers.fira import Fira
@@ -14,7 +15,6 @@ from optimzoo.optimizers.scale import SCALE
 from optimzoo.optimizers.stable_spam import StableSPAM
 from optimzoo.optimizers.swan import SWAN
 from optimzoo.registry import OptimInfo, create_optimizer, get_info, list_optimizers
-from optimzoo.release import Release, release
 from optimzoo.roles import describe, param_groups
 
 _warn_of_untested_torch(_torch.__version__)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optimzoo.core.adam import adam
 from optimzoo.kernels import dispatch, native
-from optimzoo.optimizers.adam_rule import adam
 from optimzoo.optimizers.scale import normalized
 
 _SHAPES = ((129, 65), (7, 2048), (64, 1))

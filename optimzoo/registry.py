@@ -11,14 +11,14 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from optimzoo.core.group_rates import watch
+from optimzoo.core.optimizer import RoleOptimizer
+from optimzoo.core.per_role import ByRole
 from optimzoo.flattened import refuse_flattened
 from optimzoo.optimizers.adams import AdamS
 from optimzoo.optimizers.apollo import APOLLO, APOLLOMini
-from optimzoo.optimizers.base import RoleOptimizer
-from optimzoo.optimizers.by_role import ByRole
 from optimzoo.optimizers.fira import Fira
 from optimzoo.optimizers.galore import GaLore
-from optimzoo.optimizers.group_rates import watch
 from optimzoo.optimizers.muon import Muon
 from optimzoo.optimizers.natural_galore import NaturalGaLore
 from optimzoo.optimizers.scale import SCALE

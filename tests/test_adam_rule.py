@@ -9,8 +9,8 @@ from needs import WITHOUT_CPU_KERNELS
 from reference.rest_adam_numpy import correction
 from torch.testing import assert_close
 
+from optimzoo.core import adam as adam_rule
 from optimzoo.kernels import native
-from optimzoo.optimizers import adam_rule
 
 SHAPES = [(13, 6), (7,), (), (1, 9), (0, 3), (129, 5)]
 OPTIONS = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-3, "weight_decay": 0.0, "maximize": False}

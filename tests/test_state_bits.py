@@ -10,10 +10,10 @@ from torch import nn
 from zoo_models import METHODS, llama, normal, reloaded, train
 
 from optimzoo import SCALE, param_groups, release
+from optimzoo.core.matrix_optimizer import HiddenRule
 from optimzoo.lowbit import Counter, blockwise, dequantize, quantize
 from optimzoo.memory import account
 from optimzoo.models.llama import Llama, get_config
-from optimzoo.optimizers.hidden_rule import HiddenRule
 
 BF16, F32 = torch.bfloat16, torch.float32
 ZOO = {**METHODS, "scale": (SCALE, {"lr": 0.01})}

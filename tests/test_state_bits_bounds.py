@@ -10,9 +10,10 @@ from torch import nn
 from zoo_models import METHODS
 
 from optimzoo import SWAN
+from optimzoo.core import matrix_optimizer
+from optimzoo.core.adam import bias_correction, max_direction
 from optimzoo.lowbit import blockwise
-from optimzoo.optimizers import fira, galore, hidden_rule, natural_galore
-from optimzoo.optimizers.adam_rule import bias_correction, max_direction
+from optimzoo.optimizers import fira, galore, natural_galore
 
 BETAS = (0.9, 0.999)
 ADAM_METHODS = [name for name in METHODS if name not in ("adams", "muon", "scale")]
@@ -107,7 +108,7 @@ class Directions:
 
     def __init__(self, monkeypatch):
         self.worst = 0.0
-        inner = hidden_rule.adam_direction
+        inner = matrix_optimizer.adam_direction
 
         def spy(state, grad, group):
             direction = inner(state, grad, group)

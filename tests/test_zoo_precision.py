@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from zoo_models import METHODS, llama, make, normal, one_weight, reloaded, train
 
-from optimzoo.optimizers.channel_rule import limited
+from optimzoo.core.channel_rule import limited
 
 every_method = pytest.mark.parametrize("name", METHODS)
 

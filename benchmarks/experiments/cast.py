@@ -24,7 +24,7 @@ from benchmarks.training.config import RunConfig
 from benchmarks.training.loop import train
 from benchmarks.training.metrics import perplexity
 from benchmarks.training.run import Run
-from optimzoo.memory.options import refuse
+from optimzoo.options import refuse
 
 Row = dict[str, Any]
 

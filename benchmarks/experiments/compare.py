@@ -14,7 +14,7 @@ from benchmarks.experiments.plan import (
 )
 from benchmarks.experiments.run_queue import Session, add_jobs_argument, merged, settle_counts
 from benchmarks.training.cli import add_corpus_arguments, corpus_from, refuse_cache
-from optimzoo.memory.options import refuse
+from optimzoo.options import refuse
 
 
 def tune(session: Session, methods: list[str], protocols: list[str]) -> int:

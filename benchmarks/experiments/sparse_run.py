@@ -16,8 +16,7 @@ from benchmarks.common.files import write_atomic
 from benchmarks.data.corpus import Corpus
 from benchmarks.training.config import RunConfig
 from benchmarks.training.run import Run
-from optimzoo import param_groups
-from optimzoo.optimizers.adams import AdamS
+from optimzoo import AdamS, param_groups
 from optimzoo.sparsity import (
     SparsityReport,
     distillation_loss,

@@ -20,8 +20,8 @@ from benchmarks.common.files import write_json
 from benchmarks.common.provenance import provenance
 from benchmarks.training.low_rank_model import on_meta
 from optimzoo.memory import account, checkpoint_blocks, language_model_step, measure, simulate
-from optimzoo.memory.options import refuse
 from optimzoo.models.llama import Llama, get_config, rope_table
+from optimzoo.options import refuse
 
 CHECKS = ("account", "simulate", "plan")
 _CHECKS_OF = {

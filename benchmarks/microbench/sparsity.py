@@ -16,10 +16,9 @@ import optimzoo
 from benchmarks.common.files import write_json
 from benchmarks.common.provenance import provenance
 from benchmarks.common.timing import in_turn
-from optimzoo.memory.options import refuse
 from optimzoo.models.llama import Llama, get_config
-from optimzoo.sparsity import nm_mask, to_semi_structured
-from optimzoo.sparsity.masks import packed_mask
+from optimzoo.options import refuse
+from optimzoo.sparsity import nm_mask, packed_mask, to_semi_structured
 
 LAYERS = ((4096, 4096), (11008, 4096), (4096, 11008))  # of a 7B Llama, [out, in]
 

@@ -7,7 +7,6 @@ other, and the table gives medians and their ratios to the first method.
 import argparse
 import gc
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -24,10 +23,10 @@ from benchmarks.common.progress import RunProgress
 from benchmarks.common.provenance import provenance
 from benchmarks.common.tables import Table
 from benchmarks.common.timing import timed
+from benchmarks.microbench.refresh import REFRESHES, measure_refresh
 from benchmarks.microbench.third_party import peers
 from optimzoo.models.llama import Llama, get_config
 from optimzoo.roles import ROLES
-from optimzoo.subspace.bases import leading_basis
 
 DEFAULT = (
     *("sgd", "adamw", "scale", "scale_spectral", "adams", "muon", "galore", "natural_galore"),
@@ -50,8 +49,6 @@ HOW: dict[str, dict[str, Any]] = {
     "compiled": {},
 }
 LOW_RANK = ("galore", "natural_galore", "fira", "apollo")
-REFRESH_SHAPES = ((1376, 512), (4096, 1376))
-REFRESHES = 5  # of each kind, at most: an SVD takes seconds
 Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 
@@ -194,39 +191,6 @@ def measure_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "amortised_ms": (subject.first + (args.gap - 1) * plain) / args.gap,
             }
         )
-    return rows
-
-
-def measure_refresh(rank: int, repeats: int) -> list[dict[str, Any]]:
-    """A projector refresh against ``torch.linalg.svd``, in turn, and the energy it captures."""
-    rows = []
-    for m, n in REFRESH_SHAPES:
-        generator = torch.Generator().manual_seed(0)
-        # singular values k^-1: a power law, as gradients have
-        left = torch.linalg.qr(torch.randn(m, n, generator=generator))[0]
-        right = torch.linalg.qr(torch.randn(n, n, generator=generator))[0]
-        values = torch.arange(1, n + 1).float().reciprocal()
-        grad = (left * values) @ right.mT
-        best = values[:rank].square().sum()
-        # The shorter side is projected: its directions are those of the transpose.
-        earlier = grad + 1e-3 * torch.randn(m, n, generator=generator)
-        previous = leading_basis(earlier.mT, rank)
-        times: dict[str, list[float]] = {"svd": [], "cold": [], "warm": []}
-        captured = {}
-        for _ in range(repeats):
-            for kind in times:
-                start = time.perf_counter()
-                if kind == "svd":
-                    torch.linalg.svd(grad, full_matrices=False)
-                    basis = None
-                else:
-                    last = previous if kind == "warm" else None
-                    basis = leading_basis(grad.mT, rank, previous=last)
-                times[kind].append(1000 * (time.perf_counter() - start))
-                if basis is not None:
-                    captured[kind] = float((grad @ basis).square().sum() / best)
-        medians = {kind: statistics.median(values) for kind, values in times.items()}
-        rows.append({"shape": [m, n], "rank": rank, "ms": medians, "captured": captured})
     return rows
 
 

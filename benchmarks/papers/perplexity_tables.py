@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,122 +9,9 @@ from benchmarks.common.files import write_atomic, write_json
 from benchmarks.common.tables import Table
 from benchmarks.experiments.plan import Plan, Row
 from benchmarks.experiments.summary import MIB, read_rows, summarise
+from benchmarks.papers.comparisons import TABLES, PaperComparison
 from benchmarks.papers.published import published
 
-
-@dataclass(frozen=True)
-class PaperComparison:
-    """A published table and the plans whose methods stand in it.
-
-    Attributes:
-        title: the table, and where it is from.
-        paper, metric: what to look up in the published figures; `log`: they are log-perplexities.
-        size: the published size that is shown; tau is computed at every one.
-        plans: plans by their names at nano, the first that has a method gives it.
-        methods: our method and its name in the paper, or None.
-        reference: the method that ratios are to.
-        protocol: of the plans.
-        notes: what must be known to read it.
-    """
-
-    title: str
-    paper: str
-    metric: str
-    size: str
-    plans: tuple[str, ...]
-    methods: dict[str, str | None]
-    reference: str = "adamw"
-    protocol: str = "tuned"
-    log: bool = False
-    notes: tuple[str, ...] = ()
-
-
-_SCALE: dict[str, str | None] = {
-    "adamw": "Adam",
-    "stable_spam": "Stable-SPAM",
-    "muon": "Muon",
-    "galore": "GaLore",
-    "fira": "Fira",
-    "swan": "SWAN",
-    "apollo": "APOLLO",
-    "apollo_mini": "APOLLO-Mini",
-    "scale": "SCALE",
-    "scale_spectral": None,
-}
-_ABLATION: dict[str, str | None] = {
-    "adamw": "Adam",
-    "sign": "SGD + sign norm",
-    "row": "SGD + row-wise norm",
-    "column": "SGD + column-wise norm (no momentum)",
-    "spectral": "SGD + singular-value norm (NS)",
-    "scale": "SGD col-norm + last-layer momentum (SCALE)",
-    "column_first": None,
-    "column_both": None,
-    "scale_spectral": None,
-}
-_NATURAL: dict[str, str | None] = {
-    "adamw": "Full-Rank",
-    "natural_galore": "Natural GaLore",
-    "galore": "GaLore",
-    "low_rank": "Low-Rank",
-    "lora": "LoRA",
-    "relora": "ReLoRA",
-}
-_LOW_RANK: dict[str, str | None] = {
-    "adamw": "Full-Rank (best optimizer)",
-    "sltrain_restarts": "SLTrain-restarts",
-    "low_rank_restarts": "Low-Rank-restarts",
-    "fira": "Fira",
-    "galore": "GaLore",
-    **dict.fromkeys(("low_rank", "low_rank_refactorize", "low_rank_reset", "lora", "relora")),
-    "sltrain": None,
-}
-TABLES = {
-    "scale-main": PaperComparison("SCALE, main table", "SCALE", "eval", "60M", ("nano",), _SCALE),
-    "scale-ablation": PaperComparison(
-        "SCALE, ablation of the normalisation",
-        "SCALE",
-        "eval",
-        "60M",
-        ("nano-ablation", "nano"),
-        _ABLATION,
-        notes=(
-            "SCALE, SCALE spectral and Adam are those of scale-main, tuned on its larger grid.",
-        ),
-    ),
-    "natural-galore": PaperComparison(
-        "Natural GaLore, comparison on C4",
-        "Natural GaLore",
-        "validation log-perplexity",
-        "60M",
-        ("nano", "nano-lowrank"),
-        _NATURAL,
-        log=True,
-        notes=("The paper gives log-perplexities; here is their exponential.",),
-    ),
-    "low-rank": PaperComparison(
-        "Low-rank pretraining (2505.22922)",
-        "Scalable",
-        "eval",
-        "1B",
-        ("nano-lowrank",),
-        _LOW_RANK,
-        notes=(
-            "The paper's Full-Rank is its best optimizer, Stable-SPAM; ours is AdamW. Its figures "
-            "below 1B were not at hand.",
-        ),
-    ),
-    "full": PaperComparison(
-        "The published protocol",
-        "SCALE",
-        "eval",
-        "60M",
-        ("full",),
-        {**_SCALE, "natural_galore": None, "low_rank_restarts": None, "sltrain": None},
-        protocol="paper",
-        notes=("Published rates and steps; of Adam, whose rate is not known, 1e-3.",),
-    ),
-}
 WARNING = (
     "Perplexities on different text do not compare: read the ratios to Adam and the order alone. "
     "Ours: test text, mean and spread over the seeds."

@@ -9,7 +9,7 @@ from benchmarks.papers import cast, memory_columns, perplexity_tables
 from benchmarks.papers.memory_columns import print_memory
 from benchmarks.papers.table_runs import run_tables
 from benchmarks.training.cli import add_corpus_arguments, refuse_cache
-from optimzoo.memory.options import refuse
+from optimzoo.options import refuse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,8 +14,8 @@ from benchmarks.experiments.summary import LEGEND, caption, comparison, read_row
 from benchmarks.papers import perplexity_tables
 from benchmarks.report import results_page
 from benchmarks.training.flops import speed_text
-from optimzoo.memory.options import refuse
 from optimzoo.models.llama import get_config
+from optimzoo.options import refuse
 
 README = ROOT / "README.md"
 _PLACE = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)

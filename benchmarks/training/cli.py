@@ -18,8 +18,8 @@ from benchmarks.training.flops import speed_text
 from benchmarks.training.loop import finished, train
 from benchmarks.training.metrics import perplexity
 from benchmarks.training.run import refuse_early
-from optimzoo.memory.options import refuse
 from optimzoo.models.llama import get_config
+from optimzoo.options import refuse
 
 _OF_OUT = ("eval_every", "save_every", "keep", "skip_damaged")
 

@@ -9,7 +9,7 @@ Blocks run over the row-major elements, whatever the shape; the last may be shor
 zeros stays zero; a block with a number that is not finite becomes NaN, all of it.
 
 Both codes of an element are rounded apart, so ``|m| / √v`` may be anything afterwards; the rules
-clamp the update to what exact moments allow (``optimizers/adam_rule.py``, `max_direction`).
+clamp the update to what exact moments allow (``core/adam.py``, `max_direction`).
 """
 
 from collections.abc import Iterator, MutableMapping

@@ -6,10 +6,10 @@ import difflib
 import importlib
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from optimzoo.options import refuse
 from optimzoo.registry import get_info, hyperparameters
 
 # None until an option is given, so that one that cannot be heeded is refused and not dropped.
@@ -111,27 +111,6 @@ def refuse_for_own_step(args: argparse.Namespace, where: str) -> None:
     given = [name for name in ("batch", "seq") if getattr(args, name) is not None]
     reason = f"{where} returns a step of its own, which decides that; leave {{option}} out"
     refuse(args, ("batch", "seq"), given, reason)
-
-
-def refuse(
-    args: argparse.Namespace,
-    names: Iterable[str],
-    given: list[str],
-    reason: str,
-    but: str | bool = False,
-) -> None:
-    """Refuse the first of some options that was given and would be without effect.
-
-    Raises:
-        ValueError: the option with its value, and ``reason``, in which ``{option}`` is its name.
-    """
-    for name in names:
-        if name in given and name != but:
-            value = getattr(args, name)
-            value = " ".join(map(str, value)) if isinstance(value, list) else value
-            option = f"--{name.replace('_', '-')}"
-            shown = option if value is True else f"{option} {value}"
-            raise ValueError(f"{shown}: {reason.format(option=option)}")
 
 
 def _check_files(files: dict[str, Path]) -> None:

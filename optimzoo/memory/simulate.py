@@ -11,11 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.optimizer import Optimizer
 from torch.utils.checkpoint import checkpoint
 
+from optimzoo.gradient_release import release as step_in_backward
 from optimzoo.memory.fake import Values, cuda_choices, fake_copy
 from optimzoo.memory.sharded import pretended_mesh, shard_model
 from optimzoo.memory.tracker import MODEL, PARAMETERS, STATE, STEP, WORKSPACES, Peak, Tracker
 from optimzoo.registry import create_optimizer, get_info
-from optimzoo.release import release as step_in_backward
 from optimzoo.roles import param_groups
 
 Step = Callable[[nn.Module], Tensor]

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, _default_to_fused_or_foreach
 
-from optimzoo.distributed import local_part
-from optimzoo.kernels import dispatch
-from optimzoo.lowbit import LOW, Counter, moment_dtype, one_by_one, widened
-from optimzoo.optimizers.adam_rule import adam, init_adam_state, step_as_tensor
-from optimzoo.optimizers.base import (
+from optimzoo.core.adam import adam, init_adam_state, step_as_tensor
+from optimzoo.core.matrix_optimizer import REST_DEFAULTS
+from optimzoo.core.optimizer import (
     RoleOptimizer,
     check_betas,
     check_choice,
@@ -25,7 +23,9 @@ from optimzoo.optimizers.base import (
     copy_group,
     scalar_lr,
 )
-from optimzoo.optimizers.hidden_rule import REST_DEFAULTS
+from optimzoo.distributed import local_part
+from optimzoo.kernels import dispatch
+from optimzoo.lowbit import LOW, Counter, moment_dtype, one_by_one, widened
 from optimzoo.roles import role_of
 from optimzoo.sparsity.masks import check_nm, grouped, packed_mask, unpack
 from optimzoo.sparsity.sharding import check_cut, sharded_like

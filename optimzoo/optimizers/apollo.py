@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optimzoo.distributed import Shards
-from optimzoo.optimizers.base import check_choice, scalar_lr
-from optimzoo.optimizers.channel_rule import channel_ratio, check_limiter, subtract_scaled_
-from optimzoo.optimizers.hidden_rule import (
+from optimzoo.core.channel_rule import channel_ratio, check_limiter, subtract_scaled_
+from optimzoo.core.matrix_optimizer import (
     REST_DEFAULTS,
     HiddenRule,
     State,
@@ -17,6 +15,8 @@ from optimzoo.optimizers.hidden_rule import (
     bias_correction,
     count_step,
 )
+from optimzoo.core.optimizer import check_choice, scalar_lr
+from optimzoo.distributed import Shards
 from optimzoo.subspace.projector import gaussian, resolve_side
 
 

@@ -6,17 +6,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optimzoo.distributed import Shards
-from optimzoo.optimizers.base import check_choice, scalar_lr
-from optimzoo.optimizers.channel_rule import (
+from optimzoo.core.channel_rule import (
     Channels,
     channel_ratio,
     check_limiter,
     excess,
     limited,
 )
-from optimzoo.optimizers.galore import Projected
-from optimzoo.optimizers.hidden_rule import (
+from optimzoo.core.matrix_optimizer import (
     REST_DEFAULTS,
     State,
     adam_direction,
@@ -24,6 +21,9 @@ from optimzoo.optimizers.hidden_rule import (
     count_step,
     subtract_,
 )
+from optimzoo.core.optimizer import check_choice, scalar_lr
+from optimzoo.distributed import Shards
+from optimzoo.optimizers.galore import Projected
 from optimzoo.subspace.projector import back, resolve_side, subtract_back_
 
 

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optimzoo.distributed import Shards
-from optimzoo.optimizers.base import check_choice, scalar_lr
-from optimzoo.optimizers.hidden_rule import (
+from optimzoo.core.matrix_optimizer import (
     REST_DEFAULTS,
     HiddenRule,
     State,
@@ -16,6 +14,8 @@ from optimzoo.optimizers.hidden_rule import (
     bias_correction,
     count_step,
 )
+from optimzoo.core.optimizer import check_choice, scalar_lr
+from optimzoo.distributed import Shards
 from optimzoo.subspace.bases import KINDS, has_direction
 from optimzoo.subspace.natural import rotate_history
 from optimzoo.subspace.projector import (

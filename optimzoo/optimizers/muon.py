@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.optimizer import ParamsT
 
+from optimzoo.core.optimizer import check_lr
+from optimzoo.core.per_role import ByRole
 from optimzoo.distributed import Shards, by_owners, local_part
-from optimzoo.optimizers.base import check_lr
-from optimzoo.optimizers.by_role import ByRole
 from optimzoo.roles import ROLES
 from optimzoo.subspace.newton_schulz import orthogonalize
 

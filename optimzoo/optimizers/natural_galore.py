@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optimzoo.distributed import Shards
-from optimzoo.optimizers.base import check_choice, check_nonnegative, scalar_lr
-from optimzoo.optimizers.galore import Projected, low_dimension
-from optimzoo.optimizers.hidden_rule import (
+from optimzoo.core.matrix_optimizer import (
     REST_DEFAULTS,
     State,
     adam_direction,
     bias_correction,
     count_step,
 )
+from optimzoo.core.optimizer import check_choice, check_nonnegative, scalar_lr
+from optimzoo.distributed import Shards
+from optimzoo.optimizers.galore import Projected, low_dimension
 from optimzoo.subspace.natural import natural_gradient
 from optimzoo.subspace.projector import subtract_back_
 

@@ -15,10 +15,8 @@ from torch.optim.optimizer import (
     _use_grad_for_differentiable,
 )
 
-from optimzoo.distributed import local_part
-from optimzoo.lowbit import Counter, one_by_one, opened
-from optimzoo.optimizers.adam_rule import adam_step, init_adam_state, step_as_tensor
-from optimzoo.optimizers.base import (
+from optimzoo.core.adam import adam_step, init_adam_state, step_as_tensor
+from optimzoo.core.optimizer import (
     RoleOptimizer,
     check_betas,
     check_choice,
@@ -29,8 +27,10 @@ from optimzoo.optimizers.base import (
     copy_group,
     scalar_lr,
 )
-from optimzoo.optimizers.scale_fused import FusedSteps, has_momentum, local_average, may_fuse
-from optimzoo.optimizers.scale_sharded import Part, cut_part, step_parts
+from optimzoo.core.scale_fused import FusedSteps, has_momentum, local_average, may_fuse
+from optimzoo.core.scale_sharded import Part, cut_part, step_parts
+from optimzoo.distributed import local_part
+from optimzoo.lowbit import Counter, one_by_one, opened
 from optimzoo.roles import input_dim, matrix_view, role_of
 from optimzoo.subspace.newton_schulz import in_stacks, orthogonalize
 

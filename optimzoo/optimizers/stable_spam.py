@@ -7,18 +7,18 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optimzoo.distributed import WHOLE, Shards
-from optimzoo.kernels import dispatch
-from optimzoo.lowbit import moment_dtype, widened
-from optimzoo.optimizers.adam_rule import bias_correction, max_direction
-from optimzoo.optimizers.base import check_betas, check_choice, scalar_lr
-from optimzoo.optimizers.hidden_rule import (
+from optimzoo.core.adam import bias_correction, max_direction
+from optimzoo.core.matrix_optimizer import (
     REST_DEFAULTS,
     HiddenRule,
     State,
     count_step,
     subtract_,
 )
+from optimzoo.core.optimizer import check_betas, check_choice, scalar_lr
+from optimzoo.distributed import WHOLE, Shards
+from optimzoo.kernels import dispatch
+from optimzoo.lowbit import moment_dtype, widened
 from optimzoo.roles import ROLES
 
 

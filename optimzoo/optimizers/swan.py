@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from optimzoo.core.matrix_optimizer import REST_DEFAULTS, HiddenRule, subtract_
+from optimzoo.core.optimizer import scalar_lr
 from optimzoo.distributed import by_owners
 from optimzoo.kernels import dispatch
 from optimzoo.lowbit import Counter, stand_in
-from optimzoo.optimizers.base import scalar_lr
-from optimzoo.optimizers.hidden_rule import REST_DEFAULTS, HiddenRule, subtract_
 from optimzoo.subspace.newton_schulz import in_stacks, whiten
 
 

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from optimzoo.core.optimizer import scalar_lr
 from optimzoo.distributed import Shards, by_owners, local_part, sum_packed
 from optimzoo.lowbit import Counter, stand_in
-from optimzoo.optimizers.base import scalar_lr
 from optimzoo.roles import input_dim, matrix_view
 
 # scale._single_tensor_scale

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
+from optimzoo.core.compile import register, traced_step
+from optimzoo.core.group_rates import GroupRates
 from optimzoo.distributed import Shards, local_part, sum_packed
 from optimzoo.flattened import refuse_flat_matrices
 from optimzoo.lowbit import LOW, ROUNDINGS, Counter, next_counter
-from optimzoo.optimizers import compiled
-from optimzoo.optimizers.group_rates import GroupRates
 from optimzoo.roles import MATRIX_ROLES, check_role
 
 # Python reads these: on a GPU each look would wait for it.
@@ -154,14 +154,14 @@ class RoleOptimizer(Optimizer):
 
     def _register_traced(self) -> None:
         """What a traced step reads: this optimizer's number, and the groups' own lists."""
-        self._traced = compiled.register(self), [group["params"] for group in self.param_groups]
+        self._traced = register(self), [group["params"] for group in self.param_groups]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimization step; returns the closure's loss, if there is a closure."""
         loss = self._run_closure(closure)
         if torch.compiler.is_dynamo_compiling():
-            compiled.traced_step(*self._traced)
+            traced_step(*self._traced)
         else:
             self._seen_update()
         return loss

@@ -8,17 +8,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from optimzoo.distributed import Shards, local_part
-from optimzoo.kernels import dispatch
-from optimzoo.lowbit import Counter, moment_dtype, opened, stand_in, widened
-from optimzoo.optimizers.adam_rule import (
+from optimzoo.core.adam import (
     adam_step,
     bias_correction,
     init_adam_state,
     max_direction,
     step_as_tensor,
 )
-from optimzoo.optimizers.base import (
+from optimzoo.core.optimizer import (
     RoleOptimizer,
     check_betas,
     check_lr,
@@ -27,6 +24,9 @@ from optimzoo.optimizers.base import (
     check_state_bits,
     scalar_lr,
 )
+from optimzoo.distributed import Shards, local_part
+from optimzoo.kernels import dispatch
+from optimzoo.lowbit import Counter, moment_dtype, opened, stand_in, widened
 from optimzoo.roles import matrix_view, role_of
 
 State = MutableMapping[str, Any]

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from optimzoo.core.optimizer import RoleOptimizer, check_rounding, copy_group
 from optimzoo.distributed import local_part
 from optimzoo.lowbit import LOW, copy_, next_counter
-from optimzoo.optimizers.base import RoleOptimizer, check_rounding, copy_group
 from optimzoo.roles import role_of
 
 Rule = tuple[type[Optimizer], Mapping[str, Any]]

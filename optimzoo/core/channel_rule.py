@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from optimzoo.core.matrix_optimizer import State, subtract_
 from optimzoo.distributed import WHOLE, Shards
 from optimzoo.kernels import dispatch
-from optimzoo.optimizers.hidden_rule import State, subtract_
 
 _KINDS = {-1: dispatch.ROWS, -2: dispatch.COLUMNS, (-2, -1): dispatch.SIGN}
 Dim = int | tuple[int, int]

@@ -1,0 +1,25 @@
+"""Options of a command line that would be without effect."""
+
+import argparse
+from collections.abc import Iterable
+
+
+def refuse(
+    args: argparse.Namespace,
+    names: Iterable[str],
+    given: list[str],
+    reason: str,
+    but: str | bool = False,
+) -> None:
+    """Refuse the first of some options that was given and would be without effect.
+
+    Raises:
+        ValueError: the option with its value, and ``reason``, in which ``{option}`` is its name.
+    """
+    for name in names:
+        if name in given and name != but:
+            value = getattr(args, name)
+            value = " ".join(map(str, value)) if isinstance(value, list) else value
+            option = f"--{name.replace('_', '-')}"
+            shown = option if value is True else f"{option} {value}"
+            raise ValueError(f"{shown}: {reason.format(option=option)}")
