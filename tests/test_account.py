@@ -55,6 +55,7 @@ def held(optimizer: torch.optim.Optimizer) -> Counter:
     return found
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("name", "hyper"), CASES, ids=str)
 def test_account_is_what_training_holds_to_the_byte(name, hyper, dtype):
@@ -70,6 +71,7 @@ def test_account_is_what_training_holds_to_the_byte(name, hyper, dtype):
     assert counted.grads == bytes_of(p.grad for p in model.parameters())
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_on_meta_counts_as_a_real_one(name):
     with torch.device("meta"):
@@ -80,6 +82,7 @@ def test_a_model_on_meta_counts_as_a_real_one(name):
     )
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_model_is_not_touched(name):
     model = Llama(CONFIG, seed=1)

@@ -62,6 +62,7 @@ def fused(monkeypatch):
     return calls
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "options",
     [

@@ -102,6 +102,7 @@ def masks_of_oracle(oracle, name):
     return mask.T if name in TRANSPOSED else mask.reshape(shape)
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_follows_the_transcription_in_float64(case, foreach):

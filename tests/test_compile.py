@@ -57,6 +57,7 @@ def assert_alike(models):
         assert torch.equal(a, b)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_twenty_scheduled_steps_are_one_graph_compiled_once(name, lr):

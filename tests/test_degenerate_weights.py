@@ -62,6 +62,7 @@ def rms(x):
     return x.square().mean().sqrt().item()
 
 
+@pytest.mark.sampled(20)
 @paths
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(("cls", "options"), CASES)
@@ -84,6 +85,7 @@ def test_moves_at_its_usual_pace(cls, options, dtype, path, monkeypatch):
                     assert rms(update) < 3 * max(usual), place
 
 
+@pytest.mark.sampled(6)
 @paths
 @pytest.mark.parametrize(("cls", "options"), CASES)
 def test_a_first_gradient_of_zero_does_not_hold_up_the_next(cls, options, path, monkeypatch):

@@ -16,6 +16,7 @@ DOCS = pages.ROOT / "docs"
 TEXTS = {p.name: p.read_text(encoding="utf-8") for p in sorted(DOCS.glob("*.md"))}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", TEXTS)
 def test_every_mark_is_expanded(name):
     text = pages.expand(TEXTS[name])

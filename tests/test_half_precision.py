@@ -115,6 +115,7 @@ def same_draws(monkeypatch):
     monkeypatch.setattr(bases, "_has_fast_bfloat16", lambda device: False)
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(("cls", "kwargs", "path"), [*cases()])
 def test_float16_weights_take_the_steps_of_float64(cls, kwargs, path, monkeypatch):
     same_draws(monkeypatch)
@@ -143,6 +144,7 @@ def test_float16_weights_take_the_steps_of_float64(cls, kwargs, path, monkeypatc
                 assert worst <= 1.0, (size, step, name, worst)
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(("cls", "kwargs", "path"), [*cases()])
 def test_float16_gradients_at_the_ends_of_their_range(cls, kwargs, path, monkeypatch):
     """The largest number, the smallest and zero, everywhere or in one place."""
@@ -162,6 +164,7 @@ def test_float16_gradients_at_the_ends_of_their_range(cls, kwargs, path, monkeyp
             assert unlimited or torch.isfinite(tensor).all(), (step, name)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(("cls", "kwargs", "path"), [*cases()])
 def test_bfloat16_weights_take_the_same_steps_on_every_path(cls, kwargs, path, monkeypatch):
     """The paths differ in the order of float32's sums, which may turn a rounding to bfloat16."""

@@ -143,6 +143,7 @@ def test_scale_is_the_rule(kernels, device, kind, types):
                 assert np.all(error <= atol + rtol * (np.abs(new_p) + 0.5)), shape
 
 
+@pytest.mark.sampled(3)
 @on_backends
 @pytest.mark.parametrize("types", [*product([F32, BF16, F16], repeat=3)], ids=str)
 def test_adam_is_the_rule(kernels, device, types):

@@ -46,6 +46,7 @@ def mixes():
     return every[::6] if os.environ.get("OZ_EMULATION_BACKWARDS") == "1" else every
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", [ROWS, COLUMNS, SIGN])
 def test_scale(on, kind):
     for types in mixes():
@@ -57,6 +58,7 @@ def test_adam(on):
         rules.test_adam_is_the_rule(*on, types)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("param", TYPES)
 def test_reduce_apply_and_center(on, param):
     for grad in TYPES:
@@ -175,6 +177,7 @@ def test_a_result_does_not_depend_on_the_alignment(on, kind):
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), (dtype, shape)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", [ROWS, COLUMNS, SIGN])
 def test_reductions_of_many_parts(on, kind):
     """More than one partial sum, empty ones, more rows than chunks; NaN and infinity."""

@@ -203,6 +203,7 @@ def test_a_tied_weight_is_counted_once():
     assert count_parameters(Llama(ODD)) - count_parameters(tied) == 509 * 96
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("length", [256, 512])
 @pytest.mark.parametrize("name", ["nano", "130m"])
 def test_flops_are_three_times_the_counted_forward(name, length):

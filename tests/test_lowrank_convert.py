@@ -144,6 +144,7 @@ def test_a_layer_used_twice_stays_one():
     assert merge(model) == 1 and model.first is model.second
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["adamw", "scale", "galore", "muon"])
 def test_optimizers_of_the_zoo_train_it(kind, name):

@@ -35,6 +35,7 @@ BASE = RunConfig(
 )
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", CASES)
 def test_an_interrupted_run_goes_on_to_the_same_bits(name, precision, corpus, tmp_path):

@@ -138,6 +138,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("stop", [3, 6, 11])
 def test_resumed_to_the_same_bits(case, stop):

@@ -66,6 +66,7 @@ def really(
     return SimpleNamespace(bytes=found.bytes - base.bytes, phase=found.phase, by_category=parts)
 
 
+@pytest.mark.sampled(11)
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [(name, torch.float32) for name in NAMES]
@@ -86,6 +87,7 @@ def test_the_simulated_peak_is_that_of_real_steps(name, dtype):
         assert simulated.by_category.get(category, 0) == pytest.approx(bytes_, rel=0.01, abs=4096)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", ("adamw", "scale", "galore"))
 @pytest.mark.parametrize(
     "more", ({"checkpointing": True}, {"micro_batches": 3}, {"release": True}), ids=str

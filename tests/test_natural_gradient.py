@@ -170,6 +170,7 @@ def test_an_indefinite_gram_matrix_is_refused_in_one_line():
         natural_gradient(state, normal(ROWS, COLUMNS), 0, damping=1e-3, relative=False)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("damping", "relative"), [(1e-3, False), (1e-3, True), (1e-1, True)])
 @pytest.mark.parametrize("noise", [1.0, 0.1, 0.01, 0.0])
 def test_a_bfloat16_gradient_gives_the_inverse_of_its_own_history(noise, damping, relative):

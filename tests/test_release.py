@@ -33,6 +33,7 @@ class LiveGradients:
         self.peak = max(self.peak, sum(size for _, size in self.seen))
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_bits_in_weights_and_state(name):
     inner = 36 if name == "adams" else 37
@@ -50,6 +51,7 @@ def test_the_same_bits_in_weights_and_state(name):
     torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     "hyper",
     [

@@ -119,6 +119,7 @@ def test_only_cells_that_differ_are_called_explained():
     assert differ == source.explained
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("table", sorted(memory_columns.TABLES))
 def test_every_table_prints_whole_and_explains_what_differs(table, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")

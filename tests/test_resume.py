@@ -82,6 +82,7 @@ def runs(request, tmp_path_factory):
     return load
 
 
+@pytest.mark.each_method
 @pytest.mark.parametrize("case", CASES)
 def test_a_resumed_run_is_the_uninterrupted_run(runs, case):
     end = runs(case, "end")
@@ -107,6 +108,7 @@ def test_scale_keeps_training_after_a_resume(runs, dtype):
     assert not any(isinstance(value, str) for value in values(run.optimizer.state_dict()))
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("case", CASES)
 def test_a_state_mapped_to_the_cpu_goes_on_there(runs, case, tmp_path):
     """From the GPU, where there is one."""
@@ -124,6 +126,7 @@ def test_a_state_mapped_to_the_cpu_goes_on_there(runs, case, tmp_path):
     assert_same(run.state_dict(), runs(case, "whole"))
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("case", CASES)
 def test_a_deepcopy_in_the_middle_goes_on_by_itself(runs, case):
     original = start(*case.split("-"))

@@ -111,6 +111,7 @@ def test_a_weight_is_rounded_once_a_step_by_its_own_counter(name, dtype, unround
             assert torch.equal(p, round_stochastic(wide, dtype, **counter)), (index, step)
 
 
+@pytest.mark.sampled(3)
 @every_method
 def test_the_mean_over_seeds_is_the_unrounded_step(name, unrounded, no_kernels):
     """Within four standard errors over all weights, and no weight goes beyond its neighbours."""
@@ -189,6 +190,7 @@ def test_released_in_the_backward_the_bits_are_the_same(name):
     assert same(*runs)
 
 
+@pytest.mark.sampled(3)
 @every_method
 def test_a_resumed_run_goes_on_to_the_bit(name):
     model = model_of(name)
@@ -312,6 +314,7 @@ def test_updates_below_half_a_last_bit_are_not_lost(fused):
     assert abs(moved["stochastic"].mean().item() - 200 * 2.0**-14) < 4 * error
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["scale", "galore", "adamw"])
 def test_training_goes_on_where_rounding_to_nearest_stalls(name):
     """Rates so small that most steps are below half a last bit."""

@@ -144,6 +144,7 @@ FIDELITY = {
 }
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("case", FIDELITY)
 def test_fifty_steps_follow_the_reference(case):
     """One training run gives the gradients; every path takes them, and so does the reference."""

@@ -110,6 +110,7 @@ def test_two_processes_do_what_one_does_by_the_other_methods(tmp_path):
     spawn(everything, 2, tmp_path, str(tmp_path), [c for c in CASES if c not in SMALL])
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", [c for c in CASES if c not in ("adamw", "sgd")])
 def test_a_look_at_the_state_changes_nothing(case, dtype):

@@ -123,6 +123,7 @@ def all_sizes(monkeypatch):
     monkeypatch.setattr(blockwise, "SMALLEST", 1)
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize(("dtype", "rounding"), [(F32, "nearest"), (BF16, "stochastic")])
 @pytest.mark.parametrize("name", ZOO)
 def test_resumes_and_copies_to_the_bit(name, dtype, rounding, all_sizes):
@@ -162,6 +163,7 @@ def test_released_in_the_backward_the_bits_are_the_same(name, all_sizes):
     assert same(*runs)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("name", ["scale", "galore"])
 def test_training_is_that_of_float32_moments(name, rounding, all_sizes):

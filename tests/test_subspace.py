@@ -64,6 +64,7 @@ def test_svd_is_the_leading_subspace():
             assert angle(leading_basis(grad.float(), rank, kind="svd"), exact) < 1e-4
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("exponent", [0.5, 1.0, 2.0, 4.0])
 @pytest.mark.parametrize("shape", [(129, 64), (64, 129), (256, 256), (7, 129)], ids=str)
 def test_randomized_captures_the_energy_of_a_power_law(shape, exponent):

@@ -162,6 +162,7 @@ load_corpus(sys.argv[1], vocab_size=320, cache_dir=Path(sys.argv[2]), progress=F
 """
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("sync", "complete"), [(2, False), (6, False), (7, True)])
 def test_kill(corpus_file: Path, tmp_path: Path, cache: Path, sync: int, complete: bool) -> None:
     other = write_jsonl(tmp_path / "other.jsonl", make_texts(seed=2))

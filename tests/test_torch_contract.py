@@ -4,6 +4,7 @@ import copy
 import warnings
 from itertools import islice
 
+import pytest
 import torch
 from optimizer_db import (
     LR,
@@ -95,6 +96,7 @@ class TestStep(TestCase):
                     optimizer.step()
                 self.assertNotIn("\n", str(caught.exception))
 
+    @pytest.mark.each_method
     @parametrize("contiguous", [True, False])
     @parametrize("schedule", range(len(SCHEDULERS)))
     @optims(OPTIM_DB)
@@ -128,6 +130,7 @@ class TestStep(TestCase):
         self.assertEqual(max(factors), min(factors))
         self.assertLess(max(factors), 1.0)
 
+    @pytest.mark.each_method
     @in_parts
     @parametrize("dimensions", [0, 1])
     @optims(OPTIM_DB, dtypes=[torch.float64])
@@ -143,6 +146,7 @@ class TestStep(TestCase):
             # torch's AdamW takes its step size in the tensor's own float32.
             self.assert_same_run(runs, atol=1e-9, rtol=1e-7)
 
+    @pytest.mark.each_method
     @in_parts
     @optims([i for i in OPTIM_DB if "foreach" in i.supported_impls], dtypes=[torch.float64])
     def test_foreach_equals_the_loop(self, device, dtype, optim_info, part):
@@ -179,6 +183,7 @@ class TestStep(TestCase):
             # Captured, the bias correction is taken from the float32 step count, on the device.
             self.assert_same_run(runs, atol=1e-6, rtol=1e-6)
 
+    @pytest.mark.each_method
     @in_parts
     @optims(OPTIM_DB)
     def test_follows_a_default_dtype_of_float64(self, device, dtype, optim_info, part):
@@ -198,6 +203,7 @@ class TestStep(TestCase):
         finally:
             torch.set_default_dtype(before)
 
+    @pytest.mark.each_method
     @in_parts
     @optims(OPTIM_DB)
     def test_zero_gradients_move_nothing(self, device, dtype, optim_info, part):
@@ -214,6 +220,7 @@ class TestStep(TestCase):
                 optimizer.step()
             self.assertEqual(values(params), before, desc, atol=0, rtol=0)
 
+    @pytest.mark.each_method
     @in_parts
     @optims(OPTIM_DB)
     def test_absent_gradients_move_nothing_and_make_no_state(self, device, dtype, optim_info, part):
@@ -245,6 +252,7 @@ class TestStep(TestCase):
         for i, (group, old) in enumerate(zip(groups, before, strict=True)):
             self.assertEqual(group["params"], [x * (1 - 0.5 * i / 10) for x in old])
 
+    @pytest.mark.each_method
     @in_parts
     @optims([SCALE_INFO, *ZOO], dtypes=[torch.float64])
     def test_maximize_is_descent_on_the_negative(self, device, dtype, optim_info, part):
@@ -263,6 +271,7 @@ class TestStep(TestCase):
                 results.append(values(model.parameters()))
             self.assertEqual(results[1], results[0], atol=0, rtol=0)
 
+    @pytest.mark.each_method
     @in_parts
     @optims(OPTIM_DB, dtypes=[torch.float64])
     def test_layout_in_memory_does_not_matter(self, device, dtype, optim_info, part):
@@ -284,6 +293,7 @@ class TestStep(TestCase):
                 results.append([x.contiguous() for x in values(params)])
             self.assertEqual(results[1], results[0], desc, atol=1e-12, rtol=1e-10)
 
+    @pytest.mark.each_method
     @in_parts
     @optims(OPTIM_DB)
     def test_every_shape_moves_and_stays_finite(self, device, dtype, optim_info, part):
@@ -303,6 +313,7 @@ class TestStep(TestCase):
                 still = (p == old).sum().item()
                 self.assertLessEqual(still, allowed, f"{desc} {tuple(p.shape)}")
 
+    @pytest.mark.each_method
     @in_parts
     @optims(OPTIM_DB)
     def test_one_group_may_mix_dtypes_and_devices(self, device, dtype, optim_info, part):
@@ -351,6 +362,7 @@ class TestStep(TestCase):
         self.assertLess(model().item(), before)
         self.assertIsNone(optimizer.step())
 
+    @pytest.mark.each_method
     @in_parts
     @optims(OPTIM_DB, dtypes=[torch.float32, torch.bfloat16])
     def test_grad_scaler_skips_a_step_with_infinities(self, device, dtype, optim_info, part):

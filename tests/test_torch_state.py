@@ -5,6 +5,7 @@ import io
 import pickle
 from itertools import islice
 
+import pytest
 import torch
 from optimizer_db import MUON_INFO, OPTIM_DB, SCALE_INFO, Tiny, build, configurations, train
 from torch import nn
@@ -48,6 +49,7 @@ class TestState(TestCase):
         first, second = ([p.detach() for p in model.parameters()] for model, _ in pairs)
         self.assert_bits(second, first, message)
 
+    @pytest.mark.each_method
     @in_parts
     @optims(OPTIM_DB, dtypes=DTYPES)
     def test_round_trip_is_exact(self, device, dtype, optim_info, part):
@@ -86,6 +88,7 @@ class TestState(TestCase):
             for key, value in optimizer.state.get(param, {}).items():
                 self.assertEqual(restored.state[param][key].device, value.device, key)
 
+    @pytest.mark.each_method
     @in_parts
     @optims(OPTIM_DB)
     def test_an_older_state_lacks_options(self, device, dtype, optim_info, part):
@@ -125,6 +128,7 @@ class TestState(TestCase):
             restored.load_state_dict(state)
             self.assert_same_future([(model, optimizer), (twin, restored)])
 
+    @pytest.mark.each_method
     @parametrize("saved_names", [False, True])
     @parametrize("own_names", [False, True])
     @optims(OPTIM_DB)
@@ -169,6 +173,7 @@ class TestState(TestCase):
         )
         optimizer.load_state_dict(state)
 
+    @pytest.mark.each_method
     @in_parts
     @parametrize("clone", [copy.deepcopy, pickled], name_fn=lambda clone: clone.__name__)
     @optims(OPTIM_DB)

@@ -37,6 +37,7 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in run.model.named_parameters()}
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("precision", ["fp32", "bf16-autocast", "bf16"])
 @pytest.mark.parametrize("name", [n for n in HYPER if n in list_optimizers()])
 def test_the_loss_falls(name, precision, corpus, tmp_path):

@@ -42,6 +42,7 @@ def assert_same_bits(row, straight) -> None:
     assert not row["diverged"]
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", HYPER)
 def test_an_interrupted_run_goes_on_to_the_same_bits(name, precision, corpus, tmp_path):

@@ -30,6 +30,7 @@ def test_seeds_and_counts_survive_a_load_under_bfloat16_weights():
             assert torch.equal(after[key][part], value)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "float32")])
 @every_method
 def test_a_state_of_another_dtype_goes_on(name, dtypes):

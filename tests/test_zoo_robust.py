@@ -27,6 +27,7 @@ def llama(dtype=torch.float32, tied=False):
     return Llama(LlamaConfig(97, 24, 37, 1, 2, tie_word_embeddings=tied), seed=3).to(dtype)
 
 
+@pytest.mark.sampled(2)
 @every_method
 def test_state_is_tensors_and_loads_with_weights_only(name):
     """Projector objects in the state of GaLore, Natural GaLore, Fira and APOLLO do not load."""
@@ -173,6 +174,7 @@ def test_hyperparameters_reach_the_groups(name):
         assert {k: group[k] for k in hyper} == {**hyper, "lr": lr, "weight_decay": decay}
 
 
+@pytest.mark.sampled(2)
 @every_method
 def test_the_loaded_learning_rate_counts_and_not_the_constructors(name):
     """Natural GaLore's code divides by one that it keeps as an attribute."""
@@ -189,6 +191,7 @@ def test_the_loaded_learning_rate_counts_and_not_the_constructors(name):
     )
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @every_method
 def test_trains(name, dtype):
@@ -197,6 +200,7 @@ def test_trains(name, dtype):
     assert losses[-1] < losses[0] - 0.5, losses
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("quiet", [range(1), range(3, 6), range(0, 9, 2)], ids=str)
 @every_method
 def test_zero_gradients_leave_numbers(name, quiet):
@@ -213,6 +217,7 @@ def test_zero_gradients_leave_numbers(name, quiet):
         assert all(value.isfinite().all() for value in state.values())
 
 
+@pytest.mark.sampled(2)
 @every_method
 def test_seeds_decide(name):
     """Same seed, same run, whatever torch's own generator does; it is left alone."""
@@ -233,6 +238,7 @@ def test_seeds_decide(name):
         assert not all(torch.equal(p, q) for p, q in zip(first, other, strict=True))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", [n for n in METHODS if n != "stable_spam"])
 def test_foreach_and_fused_and_the_loop_agree(name):
     ends = []
