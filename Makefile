@@ -71,7 +71,7 @@ test-thorough: $(VENV)/.test
 # FSDP2, DDP, tensor parallelism, checkpoints, other world sizes and killed processes, with gloo.
 test-distributed: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m distributed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout 1800 tests/distributed_full.py tests/distributed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout 1800 tests/distributed/full/distributed_full.py tests/distributed/full
 
 # `make test` in every environment that this machine can make, or in some: ROWS="python3.13
 # native-off". Interrupted, it goes on where it stopped; a row that was run for this commit is not
@@ -86,9 +86,9 @@ test-matrix: $(VENV)/.test
 ISA ?= baseline
 test-kernels: $(VENV)/.test
 	OMP_NUM_THREADS=1 OPTIMZOO_CPU_ISA=$(ISA) $(BIN)/python -m pytest -n $(WORKERS) \
-	  -m "not distributed" tests/test_kernels.py tests/test_kernels_cpu.py \
-	  tests/test_kernels_float16.py tests/test_kernel_inputs.py tests/test_zoo_kernels.py \
-	  tests/test_adam_rule.py tests/test_scale_kept_call.py tests/test_sparsity_masks.py
+	  -m "not distributed" tests/kernels/test_kernels.py tests/kernels/test_kernels_cpu.py \
+	  tests/kernels/test_kernels_float16.py tests/kernels/test_kernel_inputs.py tests/kernels/test_zoo_kernels.py \
+	  tests/optimizers/test_adam_rule.py tests/kernels/test_scale_kept_call.py tests/sparsity/test_sparsity_masks.py
 
 # With the Python that has the GPU's torch: nothing is installed. Rows come to $(OUT).
 OUT ?= runs/gpu
@@ -120,8 +120,8 @@ sanitize: $(VENV)/.test
 	$(BIN)/python csrc/build.py --sanitize
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 OPTIMZOO_CPU_LIBRARY=build/sanitized/_cpu.so OMP_NUM_THREADS=2 \
-	  $(BIN)/python -m pytest -m "not distributed" tests/test_kernels.py \
-	  tests/test_kernels_float16.py tests/test_kernel_inputs.py \
+	  $(BIN)/python -m pytest -m "not distributed" tests/kernels/test_kernels.py \
+	  tests/kernels/test_kernels_float16.py tests/kernels/test_kernel_inputs.py \
 	  -k "cpu or tensors or float16 or kernel_inputs"
 
 # The same tests on the kernels built for aarch64, in an emulator: g++-aarch64-linux-gnu, qemu-user.

@@ -4,7 +4,8 @@
 
 Needs a cross compiler and qemu's user mode: on Debian and Ubuntu
 ``apt-get install g++-aarch64-linux-gnu qemu-user``. What is compared with what stands in
-tests/foreign_kernels.py. ``--allow-missing``: without them nothing is checked, and that is said.
+tests/support/foreign_kernels.py. ``--allow-missing``: without them nothing is checked, and that
+is said.
 """
 
 import json
@@ -19,11 +20,12 @@ ROOT = Path(__file__).resolve().parent.parent
 COMPILER = os.environ.get("AARCH64_CXX", "aarch64-linux-gnu-g++")
 EMULATORS = ("qemu-aarch64", "qemu-aarch64-static")
 TESTS = (
-    *("test_kernels.py", "test_kernels_cpu.py", "test_kernels_float16.py", "test_kernel_inputs.py"),
-    *("test_zoo_kernels.py", "test_adam_rule.py", "test_sparsity_masks.py"),
+    *(f"kernels/test_{name}.py" for name in ("kernels", "kernels_cpu", "kernels_float16")),
+    *("kernels/test_kernel_inputs.py", "kernels/test_zoo_kernels.py"),
+    *("optimizers/test_adam_rule.py", "sparsity/test_sparsity_masks.py"),
 )
 # 4 GB that lie in 3 MB by the memory's mapping would go through the pipe as they are.
-LEFT_OUT = "tests/test_kernels_cpu.py::test_elements_beyond_2_to_the_31"
+LEFT_OUT = "tests/kernels/test_kernels_cpu.py::test_elements_beyond_2_to_the_31"
 build = runpy.run_path(str(ROOT / "csrc" / "build.py"))
 
 
@@ -63,7 +65,7 @@ def main() -> int:
         **os.environ,
         "OPTIMZOO_FOREIGN": json.dumps(commands),
         "OPTIMZOO_CPU_ISA": "baseline",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")]),
     }
     more = sys.argv[sys.argv.index("--") + 1 :] if "--" in sys.argv else []
     tests = [str(ROOT / "tests" / name) for name in TESTS]

@@ -31,12 +31,12 @@ PYTHON = sys.executable
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
 SHAPES = (("60m",), ("1b",), ("7b", "--layers", "1"))
 KERNELS = (
-    "tests/test_kernels.py",
-    "tests/test_kernels_cuda.py",
-    "tests/test_scale_kept_call.py",
-    "tests/test_subspace.py",
+    "tests/kernels/test_kernels.py",
+    "tests/kernels/test_kernels_cuda.py",
+    "tests/kernels/test_scale_kept_call.py",
+    "tests/subspace/test_subspace.py",
 )
-TRITON = ("tests/kernels_triton_rules.py", "tests/kernels_triton_edges.py")
+TRITON = ("tests/kernels/kernels_triton_rules.py", "tests/kernels/kernels_triton_edges.py")
 
 
 @dataclass(frozen=True)
@@ -112,13 +112,13 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         few += ["--no-refresh", "--no-peers"]
         return [
             Stage("build", [PYTHON, "csrc/build.py", "--require"], 300),
-            tests("kernels", "tests/test_kernels.py", "-k", "zeros or chosen"),
+            tests("kernels", "tests/kernels/test_kernels.py", "-k", "zeros or chosen"),
             step_time(out, "nano", "float32", *few),
             measured(out, "sparse-time", "--model", "nano", "--repeats", "3"),
             measured(out, "utilisation", "--scales", "dry", "--steps", "3"),
             memory(out, "--models", "nano", "--optimizers", "scale", "--plan-model", "9m"),
         ]
-    contract = ("tests/test_torch_contract.py", "tests/test_torch_state.py")
+    contract = ("tests/contract/test_torch_contract.py", "tests/contract/test_torch_state.py")
     rows = out / "release.json"
     released = [PYTHON, "-m", "benchmarks", "release-memory", "--model=350m", "--dtype=bfloat16"]
     return [
@@ -126,9 +126,9 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         tests("kernels", *KERNELS),
         tests("triton", *TRITON),
         tests("contract", *contract, "-m", "not distributed", "-k", "CUDA or cuda"),
-        tests("release", "tests/test_release.py", "tests/test_release_edges.py"),
-        tests("compiled", "tests/test_compile.py"),
-        tests("sparsity", "tests/test_sparsity.py", "-k", "semi_structured"),
+        tests("release", "tests/gradient_release"),
+        tests("compiled", "tests/contract/test_compile.py"),
+        tests("sparsity", "tests/sparsity/test_sparsity.py", "-k", "semi_structured"),
         *sanitizers(),
         *(shapes(out, m, *few) for m, *few in SHAPES),
         *(shapes(out, m, *few, native=False) for m, *few in SHAPES),

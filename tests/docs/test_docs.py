@@ -1,0 +1,139 @@
+"""The pages: their figures come from the rows, their parts from their sources, their code runs."""
+
+import json
+import re
+import types
+
+import pytest
+import torch
+
+import optimzoo
+from benchmarks.experiments.plan import Plan
+from benchmarks.experiments.summary import cells, read_rows, summarise
+from docs.hooks import pages
+
+DOCS = pages.ROOT / "docs"
+TEXTS = {p.name: p.read_text(encoding="utf-8") for p in sorted(DOCS.glob("*.md"))}
+
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_mark_is_expanded(name):
+    text = pages.expand(TEXTS[name])
+    assert "{{" not in text
+    marks = re.findall(r"<!-- (\w+)", text)
+    assert set(marks) <= {"table", "steps", "gpu", "utilisation", "gradients", "end"}
+    assert 2 * marks.count("end") == len(marks)
+
+
+def test_the_comparison_is_the_readmes():
+    [table] = re.findall(
+        r"<!-- table: nano -->.*?<!-- end -->", pages.expand(TEXTS["choosing.md"]), re.S
+    )
+    assert table.count("\n| ") >= 12
+    assert table in (pages.ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_no_figure_of_the_decision_table_is_typed():
+    rows = [line for line in TEXTS["choosing.md"].splitlines() if line.startswith("| ")]
+    assert len(rows) > 10
+    for row in rows:
+        words = re.sub(r"\{\{ .*? \}\}|\(.*?\)|2:4|7B", "", row)
+        assert not re.search(r"\d", words), row
+
+
+def test_a_figure_follows_its_row(monkeypatch):
+    before = pages.figure("perplexity", "scale")
+    records = json.loads(json.dumps(pages.compared("nano")))
+    records["scale"]["perplexity"] = 2 * records["adamw"]["perplexity"]
+    monkeypatch.setattr(pages, "compared", lambda plan: records)
+    assert pages.figure("perplexity", "scale") == "+100 %" != before
+    with pytest.raises(ValueError, match=r"no figure \{\{ perplexity nothing \}\}"):
+        pages.figure("perplexity", "nothing")
+    with pytest.raises(ValueError, match=r"README\.md has no section 'Nothing'; it has intro, "):
+        pages.expand("<!-- readme: Nothing -->")
+
+
+def test_every_method_has_a_page_with_its_state_and_its_rows():
+    names = pages.method_names()
+    assert {"scale", "natural_galore", "adams", "muon"} <= set(names) and "adamw" not in names
+    text = pages.method_page("scale")
+    assert "::: optimzoo.optimizers.scale.SCALE" in text
+    head = 32000 * 512 * 2
+    assert f"| head | `exp_avg` | {head / 1e6:.1f} |" in text
+    plan = Plan("nano")
+    for record in summarise(plan, read_rows(plan.results_path)):
+        row = "| " + " | ".join(cells(record)) + " |"
+        assert (row in text) == (record["label"] in ("SCALE", "SCALE spectral", "AdamW"))
+    assert "not in the [comparison]" in pages.method_page("adams")
+
+
+def test_docstrings_become_markdown():
+    griffe = pytest.importorskip("griffe", reason="the pages alone need it; pip install '.[docs]'")
+    assert griffe
+    from docs.hooks.docstrings import markdown
+
+    assert markdown("a rule::\n\n    W\n") == "a rule:\n\n    W\n"
+    assert markdown("see :func:`optimzoo.x` and :class:`~a.B`") == "see `optimzoo.x` and `a.B`"
+
+
+def blocks(name):
+    return re.findall(r"```python\n(.*?)```", TEXTS[name], re.S)
+
+
+def test_the_code_of_the_training_tools_runs(tmp_path):
+    pytest.importorskip("accelerate", reason="pip install '.[test]'")
+    lightning = pytest.importorskip("lightning", reason="pip install '.[test]'")
+    from tiny_llama import batch, rows, tiny_llama
+    from transformers import TrainingArguments
+
+    quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
+    scope = {"torch": torch, "optimzoo": optimzoo, "lightning": lightning, "data": rows(4)}
+    scope["args"] = TrainingArguments(str(tmp_path), max_steps=1, **quiet)
+    scope["loader"] = torch.utils.data.DataLoader(rows(4), batch_size=2, collate_fn=batch)
+    classes = []
+    code = blocks("integrations.md")
+    for block in code[:-1]:
+        scope["model"] = tiny_llama()
+        scope.pop("optimizer", None)
+        exec(block, scope)
+        if "trainer =" in block:
+            scope["trainer"].train()
+            classes.append(type(scope["trainer"].optimizer.optimizer))
+        elif "Module" in block:
+            made = scope["Module"].configure_optimizers(types.SimpleNamespace(**scope))
+            classes.append(type(made["optimizer"]))
+        else:
+            classes.append(type(getattr(scope["optimizer"], "optimizer", scope["optimizer"])))
+    zoo = optimzoo
+    assert classes == [zoo.SCALE, zoo.NaturalGaLore, zoo.SCALE, zoo.Fira, zoo.SCALE, zoo.SCALE]
+    rates = []
+    scope |= {"batches": range(5), "train_step": lambda b, r: rates.append(r.get_last_lr()[0])}
+    exec(code[-1], scope)
+    assert len(rates) == 5
+
+
+def test_each_section_of_the_training_tools_is_short():
+    for section in TEXTS["integrations.md"].split("\n## ")[1:]:
+        code = sum(len(b.splitlines()) for b in re.findall(r"```python\n(.*?)```", section, re.S))
+        assert code <= 10, section.splitlines()[0]
+
+
+def test_the_reference_names_what_there_is():
+    named = [n for text in TEXTS.values() for n in re.findall(r"^::: ([\w.]+)", text, re.M)]
+    assert len(named) > 12
+    for name in named:
+        module, _, attribute = name.rpartition(".")
+        found = __import__(module, fromlist=[attribute])
+        assert getattr(found, attribute).__doc__, name
+
+
+def test_the_notebooks_are_committed_without_outputs():
+    paths = sorted((pages.ROOT / "notebooks").glob("*.ipynb"))
+    assert len(paths) == 6
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        cells = json.loads(text)["cells"]
+        assert cells[0]["source"][0].startswith("# "), path.name
+        assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+        assert f"notebooks/{path.name}" in pages.expand(TEXTS["notebooks.md"])
