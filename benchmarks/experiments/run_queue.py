@@ -9,15 +9,17 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from benchmarks.common.progress import SideBySide
 from benchmarks.data.corpus import Corpus
 from benchmarks.experiments.plan import Entry, Plan, Row, committed_rows, same_run
-from benchmarks.experiments.run_lock import Claim, Lost, WorkList
+from benchmarks.experiments.run_lock import lock_run
 from benchmarks.experiments.summary import read_rows
 from benchmarks.training.cli import corpus_from
 from benchmarks.training.config import fingerprint
@@ -35,7 +37,6 @@ class Session:
         self.args, self.plan, self.corpus = args, plan, corpus
         self.rows: list[Row] = []
         self.known = committed_rows() if args.committed else {}
-        self.work = WorkList()
 
     def run(self, entries: list[Entry], *, test: bool) -> list[Row]:
         """The rows of ``entries``; finished ones are read, unfinished ones go on."""
@@ -76,12 +77,12 @@ class Session:
     def _folder(self, entry: Entry) -> Path:
         return Path(self.args.out) / "runs" / entry.key
 
-    def _next(self, pending: list[Entry], test: bool) -> tuple[Entry, Row | Claim] | None:
-        """Take the first run off the list that is finished (its row) or free (a claim on it)."""
+    def _next(self, pending: list[Entry], test: bool) -> tuple[Entry, Row | FileLock] | None:
+        """Take the first run off the list that is finished (its row) or free (its lock)."""
         for entry in pending:
             folder = self._folder(entry)
-            found: Row | Claim | None = finished(entry.config, self.corpus, folder, test=test)
-            found = found or self.work.claim(folder)
+            found: Row | FileLock | None = finished(entry.config, self.corpus, folder, test=test)
+            found = found or lock_run(folder)
             if found:
                 pending.remove(entry)
                 return entry, found
@@ -94,50 +95,44 @@ class Session:
             if found is None:  # other processes have them
                 time.sleep(WAIT)
                 continue
-            entry, held = found
-            if not isinstance(held, Claim):
-                yield entry, held
-                continue
-            with held:
-                row = self._train(entry, held, bar, test)
-            if row is None:
-                pending.append(entry)
+            entry, row = found
+            if isinstance(row, FileLock):
+                try:
+                    yield entry, self._train(entry, bar, test)
+                finally:
+                    row.release()
             else:
                 yield entry, row
 
-    def _train(self, entry: Entry, claim: Claim, bar: SideBySide, test: bool) -> Row | None:
-        def progress(step: int, loss: float, speed: float) -> None:
-            claim.check()
-            bar.report(entry.key, self._name(entry), step, loss, speed)
+    def _train(self, entry: Entry, bar: SideBySide, test: bool) -> Row:
+        report = partial(bar.report, entry.key, self._name(entry))
+        return train(entry.config, self.corpus, progress=report, **self._options(entry, test))
 
-        options: Any = {"out": self._folder(entry), "save_every": _save_every(entry), "test": test}
-        try:
-            return train(entry.config, self.corpus, progress=progress, **options)
-        except Lost:
-            return None
+    def _options(self, entry: Entry, test: bool) -> dict[str, Any]:
+        return {"out": self._folder(entry), "save_every": _save_every(entry), "test": test}
 
     def _many(self, entries: list[Entry], jobs: int, bar: SideBySide, test: bool) -> Pairs:
         threads = threads_each(jobs)
         # spawn: a forked child would inherit torch's thread pool without its threads.
         context = multiprocessing.get_context("spawn")
         reports = context.SimpleQueue()
-        pending, running = list(entries), dict[Future[Row], tuple[Entry, Claim]]()
+        pending, running = list(entries), dict[Future[Row], tuple[Entry, FileLock]]()
         with ProcessPoolExecutor(jobs, context, _start_worker, (threads, reports)) as pool:
             try:
                 while pending or running:
                     while len(running) < jobs and (found := self._next(pending, test)):
-                        entry, held = found
-                        if isinstance(held, Claim):
+                        entry, row = found
+                        if isinstance(row, FileLock):
                             job = (self.args, entry, self._name(entry), self._folder(entry), test)
-                            running[pool.submit(_train_in_worker, *job)] = entry, held
+                            running[pool.submit(_train_in_worker, *job)] = entry, row
                         else:
-                            yield entry, held
+                            yield entry, row
                     ended = wait(running, WAIT, FIRST_COMPLETED).done
                     while not reports.empty():
                         bar.report(*reports.get())
                     for future in ended:
-                        entry, held = running.pop(future)
-                        self.work.release(held)
+                        entry, lock = running.pop(future)
+                        lock.release()
                         yield entry, future.result()
                     if not running:
                         time.sleep(WAIT if pending else 0)
@@ -145,8 +140,8 @@ class Session:
                 for worker in multiprocessing.active_children():
                     worker.terminate()  # a run saves and leaves
                 pool.shutdown(cancel_futures=True)
-                for _, held in running.values():
-                    self.work.release(held)
+                for _, lock in running.values():
+                    lock.release()
                 raise
 
 

@@ -11,66 +11,31 @@ import tiny_benchmarks
 from test_compare_jobs import compare, rows_of, write_plan
 from tiny_benchmarks import start
 
-from benchmarks.experiments import run_lock as work
-from benchmarks.experiments.run_lock import Claim, WorkList
+from benchmarks.experiments.run_lock import lock_run
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
 
 
-def claimed(folder: Path, work_list: WorkList) -> Claim:
-    claim = work_list.claim(folder)
-    assert claim is not None
-    return claim
-
-
 def test_a_run_has_one_holder_at_a_time(tmp_path):
-    one, two = WorkList(), WorkList()
-    with claimed(tmp_path / "run", one):
-        assert one.claim(tmp_path / "run") is None
-    with claimed(tmp_path / "run", two):
-        assert [path.name for path in (tmp_path / "run").iterdir()] == ["claim.0"]
-    assert list((tmp_path / "run").iterdir()) == []
+    first = lock_run(tmp_path / "run")
+    assert first.is_locked and lock_run(tmp_path / "run") is None
+    other = lock_run(tmp_path / "other")
+    first.release()
+    second = lock_run(tmp_path / "run")
+    assert second.is_locked and not first.is_locked and other.is_locked
 
 
 def test_a_dead_process_loses_its_run_at_once(tmp_path):
+    reading, writing = os.pipe()
     process = os.fork()
     if process == 0:
-        WorkList().claim(tmp_path)
-        os._exit(0)
+        lock = lock_run(tmp_path)
+        os.write(writing, b"1" if lock else b"0")
+        time.sleep(60)
+    assert os.read(reading, 1) == b"1" and lock_run(tmp_path) is None
+    os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
-    assert json.loads((tmp_path / "claim.0").read_text())["pid"] == process
-    with claimed(tmp_path, WorkList()) as claim:
-        assert claim.path.name == "claim.1"
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_silent_machine_loses_its_run_after_a_while(tmp_path, monkeypatch):
-    (tmp_path / "claim.3").write_text('{"place": "elsewhere", "pid": 1}')
-    waiting, clock = WorkList(), [100.0]
-    monkeypatch.setattr(work.time, "monotonic", lambda: clock[0])
-    assert waiting.claim(tmp_path) is None
-    clock[0] += work.STALE - 1
-    os.utime(tmp_path / "claim.3")  # it has only been slow
-    assert waiting.claim(tmp_path) is None
-    clock[0] += work.STALE - 1
-    assert waiting.claim(tmp_path) is None
-    clock[0] += 2
-    assert claimed(tmp_path, waiting).path.name == "claim.4"
-
-
-def test_a_claim_half_written_is_left_alone(tmp_path):
-    (tmp_path / "claim.0").write_text("")
-    assert WorkList().claim(tmp_path) is None
-
-
-def test_a_sleeper_sees_that_its_run_is_gone(tmp_path):
-    claim = claimed(tmp_path, WorkList())
-    claim.beat()
-    claim.check()
-    (tmp_path / "claim.1").write_text("")
-    claim.beat()
-    with pytest.raises(work.Lost, match="taken over by another process"):
-        claim.check()
+    assert lock_run(tmp_path).is_locked
 
 
 @pytest.fixture
@@ -94,14 +59,9 @@ def test_two_processes_share_one_list_and_one_is_killed(folder):
     try:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
-            holders = {}
-            for path in folder.glob("out/runs/*/claim.*"):
-                try:
-                    holders[path.parent.name] = json.loads(path.read_text())["pid"]
-                except (OSError, ValueError):
-                    continue
             saved = list(folder.glob("out/runs/*/checkpoints/latest"))
-            if len(set(holders.values())) == 2 and len(saved) == 2:
+            # A process has one run at a time: two that are locked have two holders.
+            if len(saved) == 2 and not any(map(lock_run, folder.glob("out/runs/*"))):
                 break
             time.sleep(0.005)
         else:
@@ -113,7 +73,7 @@ def test_two_processes_share_one_list_and_one_is_killed(folder):
         for process in both:
             process.kill()
     assert both[1].returncode == 0, error
-    assert not list(folder.glob("out/runs/*/claim.*"))
+    assert all(map(lock_run, folder.glob("out/runs/*")))
     assert not list(folder.glob("out/runs/*/checkpoints/latest"))
     shared = rows_of(folder / "out")
     alone = start(folder, compare(folder, 1, "alone", "--seeds=1"))
