@@ -20,10 +20,10 @@ def figure() -> tuple[Any, Any]:
     return made, axes
 
 
-def png(made: Any) -> bytes:
-    """Return a figure as the bytes of a PNG file."""
+def saved(made: Any, **options: Any) -> bytes:
+    """Return a figure as the bytes of a file, PNG unless ``options`` say another format."""
     buffer = io.BytesIO()
-    made.savefig(buffer, format="png")
+    made.savefig(buffer, **{"format": "png", **options})
     return buffer.getvalue()
 
 
@@ -38,7 +38,7 @@ def lines(curves: dict[str, list[Point]], label: str, *, log: bool = False) -> b
     axes.set_ylabel(label)
     if axes.has_data():
         axes.legend()
-    return png(made)
+    return saved(made)
 
 
 def _colors(methods: Iterable[str]) -> dict[str, str]:
@@ -59,10 +59,10 @@ def losses(plan: Plan, rows: list[Row], records: list[Row]) -> bytes:
     axes.set_ylabel("training loss (nats a token)")
     axes.set_title("Training loss, seed 0")
     axes.legend()
-    return png(made)
+    return saved(made)
 
 
-def memory(plan: Plan, records: list[Row]) -> bytes:
+def memory(plan: Plan, records: list[Row], **options: Any) -> bytes:
     """Draw perplexity against the bytes of parameters and optimizer state at 60M."""
     made, axes = figure()
     colors = _colors(record["method"] for record in records)
@@ -71,8 +71,6 @@ def memory(plan: Plan, records: list[Row]) -> bytes:
         x, y = record["bytes_60m"] / 1e6, record["perplexity"]
         color, spread = colors[record["method"]], record["spread"] or 0
         axes.errorbar(x, y, yerr=spread, marker=marker, color=color, capsize=3)
-        text = f"{record['label']} ({record['protocol']})"
-        axes.annotate(text, (x, y), textcoords="offset points", xytext=(7, 5), fontsize=8)
     axes.margins(x=0.2, y=0.1)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:.0f}")
@@ -80,4 +78,30 @@ def memory(plan: Plan, records: list[Row]) -> bytes:
     axes.set_xlabel("parameters + optimizer state of the 60M Llama, bf16 (MB)")
     axes.set_ylabel(f"test perplexity, {plan.values['model']}")
     axes.set_title("Perplexity against memory (lower left is better)")
-    return png(made)
+    made.draw_without_rendering()  # the axes have their limits now
+    several = len({record["protocol"] for record in records}) > 1
+    points = [
+        (r["label"] + f" ({r['protocol']})" * several, r["bytes_60m"] / 1e6, r["perplexity"])
+        for r in records
+    ]
+    _label(axes, sorted(points, key=lambda point: point[2]))
+    return saved(made, **options)
+
+
+def _label(axes: Any, points: list[tuple[str, float, float]]) -> None:
+    """Write a name beside each point, higher up where it would cover another one."""
+    taken: list[tuple[float, float, float]] = []  # left, right and bottom, in typographic points
+    unit = axes.figure.dpi / 72
+    for text, x, y in points:
+        left, bottom = axes.transData.transform((x, y)) / unit + (7, -3)
+        right = left + 4.6 * len(text)
+        while any(
+            left < end and start < right and abs(bottom - base) < 9 for start, end, base in taken
+        ):
+            bottom += 1
+        taken.append((left, right, bottom))
+        shift = bottom - axes.transData.transform((x, y))[1] / unit
+        line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.5} if shift > 6 else None
+        axes.annotate(
+            text, (x, y), (7, shift), textcoords="offset points", fontsize=8, arrowprops=line
+        )

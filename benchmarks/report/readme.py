@@ -6,11 +6,21 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import optimzoo
 from benchmarks.common.files import RESULTS, ROOT, write_atomic
 from benchmarks.common.tables import Table
+from benchmarks.experiments import pictures
 from benchmarks.experiments.plan import Plan
-from benchmarks.experiments.summary import LEGEND, caption, comparison, read_rows, write_report
+from benchmarks.experiments.summary import (
+    LEGEND,
+    caption,
+    comparison,
+    read_rows,
+    summarise,
+    write_report,
+)
 from benchmarks.papers import perplexity_tables
 from benchmarks.report import results_page
 from benchmarks.training.flops import speed_text
@@ -48,6 +58,90 @@ def _beside(name: str, *, notes: bool = True) -> str:
     every = [row for mine in rows.values() for row in mine]
     grid = perplexity_tables.grid(perplexity_tables.TABLES[table], made)
     return f"{grid.markdown()}\n\n{caption(every)}."
+
+
+def _tuned(name: str) -> dict[str, dict[str, Any]]:
+    """Return the records of a plan's tuned runs, by method."""
+    plan = Plan(name)
+    records = summarise(plan, read_rows(plan.results_path))
+    return {r["method"]: r for r in records if r["protocol"] == "tuned"}
+
+
+def _headline(name: str) -> str:
+    """Return the sentence on SCALE and AdamW: memory, perplexity, and whether seeds tell them."""
+    records = _tuned(name)
+    scale, adamw = records["scale"], records["adamw"]
+    share = scale["bytes_60m"] / adamw["bytes_60m"]
+    ratio = scale["perplexity"] / adamw["perplexity"] - 1
+    apart = abs(scale["perplexity"] - adamw["perplexity"]) > scale["spread"] + adamw["spread"]
+    order = f"{abs(ratio):.0%} {'above' if ratio > 0 else 'below'}" if apart else "level with"
+    return (
+        f"SCALE holds {share:.0%} of AdamW's bytes ({scale['bytes_60m'] / 1e6:.0f} MB against "
+        f"{adamw['bytes_60m'] / 1e6:.0f} MB of parameters and state at 60M in bfloat16),\nand on "
+        f"the small model below, both tuned, its test perplexity is {order} AdamW's."
+    )
+
+
+def _methods(name: str) -> str:
+    """Return the methods of the registry, with the rates that were best in a plan."""
+    plan, rows = Plan(name), []
+    for method in optimzoo.list_optimizers():
+        info = optimzoo.get_info(method)
+        if not info.make.__module__.startswith("optimzoo."):
+            continue
+        number = info.source.removeprefix("arXiv ")
+        source = f"[{number}](https://arxiv.org/abs/{number})" if number in info.source else ""
+        rates = "-"
+        if method in plan.methods:
+            best = plan.best(method, "tuned")
+            rates = f"{best['lr']:g} / {best['other_lr']:g}"
+        source = source if info.source.startswith("arXiv") else info.source
+        rows.append([f"`{method}`", info.description, source, info.state, rates])
+    table = Table(("name", "method", "source", "state", f"lr / other_lr on {name}"), rows, left=5)
+    note = (
+        "`adamw`, `sgd`, `adafactor` and torch's others have the same names as in torch. state: in "
+        "weights of that role; rest: embedding, head and vectors; r: the rank, s: the history. "
+        f"lr / other_lr: the best of the same grid, on {name} ({_size(name)})."
+    )
+    return f"{table.markdown()}\n\n{note}"
+
+
+def _size(name: str) -> str:
+    values = Plan(name).values
+    tokens = values["batch_size"] * values["seq_len"]
+    return f"batches of {tokens:,} tokens, {values['steps']} steps"
+
+
+def _results(name: str) -> str:
+    """Return a plan's tuned runs in five columns, and how they were made, in a line."""
+    records = _tuned(name)
+    best = records["adamw"]["perplexity"]
+    rows = [
+        [
+            r["label"],
+            f"{r['bytes_60m'] / 1e6:.0f}",
+            f"{r['perplexity']:.2f} ±{r['spread']:.2f}",
+            f"{r['perplexity'] / best - 1:+.1%}",
+            f"{r['optimizer_ms']:.1f}",
+        ]
+        for r in records.values()
+    ]
+    seeds = next(iter(records.values()))["seeds"]
+    headers = ("method", "MB at 60M", "test perplexity", "to AdamW", "step ms")
+    return (
+        f"{Table(headers, rows).markdown()}\n\nEach tuned on the same grid, on a {name} Llama "
+        f"({_size(name)}, {seeds} seeds, float32, CPU); MB: parameters and state of the 60M Llama "
+        "in bfloat16."
+    )
+
+
+def picture(name: str) -> bytes:
+    """Draw the tuned runs of a plan: perplexity against memory, as SVG, the same each time."""
+    import matplotlib
+
+    records = list(_tuned(name).values())
+    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        return pictures.memory(Plan(name), records, format="svg", metadata={"Date": None})
 
 
 def _gradients(name: str) -> str:
@@ -116,6 +210,9 @@ def _utilisation(name: str) -> str:
 
 
 _MADE: dict[str, Callable[[str], str]] = {
+    "headline": _headline,
+    "methods": _methods,
+    "results": _results,
     "table": _comparison,
     "beside": _beside,
     "rows": partial(_beside, notes=False),
@@ -143,8 +240,12 @@ def main(args: argparse.Namespace) -> int:
             print("README.md differs from the results; run python -m benchmarks report")
         return int(new != old)
     write_atomic(README, new)
+    write_atomic(README.parent / "docs" / "memory.svg", picture("nano"))
     write_atomic(args.out / "index.html", results_page.render())
     for plan in Plan.stored():
         write_report(plan, read_rows(plan.results_path), args.out / plan.name)
-    print(f"written: {README.name}, {args.out}/index.html, and loss.png, memory.png by plan")
+    print(
+        f"written: {README.name}, docs/memory.svg, {args.out}/index.html, and loss.png, memory.png "
+        "by plan"
+    )
     return 0

@@ -57,7 +57,7 @@ def readme(heading: str) -> str:
     if heading not in sections:
         raise ValueError(f"README.md has no section {heading!r}; it has {', '.join(sections)}")
     section = re.sub(r"^# .+\n", "", sections[heading])
-    section = re.sub(r"\]\(docs/([\w/]+\.md)", r"](\1", section)
+    section = re.sub(r"\]\(docs/([\w/]+\.(?:md|svg))", r"](\1", section)
     return re.sub(r"\]\((\w+\.md)\)", lambda m: f"]({PAGES.get(m[1], m[1])})", section).strip()
 
 

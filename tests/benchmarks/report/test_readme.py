@@ -30,11 +30,19 @@ def test_the_audit_shown_is_the_audit_printed():
     assert optimzoo.describe(model) in TEXT
 
 
-def test_every_method_called_ready_is_registered():
-    for line in TEXT.splitlines():
-        if line.startswith("| `") and line.endswith("ready |"):
-            for name in re.findall(r"`(\w+)`", line.split("|")[1]):
-                assert name in optimzoo.list_optimizers()
+def test_every_method_of_the_library_is_in_the_table():
+    table = TEXT.split("<!-- methods: nano -->")[1].split("<!-- end -->")[0]
+    named = {re.findall(r"`(\w+)`", line)[0] for line in table.splitlines() if line[:3] == "| `"}
+    own = {
+        n for n in optimzoo.list_optimizers() if "optimzoo" in optimzoo.get_info(n).make.__module__
+    }
+    assert named == own
+
+
+def test_it_is_short_and_its_links_lead_somewhere():
+    assert len(TEXT.splitlines()) <= 130
+    for link in re.findall(r"\]\(([^)]+)\)", TEXT):
+        assert link.startswith("https://") or (README.parent / link).exists(), link
 
 
 def test_no_path_named_in_the_contributing_guide_is_missing():
