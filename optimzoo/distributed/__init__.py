@@ -1,8 +1,8 @@
-"""Which reductions cross shards, and how.
+"""Sharded weights: which reductions cross processes, and how.
 
 A weight of FSDP2 or tensor parallelism is a DTensor: each process holds some of its rows, columns
-or stacked matrices. The methods work on what a process holds, as plain tensors, and ask
-:class:`Shards` for the few sums that cross the cut:
+or stacked matrices. The methods work on the local shards, as plain tensors, and call
+:class:`Shards` for the few sums that cross processes:
 
 ========================  ==========================================================================
 SCALE                     squares of the cut columns, of all weights in one all-reduce a step;
