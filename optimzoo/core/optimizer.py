@@ -25,7 +25,7 @@ _UNTOUCHED = {"step": 0, "moment_step": 0, "exp_avg_sq": 0, "update_norm": math.
 
 
 class RoleOptimizer(Optimizer):
-    """A torch optimizer whose groups carry a ``role`` and whose state survives a load unchanged.
+    """Torch optimizer whose groups carry a ``role`` and whose state survives a load unchanged.
 
     State holds tensors, ints and floats only, and none is made before the first step.
     """

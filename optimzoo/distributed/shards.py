@@ -1,4 +1,4 @@
-"""How a weight is sharded over processes, and the reductions that cross its shards."""
+"""Sharding of a weight over processes, and the reductions that cross its shards."""
 
 import math
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence

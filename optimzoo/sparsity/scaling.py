@@ -1,4 +1,4 @@
-"""Which weights become sparse, their groups for the optimizer, and CAST's weight scaling."""
+"""Choice of the weights that become sparse, their groups, and CAST's weight scaling."""
 
 import re
 from typing import Any
