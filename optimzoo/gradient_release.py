@@ -32,7 +32,7 @@ def release(
 
     Without `max_norm` the weights get the same bits as without release, for every method whose step
     treats each parameter by itself; no gradient is left after the backward. Gradients must be
-    complete when the backward has them: no ``clip_grad_norm_`` and no averaging by hand after it.
+    final when the backward delivers them: no ``clip_grad_norm_``, no averaging by hand after it.
 
     **Clipping**, with g all gradients: ``g ← g · min(1, max_norm / (‖g‖ + 1e-6))``, as
     ``clip_grad_norm_``. ‖g‖ is known when the last gradient is, so only steps that do not depend on
@@ -106,7 +106,7 @@ class Release:
         for number, group in enumerate(optimizer.param_groups):
             for p in group["params"]:
                 self._places[p] = (number, len(self._places))
-        self._lock = threading.Lock()  # one autograd thread a device
+        self._lock = threading.Lock()  # there is an autograd thread per device
         self._paused = False
         self._checked = False
         self._begin()
@@ -164,7 +164,7 @@ class Release:
             if self._over:
                 self._begin()
             if not self._checked:
-                _refuse_replicated(self._places)  # wrapped since
+                _refuse_replicated(self._places)  # the model may be wrapped by now
                 self._checked = True
             if param in self._stepped:
                 param.grad = None

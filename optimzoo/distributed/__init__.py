@@ -5,12 +5,12 @@ or stacked matrices. The methods work on the local shards, as plain tensors, and
 :class:`Shards` for the few sums that cross processes:
 
 ========================  ==========================================================================
-SCALE                     squares of the cut columns, of all weights in one all-reduce a step;
-                          nothing for weights cut along the other dimension
+SCALE                     squares of sharded columns, of all weights in one all-reduce per step;
+                          nothing for weights sharded along the other dimension
 low-rank methods          a sketch ``[m, r]`` and its image ``[n, r]`` at a refresh; between two of
-                          them ``[r, n]`` where the cut dimension is the projected one, and a norm
+                          them ``[r, n]`` where the projected dimension is sharded, and a norm
                           (Fira, APOLLO) or ``s`` products (Natural GaLore)
-Stable-SPAM               a maximum and a norm a weight
+Stable-SPAM               a maximum and a norm per weight
 Muon, SWAN, SCALE         whole matrices, each at one process (:func:`by_owners`): the processes
  spectral                 share the work, and the result is that of one process
 AdamS, Adam, SGD          nothing

@@ -14,7 +14,7 @@ class _Factory:
     """Factory that ``Trainer`` takes for an optimizer class and calls with its model."""
 
     def __init__(self, *groups: Any, **options: Any) -> None:
-        if groups or options:  # an older Trainer, which knows classes alone, hands its own groups
+        if groups or options:  # an older Trainer, which knows classes alone, passes its own groups
             raise TypeError(
                 "this transformers has no optimizer factories; upgrade it, or pass "
                 "optimizers=(optimzoo.create_optimizer(...), None) to the Trainer"

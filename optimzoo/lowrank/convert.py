@@ -102,10 +102,10 @@ def convert(
 
     Args:
         model: any module.
-        rank: r of every layer.
+        rank: rank r of every layer.
         kind: ``low_rank``, ``sltrain`` or ``lora``.
         targets: a regex, searched in the layers' names; default: all of them.
-        sparsity: sltrain: share of the entries that the sparse part has.
+        sparsity: share of the entries that the sparse part has (``sltrain``).
         alpha: the scale of the product is alpha / r.
         seed: seed of the draws, which are made on the CPU in the order of the layers.
 
@@ -139,7 +139,7 @@ def merge(model: nn.Module) -> int:
     """Replace every low-rank layer by the dense one it stands for, in place.
 
     The weight, s B A with the sparse or frozen part, is made in float32 (float64 stays) and cast
-    to the factors' type. What was a ``Conv1D`` is one again.
+    to the factors' type. A converted ``Conv1D`` becomes one again.
 
     Returns:
         The number of layers.

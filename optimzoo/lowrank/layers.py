@@ -137,7 +137,7 @@ class SparseLowRankLinear(FactoredLinear):
         out_features: size of the output.
         rank: r, from 1 to min(in, out).
         sparsity: share of the entries that S has, in (0, 1]; SLTrain's scripts: 0.03.
-        **options: of :class:`FactoredLinear`.
+        **options: options of :class:`FactoredLinear`.
 
     Raises:
         ValueError: a rank, an alpha or a sparsity out of range.
@@ -166,7 +166,7 @@ class SparseLowRankLinear(FactoredLinear):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw everything anew, the support too."""
+        """Draw all parameters anew, and the support."""
         super().reset_parameters(generator)
         if not self.indices.is_meta:
             positions = self.in_features * self.out_features
@@ -204,7 +204,7 @@ class LoRALinear(FactoredLinear):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw everything anew, W₀ too."""
+        """Draw all parameters anew, W₀ too."""
         super().reset_parameters(generator)
         draw_uniform_(self.frozen, 1 / math.sqrt(self.in_features), generator)
 

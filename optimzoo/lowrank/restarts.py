@@ -108,9 +108,9 @@ class Restarts(_Restarting):
             ...
             optimizer.step(); restarts.step(); scheduler.step()
 
-    All is computed from what every replica has alike: under DDP the ranks stay equal without a
-    message. ``state_dict`` is the count of steps; with the states of model, optimizer and scheduler
-    a resumed run goes on to the same bits.
+    Everything is computed from what the replicas share: under DDP the ranks stay equal without
+    communication. ``state_dict`` is the count of steps; with the states of model, optimizer and
+    scheduler a resumed run gives the same bits.
 
     Args:
         model: a model with layers of this package.
@@ -155,7 +155,7 @@ class ReLoRA(_Restarting):
        authors' code runs as its "optimizer reset" (the paper's text prunes by magnitude);
     3. with :meth:`scheduler`, the learning rate climbs back in ``recovery_steps`` steps.
 
-    It is used as :class:`Restarts` is. Every draw is that of ``seed`` and the step.
+    It is used as :class:`Restarts` is. Every draw depends on ``seed`` and the step alone.
 
     Args:
         model: a model converted with kind ``lora``.

@@ -34,7 +34,7 @@ class Account:
 
     @property
     def total(self) -> int:
-        """Return the bytes of all three."""
+        """Return the bytes of parameters, gradients and state."""
         return self.params + self.grads + self.state_total
 
 

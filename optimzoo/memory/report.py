@@ -39,7 +39,7 @@ class Row:
 
 
 def page(title: str, rows: Sequence[Row], refused: dict[str, str], notes: Sequence[str]) -> str:
-    """Return the table of methods, smallest first, each with a bar of what its bytes are."""
+    """Return the table of methods, smallest first, each with a bar of its bytes by category."""
     rows = sorted(rows, key=lambda row: row.size)
     most = max((row.size for row in rows), default=1)
     unit, name = _unit(most)

@@ -64,13 +64,13 @@ def simulate(
     Args:
         model: any module, on any device or on ``meta``; it is copied as shapes, and not touched.
         optimizer: a name of the registry, or a function from parameter groups to an optimizer.
-        batch: sequences a micro-batch.
-        seq: tokens a sequence.
+        batch: sequences per micro-batch.
+        seq: tokens per sequence.
         step: function from the model to its loss, if it does not take `input_ids` and `labels`.
         dtype: dtype of floating-point parameters and buffers; default: as the model has them.
         checkpointing: recompute each block in the backward pass (:func:`checkpoint_blocks`).
         release: step in the backward pass (:func:`optimzoo.release`).
-        micro_batches: backward passes a step; with two and more, gradients wait for the next.
+        micro_batches: backward passes per step; with two and more, gradients wait for the next.
         shards: processes under FSDP2, each with its own ``batch``; the peak is that of the first.
             Each block is wrapped by ``fully_shard``, and then the whole model.
         device: `cpu`, or `cuda`: what torch and our kernels choose on a GPU, sizes as its allocator

@@ -32,8 +32,8 @@ class APOLLO(HiddenRule):
         U = √scale · limit(G · s)                (`scale_front`: the factor before the limit)
         W ← (1 − ηλ) W − η √(1 − β₂ᵗ)/(1 − β₁ᵗ) · U
 
-    ``limit`` lets the norm grow by a factor of at most `limiter` a step; a norm of zero is passed
-    over (ours). All other parameters take Adam.
+    ``limit`` lets the norm grow by a factor of at most `limiter` per step; a norm of zero is
+    ignored (ours). All other parameters take Adam.
 
     State of a hidden weight, in elements: ``2 r max(m, n)``, a seed and one number; APOLLO-Mini
     (`rank=1`): ``2 max(m, n)``.

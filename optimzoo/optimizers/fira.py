@@ -37,8 +37,8 @@ class Fira(Projected):
         S = limit((G − c P R) · s)               c = α, or 1 with `residual_scale="one"`
         W ← (1 − ηλ) W − η √(1 − β₂ᵗ)/(1 − β₁ᵗ) · (α P N + S)
 
-    ``limit`` lets the norm of ``S`` grow by a factor of at most `limiter` a step; a norm of zero is
-    passed over (ours: the code's next steps would grow from nothing).
+    ``limit`` lets the norm of ``S`` grow by a factor of at most `limiter` per step; a norm of zero
+    is ignored (ours: the code's next steps would grow from nothing).
 
     State of a hidden weight: GaLore's, and one number.
 

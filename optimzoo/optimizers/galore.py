@@ -103,7 +103,7 @@ class GaLore(Projected):
 
     Args:
         params: groups from :func:`optimzoo.param_groups`; bare parameters fall back by shape.
-        lr: learning rate; a group (the rest, say) may carry its own.
+        lr: learning rate; a group (such as the rest) may carry its own.
         betas: Adam's betas.
         eps: 1e-6 in the authors' code, 1e-8 in the paper.
         weight_decay: λ, decoupled.

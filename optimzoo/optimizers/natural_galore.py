@@ -147,7 +147,7 @@ class NaturalGaLore(Projected):
         if "history" not in state:
             _init_history(state, low, group)
         elif group["history_dtype"] == "auto" and state["history"].dtype == torch.float16:
-            state["history"] = state["history"].float()  # as a state of before has it
+            state["history"] = state["history"].float()  # as an older checkpoint has it
         natural = natural_gradient(
             state,
             low,

@@ -25,7 +25,7 @@ def distillation_loss(
 
     Args:
         student_logits: ``[..., vocab]``.
-        teacher_logits: of the same shape; no gradient reaches it.
+        teacher_logits: logits of the same shape; they get no gradient.
         labels: ``[...]``, the token that each position is to predict (shift them yourself); -100
             leaves a position out of both terms. Without any label the loss is 0.
         eta: η, from 0 (cross-entropy alone) to 1; 1/3 in the paper's LLaMA runs.
@@ -55,7 +55,7 @@ def linear_distillation_loss(
 
     Args:
         student: its last hidden state ``[..., d]`` and its head's weight ``[vocab, d]``.
-        teacher: the same of the teacher (its d may differ); no gradient reaches it.
+        teacher: the same of the teacher (its d may differ); they get no gradient.
         labels: see :func:`distillation_loss`.
         eta: see :func:`distillation_loss`.
         chunk: positions whose logits are held at a time.
