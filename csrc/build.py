@@ -1,4 +1,4 @@
-"""Builds the native kernel libraries: ``python csrc/build.py [--require | --sanitize]``.
+"""Build the native kernel libraries: ``python csrc/build.py [--require | --sanitize]``.
 
 setup.py calls it too. ``--sanitize`` makes, in place of them, ``build/sanitized/_cpu.so`` with the
 address and undefined-behaviour sanitizers (``make sanitize`` runs the tests on it).
@@ -47,13 +47,13 @@ CUDA_FLAGS = [
 
 
 def fresh(target: Path, folder: Path) -> bool:
-    """Whether ``target`` is newer than all that it is made from."""
+    """Return whether ``target`` is newer than all its sources."""
     sources = [*folder.iterdir(), *(SOURCES / "include").iterdir(), Path(__file__)]
     return target.exists() and all(s.stat().st_mtime <= target.stat().st_mtime for s in sources)
 
 
 def run_all(commands: list[list[str]]) -> None:
-    """Run compilers side by side; the first error ends it with the compiler's own words."""
+    """Run compilers side by side; raise the first error with the compiler's own message."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = list(
             pool.map(lambda c: subprocess.run(c, capture_output=True, text=True), commands)
@@ -64,14 +64,14 @@ def run_all(commands: list[list[str]]) -> None:
 
 
 def link(command: list[str], target: Path) -> None:
-    """Link beside the target and move it there whole: a process may have the old one open."""
+    """Link beside ``target`` and replace it at once: a process may have the old one open."""
     unfinished = target.with_suffix(".so.unfinished")
     run_all([[*command, "-o", str(unfinished)]])
     unfinished.replace(target)
 
 
 def cpu_compilers() -> list[list[str]]:
-    """The commands to try, one after the other."""
+    """Return the compiler commands to try, one after the other."""
     if os.name == "nt":
         raise RuntimeError("the kernels are not built on Windows")
     if named := os.environ.get("CXX"):
@@ -83,7 +83,7 @@ def cpu_compilers() -> list[list[str]]:
 
 
 def openmp_flags(compiler: list[str]) -> list[str]:
-    """What makes threads of ``#pragma omp``; nothing where header or library are missing."""
+    """Return the flags that enable OpenMP; none where its header or library is missing."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "openmp.cpp"
         source.write_text(USES_OPENMP)
@@ -93,7 +93,7 @@ def openmp_flags(compiler: list[str]) -> list[str]:
 
 
 def compile_cpu(compiler: list[str], objects: Path, extra: tuple[str, ...] = ()) -> list[str]:
-    """The object files: every operation once for each instruction set of the compiler's target."""
+    """Compile every operation for each instruction set of the target; return the object files."""
     described = subprocess.run([*compiler, "-dumpmachine"], capture_output=True, text=True)
     x86 = described.stdout.startswith(("x86_64", "amd64"))
     common = [*compiler, *CPU_FLAGS, *extra, f"-I{SOURCES / 'include'}"]
@@ -110,7 +110,7 @@ def compile_cpu(compiler: list[str], objects: Path, extra: tuple[str, ...] = ())
 
 
 def build_cpu(target: Path = TARGET / "_cpu.so", extra: tuple[str, ...] = ()) -> None:
-    """``_cpu.so``, by the first compiler that can."""
+    """Build ``_cpu.so`` with the first compiler that can."""
     failures = []
     for compiler in cpu_compilers():
         try:
@@ -125,7 +125,7 @@ def build_cpu(target: Path = TARGET / "_cpu.so", extra: tuple[str, ...] = ()) ->
 
 
 def build_cuda() -> None:
-    """``_cuda.so``, for sm_80, sm_90, sm_100 and what comes after."""
+    """Build ``_cuda.so`` for sm_80, sm_90, sm_100 and later architectures."""
     compiler = shutil.which("nvcc")
     if compiler is None:
         raise RuntimeError("no nvcc")
@@ -138,13 +138,13 @@ def build_cuda() -> None:
 
 
 def in_one_line(error: Exception) -> str:
-    """What the compiler said first: for the file that ``optimzoo doctor`` reads."""
+    """Return the compiler's first error, for the file that ``optimzoo doctor`` reads."""
     lines = str(error).splitlines() or [type(error).__name__]
     return next((line for line in lines if "error" in line), lines[0]).strip()[:300]
 
 
 def main() -> None:
-    """Build what is not fresh."""
+    """Build the libraries that are not up to date."""
     if "--sanitize" in sys.argv:
         target = ROOT / "build" / "sanitized" / "_cpu.so"
         return build_cpu(target, ("-fsanitize=address,undefined", "-fno-sanitize-recover", "-g"))
@@ -163,7 +163,7 @@ def main() -> None:
             print(f"the {kind} kernels were not built: {error}", file=sys.stderr)
             if required:
                 sys.exit(1)
-            target.unlink(missing_ok=True)  # of older sources
+            target.unlink(missing_ok=True)  # it is of older sources
             reason.write_text(in_one_line(error) + "\n", encoding="utf-8")
             print(
                 "optimzoo goes on without them, on the eager path: "

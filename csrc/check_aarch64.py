@@ -1,11 +1,11 @@
-"""Builds the CPU kernels for aarch64 and runs their tests on them, in an emulator.
+"""Build the CPU kernels for aarch64 and run their tests on them, in an emulator.
 
     python csrc/check_aarch64.py [--allow-missing] [-- PYTEST_ARGUMENTS]
 
-Needs a cross compiler and qemu's user mode: on Debian and Ubuntu
-``apt-get install g++-aarch64-linux-gnu qemu-user``. What is compared with what stands in
-tests/support/foreign_kernels.py. ``--allow-missing``: without them nothing is checked, and that
-is said.
+It needs a cross compiler and qemu's user mode: on Debian and Ubuntu
+``apt-get install g++-aarch64-linux-gnu qemu-user``.
+tests/support/foreign_kernels.py says what is compared.
+With ``--allow-missing`` their absence is reported and is not an error.
 """
 
 import json
@@ -24,13 +24,13 @@ TESTS = (
     *("kernels/test_kernel_inputs.py", "kernels/test_zoo_kernels.py"),
     *("optimizers/test_adam_rule.py", "sparsity/test_sparsity_masks.py"),
 )
-# 4 GB that lie in 3 MB by the memory's mapping would go through the pipe as they are.
+# Its 4 GB are mapped to 3 MB of memory, but would go through the pipe in full.
 LEFT_OUT = "tests/kernels/test_kernels_cpu.py::test_elements_beyond_2_to_the_31"
 build = runpy.run_path(str(ROOT / "csrc" / "build.py"))
 
 
 def server(name: str, compiler: list[str], extra: tuple[str, ...], static: bool) -> str:
-    """Compile csrc/cross/server.cpp with the kernels; the program's path."""
+    """Compile csrc/cross/server.cpp with the kernels and return the program's path."""
     folder = ROOT / "build" / "aarch64" / name
     flags = (*build["openmp_flags"](compiler), *extra)
     objects = build["compile_cpu"](compiler, folder, flags)
@@ -42,7 +42,7 @@ def server(name: str, compiler: list[str], extra: tuple[str, ...], static: bool)
 
 
 def main() -> int:
-    """Build three servers, run the tests; pytest's exit status."""
+    """Build three servers, run the tests and return pytest's exit status."""
     emulator = next(filter(None, map(shutil.which, EMULATORS)), None)
     missing = [
         n

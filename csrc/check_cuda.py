@@ -1,4 +1,4 @@
-"""Checks the CUDA kernels by their machine code: ``python csrc/check_cuda.py [--allow-missing]``.
+"""Check the CUDA kernels by their machine code: ``python csrc/check_cuda.py [--allow-missing]``.
 
 Every ``csrc/cuda/*.cu`` is compiled for sm_80, sm_90 and sm_100, which needs no GPU. A kernel fails
 with a spill, with local memory, with more registers than its budget, or without the instructions
@@ -30,7 +30,7 @@ LOCAL = ("LDL", "STL")
 
 @dataclass
 class Budget:
-    """What a kernel may use, and what it must have."""
+    """Registers that a kernel may use, and instructions that it must have."""
 
     registers: int
     instructions: list[str]
@@ -38,7 +38,7 @@ class Budget:
 
 @dataclass
 class Kernel:
-    """What ptxas and the disassembler say of a kernel."""
+    """Report of ptxas and the disassembler on a kernel."""
 
     name: str
     target: int
@@ -49,7 +49,7 @@ class Kernel:
     counts: dict[str, int] = field(default_factory=dict)
 
     def faults(self, budget: Budget) -> list[str]:
-        """Why it fails; empty if it does not."""
+        """Return why the kernel fails; empty if it does not."""
         found = []
         if self.registers > budget.registers:
             found.append(f"{self.registers} registers, over its budget of {budget.registers}")
@@ -62,13 +62,13 @@ class Kernel:
 
 
 def budgets(source: str) -> dict[str, Budget]:
-    """The budget lines of a source."""
+    """Return the budgets in a source, by kernel."""
     lines = re.findall(r"^// budget: (\w+) (\d+)(.*)$", source, re.MULTILINE)
     return {name: Budget(int(registers), rest.split()) for name, registers, rest in lines}
 
 
 def kernel_name(symbol: str) -> str:
-    """The last name in a mangled symbol: ``_ZN12_GLOBAL__N__5scaleE5Table`` is ``scale``."""
+    """Return the last name in a mangled symbol, ``scale`` in ``_ZN12_GLOBAL__N__5scaleE5Table``."""
     place, name = symbol.index("_Z") + 2, symbol
     place += symbol[place] == "N"
     while match := re.match(r"\d+", symbol[place:]):
@@ -79,7 +79,7 @@ def kernel_name(symbol: str) -> str:
 
 
 def parse_report(report: str, target: int) -> list[Kernel]:
-    """The kernels of one ``ptxas -v``."""
+    """Return the kernels in the output of ``ptxas -v``."""
     kernels = []
     for part in report.split("Compiling entry function '")[1:]:
         symbol = part.split("'")[0]
@@ -97,7 +97,7 @@ def parse_report(report: str, target: int) -> list[Kernel]:
 
 
 def count_instructions(listing: str) -> dict[str, dict[str, int]]:
-    """How often each instruction occurs in ``cuobjdump -sass``, by kernel: LDG, and LDG.E.128."""
+    """Count instructions in ``cuobjdump -sass`` by kernel, under LDG and under LDG.E.128."""
     counts: dict[str, dict[str, int]] = {}
     for part in listing.split("Function : ")[1:]:
         symbol = part.split()[0]
@@ -110,7 +110,7 @@ def count_instructions(listing: str) -> dict[str, dict[str, int]]:
 
 
 def disassembler() -> str | None:
-    """A ``cuobjdump``: on the path, or in Triton's wheel."""
+    """Return the path of a ``cuobjdump``, on PATH or in Triton's wheel, or None."""
     found = shutil.which("cuobjdump")
     spec = None if found else importlib.util.find_spec("triton")
     if spec is not None and spec.origin:
@@ -120,7 +120,7 @@ def disassembler() -> str | None:
 
 
 def output_of(command: list[str]) -> str:
-    """What a command writes; its failure is an error in its own words."""
+    """Return the output of a command; exit with it if the command fails."""
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         sys.exit(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
@@ -128,7 +128,7 @@ def output_of(command: list[str]) -> str:
 
 
 def compile_one(source: Path, target: int, folder: Path, tool: str | None) -> list[Kernel]:
-    """Compile for one architecture; what its kernels are made of."""
+    """Compile a source for one architecture and return its kernels."""
     code = folder / f"{source.stem}-{target}.cubin"
     command = ["nvcc", *FLAGS, f"-arch=sm_{target}", "-cubin", str(source), "-o", str(code)]
     kernels = parse_report(output_of(command), target)
@@ -140,7 +140,7 @@ def compile_one(source: Path, target: int, folder: Path, tool: str | None) -> li
 
 
 def row(kernel: Kernel, budget: Budget, faults: list[str]) -> str:
-    """A line of the table."""
+    """Return a kernel's line of the table."""
     counted = " ".join(f"{name}={kernel.counts.get(name, 0)}" for name in budget.instructions)
     return (
         f"{kernel.name:<22} sm_{kernel.target:<4} {kernel.registers:>3}/{budget.registers:<3} "
@@ -149,7 +149,7 @@ def row(kernel: Kernel, budget: Budget, faults: list[str]) -> str:
 
 
 def check(tool: str | None) -> bool:
-    """Compile all, print the table; whether all is well."""
+    """Compile all sources, print the table and return whether every kernel passes."""
     sources = sorted((SOURCES / "cuda").glob("*.cu"))
     allowed: dict[str, Budget] = {}
     for source in sources:
@@ -172,7 +172,7 @@ def check(tool: str | None) -> bool:
 
 
 def main() -> int:
-    """Run the check; 1: something is wrong or missing."""
+    """Run the check; return 1 if a kernel fails or a tool is missing."""
     parser = argparse.ArgumentParser(description="check the CUDA kernels' machine code")
     parser.add_argument("--allow-missing", action="store_true", help="pass without the tools")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel ahead of time and reads its machine code: no GPU is needed.
+"""Compile every Triton kernel ahead of time and check its machine code: no GPU is needed.
 
     python csrc/check_triton.py [--arch 90] [--allow-missing]
 
@@ -54,7 +54,7 @@ class Case(NamedTuple):
 
     @property
     def usual(self) -> bool:
-        """Whether the first of the kernel's budgets holds."""
+        """Return whether the first of the kernel's budgets applies."""
         rare = self.constants["STOCHASTIC"] or self.constants.get("MASKED")
         return self.constants["ALIGNED"] and not rare
 
@@ -64,7 +64,7 @@ class Case(NamedTuple):
 
 
 def rows_cases() -> Iterator[Case]:
-    """Kernels over whole rows."""
+    """Yield the cases of kernels over whole rows."""
     for cols in (64, 2048, 16384, 32768):
         for p, g in ALL if cols == 2048 else SAME:
             yield case("scale._rows", cols, P=p, G=g, M=None, L2=False)
@@ -86,7 +86,7 @@ def rows_cases() -> Iterator[Case]:
 
 
 def other_cases() -> Iterator[Case]:
-    """Kernels over blocks of elements and over columns."""
+    """Yield the cases of kernels over blocks of elements and over columns."""
     for p, g in ALL:
         yield case("adam._adam", 4096, P=p, G=g, M=p, **adam())
     yield case("adam._adam", 4096, P="bf16", G="bf16", M="fp32", **adam(), STOCHASTIC=True)
@@ -108,12 +108,12 @@ def other_cases() -> Iterator[Case]:
 
 
 def adam(**flags: bool) -> dict[str, bool]:
-    """The flags of Adam's kernel."""
+    """Return the flags of Adam's kernel, all off but those given."""
     return {"BEFORE": False, "DIRECTION": False, "MASKED": False, "CLIPPED": False, **flags}
 
 
 def case(kernel: str, cols: int, **constants: Any) -> Case:
-    """A case on tensors of `cols` columns, with the tile that a launch would choose."""
+    """Return a case on tensors of `cols` columns, with the tile that a launch would choose."""
     import torch
 
     from optimzoo.kernels.triton import launch, reduce
@@ -144,7 +144,7 @@ def case(kernel: str, cols: int, **constants: Any) -> Case:
 
 
 def compiled(case: Case, arch: int) -> bytes:
-    """The kernel's cubin."""
+    """Compile a case and return its cubin."""
     import triton
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
@@ -172,7 +172,7 @@ def compiled(case: Case, arch: int) -> bytes:
 
 
 def examined(case: Case, arch: int) -> tuple[str, list[str]]:
-    """A line of the table, and what is wrong."""
+    """Return a case's line of the table, and its faults."""
     try:
         cubin = compiled(case, arch)
     except Exception as error:  # the compiler's errors are of many types
@@ -208,7 +208,7 @@ def examined(case: Case, arch: int) -> tuple[str, list[str]]:
 
 
 def main() -> int:
-    """Run the check; 0 if all is well."""
+    """Run the check; return 0 if every kernel passes, else 1."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, help="all cases for this one, as 90 for sm_90")
     parser.add_argument("--allow-missing", action="store_true", help="pass without Triton")

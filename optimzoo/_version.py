@@ -1,4 +1,4 @@
-"""The versions of optimzoo and of torch, on their own so that a build reads them without torch."""
+"""Versions of optimzoo and of the tested torch, importable without torch."""
 
 import warnings
 

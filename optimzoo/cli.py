@@ -1,4 +1,4 @@
-"""``optimzoo list``, ``doctor`` and ``memory``, also as ``python -m optimzoo``."""
+"""Command line: ``optimzoo list``, ``doctor`` and ``memory``, also ``python -m optimzoo``."""
 
 import argparse
 import os
@@ -12,7 +12,7 @@ from optimzoo.registry import get_info, list_optimizers
 
 
 def list_methods(pattern: str) -> int:
-    """Print the optimizers whose names match a shell pattern, one a line."""
+    """Print the optimizers whose names match a shell pattern, each with its description."""
     names = list_optimizers(pattern)
     if not names:
         raise ValueError(f"no optimizer matches {pattern!r}; see `optimzoo list`")
@@ -25,15 +25,15 @@ def list_methods(pattern: str) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, and of sub-commands, too."""
+    """Argument parser whose errors are one line, those of sub-commands too."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong in one line, and leave with status 2."""
+        """Print the error in one line and exit with status 2."""
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; bad input is one line on stderr and exit status 2, Ctrl-C is 130."""
+    """Run one command and return its exit status: 2 with a one-line error, 130 after Ctrl-C."""
     parser = Parser(prog="optimzoo", description="memory-efficient optimizers")
     parser.add_argument("--version", action="version", version=f"optimzoo {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         status = _run(args)
-        sys.stdout.flush()  # what cannot be written is said here, and not by a dying interpreter
+        sys.stdout.flush()  # report a failed write here, not from the interpreter's shutdown
         return status
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -69,7 +69,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _drop_output() -> None:
-    """Let what is still to be written to a closed pipe or a full disk go nowhere."""
+    """Discard output that is still to be written to a closed pipe or a full disk."""
     try:
         sys.stdout.flush()
     except OSError:

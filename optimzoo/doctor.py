@@ -1,4 +1,4 @@
-"""``optimzoo doctor``: the kernels of this machine, why others are missing, are they right."""
+"""``optimzoo doctor``: which kernels this machine has, why others are missing, and a check."""
 
 import platform
 from typing import Any
@@ -14,7 +14,7 @@ _SHAPES = ((129, 65), (7, 2048), (64, 1))
 
 
 def check(kernels: Any, device: str) -> dict[str, float]:
-    """The largest error of each kernel against the eager rule, in float32, by name."""
+    """Return the largest error of each kernel against the eager rule, in float32, by name."""
     generator = torch.Generator().manual_seed(0)
 
     def normal() -> list[Tensor]:
@@ -63,7 +63,7 @@ def check(kernels: Any, device: str) -> dict[str, float]:
 
 
 def _described(kernels: Any) -> str:
-    """What there is to say of kernels that are here."""
+    """Describe available kernels: the instruction set and threads of the native ones, or ROCm."""
     if not isinstance(kernels, native.Library):
         return "" if torch.version.hip is None else "on ROCm, where nobody but you has tested them"
     threads = "" if kernels.threaded() else ", in one thread: its compiler had no OpenMP"
@@ -71,13 +71,13 @@ def _described(kernels: Any) -> str:
 
 
 def eager_accelerators() -> list[str]:
-    """The kinds of device that torch finds here and that no kernel is made for."""
+    """Return the device types that torch finds here and that have no kernels."""
     there = {"mps": torch.backends.mps.is_available(), "xpu": torch.xpu.is_available()}
     return [kind for kind, found in there.items() if found]
 
 
 def main() -> int:
-    """Print the report; 1 if a kernel that is there is wrong, not if one is missing."""
+    """Print the report; return 1 if a kernel gives wrong results, not if one is missing."""
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}")
     wrong = False
     found = [(device, b) for device, backends in dispatch.BACKENDS.items() for b in backends]

@@ -1,4 +1,4 @@
-"""Weights that FSDP1 or DeepSpeed has flattened, emptied or cut: no rule can see a matrix there."""
+"""Checks that refuse weights flattened, emptied or partitioned by FSDP1 or DeepSpeed."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ _FSDP1 = "FSDP1 (FullyShardedDataParallel)"
 
 
 def flattened_by(param: Any) -> str | None:
-    """Return the name of what has flattened or partitioned ``param``; None if nothing has."""
+    """Return the name of the library that has flattened or partitioned ``param``, or None."""
     if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
         return _FSDP1
     if hasattr(param, "ds_id") or hasattr(param, "ds_shape"):

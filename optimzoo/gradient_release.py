@@ -19,7 +19,7 @@ from optimzoo.flattened import flattened_by
 def release(
     optimizer: Optimizer, *, max_norm: float | None = None, scaler: Any = None
 ) -> "Release":
-    r"""Step each parameter during the backward, as soon as its gradient is complete, and free that.
+    r"""Step each parameter during the backward, as soon as its gradient is complete, and free it.
 
     The training loop stays as it is; ``optimizer.step()`` takes what is left and ends the round::
 
@@ -32,7 +32,7 @@ def release(
 
     Without `max_norm` the weights get the same bits as without release, for every method whose step
     treats each parameter by itself; no gradient is left after the backward. Gradients must be
-    complete when the backward has them: no ``clip_grad_norm_`` and no averaging by hand after it.
+    final when the backward delivers them: no ``clip_grad_norm_``, no averaging by hand after it.
 
     **Clipping**, with g all gradients: ``g ← g · min(1, max_norm / (‖g‖ + 1e-6))``, as
     ``clip_grad_norm_``. ‖g‖ is known when the last gradient is, so only steps that do not depend on
@@ -55,7 +55,7 @@ def release(
     Args:
         optimizer: any of this library or of torch, LBFGS excepted. Its state, ``state_dict``, lr
             (read at each step) and closures stay what they are.
-        max_norm: of the gradients of this optimizer; `math.inf` measures it without clipping.
+        max_norm: largest norm of this optimizer's gradients; `math.inf` measures without clipping.
         scaler: the ``torch.amp.GradScaler`` that scales the loss.
 
     Returns:
@@ -73,7 +73,7 @@ def release(
 
 
 class _Hook:
-    """What a parameter calls: weak, since a garbage collector does not look into its hooks."""
+    """Gradient hook with a weak reference, as a garbage collector does not look into hooks."""
 
     def __init__(self, owner: "Release") -> None:
         self.owner = weakref.ref(owner)
@@ -89,7 +89,7 @@ class _Hook:
 
 
 class Release:
-    """What :func:`release` returns.
+    """Handle of a released optimizer, as :func:`release` returns it.
 
     Attributes:
         grad_norm: with `max_norm`, the gradients' norm at the last ``optimizer.step()``.
@@ -106,7 +106,7 @@ class Release:
         for number, group in enumerate(optimizer.param_groups):
             for p in group["params"]:
                 self._places[p] = (number, len(self._places))
-        self._lock = threading.Lock()  # one autograd thread a device
+        self._lock = threading.Lock()  # there is an autograd thread per device
         self._paused = False
         self._checked = False
         self._begin()
@@ -121,7 +121,7 @@ class Release:
             self._join_scaler()
 
     def _begin(self) -> None:
-        """A new round: no parameter has had its step."""
+        """Begin a new round, in which no parameter has been stepped."""
         self._stepped: set[Tensor] = set()
         self._norms: list[Tensor] = []
         self._inverses: dict[torch.device, Tensor] = {}
@@ -144,7 +144,7 @@ class Release:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Let gradients accumulate: for every backward of a round but the last."""
+        """Let gradients accumulate, in every backward of a round but the last."""
         self._paused, before = True, self._paused
         try:
             yield
@@ -164,7 +164,7 @@ class Release:
             if self._over:
                 self._begin()
             if not self._checked:
-                _refuse_replicated(self._places)  # wrapped since
+                _refuse_replicated(self._places)  # the model may be wrapped by now
                 self._checked = True
             if param in self._stepped:
                 param.grad = None
@@ -181,10 +181,10 @@ class Release:
             param.grad = None
 
     def _step(self, param: Tensor, group: dict[str, Any], position: int) -> None:
-        """The optimizer's own step, on a likeness of it that has this parameter alone.
+        """Run the optimizer's own step on a shallow copy that has this parameter alone.
 
-        State is shared, options are the group's of now. What a step counts in a group or on the
-        optimizer is lost with the likeness; ``optimizer.step()`` counts it, once a round.
+        State is shared, options are the group's current ones. What a step counts in a group or on
+        the optimizer is lost with the copy; ``optimizer.step()`` counts it, once per round.
         """
         alone = object.__new__(type(self._optimizer))
         alone.__dict__.update(self._optimizer.__dict__)
@@ -196,7 +196,7 @@ class Release:
 
     @torch.no_grad()
     def _clip(self) -> None:
-        """Bring the gradients that have waited to ``max_norm``, with those that have passed."""
+        """Clip the waiting gradients to ``max_norm`` by the norm of all, the released included."""
         groups = self._optimizer.param_groups
         grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
         norms = self._norms + [_norm(g) for g in grads]
@@ -227,7 +227,7 @@ class Release:
     # Loss scaling.
 
     def _unscale(self, param: Tensor) -> bool:
-        """Divide the gradient by the loss scale; whether it is finite (if there is a scale)."""
+        """Divide the gradient by the loss scale, if there is one; return whether it is finite."""
         grad = param.grad
         if grad is None or self._scaler is None or not self._scaler.is_enabled():
             return True
@@ -247,7 +247,7 @@ class Release:
         return finite
 
     def _join_scaler(self) -> None:
-        """Tell the scaler what was found in the gradients that it does not see any more."""
+        """Report infinities to the scaler, which no longer sees the released gradients."""
         self._unscale_rest = self._scaler._unscale_grads_
         self._scaler._unscale_grads_ = self._unscale_grads
         # A fused torch optimizer leaves unscaling to its kernel: not that of gradients that wait.
@@ -290,7 +290,7 @@ def _second_gradient(param: Tensor) -> str:
 
 
 def _check(optimizer: Optimizer, max_norm: float | None) -> None:
-    """Refuse what cannot be released."""
+    """Refuse an optimizer, or parameters, that cannot be released."""
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"release takes a torch.optim.Optimizer, not {type(optimizer).__name__}")
     name = type(optimizer).__name__

@@ -1,4 +1,4 @@
-"""Options of a command line that would be without effect."""
+"""Checks that refuse command-line options without effect."""
 
 import argparse
 from collections.abc import Iterable
@@ -11,10 +11,10 @@ def refuse(
     reason: str,
     but: str | bool = False,
 ) -> None:
-    """Refuse the first of some options that was given and would be without effect.
+    """Refuse the first of ``names`` that was given, as it would have no effect.
 
     Raises:
-        ValueError: the option with its value, and ``reason``, in which ``{option}`` is its name.
+        ValueError: names the option, its value and ``reason``, with ``{option}`` replaced.
     """
     for name in names:
         if name in given and name != but:

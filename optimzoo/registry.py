@@ -1,4 +1,4 @@
-"""Every optimizer by name: what it is, where it comes from, how to make it."""
+"""Registry of the optimizers by name, and the function that makes them."""
 
 import difflib
 import fnmatch
@@ -29,7 +29,7 @@ from optimzoo.roles import ROLES, param_groups
 
 @dataclass(frozen=True)
 class OptimInfo:
-    """One optimizer of the registry.
+    """Record of one optimizer.
 
     Attributes:
         name: the name for :func:`create_optimizer`.
@@ -148,12 +148,12 @@ _ALIASES = {alias: info.name for info in _INFOS for alias in info.aliases}
 
 
 def list_optimizers(pattern: str = "*") -> list[str]:
-    """The names that match a shell pattern, sorted: ``list_optimizers("ada*")``."""
+    """Return the names that match a shell pattern, sorted: ``list_optimizers("ada*")``."""
     return sorted(name for name in _REGISTRY if fnmatch.fnmatch(name, pattern))
 
 
 def get_info(name: str) -> OptimInfo:
-    """The record of one optimizer.
+    """Return the record of one optimizer.
 
     Raises:
         ValueError: an unknown name; the message has the nearest ones.
@@ -168,7 +168,7 @@ def get_info(name: str) -> OptimInfo:
 
 
 def hyperparameters(info: OptimInfo) -> list[str]:
-    """Return the names that :func:`create_optimizer` takes for a method, beside its own two."""
+    """Return the names of the hyperparameters that :func:`create_optimizer` takes for a method."""
     accepted = [p for p in inspect.signature(info.make).parameters if p != "params"]
     return accepted + _rounding_of_torch(accepted)
 
@@ -187,7 +187,7 @@ def create_optimizer(
 ) -> Optimizer:
     """Make an optimizer by name.
 
-    Of a model, vectors (norms, biases) have no weight decay: :func:`optimzoo.param_groups`. Bare
+    The vectors of a model (norms, biases) get no weight decay (:func:`optimzoo.param_groups`). Bare
     parameters decay as in torch.
 
     Args:

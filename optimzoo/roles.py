@@ -1,4 +1,4 @@
-"""Which parameter is what: hidden weight, embedding, output head, or vector.
+"""Roles of parameters: hidden weight, embedding, output head, or vector.
 
 A memory-efficient optimizer treats these four differently, and sending a parameter to the wrong
 rule is the most common mistake made with one. :func:`param_groups` sorts a model's parameters into
@@ -70,7 +70,7 @@ def param_groups(model: nn.Module, overrides: Overrides = ()) -> list[dict[str, 
     Raises:
         ValueError: a pattern that matches no trainable parameter, an unknown role, a model
             without trainable parameters, or with weights that FSDP1 or DeepSpeed has flattened.
-        TypeError: it is no module.
+        TypeError: ``model`` is not a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -114,17 +114,17 @@ def param_groups(model: nn.Module, overrides: Overrides = ()) -> list[dict[str, 
 
 
 def role_of(param: Tensor, group: Mapping[str, Any]) -> str:
-    """The role of ``param`` in its group; by shape where the group has none."""
+    """Return the role of ``param`` in its group; by shape where the group has none."""
     return group.get("role") or ("hidden" if param.ndim >= 2 else "vector")
 
 
 def matrix_view(tensor: Tensor, *, stacked: bool = False) -> Tensor:
-    """``tensor`` as a matrix ``[out, -1]``, or as a stack of matrices ``[..., out, in]``."""
+    """View ``tensor`` as a matrix ``[out, -1]``, or as a stack of matrices ``[..., out, in]``."""
     return tensor if stacked or tensor.ndim == 2 else tensor.flatten(1)
 
 
 def input_dim(role: str, *, transposed: bool) -> int:
-    """The dimension along which a weight meets its input: the one a paper's column runs along.
+    """Return the dimension of a weight's inputs, along which a paper's column runs.
 
     ``nn.Linear`` and the head are ``[out, in]``; an ``nn.Embedding`` weight ``[vocab, d]`` is
     ``[in, out]``. Transposed, each is the other.
@@ -133,13 +133,13 @@ def input_dim(role: str, *, transposed: bool) -> int:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """GPT-2's Conv1D of `transformers`: a linear layer whose weight is [in, out]."""
+    """Return whether a module is `transformers`' Conv1D (GPT-2), whose weight is [in, out]."""
     names = {cls.__name__ for cls in type(module).__mro__}  # a parametrized one is a subclass
     return "Conv1D" in names and not isinstance(module, nn.Conv1d)
 
 
 def weight_of(module: Any) -> nn.Parameter | None:
-    """The parameter that is, or is behind, ``module.weight``."""
+    """Return the parameter that is, or is behind, ``module.weight``; None if there is none."""
     if parametrize.is_parametrized(module, "weight"):
         return getattr(module.parametrizations.weight, "original", None)
     weight = getattr(module, "weight", None)
@@ -147,9 +147,9 @@ def weight_of(module: Any) -> nn.Parameter | None:
 
 
 def describe(groups: Any, *, width: int = 80) -> str:
-    """Return the audit of parameter groups: role, tensors, parameters, an example, a line a group.
+    """Return an audit of parameter groups, a line each: role, tensors, parameters, an example.
 
-    Where a group has a weight decay, that of each is shown; ``-``: the optimizer's, not yet known.
+    If a group has a weight decay, each group's is shown; ``-`` is the optimizer's, not known yet.
 
     Args:
         groups: what :func:`param_groups` returned, an optimizer, or a model.
@@ -214,7 +214,7 @@ def _unwrap(model: nn.Module) -> nn.Module:
 
 
 def _names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """Each trainable parameter with all its names, the checkpoint's own name first."""
+    """Return each trainable parameter with all its names, the checkpoint's own name first."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, param in _unwrap(model).named_parameters(remove_duplicate=False):
         if param.requires_grad:

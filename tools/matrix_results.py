@@ -1,4 +1,4 @@
-"""The results of the rows of ``tools/test_matrix.py``: read from pytest, stored, shown."""
+"""Results of the rows of ``tools/test_matrix.py``: read from pytest, stored, shown."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def tree_key(root: Path) -> str | None:
-    """Return what names a tree as it is: the commit, and a hash of what is not committed."""
+    """Return a key of the tree's content: the commit, and a hash of uncommitted changes."""
 
     def git(*args: str) -> bytes:
         return subprocess.run(["git", *args], cwd=root, capture_output=True, check=True).stdout
@@ -46,10 +46,10 @@ def store(folder: Path, result: dict[str, Any]) -> None:
 
 
 def summary(output: str, status: int) -> dict[str, Any]:
-    """Return what pytest's output says: counts, failures, and whether all is well.
+    """Return the counts, the failures and the status in pytest's output.
 
     Args:
-        output: of the run, to its end.
+        output: output of the run, to its end.
         status: the run's exit status.
     """
     closing = r"^=* ?((?:\d+ [a-z]+(?:, )?)+) in [\d.]+s(?: \([\d:]+\))? ?=*$"
@@ -70,7 +70,7 @@ def summary(output: str, status: int) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Return the results as text, a line a row and its first failures below it."""
+    """Return the results as text, one line per row with its first failures below it."""
     head = ("row", "result", "seconds", "passed", "skipped", "failed", "with")
     lines = [head]
     notes: dict[int, list[str]] = {}

@@ -48,13 +48,13 @@ class Row:
     """One environment to run the tests in.
 
     Args:
-        name: of the row.
-        what: it is, in a few words.
+        name: name of the row.
+        what: description in a few words.
         env: environment variables of the tests.
         python: the interpreter of an environment of its own; None: it shares that of ``make test``.
         pins: packages in other versions than those of constraints.txt.
-        threads: OMP_NUM_THREADS.
-        compiler: whether the installation finds one.
+        threads: value of OMP_NUM_THREADS.
+        compiler: whether the installation finds a compiler.
     """
 
     name: str
@@ -67,18 +67,18 @@ class Row:
 
 
 class NotRunError(Exception):
-    """A row that this machine cannot run, and why."""
+    """Error of a row that this machine cannot run; the message says why."""
 
 
 class InstallError(Exception):
-    """An environment that cannot be made, and the last line of why."""
+    """Error of an environment that cannot be made, with the last line of its log."""
 
 
 # The rows
 
 
 def instruction_sets(flags: set[str]) -> list[str]:
-    """Return what a CPU with these flags has, worst first."""
+    """Return the instruction sets of a CPU with these flags, worst first."""
     found = []
     for name, needed in INSTRUCTION_SETS.items():
         if not needed <= flags:
@@ -123,8 +123,8 @@ def all_rows(flags: set[str], pythons: dict[str, str], own: str) -> list[Row]:
     """Return the rows of a machine.
 
     Args:
-        flags: of its CPU.
-        pythons: its interpreters by version.
+        flags: flags of its CPU.
+        pythons: its interpreters, by version.
         own: the version that ``make test`` has; an interpreter of it is used where one is needed.
     """
     base = pythons.get(own, getattr(sys, "_base_executable", sys.executable))
@@ -182,7 +182,7 @@ def call(
     cwd: Path = ROOT,
     progress: Callable[[str], None] = lambda text: None,
 ) -> int:
-    """Run a command into a log and return its exit status; interrupted, end all that it started."""
+    """Run a command into a log and return its exit status; on interrupt, end its process group."""
     with log.open("a", encoding="utf-8") as file:
         process = subprocess.Popen(
             command,
@@ -278,7 +278,7 @@ def copy_tree(target: Path) -> Path:
 
 @contextlib.contextmanager
 def progress_of(name: str, number: str) -> Iterator[Callable[[str], None]]:
-    """Show that a row runs: on a terminal a line that changes, else a line a minute."""
+    """Show the progress of a row: on a terminal in one line, else in one line per minute."""
     begin = last = time.monotonic()
 
     def show(text: str) -> None:
@@ -325,7 +325,7 @@ def run_rows(rows: list[Row], args: argparse.Namespace, results: list[dict[str, 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run it; 1 if a row failed."""
+    """Run the matrix; return 1 if a row failed, 130 if interrupted."""
     parser = argparse.ArgumentParser(description="Run the tests in many environments.")
     add = parser.add_argument
     add("rows", nargs="*", metavar="ROW", help="some rows only")

@@ -1,4 +1,4 @@
-"""Every CUDA kernel on small, odd tensors, for a checker to watch::
+"""Run every CUDA kernel on small, odd tensors, under a checker::
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python csrc/cuda/sanitize.py
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck python csrc/cuda/sanitize.py
@@ -19,7 +19,7 @@ ROWS, COLUMNS, SIGN, ADAM = range(4)
 
 
 def tensor(shape: tuple[int, ...], dtype: torch.dtype, device: str, offset: int) -> torch.Tensor:
-    """Random numbers that begin `offset` elements into their storage and end with it."""
+    """Return random numbers that begin `offset` elements into their storage and end with it."""
     size = 1
     for length in shape:
         size *= length
@@ -28,7 +28,7 @@ def tensor(shape: tuple[int, ...], dtype: torch.dtype, device: str, offset: int)
 
 
 def scale(kernels: Any, device: str, types: tuple[torch.dtype, ...], offset: int) -> None:
-    """All kinds, with momentum for every other tensor, rounding both ways."""
+    """Run all kinds, with momentum for every other tensor and with both roundings."""
     param, grad, state = types
     shapes = [*SHAPES, *LONG] * 4
     kinds = [kind for kind in range(4) for _ in range(len(shapes) // 4)]
@@ -57,7 +57,7 @@ def scale(kernels: Any, device: str, types: tuple[torch.dtype, ...], offset: int
 
 
 def adam(kernels: Any, device: str, types: tuple[torch.dtype, ...], offset: int) -> None:
-    """With a mask, with clipping, and the direction alone."""
+    """Run Adam with a mask, with clipping, and for the direction alone."""
     param, grad, state = types
     params = [tensor(s, param, device, offset) for s in SHAPES]
     grads = [tensor(s, grad, device, offset) for s in SHAPES]
@@ -87,7 +87,7 @@ def adam(kernels: Any, device: str, types: tuple[torch.dtype, ...], offset: int)
 
 
 def others(kernels: Any, device: str, types: tuple[torch.dtype, ...], offset: int) -> None:
-    """Sums, the step along a scaled gradient, SWAN's rows."""
+    """Run the sums, the step along a scaled gradient, and SWAN's row normalisation."""
     param, grad, _ = types
     params = [tensor(s, param, device, offset) for s in SHAPES]
     grads = [tensor(s, grad, device, offset) for s in SHAPES]
@@ -101,7 +101,7 @@ def others(kernels: Any, device: str, types: tuple[torch.dtype, ...], offset: in
 
 
 def run(kernels: Any, device: str) -> int:
-    """All operations, for equal and mixed types, aligned and not; the number of calls."""
+    """Run all operations, for equal and mixed types, aligned and not; return how many ran."""
     mixes = [*((t, t, t) for t in TYPES), (TYPES[1], TYPES[1], TYPES[0]), tuple(TYPES)]
     cases = [*itertools.product((scale, adam, others), mixes, (0, 1))]
     for operation, types, offset in cases:
@@ -110,7 +110,7 @@ def run(kernels: Any, device: str) -> int:
 
 
 def main() -> int:
-    """Run on the GPU."""
+    """Run all cases on the GPU; return 1 if there is none."""
     from optimzoo.kernels import native
 
     if not native.CUDA.available():

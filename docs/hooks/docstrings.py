@@ -1,4 +1,4 @@
-"""Docstrings as Markdown: they are written with reStructuredText's literal blocks and roles."""
+"""Conversion of docstrings, with reStructuredText's literal blocks and roles, to Markdown."""
 
 import re
 from typing import Any
@@ -7,15 +7,15 @@ import griffe
 
 
 def markdown(text: str) -> str:
-    """``text`` with ``::`` before a block as ``:``, and roles such as :func: as code."""
+    """Replace ``::`` before a block by ``:``, and roles such as :func: by code."""
     text = re.sub(r"::$", ":", text, flags=re.MULTILINE)
     return re.sub(r":(?:func|class|meth|mod|attr):`~?([^`]+)`", r"`\1`", text)
 
 
 class Markdown(griffe.Extension):
-    """Applies :func:`markdown` to every docstring that is loaded."""
+    """Extension of griffe that applies :func:`markdown` to every docstring."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
-        """One object has been loaded."""
+        """Convert the docstring of a loaded object."""
         if obj.docstring:
             obj.docstring.value = markdown(obj.docstring.value)

@@ -1,4 +1,4 @@
-"""What the pages get at build time: tables and figures from the committed rows, parts of README.
+"""Build-time content of the pages: tables and figures from the committed rows, parts of README.
 
 In a page's Markdown:
 
@@ -30,14 +30,14 @@ from optimzoo.models.llama import Llama, get_config
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 SIZE = "60m"
-# What has no default of its own, and the weights that it takes.
+# Hyperparameters without a default, and the dtype of weights that a method needs.
 NEEDED: dict[str, dict[str, Any]] = {"adams": {"l1": 0.0, "total_steps": 1}}
 DTYPES = {"adams": torch.float32}
 PAGES = {"CONTRIBUTING.md": "adding.md", "CHANGELOG.md": "changes.md"}
 
 
 def expand(text: str) -> str:
-    """A page's Markdown with everything that is said by a mark put in its place."""
+    """Return a page's Markdown with every mark replaced by its content."""
     text = re.sub(r"<!-- readme: (.+?) -->", lambda m: readme(m[1]), text)
     text = re.sub(r"<!-- file: (.+?) -->", lambda m: body(ROOT / m[1]), text)
     text = text.replace("<!-- results -->", results()).replace("<!-- notebooks -->", notebooks())
@@ -46,7 +46,7 @@ def expand(text: str) -> str:
 
 
 def readme(heading: str) -> str:
-    """A section of the README, its links turned to the pages here.
+    """Return a section of the README, with its links to the pages of the site.
 
     Raises:
         ValueError: the README has no such section.
@@ -62,27 +62,27 @@ def readme(heading: str) -> str:
 
 
 def body(path: Path) -> str:
-    """A Markdown file without its title."""
+    """Return a Markdown file without its title."""
     return re.sub(r"\A# .+\n", "", path.read_text(encoding="utf-8")).strip()
 
 
 @cache
 def compared(plan: str) -> dict[str, dict[str, Any]]:
-    """The comparison's records under tuning, by method."""
+    """Return the comparison's records under tuning, by method."""
     made = Plan(plan)
     records = summarise(made, read_rows(made.results_path))
     return {r["method"]: r for r in records if r["protocol"] == "tuned"}
 
 
 def perplexity(method: str) -> str:
-    """Test perplexity on nano, relative to AdamW's."""
+    """Return the test perplexity on nano, relative to AdamW's."""
     records = compared("nano")
     ratio = records[method]["perplexity"] / records["adamw"]["perplexity"]
     return f"{round(100 * (ratio - 1)):+d} %"
 
 
 def paper(method: str) -> str:
-    """Perplexity under the paper's protocol, relative to its own under tuning."""
+    """Return the perplexity under the paper's protocol, relative to its own under tuning."""
     made = Plan("nano")
     records = summarise(made, read_rows(made.results_path))
     mine = {r["protocol"]: r["perplexity"] for r in records if r["method"] == method}
@@ -90,7 +90,7 @@ def paper(method: str) -> str:
 
 
 def large(method: str) -> str:
-    """Gigabytes of parameters and state of the 7B Llama in bfloat16."""
+    """Return the gigabytes of parameters and state of the 7B Llama in bfloat16."""
     plan = Plan("nano")
     record = plan.methods[method]
     name, hyper = record.get("optimizer", method), record.get("hyper", {})
@@ -99,14 +99,14 @@ def large(method: str) -> str:
 
 
 def memory(method: str) -> str:
-    """Parameters and state of the 60M Llama in bfloat16, and as a share of AdamW's."""
+    """Return the bytes of the 60M Llama and its state in bfloat16, and their share of AdamW's."""
     records = compared("nano")
     mine, adamw = (records[m]["bytes_60m"] for m in (method, "adamw"))
     return f"{mine / 1e6:.0f} MB ({100 * mine / adamw:.0f} %)"
 
 
 def step(method: str) -> str:
-    """Milliseconds of a step at 60M, float32, on a CPU, relative to fused AdamW's."""
+    """Return the time of a step at 60M, float32, on a CPU, relative to fused AdamW's."""
     record = json.loads((RESULTS / "step-time-60m-cpu.json").read_text(encoding="utf-8"))
     times = {row["method"]: row["amortised_ms"] for row in record["rows"]}
     return f"{times[method] / times['adamw']:.2f}" if method in times else "not measured"
@@ -122,7 +122,7 @@ FIGURES = {
 
 
 def figure(name: str, method: str) -> str:
-    """One figure of a method, as text.
+    """Return one figure of a method, as text.
 
     Raises:
         ValueError: an unknown figure, or a method without a row.
@@ -133,7 +133,7 @@ def figure(name: str, method: str) -> str:
 
 
 def results() -> str:
-    """Every committed results file: its rows, and where they were made."""
+    """Return a table of every committed results file: its rows, and where they were made."""
     lines = ["| file | rows | made on | commits |", "|---|--:|---|---|"]
     for path in sorted(RESULTS.glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -150,7 +150,7 @@ def results() -> str:
 
 
 def notebooks() -> str:
-    """Every notebook: its file, its title and its first sentence."""
+    """Return a list of every notebook: its file, its title and its first sentence."""
     lines = []
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         first = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
@@ -160,7 +160,7 @@ def notebooks() -> str:
 
 
 def methods() -> str:
-    """The methods that have a page."""
+    """Return a table of the methods that have a page."""
     lines = ["| method | | source | state |", "|---|---|---|---|"]
     for name in method_names():
         i = optimzoo.get_info(name)
@@ -169,13 +169,13 @@ def methods() -> str:
 
 
 def method_names() -> list[str]:
-    """The registry's methods that are classes of this package."""
+    """Return the names of the registry's methods that are classes of this package."""
     names = optimzoo.list_optimizers()
     return [n for n in names if optimzoo.get_info(n).make.__module__.startswith("optimzoo.")]
 
 
 def method_page(name: str) -> str:
-    """A method's page: the class's docstring, its state in bytes, its rows in the comparison."""
+    """Return a method's page: the class's docstring, the bytes of its state, its results."""
     info = optimzoo.get_info(name)
     head = f"# {name}\n\n{info.description[0].upper()}{info.description[1:]} ({info.source})."
     call = f'```python\noptimzoo.create_optimizer("{name}", model, lr=...)\n```'
@@ -184,7 +184,7 @@ def method_page(name: str) -> str:
 
 
 def state_table(name: str) -> str:
-    """Bytes of the state on the 60M Llama, by role and tensor."""
+    """Return a table of the state on the 60M Llama, in MB by role and tensor."""
     with torch.device("meta"):
         model = Llama(get_config(SIZE))
     dtype = DTYPES.get(name, torch.bfloat16)
@@ -204,7 +204,7 @@ def state_table(name: str) -> str:
 
 
 def result_table(name: str) -> str:
-    """The method's rows of the nano comparison, if it is there."""
+    """Return the method's rows of the nano comparison, or that it has none."""
     plan = Plan("nano")
     methods = [m for m, r in plan.methods.items() if r.get("optimizer", m) == name]
     records = summarise(plan, read_rows(plan.results_path))
@@ -231,7 +231,7 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the methods' pages."""
+    """Add the methods' pages to the site's files."""
     from mkdocs.structure.files import File
 
     for name in method_names():

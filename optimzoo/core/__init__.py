@@ -1,1 +1,1 @@
-"""What the optimizers share: their base class, Adam's rule, roles, compiled steps."""
+"""Base classes, Adam's rule, roles and compiled steps that the optimizers share."""

@@ -1,4 +1,4 @@
-"""What Fira and APOLLO share: channels scaled as Adam scaled their projection, under a limiter."""
+"""Channel-wise gradient scaling and the norm-growth limiter, shared by Fira and APOLLO."""
 
 import math
 from typing import Any, NamedTuple
@@ -21,10 +21,10 @@ def check_limiter(limiter: float) -> None:
 
 
 def excess(norm: Tensor, state: State, limit: float) -> Tensor | None:
-    """What to divide an update of this norm by; None: by nothing, it is the first.
+    """Return the divisor that limits norm growth to ``limit`` per step, or None on the first step.
 
-    Fira's limiter: a matrix's norm may grow by a factor of at most ``limit`` a step. The norm
-    after the division is kept in ``state["update_norm"]``. A norm of zero is passed over (ours):
+    This is Fira's limiter: a matrix's norm may grow by a factor of at most ``limit`` per step. The
+    norm after the division is stored in ``state["update_norm"]``. A norm of zero is ignored (ours):
     from it a weight would need two thousand steps to its old pace.
     """
     if "update_norm" not in state:
@@ -37,7 +37,7 @@ def excess(norm: Tensor, state: State, limit: float) -> Tensor | None:
 
 
 def limited(update: Tensor, state: State, limit: float, shards: Shards = WHOLE) -> Tensor:
-    """``update`` with its norm, or those of a stack's matrices, limited (see :func:`excess`)."""
+    """Return ``update`` with its norm, or each norm of a stack, limited by :func:`excess`."""
     # In float32 at least: bfloat16 has no number between 1 and 1.0078.
     norm = shards.norm(update, dim=(-2, -1), over="mn")
     by = excess(norm if update.ndim > 2 else norm.reshape(()), state, limit)
@@ -47,13 +47,13 @@ def limited(update: Tensor, state: State, limit: float, shards: Shards = WHOLE) 
 def channel_ratio(
     direction: Tensor, low: Tensor, *, dim: Dim, shards: Shards = WHOLE, over: str = ""
 ) -> Tensor:
-    """How much Adam scaled each channel: ``‖N‖ / (‖R‖ + 1e-8)`` along ``dim``."""
+    """Return how much Adam scaled each channel: ``‖N‖ / (‖R‖ + 1e-8)`` along ``dim``."""
     norms = [shards.norm(x, dim=dim, over=over) for x in (direction, low)]
     return norms[0] / (norms[1] + 1e-8)
 
 
 class Channels(NamedTuple):
-    """The kernels for a gradient's channels: those along ``dim`` of a whole, plain matrix."""
+    """Kernel calls on the channels of an unsharded matrix and its gradient."""
 
     kernels: Any
     weight: Tensor
@@ -62,7 +62,7 @@ class Channels(NamedTuple):
 
     @classmethod
     def of(cls, weight: Tensor, grad: Tensor, dim: Dim, shards: Shards) -> "Channels | None":
-        """None where no kernel takes them."""
+        """Return the channels along ``dim``, or None if no kernel takes them."""
         kernels = dispatch.backend(weight.device.type)
         if kernels is None or shards.mesh is not None:
             return None
@@ -71,7 +71,7 @@ class Channels(NamedTuple):
         return cls(kernels, weight, grad, _KINDS[dim]) if plain else None
 
     def squares(self) -> Tensor:
-        """The sum of the squares of each channel."""
+        """Return the sum of squares of each channel, in float32."""
         rows, cols = self.grad.shape
         size = {dispatch.ROWS: rows, dispatch.COLUMNS: cols, dispatch.SIGN: 4}[self.kind]
         out = torch.zeros(size, dtype=torch.float32, device=self.grad.device)
@@ -79,7 +79,7 @@ class Channels(NamedTuple):
         return out[1] if self.kind == dispatch.SIGN else out
 
     def subtract_(self, scales: Tensor, *, size: float, keep: float) -> None:
-        """``W ← keep · W − size · scales ∘ G``, rounded once."""
+        """Apply ``W ← keep · W − size · scales ∘ G``, rounded once."""
         scales = (scales.float() * size).reshape(-1)
         shape = (self.grad.shape[0], self.grad.shape[1])
         lists = ([self.weight], [self.grad], [scales], [self.kind], [shape])
@@ -98,7 +98,7 @@ def subtract_scaled_(
     keep: float,
     shards: Shards,
 ) -> None:
-    """``W ← keep · W − size · limited(ratio ∘ G)``, with one ratio a channel along ``dim``."""
+    """Apply ``W ← keep · W − size · limited(ratio ∘ G)``, one ratio per channel along ``dim``."""
     channels = Channels.of(weight, grad, dim, shards)
     if channels is None:
         update = limited(grad * ratio, state, limit, shards)

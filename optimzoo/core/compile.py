@@ -20,14 +20,14 @@ _numbers = itertools.count()
 
 
 def register(optimizer: Optimizer) -> int:
-    """The number by which the operation finds ``optimizer``, as long as that lives."""
+    """Register ``optimizer`` and return its number, valid as long as the optimizer lives."""
     number = next(_numbers)
     _live[number] = optimizer
     return number
 
 
 def traced_step(number: int, groups: list[list[Tensor]]) -> None:
-    """The step of optimizer ``number`` on those of its weights that have a gradient."""
+    """Step the weights of optimizer ``number`` that have a gradient, as one operation."""
     params, grads, places, place = [], [], [], 0
     for group in groups:
         for p in group:
@@ -41,7 +41,7 @@ def traced_step(number: int, groups: list[list[Tensor]]) -> None:
 
 
 def _step(params: list[Tensor], grads: list[Tensor], places: list[int], number: int) -> None:
-    """Step ``params``, those at ``places`` among the optimizer's, along ``grads``."""
+    """Step ``params``, which are at ``places`` among the optimizer's, along ``grads``."""
     owner: Any = _live[number]
     held = [p for group in owner.param_groups for p in group["params"]]
     if [id(p) for p in held] != [id(p) for group in owner._traced[1] for p in group]:
@@ -52,8 +52,8 @@ def _step(params: list[Tensor], grads: list[Tensor], places: list[int], number: 
     for p in held:
         p.grad = None
     pairs = [(held[place], given) for place, given in zip(places, params, strict=True)]
-    # A graph made functional hands in copies: they have what the graph has done so far, and what is
-    # written to them is what the graph takes back.
+    # A functionalized graph passes copies: they hold what the graph has done so far, and the graph
+    # reads back what is written to them.
     copies = [(p, given) for p, given in pairs if given.data_ptr() != p.data_ptr()]
     for p, given in copies:
         p.copy_(given)

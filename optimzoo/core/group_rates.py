@@ -1,4 +1,4 @@
-"""A watch over learning rates that were set apart: a loop that writes one into all is told once."""
+"""Warning about training loops that overwrite the groups' own learning rates with one."""
 
 import sys
 import warnings
@@ -13,11 +13,11 @@ Groups = Sequence[dict[str, Any]]
 
 
 class GroupRates:
-    """The rates that an optimizer's groups were built with, compared with those of each step.
+    """Learning rates that an optimizer's groups were built with, compared with each step's.
 
     Rates that are 0 (a warm-up's start), that are tensors, or that a torch scheduler has brought to
-    one floor do not count. A plateau's floor is known by staying: rates that come together after
-    steps apart are told of when they change again.
+    one floor do not count. A plateau's floor is recognised because it stays: rates that become
+    equal after steps with different ones are reported when they change again.
     """
 
     def __init__(self) -> None:
@@ -26,18 +26,18 @@ class GroupRates:
         self._watching = self._were_apart = self._came_together = False
 
     def add(self, index: int, group: dict[str, Any]) -> None:
-        """Take in the group at ``index``; those behind it were refused. It may have no rate yet."""
+        """Record the group at ``index``, which may have no rate yet; forget those after it."""
         self._built = [*self._built[:index], (group.get("role") or "by shape", group.get("lr"))]
         rates = [rate for _, rate in self._built]
         tensors = any(isinstance(rate, Tensor) for rate in rates)
         self._watching = not tensors and len(set(rates)) > 1
 
     def resume(self) -> None:
-        """Go on from groups that were loaded: their rates are what they were left at."""
+        """Continue from loaded groups, whose rates are those of the checkpoint."""
         self._last, self._were_apart, self._came_together = [], True, False
 
     def check(self, groups: Groups) -> None:
-        """Warn, once, if the rates that were apart are one now."""
+        """Warn once if the rates, which were different, are all equal now."""
         if not self._watching or len(groups) != len(self._built):
             return
         rates = [group["lr"] for group in groups]
@@ -56,7 +56,7 @@ class GroupRates:
 
 
 def watch(optimizer: Optimizer) -> None:
-    """Watch the rates of an optimizer that does not do so itself, before each of its steps."""
+    """Check the rates of an optimizer other than a ``RoleOptimizer`` before each of its steps."""
     rates = GroupRates()
     for index, group in enumerate(optimizer.param_groups):
         rates.add(index, group)
@@ -70,7 +70,7 @@ def watch(optimizer: Optimizer) -> None:
 
 
 def _scheduled_apart(groups: Groups) -> bool:
-    """Whether a torch scheduler, which leaves `initial_lr`, has the groups at rates apart."""
+    """Return whether a torch scheduler's initial rates (`initial_lr`) differ between groups."""
     initial = [group.get("initial_lr") for group in groups]
     return None not in initial and any(rate != initial[0] for rate in initial)
 

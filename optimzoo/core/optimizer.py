@@ -1,4 +1,4 @@
-"""What the zoo adds to ``torch.optim.Optimizer``: roles, and state that is kept as saved."""
+"""Base class of the optimizers: groups with roles, and state whose dtypes survive a load."""
 
 import math
 import warnings
@@ -17,15 +17,15 @@ from optimzoo.flattened import refuse_flat_matrices
 from optimzoo.lowbit import LOW, ROUNDINGS, Counter, next_counter
 from optimzoo.roles import MATRIX_ROLES, check_role
 
-# Python reads these: on a GPU each look would wait for it.
+# Python reads these: on a GPU each read would synchronize.
 _ON_CPU = ("moment_step", "projector_seed")
-# What a step counts, or makes of a gradient of zero (AdamS's decay goes into the second moment), as
-# it is before the first step. No step is limited by a norm without bound.
+# Values before the first step of what a step with a zero gradient changes: its counts, and the
+# second moment, into which AdamS's decay goes. An infinite norm limits no update.
 _UNTOUCHED = {"step": 0, "moment_step": 0, "exp_avg_sq": 0, "update_norm": math.inf}
 
 
 class RoleOptimizer(Optimizer):
-    """A torch optimizer whose groups carry a ``role`` and whose state survives a load unchanged.
+    """Torch optimizer whose groups carry a ``role`` and whose state survives a load unchanged.
 
     State holds tensors, ints and floats only, and none is made before the first step.
     """
@@ -82,8 +82,8 @@ class RoleOptimizer(Optimizer):
             ValueError: the groups differ in number, in size or in role from those of the state.
         """
         seen: dict[str, Any] = {}
-        # Registered now, the one runs after the caller's own hooks, on what they made of the state,
-        # and the other before them, so that they see the state as it stays.
+        # The first runs after the caller's own hooks, on the state that they return; the other runs
+        # before them, so that they see the final state.
         handles = [
             self.register_load_state_dict_pre_hook(
                 lambda _, state: self._check_loaded(state, seen)
@@ -97,7 +97,7 @@ class RoleOptimizer(Optimizer):
                 handle.remove()
 
     def _keeps_state_dtype(self, param: Tensor) -> bool:
-        """Whether a load keeps the dtypes of this parameter's state."""
+        """Return whether a load keeps the dtypes of this parameter's state."""
         return True
 
     def _restore(self, seen: dict[str, Any]) -> None:
@@ -148,17 +148,17 @@ class RoleOptimizer(Optimizer):
         self._register_traced()
 
     def _group_rates(self) -> GroupRates:
-        """The rates that the groups were built with; made here, before torch's constructor."""
+        """Return the record of the groups' rates, created by the first group in the constructor."""
         rates: GroupRates = self.__dict__.setdefault("_rates", GroupRates())
         return rates
 
     def _register_traced(self) -> None:
-        """What a traced step reads: this optimizer's number, and the groups' own lists."""
+        """Record what a traced step reads: this optimizer's number, and the groups' own lists."""
         self._traced = register(self), [group["params"] for group in self.param_groups]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One optimization step; returns the closure's loss, if there is a closure."""
+        """Perform a single optimization step; return the closure's loss, if there is a closure."""
         loss = self._run_closure(closure)
         if torch.compiler.is_dynamo_compiling():
             traced_step(*self._traced)
@@ -166,8 +166,8 @@ class RoleOptimizer(Optimizer):
             self._seen_update()
         return loss
 
-    # Schedulers wrap a step to see that it is called, and no graph can hold their wrapper: here
-    # they find it wrapped, and see what the wrapper would leave.
+    # Schedulers wrap a step to see that it is called, and no graph can hold their wrapper: marked
+    # as wrapped it is left alone, and `_seen_update` sets the flag that the wrapper would set.
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
     def _seen_update(self) -> None:
@@ -181,13 +181,13 @@ class RoleOptimizer(Optimizer):
         self._end_trial(trial)
 
     def _update(self) -> None:
-        """The method's step, without a closure."""
+        """Step all parameters by the method's rule, without a closure."""
         raise NotImplementedError
 
     def _count(self, group: dict[str, Any], first: int) -> dict[Tensor, Counter]:
-        """One more stochastic rounding of each parameter with a gradient; to nearest, none.
+        """Count a stochastic rounding of each parameter with a gradient; return the counters.
 
-        Those of float32 have nothing to round, unless their moments are codes of 8 bits.
+        Rounding to nearest has none, nor has a float32 parameter without 8-bit moments.
         ``first`` is the index of the group's first parameter among all of the optimizer's.
         """
         if group["rounding"] == "nearest":
@@ -205,17 +205,17 @@ class RoleOptimizer(Optimizer):
             return closure()
 
     def _begin_trial(self) -> list[Tensor]:
-        """The parameters of which this step is only to make the state.
+        """Return the parameters for which this step only creates the state.
 
         Before a load ``torch.distributed.checkpoint`` takes a step with gradients of zero and a
-        learning rate of zero, to see what there is to load. If nothing is loaded then, training
-        must go on as if it had not been.
+        learning rate of zero, to create the state that it loads into. If nothing is loaded then,
+        training must go on as if that step had not been taken.
         """
         fresh: list[Tensor] = []
         for group in self.param_groups:
             lr = group["lr"]
             if isinstance(lr, Tensor) and lr.device.type != "cpu":
-                continue  # on a GPU it would have to be waited for
+                continue  # reading it would synchronize
             if lr == 0:
                 given = [p for p in group["params"] if p.grad is not None]
                 fresh += [p for p in given if not p.grad.is_sparse and not self.state.get(p)]
@@ -227,7 +227,7 @@ class RoleOptimizer(Optimizer):
         return [p for p, entry in zip(fresh, entries, strict=True) if not entry.item()]
 
     def _end_trial(self, params: list[Tensor]) -> None:
-        """Take back what a step with a gradient of zero counts."""
+        """Reset what a step with a gradient of zero has changed in the state."""
         for p in params:
             state = self.state[p]
             for key, value in _UNTOUCHED.items():
@@ -235,7 +235,7 @@ class RoleOptimizer(Optimizer):
                     local_part(state[key]).fill_(value)
 
     def _check_graph_capture(self) -> None:
-        """Torch's check of `capturable` under graph capture; newer torch has renamed it."""
+        """Run torch's check of `capturable` under graph capture, which newer torch has renamed."""
         check = getattr(self, "_accelerator_graph_capture_health_check", None)
         (check or self._cuda_graph_capture_health_check)()
 
@@ -255,27 +255,27 @@ class RoleOptimizer(Optimizer):
 
 
 def copy_group(param_group: Any) -> dict[str, Any]:
-    """A copy of a parameter group, to be filled in; torch's error for what is none."""
+    """Return a shallow copy of a parameter group; raise torch's error if it is not a dict."""
     if not isinstance(param_group, dict):
         raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
     return dict(param_group)
 
 
 def scalar_lr(group: dict[str, Any]) -> float | Tensor:
-    """The group's learning rate, read anew each step: a float or a 0-dim tensor."""
+    """Return the group's current learning rate as a float or a 0-dim tensor."""
     lr = group["lr"]
     return lr.reshape(()) if isinstance(lr, Tensor) else lr
 
 
 def check_rounding(options: dict[str, Any]) -> None:
-    """Refuse an unknown rounding, or a seed that the stochastic one has no bits for."""
+    """Refuse an unknown rounding, or a seed that stochastic rounding cannot use."""
     check_choice("rounding", options["rounding"], ROUNDINGS)
     if options["rounding"] == "stochastic" and not 0 <= options["seed"] < 1 << 62:
         raise ValueError(f"Invalid seed: {options['seed']}; it must be from 0 to 2^62 - 1")
 
 
 def check_state_bits(bits: Any) -> None:
-    """Refuse widths of the state that there are no codes for."""
+    """Refuse a width of the state other than None and 8."""
     if bits not in (None, 8):
         raise ValueError(f"Invalid state_bits: {bits!r}; it must be None or 8")
 

@@ -1,4 +1,4 @@
-"""SCALE by the compiled kernels: what they take, and a step's calls kept for the next."""
+"""SCALE's step by the compiled kernels, with a cache of their launches."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,72 +13,72 @@ from optimzoo.lowbit import STEP, Counter
 from optimzoo.roles import input_dim
 
 States = Mapping[Tensor, dict[str, Any]]
-# What decides how a group is stepped; all else is read anew at each step.
+# Options that decide how a group is stepped; all others are read at each step.
 _LAYOUT = (
     *("role", "normalize", "averaged", "transposed", "stacked", "fused", "foreach"),
     *("differentiable", "rounding", "state_bits"),
 )
-# What all tensors of a call have in common, beside the learning rate and the decay.
+# Options that all tensors of a call share; the learning rate and the decay may differ.
 _RULE = ("momentum", "norm", "eps", "vector_betas", "vector_eps", "maximize")
 _STATES = ("exp_avg", "exp_avg_sq", "step")
 Groups = Sequence[dict[str, Any]]
 
 
 def may_fuse(group: dict[str, Any]) -> bool:
-    """Whether the group's options leave it to the kernels."""
+    """Return whether the group's options allow the kernels."""
     eager = group["foreach"] or group["differentiable"] or group["normalize"] == "spectral"
     return bool(group["fused"] or (group["fused"] is None and not eager))
 
 
 def has_momentum(group: dict[str, Any]) -> bool:
-    """Whether the group's matrices have a moving average of their gradient."""
+    """Return whether the group's matrices have a moving average of their gradient."""
     return bool(group["averaged"] and group["momentum"] != 0)
 
 
 def local_average(states: States, p: Tensor) -> Tensor | None:
-    """This process's part of a weight's momentum, if it has one."""
+    """Return this process's shard of a weight's momentum, or None if it has no momentum."""
     average = states.get(p, {}).get("exp_avg")
     return None if average is None else local_part(average)
 
 
 class _Kept(NamedTuple):
-    """A call for some groups: where everything lay, and the kernels' own table of it."""
+    """Cached launch for one or more groups: the tensors' addresses and the kernels' table."""
 
-    groups: list[tuple[int, int]]  # number, tensors
-    places: list[int]  # of the call's tensors, in the parameters of all these groups
-    addresses: list[int]  # of those parameters, then of the states that they have
-    states: list[tuple[int, str]]  # of what those are: place in the call, name
+    groups: list[tuple[int, int]]  # index of the group, number of its tensors
+    places: list[int]  # indices of the call's tensors among the parameters of these groups
+    addresses: list[int]  # of the parameters, then of their states
+    states: list[tuple[int, str]]  # index of the tensor in the call, name of the state
     tensors: list[tuple[torch.Size, torch.dtype, bool]]  # `_kinds` of weights, gradients, states
     kernels: Any
     kinds: list[int]
     shapes: list[tuple[int, int]]
-    table: dict[str, Table]  # none of Triton, which finds its own by what is in them
+    table: dict[str, Table]  # empty for Triton, which caches its own by content
 
 
 class FusedSteps:
-    """One optimizer's steps by the kernels.
+    """Cache of one optimizer's kernel launches.
 
-    Finding out who takes what costs a few microseconds a tensor, as much as the step of a small
-    one. So a step's calls are kept, those of all groups with the same rule as one, and made again
-    as long as weights and state lie where they lay and gradients are of the same kind; of gradients
-    and rates nothing is kept.
+    Choosing the kernels takes a few microseconds per tensor, as much as the step of a small one. So
+    a step's launches are cached, one for all groups with the same rule, and replayed as long as
+    weights and state keep their addresses and gradients their shape, dtype and layout. Gradients
+    and learning rates are read at each step.
     """
 
     def __init__(self) -> None:
         self._kept: list[_Kept] = []
-        self._layouts: list[tuple[Any, ...]] = []  # of the groups whose calls these are
+        self._layouts: list[tuple[Any, ...]] = []  # of the groups of these launches
         self._made: dict[int, tuple[Any, list[dispatch.Item]]] = {}  # this step's, by group
         self._scaler: dict[str, Tensor] = {}
 
     def scaled_by(self, optimizer: Any) -> bool:
-        """Take what ``torch.amp.GradScaler`` has set on the optimizer; True if it has."""
+        """Read the tensors that ``torch.amp.GradScaler`` has set; return whether there are any."""
         names = ("grad_scale", "found_inf")
         given = {name: getattr(optimizer, name, None) for name in names}
         self._scaler = {name: t.reshape(()).float() for name, t in given.items() if t is not None}
         return bool(self._scaler)
 
     def again(self, states: States, groups: Groups) -> bool:
-        """Step all groups by the kept calls; False: there are none that fit, nothing is done."""
+        """Replay the cached launches; return False, with no step, if a tensor or option changed."""
         self._made = {}
         if not self._kept or self._layouts != [_layout(group) for group in groups]:
             return False
@@ -103,7 +103,7 @@ class FusedSteps:
         vectors: list[Tensor],
         counters: dict[Tensor, Counter],
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Step what the kernels take, in one call a device; returns the rest."""
+        """Step what the kernels take, in one call per device; return the other parameters."""
         kind = dispatch.SIGN
         if group["normalize"] != "sign":
             dim = input_dim(group["role"] or "hidden", transposed=group["transposed"])
@@ -136,7 +136,7 @@ class FusedSteps:
         ]
 
     def keep(self, states: States, groups: Groups) -> None:
-        """Keep this step's calls, if they were all of it."""
+        """Cache this step's launches, if they have stepped every group as a whole."""
         made, self._made, self._kept = self._made, {}, []
         if any(group["params"] and number not in made for number, group in enumerate(groups)):
             return
@@ -157,7 +157,7 @@ class FusedSteps:
         counts: list[Tensor],
         **how: Any,
     ) -> None:
-        """Make a call for tensors of one group, or of several, each with its number of them."""
+        """Launch the kernels for the tensors of ``groups``, each with its number of tensors."""
         device = columns[0][0].device
         scaler = {name: tensor.to(device) for name, tensor in self._scaler.items()}
         lr: list[Any] = []
@@ -194,7 +194,7 @@ def _rule(group: dict[str, Any]) -> tuple[Any, ...]:
 def _fields(
     kept: _Kept, states: States, groups: Groups
 ) -> tuple[list[Tensor], list[Tensor], dict[str, list[Tensor | None]]] | None:
-    """A kept call's parameters, their gradients and states of now; None: it does not fit them."""
+    """Return a cached launch's current parameters, gradients and states; None if they changed."""
     own = [groups[number] for number, _ in kept.groups]
     if any(_rule(group) != _rule(own[0]) for group in own):
         return None
@@ -217,12 +217,12 @@ def _fields(
 
 
 def _kinds(tensors: Sequence[Any]) -> list[tuple[torch.Size, torch.dtype, bool]]:
-    """What tensors at the same addresses may differ in, and kernels must know."""
+    """Return what kernels read of each tensor beside its address: shape, dtype, contiguity."""
     return [(t.shape, t.dtype, t.is_contiguous()) for t in tensors]
 
 
 def _may_keep(items: list[dispatch.Item], states: States, group: dict[str, Any]) -> bool:
-    """Whether a call was the whole group's, with nothing that is made anew at each step."""
+    """Return whether a call stepped the whole group, on tensors that outlive the step."""
     known = {id(p) for p in group["params"]}
     return (
         len(items) == len(known)
@@ -239,7 +239,7 @@ def _may_keep(items: list[dispatch.Item], states: States, group: dict[str, Any])
 def _kept(
     made: dict[int, tuple[Any, list[dispatch.Item]]], numbers: list[int], groups: Groups
 ) -> _Kept:
-    """The calls of some groups, as one."""
+    """Merge this step's calls for the groups ``numbers`` into one cached launch."""
     kernels = made[numbers[0]][0]
     items = [item for number in numbers for item in made[number][1]]
     place = {id(p): i for i, p in enumerate(p for n in numbers for p in groups[n]["params"])}

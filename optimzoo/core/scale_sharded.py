@@ -1,4 +1,4 @@
-"""SCALE on sharded weights whose norms, or whose spectrum, more than one process has a part of."""
+"""SCALE's step on weights whose norms or spectrum are sharded over several processes."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -17,7 +17,7 @@ Rule = Callable[..., None]
 
 
 class Part(NamedTuple):
-    """What this process has of a weight, and the dimension that is reduced, 0 for all."""
+    """This process's shard of a weight, and the dimension that is reduced, 0 for both."""
 
     weight: Tensor
     grad: Tensor
@@ -31,7 +31,7 @@ class Part(NamedTuple):
 def cut_part(
     p: Tensor, state: dict[str, Any], group: dict[str, Any], counter: Counter | None
 ) -> Part | None:
-    """The part of a weight that the processes must step together; None where each can alone."""
+    """Return the shard of a weight that processes must step together, else None."""
     if not hasattr(p, "device_mesh") or p.grad is None:
         return None
     shards = Shards.of(p, stacked=bool(group["stacked"]))
@@ -47,12 +47,12 @@ def cut_part(
 
 
 def step_parts(parts: Iterable[Part], rule: Rule, spectral: Callable[..., Tensor]) -> None:
-    """One SCALE step: the squares of all weights in one all-reduce a process group.
+    """Take one SCALE step, with one all-reduce of all squared norms per process group.
 
     Args:
-        parts: of the whole step.
-        rule: writes an update, given its direction.
-        spectral: the direction of a whole matrix, for `normalize="spectral"`.
+        parts: the shards of all groups.
+        rule: applies an update, given its direction.
+        spectral: returns the direction of a whole matrix, for `normalize="spectral"`.
     """
     summed: list[Part] = []
     whole: list[Part] = []
@@ -80,7 +80,7 @@ def step_parts(parts: Iterable[Part], rule: Rule, spectral: Callable[..., Tensor
 
 
 def _averaged(part: Part) -> Tensor:
-    """The gradient, or its mean where the weight has momentum, as a matrix."""
+    """Return the gradient, or the updated momentum where the weight has one, as a matrix."""
     grad = -part.grad if part.group["maximize"] else part.grad
     if part.exp_avg is not None and part.group["momentum"] != 0:
         part.exp_avg.lerp_(grad.to(part.exp_avg.dtype), 1 - part.group["momentum"])

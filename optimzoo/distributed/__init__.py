@@ -1,16 +1,16 @@
-"""Which reductions cross shards, and how.
+"""Sharded weights: which reductions cross processes, and how.
 
 A weight of FSDP2 or tensor parallelism is a DTensor: each process holds some of its rows, columns
-or stacked matrices. The methods work on what a process holds, as plain tensors, and ask
-:class:`Shards` for the few sums that cross the cut:
+or stacked matrices. The methods work on the local shards, as plain tensors, and call
+:class:`Shards` for the few sums that cross processes:
 
 ========================  ==========================================================================
-SCALE                     squares of the cut columns, of all weights in one all-reduce a step;
-                          nothing for weights cut along the other dimension
+SCALE                     squares of sharded columns, of all weights in one all-reduce per step;
+                          nothing for weights sharded along the other dimension
 low-rank methods          a sketch ``[m, r]`` and its image ``[n, r]`` at a refresh; between two of
-                          them ``[r, n]`` where the cut dimension is the projected one, and a norm
+                          them ``[r, n]`` where the projected dimension is sharded, and a norm
                           (Fira, APOLLO) or ``s`` products (Natural GaLore)
-Stable-SPAM               a maximum and a norm a weight
+Stable-SPAM               a maximum and a norm per weight
 Muon, SWAN, SCALE         whole matrices, each at one process (:func:`by_owners`): the processes
  spectral                 share the work, and the result is that of one process
 AdamS, Adam, SGD          nothing

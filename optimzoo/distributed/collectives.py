@@ -1,4 +1,4 @@
-"""The collectives that optimizers call, and a count of what they send."""
+"""Collectives that the optimizers call, and a counter of their traffic."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -17,8 +17,8 @@ _counts: list[Count] = []
 def traffic() -> Iterator[Count]:
     """Count what the optimizers of this process send: ``{"all_reduce": [calls, bytes]}``.
 
-    Bytes are those of the tensors handed to a collective; how often a network moves them is the
-    backend's affair. ``OPTIMZOO_TRAFFIC=1`` in the environment prints a line for each step.
+    Bytes are those of the tensors passed to a collective; how often the network moves them depends
+    on the backend. ``OPTIMZOO_TRAFFIC=1`` in the environment prints a line for each step.
     """
     count: Count = {}
     _counts.append(count)
@@ -53,7 +53,7 @@ if os.environ.get("OPTIMZOO_TRAFFIC", "0") not in ("", "0"):
 
 
 def all_reduce_(tensors: Sequence[Tensor], group: Any, *, largest: bool = False) -> None:
-    """Sum (or take the largest of) each tensor over ``group``, in place: one call a dtype.
+    """Sum each tensor, or take its maximum, over ``group`` in place, in one call per dtype.
 
     Sixteen-bit tensors are summed in float32 and rounded once.
     """
@@ -72,7 +72,7 @@ def all_reduce_(tensors: Sequence[Tensor], group: Any, *, largest: bool = False)
 
 
 def all_to_all(parts: Sequence[Tensor], sizes: Sequence[int], group: Any) -> list[Tensor]:
-    """Send ``parts[i]`` to process ``i`` of the group; what each sent here, ``sizes`` elements."""
+    """Send ``parts[i]`` to process ``i``; return what each sent here, of ``sizes`` elements."""
     sent = torch.cat([part.reshape(-1) for part in parts])
     received = sent.new_empty(sum(sizes))
     _record("all_to_all", sent)

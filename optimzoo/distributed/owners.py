@@ -15,23 +15,23 @@ Function = Callable[[Tensor], Tensor]
 def by_owners(
     function: Function, matrices: Sequence[Tensor], shards: Sequence[Shards]
 ) -> Iterator[tuple[int, Tensor]]:
-    """``function`` of each whole matrix, of which every process hands in and gets back its part.
+    """Apply ``function`` to whole matrices, of which every process passes and gets its shard.
 
-    Matrices that are cut are dealt out, as many at a time as there are processes: each gathers one,
-    computes, and sends the parts back. So nothing is computed twice, the result has the bits of
-    one process, and a process sends each of its parts once and gets it back once. A process holds
-    one whole matrix at a time.
+    Sharded matrices are dealt out, as many at a time as there are processes: each process gathers
+    one, computes, and sends the shards back. So nothing is computed twice, the result has the bits
+    of one process, and a process sends each of its shards once and receives it once. A process
+    holds one whole matrix at a time.
 
     Args:
-        function: keeps the shape.
-        matrices: what this process has of them, ``[..., m, n]``.
-        shards: how they are cut.
+        function: a function that keeps the shape.
+        matrices: this process's shards, ``[..., m, n]``.
+        shards: how they are sharded.
 
     Yields:
-        Each matrix's index and what this process has of its result, in at least float32.
+        Each matrix's index and this process's shard of the result, in at least float32.
 
     Raises:
-        RuntimeError: a matrix that is cut along more than one dimension of its mesh.
+        RuntimeError: a matrix that is sharded along more than one dimension of its mesh.
     """
     dealt: dict[tuple[int, torch.dtype], list[int]] = {}
     for i, (matrix, shard) in enumerate(zip(matrices, shards, strict=True)):
@@ -81,7 +81,7 @@ def _deal(function: Function, parts: list[Tensor], shards: list[Shards]) -> list
 
 
 def _part_shapes(part: Tensor, shard: Shards, world: int) -> list[torch.Size]:
-    """The shape of each process's part."""
+    """Return the shape of each process's shard."""
     letter, dim = ("m", -2) if shard.cut("m") else ("n", -1)
     length = shard.lengths[letter]
     chunk = -(-length // world)

@@ -1,4 +1,4 @@
-"""How the processes hold a weight, and what completes what each of them has of it."""
+"""Sharding of a weight over processes, and the reductions that cross its shards."""
 
 import math
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
@@ -13,36 +13,36 @@ from optimzoo.distributed.collectives import all_reduce_
 
 
 def local_part(tensor: Tensor, like: Any = None) -> Tensor:
-    """The part of a sharded tensor that this process holds, in place; others as they are.
+    """Return this process's shard of a tensor, without a copy; a plain tensor as it is.
 
     Args:
         tensor: a parameter, its gradient or a tensor of its state.
-        like: the parameter of a gradient, which is brought into the parameter's placement.
+        like: the parameter of a gradient, which is redistributed to the parameter's placements.
     """
     sharded: Any = tensor
     if not hasattr(sharded, "to_local"):
         return tensor
     if like is not None and tuple(sharded.placements) != tuple(like.placements):
-        sharded = sharded.redistribute(like.device_mesh, like.placements)  # still to be summed, say
+        sharded = sharded.redistribute(like.device_mesh, like.placements)  # such as a partial sum
     part: Tensor = sharded.to_local()
     return part
 
 
 @dataclass(frozen=True)
 class Shards:
-    """The cut of a weight seen as a matrix ``[..., m, n]``; none for a plain tensor.
+    """Sharding of a weight seen as a matrix ``[..., m, n]``; empty for a plain tensor.
 
     Dimensions have letters: ``m`` rows, ``n`` columns, ``s`` the one that stacks matrices. Each
-    dimension of the device mesh cuts at most one of them. A cut stack is nobody's concern: each of
-    its matrices is whole.
+    dimension of the device mesh shards at most one of them. A sharded stack needs no communication:
+    each of its matrices is whole.
 
     Attributes:
         mesh: the weight's device mesh; None for a plain tensor.
         size: the shape of the weight.
-        placements: the weight's, one a dimension of the mesh.
-        cuts: the letter that each dimension of the mesh cuts; empty where it cuts none.
-        lengths: of each letter's dimension, in the whole weight.
-        spans: of each letter that is cut, the first index here and how many.
+        placements: the weight's placements, one per dimension of the mesh.
+        cuts: the letter that each dimension of the mesh shards; empty where it shards none.
+        lengths: length of each letter's dimension in the whole weight.
+        spans: first index and length of this process's shard, for each sharded letter.
     """
 
     mesh: Any = None
@@ -54,10 +54,10 @@ class Shards:
 
     @classmethod
     def of(cls, param: Tensor, *, transposed: bool = False, stacked: bool = False) -> "Shards":
-        """The cut of a parameter.
+        """Return the sharding of a parameter.
 
         Raises:
-            RuntimeError: a weight above two dimensions that is cut inside of a row.
+            RuntimeError: a weight above two dimensions that is sharded inside of a row.
         """
         if not hasattr(param, "device_mesh"):
             return WHOLE
@@ -79,7 +79,7 @@ class Shards:
 
     @property
     def T(self) -> "Shards":
-        """The cut of the transposed matrix."""
+        """Return the sharding of the transposed matrix."""
         if self.mesh is None:
             return self
         other = {"m": "n", "n": "m"}
@@ -91,29 +91,29 @@ class Shards:
         )
 
     def cut(self, letters: str = "mn") -> bool:
-        """Whether one of these dimensions is cut."""
+        """Return whether one of these dimensions is sharded."""
         return any(x in letters for x in self.cuts if x)
 
     def groups(self, letters: str = "mn") -> list[Any]:
-        """The process groups among which these dimensions are cut."""
+        """Return the process groups over which these dimensions are sharded."""
         return [self.mesh.get_group(i) for i, x in enumerate(self.cuts) if x and x in letters]
 
     def shape(self, local: torch.Size) -> torch.Size:
-        """The shape of the whole matrix of which this process has one of shape ``local``."""
+        """Return the shape of the whole matrix whose shard here has the shape ``local``."""
         named = ("s" + "." * len(local))[: len(local) - 2] + "mn" if len(local) > 1 else "m"
         return torch.Size(
             self.lengths[x] if x in self.spans else n for x, n in zip(named, local, strict=False)
         )
 
     def sum_(self, tensors: Sequence[Tensor], over: str = "mn") -> None:
-        """Complete, in place, sums that each process has made over its part of a dimension."""
+        """All-reduce, in place, sums that each process has taken over its shard."""
         for group in self.groups(over):
             all_reduce_(tensors, group)
 
     def norm(
         self, x: Tensor, order: float = 2, *, dim: int | tuple[int, ...], over: str = ""
     ) -> Tensor:
-        """The norm along ``dim``, kept, in at least float32, completed ``over`` cut dimensions."""
+        """Return the norm along ``dim``, kept, in at least float32, over all shards of ``over``."""
         wide = torch.promote_types(x.dtype, torch.float32)
         if order == math.inf and x.numel() == 0:  # torch has no maximum of nothing
             shape = [1 if i in _positive(dim, x.ndim) else n for i, n in enumerate(x.shape)]
@@ -130,18 +130,18 @@ class Shards:
         return squares.sqrt()
 
     def max_(self, tensors: Sequence[Tensor], over: str = "mn") -> None:
-        """Complete, in place, maxima."""
+        """All-reduce, in place, maxima that each process has taken over its shard."""
         for group in self.groups(over):
             all_reduce_(tensors, group, largest=True)
 
     def part(self, whole: Tensor, letter: str = "m", dim: int = -2) -> Tensor:
-        """What belongs here of a tensor that every process has whole."""
+        """Return this process's slice of a tensor that every process has whole."""
         if letter not in self.spans:
             return whole
         return whole.narrow(dim, *self.spans[letter])
 
     def gather(self, part: Tensor, letter: str = "m", dim: int = -2) -> Tensor:
-        """The inverse of :meth:`part`, for what is small: one sum, the same bits everywhere."""
+        """Gather the slices of :meth:`part` by one all-reduce, the same bits on every process."""
         if letter not in self.spans:
             return part
         shape = list(part.shape)
@@ -152,16 +152,16 @@ class Shards:
         return whole
 
     def times(self, matrix: Tensor, columns: Tensor) -> Tensor:
-        """``matrix @ columns``, whole from whole ``columns`` ``[..., n, r]``: one all-reduce."""
+        """Return the whole ``matrix @ columns`` from whole ``columns`` ``[..., n, r]``."""
         product = matrix @ self.part(columns, "n")
         self.sum_([product], "n")
         return self.gather(product)
 
     def hold(self, local: Tensor, letters: str) -> Tensor:
-        """A state tensor for the checkpoint: sharded as far as ``letters`` name cut dimensions.
+        """Wrap a state tensor in a DTensor, sharded where ``letters`` name sharded dimensions.
 
-        What every process has alike stays a plain tensor. ``letters`` names the last dimensions, a
-        dot those that the weight does not have; before them come those of the stack.
+        A tensor that is the same on every process stays plain. ``letters`` name the last
+        dimensions, a dot one that the weight does not have; those of a stack come before them.
         """
         if self.mesh is None or local.ndim == 0:
             return local
@@ -190,11 +190,11 @@ class Shards:
     def opened(
         self, state: MutableMapping[str, Any], letters: Mapping[str, str]
     ) -> Iterator[MutableMapping[str, Any]]:
-        """The state as plain tensors, what this process has of it; new ones are held afterwards.
+        """Yield the state as plain local tensors; :meth:`hold` new ones afterwards.
 
         Args:
-            state: of the parameter.
-            letters: of each key that follows a dimension of the weight, see :meth:`hold`.
+            state: the parameter's state.
+            letters: by key of the state, the ``letters`` of :meth:`hold`.
         """
         if self.mesh is None:
             yield state
@@ -211,7 +211,7 @@ WHOLE = Shards()
 
 
 def sum_packed(tensors: Sequence[Tensor], shards: Sequence[Shards], over: Sequence[str]) -> None:
-    """:meth:`Shards.sum_` for the tensors of many weights: one all-reduce a process group."""
+    """Apply :meth:`Shards.sum_` to tensors of many weights, by one all-reduce per process group."""
     packed: dict[int, tuple[Any, list[Tensor]]] = {}
     for tensor, shard, letters in zip(tensors, shards, over, strict=True):
         for group in shard.groups(letters):
@@ -240,7 +240,7 @@ def _along(placement: Any, dim: int) -> Any:
 def _spans(
     mesh: Any, placements: Sequence[Any], cuts: Sequence[str], lengths: Mapping[str, int]
 ) -> dict[str, tuple[int, int]]:
-    """Where the part of this process begins in each dimension that is cut, and its length."""
+    """Return the first index and the length of this process's shard of each sharded dimension."""
     coordinate = mesh.get_coordinate()
     spans: dict[str, tuple[int, int]] = {}
     # Strided shards (FSDP2 over tensor parallelism) cut what the plain ones have left.

@@ -1,1 +1,1 @@
-"""What other training tools need to use these optimizers; nothing is imported before it is used."""
+"""Adapters for other training tools, which are imported on use."""

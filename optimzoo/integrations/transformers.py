@@ -1,4 +1,4 @@
-"""The optimizers in Hugging Face's ``Trainer``, their groups made from the model that it trains."""
+"""Adapter for Hugging Face's ``Trainer``, with groups built from the model that it trains."""
 
 import inspect
 from typing import Any
@@ -11,10 +11,10 @@ from optimzoo.roles import Overrides, param_groups
 
 
 class _Factory:
-    """What ``Trainer`` takes for an optimizer class and calls with its model."""
+    """Factory that ``Trainer`` takes for an optimizer class and calls with its model."""
 
     def __init__(self, *groups: Any, **options: Any) -> None:
-        if groups or options:  # an older Trainer, which knows classes alone, hands its own groups
+        if groups or options:  # an older Trainer, which knows classes alone, passes its own groups
             raise TypeError(
                 "this transformers has no optimizer factories; upgrade it, or pass "
                 "optimizers=(optimzoo.create_optimizer(...), None) to the Trainer"
@@ -34,7 +34,7 @@ def trainer_optimizer(
     overrides: Overrides = (),
     **hyper: Any,
 ) -> tuple[type[_Factory], dict[str, Any]]:
-    """The pair for ``Trainer(optimizer_cls_and_kwargs=...)``, with groups by role.
+    """Return the pair for ``Trainer(optimizer_cls_and_kwargs=...)``, with groups by role.
 
     A class alone would get the two groups that ``Trainer`` makes (with and without weight decay),
     and could not know the embedding or the head. The optimizer is made when training starts, from

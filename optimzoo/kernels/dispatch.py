@@ -1,9 +1,9 @@
-"""Which kernels step a tensor: the one place that chooses.
+"""Dispatch: the one place that chooses the kernels that step a tensor.
 
 A CUDA tensor goes to the native CUDA library, else to Triton; one of ROCm, which torch calls CUDA
-too, to Triton alone; a CPU tensor to the native CPU library. What no kernel takes stays with the
-optimizer's eager path: other dtypes than float32, bfloat16 and float16, weights or state that are
-not contiguous, tensor subclasses, other devices (XPU, MPS).
+too, to Triton alone; a CPU tensor to the native CPU library. The optimizer's eager path steps what
+no kernel takes: other dtypes than float32, bfloat16 and float16, weights or state that are not
+contiguous, tensor subclasses, other devices (XPU, MPS).
 """
 
 import functools
@@ -25,7 +25,7 @@ Backend = Any  # an object with the functions of native.py
 
 
 class Item(NamedTuple):
-    """A parameter (or one matrix of a stack) as the kernels see it: dense, [rows, cols]."""
+    """Parameter (or one matrix of a stack) as the kernels see it: dense, ``[rows, cols]``."""
 
     param: Tensor
     grad: Tensor
@@ -34,7 +34,7 @@ class Item(NamedTuple):
     step: Tensor | None
     kind: int
     shape: tuple[int, int]
-    whole: Tensor  # the parameter that it is, or is a part of
+    whole: Tensor  # the parameter, or the stack that this is a matrix of
     counter: Any = None  # (seed, step, index) of stochastic rounding; None: to nearest
 
 
@@ -47,7 +47,7 @@ def matrices(
     stacked: bool,
     counter: Any = None,
 ) -> list[Item]:
-    """A weight as a matrix ``[out, -1]``; a stack whose columns are reduced, matrix by matrix."""
+    """Return a weight as a matrix ``[out, -1]``; a stack by matrix if columns are reduced."""
     shape = param.shape
     if len(shape) == 2:
         size = (shape[0], shape[1])
@@ -74,19 +74,19 @@ def vector(
     step: Tensor | None = None,
     counter: Any = None,
 ) -> Item:
-    """A parameter that Adam steps."""
+    """Return the item of a parameter that Adam steps."""
     size = (1, param.numel())
     return Item(param, grad, exp_avg, exp_avg_sq, step, ADAM, size, param, counter)
 
 
 @functools.cache
 def backend(device_type: str) -> Backend | None:
-    """The backend that steps tensors on this kind of device; None: there is none."""
+    """Return the backend that steps tensors on this type of device, or None."""
     return next((b for b in BACKENDS.get(device_type, ()) if b.available()), None)
 
 
 def takes(item: Item) -> bool:
-    """Whether kernels can step it; a gradient that is not contiguous is copied by them."""
+    """Return whether kernels can step the item, whose gradient need not be contiguous."""
     param, grad, exp_avg, exp_avg_sq = item[:4]
     if item.counter is not None and param is not item.whole:
         return False  # kernels would count the elements of each matrix of a stack from 0
@@ -97,7 +97,7 @@ def takes(item: Item) -> bool:
         and grad.dtype in TYPES
         and grad.shape == param.shape
         and param.is_contiguous()
-        and not grad.is_neg()  # its numbers are not those that lie there
+        and not grad.is_neg()  # the numbers in memory are then not the gradient's
         and grad.device == param.device
     ):
         return False
@@ -115,11 +115,11 @@ def takes(item: Item) -> bool:
 def split(
     items: Iterable[Item], fused: bool | None
 ) -> tuple[list[tuple[Backend, list[Item]]], list[Item]]:
-    """Sort items into those of each device's backend, one call's each, and the rest.
+    """Split items into calls, each with its device's backend, and those that no kernel takes.
 
     Args:
         items: see :class:`Item`.
-        fused: `None`, kernels where there are any; `True`, all or an error.
+        fused: `None` uses kernels where there are any; `True` requires them for every item.
 
     Raises:
         RuntimeError: ``fused=True`` and an item that no kernel takes; the message says why.
@@ -141,7 +141,7 @@ def split(
 
 
 def calls_of(items: list[Item]) -> list[list[Item]]:
-    """Items cut where a call of a kernel ends: it counts its tensors' indices on from the first."""
+    """Split items where their rounding counters are not consecutive, as within a call."""
     calls: list[list[Item]] = []
     for item in items:
         expected = None
@@ -156,14 +156,14 @@ def calls_of(items: list[Item]) -> list[list[Item]]:
 
 
 def rounding(items: list[Item]) -> dict[str, int]:
-    """The arguments on rounding of one call's items; none: to nearest."""
+    """Return the arguments on rounding of a call; rounding to nearest has none."""
     if items[0].counter is None:
         return {}
     return dict(zip(("seed", "step", "first_index"), items[0].counter, strict=True))
 
 
 def columns(items: list[Item]) -> tuple[list[Any], ...]:
-    """The items field by field, for a call: gradients contiguous, steps counted and at hand."""
+    """Return the fields of a call as lists, with contiguous gradients and incremented steps."""
     fields = [list(field) for field in list(zip(*items, strict=True))[:7]]
     fields[1] = [g.contiguous() for g in fields[1]]
     fields[4] = counted(fields[4], items[0].param.device)
@@ -171,7 +171,7 @@ def columns(items: list[Item]) -> tuple[list[Any], ...]:
 
 
 def counted(steps: list[Tensor | None], device: torch.device) -> list[Tensor | None]:
-    """Count Adam's steps on, and have them as the kernels read them: there, and in float32."""
+    """Increment Adam's step counts; return them in float32 on ``device``, as kernels read them."""
     counts = [step for step in steps if step is not None]
     if counts:
         torch._foreach_add_(counts, 1)
@@ -185,7 +185,7 @@ def counted(steps: list[Tensor | None], device: torch.device) -> list[Tensor | N
 
 
 def scalar(value: float | Tensor, device: torch.device) -> float | Tensor:
-    """A learning rate as the kernels read it: a number, or a float32 tensor on their GPU."""
+    """Return a learning rate as kernels read it: a number, or a float32 tensor on their GPU."""
     if isinstance(value, Tensor) and value.device == device and device.type != "cpu":
         return value.reshape(()).float()
     return float(value)

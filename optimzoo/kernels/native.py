@@ -1,8 +1,8 @@
-"""The native kernel libraries, CPU and CUDA, called through their plain C interface.
+"""Native kernel libraries for CPU and CUDA, called through their plain C interface.
 
-What each function does is written in ``csrc/include/optimzoo.h``; the Triton backend has the same
-ones. Lists have one entry a tensor. Tensors are dense ``[rows, cols]``, by ``shapes``, and live on
-one device; of the states, those that a tensor does not have are None.
+``csrc/include/optimzoo.h`` specifies each function; the Triton backend has the same ones. Lists
+have one entry per tensor. Tensors are dense ``[rows, cols]``, by ``shapes``, and on one device; a
+state that a tensor does not have is None.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ _ROWS, _COLUMNS, _SIGN, _ADAM = range(4)
 
 
 class _Options(ctypes.Structure):
-    """``oz_options``."""
+    """Structure ``oz_options`` of the C interface."""
 
     _fields_ = [
         *((name, ctypes.c_double) for name in ("momentum", "eps")),
@@ -39,7 +39,7 @@ class _Options(ctypes.Structure):
 
 
 class Library:
-    """The kernels of one kind of device, ``cpu`` or ``cuda``; loaded at the first use."""
+    """Kernels of one type of device, ``cpu`` or ``cuda``; loaded at the first use."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -69,22 +69,22 @@ class Library:
         return library, ""
 
     def _why_not_built(self) -> str:
-        """What csrc/build.py has left beside the library's place, and the way out."""
+        """Return the reason that csrc/build.py has written beside the library, and the way out."""
         tool = "g++ or clang++" if self.kind == "cpu" else "nvcc"
         report = self.path.with_suffix(".failure.txt")
         reason = f" ({report.read_text(encoding='utf-8').strip()})" if report.exists() else ""
         return f"{self.path.name} was not built{reason}; install {tool}, then optimzoo again"
 
     def available(self) -> bool:
-        """Whether the library was built and loads here."""
+        """Return whether the library was built and can be loaded here."""
         return self._loaded[0] is not None
 
     def why_not(self) -> str:
-        """Why it is not available; empty if it is."""
+        """Return why the library is not available; empty if it is."""
         return self._loaded[1]
 
     def variant(self) -> str:
-        """The instruction set the CPU library has chosen; empty for CUDA."""
+        """Return the instruction set that the CPU library has chosen; empty for CUDA."""
         library = self._loaded[0]
         if library is None or self.kind == "cuda":
             return ""
@@ -92,7 +92,7 @@ class Library:
         return str(library.oz_cpu_isa().decode())
 
     def threaded(self) -> bool:
-        """Whether calls run in several threads: the CPU library's do if its compiler had OpenMP."""
+        """Return whether calls run in several threads; on the CPU that takes OpenMP at build."""
         library = self._loaded[0]
         return library is not None and (self.kind == "cuda" or bool(library.oz_cpu_threaded()))
 
@@ -117,7 +117,7 @@ class Library:
         table: Table | None = None,
         **shared: Any,
     ) -> None:
-        """SCALE's step (``oz_*_scale``); ``shared`` and ``table`` as :meth:`_call` takes them."""
+        """Take SCALE's step (``oz_*_scale``); ``shared`` and ``table`` are :meth:`_call`'s."""
         extras: States = [] if table else self.scale_scratch(params, kinds, shapes)
         options = _Options(
             momentum=momentum,
@@ -154,7 +154,7 @@ class Library:
         max_update: float | None = None,
         **shared: Any,
     ) -> None:
-        """Adam, AdamW, AdamS, or Adam's direction (``oz_*_adam``)."""
+        """Take a step of Adam, AdamW or AdamS, or write Adam's direction (``oz_*_adam``)."""
         none: States = [None] * len(params)
         options = _Options(
             beta1=betas[0],
@@ -182,7 +182,7 @@ class Library:
         maximize: bool = False,
         **shared: Any,
     ) -> None:
-        """Sums of squares by row or column, or clipped (``oz_*_reduce``), into ``outs``."""
+        """Write sums of squares by row or column, or clipped, to ``outs`` (``oz_*_reduce``)."""
         none: States = [None] * len(grads)
         columns = (grads, grads, none, none, none, none, outs)
         self._call("reduce", columns, shapes, kinds, _Options(maximize=maximize), **shared)
@@ -200,7 +200,7 @@ class Library:
         maximize: bool = False,
         **shared: Any,
     ) -> None:
-        """A step along the gradient scaled by ``scales`` (``oz_*_apply``)."""
+        """Step along the gradients scaled by ``scales`` (``oz_*_apply``)."""
         none: States = [None] * len(params)
         options = _Options(maximize=maximize)
         columns = (params, grads, none, none, none, none, scales)
@@ -217,18 +217,18 @@ class Library:
         maximize: bool = False,
         **shared: Any,
     ) -> None:
-        """Rows less their mean over their deviation (``oz_*_center``), into ``outs``."""
+        """Write rows less their mean, over their deviation, to ``outs`` (``oz_*_center``)."""
         none: States = [None] * len(outs)
         options = _Options(eps=eps, maximize=maximize)
         columns = (outs, grads, none, none, none, none, none)
         self._call("center", columns, shapes, [_ROWS] * len(outs), options, **shared)
 
     def history_dot(self, history: Tensor, vector: Tensor) -> Tensor:
-        """``history @ vector``, both float32 or bfloat16, ``[rows, cols]``; CPU only."""
+        """Return ``history @ vector``, both float32 or bfloat16, in float32; CPU only."""
         return self._history("dot", history, vector, history.shape[0])
 
     def history_combine(self, history: Tensor, weights: Tensor) -> Tensor:
-        """``weights @ history`` for one of float32 or bfloat16; CPU only."""
+        """Return ``weights @ history`` for a float32 or bfloat16 history, in float32; CPU only."""
         return self._history("combine", history, weights, history.shape[1])
 
     def _history(self, operation: str, history: Tensor, vector: Tensor, size: int) -> Tensor:
@@ -244,7 +244,7 @@ class Library:
         return out
 
     def nm_mask(self, weight: Tensor, n: int, m: int) -> Tensor:
-        """The packed N:M mask of a contiguous weight, ``[rows, ⌈rest / 8⌉]``; CPU only."""
+        """Return the packed N:M mask of a contiguous weight, ``[rows, ⌈cols / 8⌉]``; CPU only."""
         rows, cols = weight.shape[0], weight[:1].numel()
         mask = torch.empty(rows, -(-cols // 8), dtype=torch.uint8, device=weight.device)
         if isinstance(weight, FakeTensor):
@@ -275,26 +275,26 @@ class Library:
         found_inf: Tensor | None = None,
         table: Table | None = None,
     ) -> None:
-        """Fill the table, make the call.
+        """Fill the table and call the kernel.
 
         Args:
             operation: the function's name without its prefix.
             columns: parameters, gradients, both moments, masks, steps, extras.
             shapes: rows and columns of each.
             kinds: ``enum oz_kind`` of each.
-            options: those that only this operation has.
-            lr: a number, or a float32 tensor on the device; a list: one for each tensor.
-            weight_decay: a number, or a list of them.
-            seed: of stochastic rounding; None rounds to nearest.
-            step: of stochastic rounding.
-            first_index: of the first tensor, in stochastic rounding.
+            options: options of this operation alone.
+            lr: a number or a float32 tensor on the device, or a list with one for each tensor.
+            weight_decay: a number, or a list with one for each tensor.
+            seed: seed of stochastic rounding; None rounds to nearest.
+            step: step count of stochastic rounding.
+            first_index: index of the first tensor in stochastic rounding.
             grad_scale: a float32 tensor; gradients are divided by it.
             found_inf: a float32 tensor; if it is not zero, nothing is written.
-            table: of an earlier call with the same columns but for gradients, counts and rates.
+            table: table of an earlier call that differs in gradients, counts and rates alone.
         """
         params, grads = columns[:2]
         if not params or isinstance(params[0], FakeTensor):
-            return  # of shapes alone a kernel asks nothing, and it holds nothing
+            return  # shapes alone: kernels allocate nothing
         library, why = self._loaded
         if library is None:
             raise RuntimeError(f"no {self.kind} kernels: {why}")
@@ -325,7 +325,7 @@ class Library:
             torch.autograd.graph.increment_version(_written(columns))
 
     def scale_scratch(self, params: Tensors, kinds: Sequence[int], shapes: Shapes) -> States:
-        """What SCALE's step needs beside the tensors: on a GPU, room for the sums of columns."""
+        """Allocate the scratch memory of SCALE's step: on a GPU, for the sums by column."""
         scratch: list[Tensor | None] = [None] * len(params)
         library = self._loaded[0]
         if self.kind == "cpu" or library is None:
@@ -339,7 +339,7 @@ class Library:
 
 
 def _written(columns: tuple[Sequence[Any], ...]) -> Iterable[Tensor]:
-    """Parameters and moments: autograd is told that they have changed."""
+    """Return the parameters and moments, whose autograd version a call increments."""
     return [t for column in (columns[0], columns[2], columns[3]) for t in column if t is not None]
 
 

@@ -1,4 +1,4 @@
-"""One call's tensors as the native kernels read them: `oz_tensor` of csrc/include/optimzoo.h."""
+"""Table of one call's tensors for the native kernels: `oz_tensor` of csrc/include/optimzoo.h."""
 
 import ctypes
 import itertools
@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 _TENSOR = struct.Struct("=8Q2q2f4i")
-_GRAD, _STEP, _LR_TENSOR, _LR_AND_DECAY = 1, 5, 7, 10  # its words of eight bytes
+_GRAD, _STEP, _LR_TENSOR, _LR_AND_DECAY = 1, 5, 7, 10  # indices of its 8-byte words
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 Shapes = Sequence[tuple[int, int]]
 Tensors = Sequence[Tensor]
 States = Sequence[Tensor | None]
-Rate = float | Tensor  # a tensor: float32, where the weights are
+Rate = float | Tensor  # a tensor is float32, on the weights' device
 
 
 class Table:
-    """An array of `oz_tensor`. One that is kept gets gradients, counts and rates anew."""
+    """Array of `oz_tensor`; a cached one gets the gradients, counts and rates of each step."""
 
     def __init__(
         self, columns: tuple[Sequence[Any], ...], shapes: Shapes, kinds: Sequence[int]
@@ -29,7 +29,7 @@ class Table:
         self.bytes = bytearray(_TENSOR.size * self.size)
         self.buffer = (ctypes.c_char * len(self.bytes)).from_buffer(self.bytes)
         self._words = memoryview(self.bytes).cast("Q")
-        self._extras = columns[6]  # scratch, which nothing else keeps
+        self._extras = columns[6]  # keeps the scratch memory alive
         pointers = [[0 if t is None else t.data_ptr() for t in column] for column in columns]
         types = [
             (TYPES[p.dtype], TYPES[g.dtype], 0 if m is None else TYPES[m.dtype])
@@ -41,12 +41,12 @@ class Table:
             _TENSOR.pack_into(self.bytes, i * _TENSOR.size, *row)
 
     def set(self, grads: Tensors, steps: States) -> None:
-        """Other gradients of the same dtypes, and other counts where there are any."""
+        """Set the gradients, of the same dtypes as before, and the step counts."""
         for word, tensors in ((_GRAD, grads), (_STEP, steps)):
             self._write(word, array("Q", [0 if t is None else t.data_ptr() for t in tensors]))
 
     def set_rates(self, lr: Rate | list[Rate], weight_decay: float | list[float]) -> None:
-        """The learning rate and the decay of each tensor, a list, or of all."""
+        """Set the learning rate and the decay: a list with one per tensor, or one for all."""
         lrs = lr if isinstance(lr, list) else [lr] * self.size
         decays = weight_decay if isinstance(weight_decay, list) else [weight_decay] * self.size
         away = [rate.data_ptr() if isinstance(rate, Tensor) else 0 for rate in lrs]

@@ -8,8 +8,8 @@ with a counter, the upper one with a probability that makes it its expectation.
 Blocks run over the row-major elements, whatever the shape; the last may be shorter. A block of
 zeros stays zero; a block with a number that is not finite becomes NaN, all of it.
 
-Both codes of an element are rounded apart, so ``|m| / √v`` may be anything afterwards; the rules
-clamp the update to what exact moments allow (``core/adam.py``, `max_direction`).
+The two codes of an element are rounded independently, so ``|m| / √v`` is unbounded afterwards; the
+rules clamp the update to what exact moments allow (``core/adam.py``, `max_direction`).
 """
 
 from collections.abc import Iterator, MutableMapping
@@ -23,18 +23,18 @@ from optimzoo.lowbit.stochastic import random_uniform
 from optimzoo.lowbit.write_back import Counter
 
 BLOCK = 256
-SMALLEST = 4096  # elements; what has fewer stays in float32
+SMALLEST = 4096  # elements; moments with fewer stay in float32
 _CHUNK = 1 << 20  # elements at a time, a multiple of BLOCK
 _MOMENTS = {"exp_avg": 1 << 31, "exp_avg_sq": 3 << 30}  # offsets of their counters' indices
 
 
 def quantize(x: Tensor, *, signed: bool, counter: Counter | None = None) -> tuple[Tensor, Tensor]:
-    """Codes of ``x``'s shape, and the scales of its blocks, ``[ceil(n / 256)]`` in float32.
+    """Return codes of ``x``'s shape and the float32 scales of its blocks, ``[ceil(n / 256)]``.
 
     Args:
-        x: floating; without `signed` not negative.
+        x: a floating-point tensor; not negative unless `signed`.
         signed: int8 codes, else uint8.
-        counter: of stochastic rounding; None rounds to nearest.
+        counter: counter of stochastic rounding; None rounds to nearest.
     """
     codes = torch.empty(x.shape, dtype=torch.int8 if signed else torch.uint8, device=x.device)
     flat, out = x.reshape(-1), codes.view(-1)
@@ -44,7 +44,7 @@ def quantize(x: Tensor, *, signed: bool, counter: Counter | None = None) -> tupl
         blocks = torch.nn.functional.pad(part, (0, -part.numel() % BLOCK)).view(-1, BLOCK)
         size = blocks.abs()
         scale = size.amax(1, keepdim=True)
-        ratio = torch.nan_to_num(size / scale, nan=0.0, posinf=0.0)  # of zeros, and not finite
+        ratio = torch.nan_to_num(size / scale, nan=0.0, posinf=0.0)  # 0/0, or not finite
         low = _floor(ratio, signed)
         below, above = _value(low, signed), _value(low + 1, signed)
         threshold: float | Tensor = 0.5
@@ -59,7 +59,7 @@ def quantize(x: Tensor, *, signed: bool, counter: Counter | None = None) -> tupl
 
 
 def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
-    """The float32 values of :func:`quantize`'s codes."""
+    """Return the float32 values of :func:`quantize`'s codes."""
     signed = codes.dtype == torch.int8
     out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
     flat, values = codes.view(-1), out.view(-1)
@@ -77,7 +77,7 @@ def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
 def opened(
     state: MutableMapping[str, Any], bits: int, counter: Counter | None
 ) -> Iterator[MutableMapping[str, Any]]:
-    """``state`` with its moments in float32, which are codes again afterwards, if ``bits`` is 8.
+    """Yield ``state`` with its moments in float32; quantize them afterwards if ``bits`` is 8.
 
     The state has ``exp_avg_codes`` and ``exp_avg_scale`` in place of ``exp_avg``, and so on.
     """
@@ -100,13 +100,13 @@ def _top(signed: bool) -> int:
 
 
 def _value(code: Tensor, signed: bool) -> Tensor:
-    """Of the block's largest magnitude."""
+    """Return a code's value in units of the block's largest magnitude."""
     squared = (code / _top(signed)).square()
     return squared if signed else squared.square()
 
 
 def _floor(ratio: Tensor, signed: bool) -> Tensor:
-    """The largest code whose value is not above the ratio."""
+    """Return the largest code whose value is not above the ratio."""
     root = ratio.sqrt() if signed else ratio.sqrt().sqrt()
     code = (root * _top(signed)).round()
     return torch.where(_value(code, signed) > ratio, code - 1, code)

@@ -1,4 +1,4 @@
-r"""Stochastic rounding, the specification: the kernels of every backend agree with it bit for bit.
+r"""Stochastic rounding: the specification, with which every backend's kernels agree bit for bit.
 
 A number ``x`` between two neighbours ``a < b`` of the low type becomes ``b`` with probability
 ``(x - a) / (b - a)``, so its expectation is ``x``: updates too small to move a bfloat16 weight
@@ -26,7 +26,7 @@ _TINY = 2.0**-14  # the smallest normal number of float16
 
 
 def round_stochastic(x: Tensor, dtype: torch.dtype, *, seed: int, step: int, index: int) -> Tensor:
-    """``x`` in ``dtype``, rounded up or down at random, with ``x`` as the expectation.
+    """Round ``x`` to ``dtype``, up or down at random, with ``x`` as the expectation.
 
     Args:
         x: float32; another floating type is converted to it first, to nearest.
@@ -36,8 +36,8 @@ def round_stochastic(x: Tensor, dtype: torch.dtype, *, seed: int, step: int, ind
         index: from 0 to 2^32 - 1; each tensor of a step has its own bits.
 
     Returns:
-        A new tensor. What is not finite is converted as ``x.to(dtype)`` would. A finite number
-        beyond the largest of ``dtype`` may become infinite, as it may to nearest.
+        A new tensor. NaN and infinity are converted as by ``x.to(dtype)``. A finite number beyond
+        the largest of ``dtype`` may become infinite, as it may to nearest.
 
     Raises:
         ValueError: another dtype, or a seed, step or index out of range.
@@ -48,7 +48,7 @@ def round_stochastic(x: Tensor, dtype: torch.dtype, *, seed: int, step: int, ind
 
 
 def copy_(dst: Tensor, src: Tensor, *, seed: int, step: int, index: int) -> Tensor:
-    """``dst.copy_(src)`` with :func:`round_stochastic`; returns ``dst``.
+    """Copy ``src`` into ``dst`` by :func:`round_stochastic` and return ``dst``.
 
     Raises:
         ValueError: the shapes differ, or as :func:`round_stochastic`.
@@ -65,7 +65,7 @@ def copy_(dst: Tensor, src: Tensor, *, seed: int, step: int, index: int) -> Tens
 def random_uniform(
     start: int, count: int, counter: tuple[int, int, int], device: torch.device
 ) -> Tensor:
-    """Multiples of 2^-24 in [0, 1) for ``count`` elements from ``start``; by seed, step, index."""
+    """Draw multiples of 2^-24 in [0, 1) for ``count`` elements from ``start``, by the counter."""
     return _shift(_random_bits(start, count, _key(*counter), device), 8).float() * 2.0**-24
 
 
@@ -107,7 +107,7 @@ def _key(seed: int, step: int, index: int) -> int:
 
 
 def _random_bits(start: int, count: int, key: int, device: torch.device) -> Tensor:
-    """Of elements ``start`` to ``start + count - 1``, which must not cross a multiple of 2^32."""
+    """Return bits of ``count`` elements from ``start``, which must not cross a multiple of 2^32."""
     inner = _hash_int((start >> 32) ^ key)
     low = torch.arange(count, dtype=torch.int32, device=device) + _signed(start & _MASK)
     return _hash(low ^ _signed(inner))
@@ -120,14 +120,14 @@ def _hash_int(x: int) -> int:
 
 
 def _hash(x: Tensor) -> Tensor:
-    """:func:`_hash_int` of each element; int32 wraps around as uint32 does."""
+    """Apply :func:`_hash_int` to each element; int32 wraps around as uint32 does."""
     x = (x ^ _shift(x, 16)) * _signed(0x85EBCA6B)
     x = (x ^ _shift(x, 13)) * _signed(0xC2B2AE35)
     return x ^ _shift(x, 16)
 
 
 def _shift(x: Tensor, by: int) -> Tensor:
-    """A right shift that brings in zeros; torch's own copies the sign."""
+    """Shift right, filling with zeros; torch's own shift copies the sign."""
     return (x >> by) & ((1 << (32 - by)) - 1)
 
 

@@ -1,8 +1,8 @@
-"""How a step is stored in weights of 16 bits: to nearest, or stochastically, by counters.
+"""Rounding of a step into 16-bit weights: to nearest, or stochastically, by counters.
 
-The eager rules step a float32 stand-in of such a weight, which is then rounded into it: one
-rounding a step, in one place, whatever the rule. The kernels round what they hold in registers, by
-the same counters.
+The eager rules step a float32 copy of such a weight, which is then rounded into it: one rounding
+per step, in one place, whatever the rule. The kernels round what they hold in registers, by the
+same counters.
 """
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -20,7 +20,7 @@ STEP = "rounding_step"  # in a parameter's state: how often it has been rounded
 
 
 class Counter(NamedTuple):
-    """What a tensor's random bits depend on, beside the element: see :mod:`.stochastic`."""
+    """Counter of which a tensor's random bits are a hash, with the element (:mod:`.stochastic`)."""
 
     seed: int
     step: int
@@ -28,7 +28,7 @@ class Counter(NamedTuple):
 
 
 def next_counter(state: MutableMapping[str, Any], *, seed: int, index: int) -> Counter:
-    """Count one more step in ``state``, as an int64 on the CPU; the counter of that step, from 1.
+    """Count a step in ``state``, an int64 on the CPU from 1 on, and return its counter.
 
     The count is a parameter's own, so the bits do not depend on which others are stepped, or when.
     """
@@ -39,7 +39,7 @@ def next_counter(state: MutableMapping[str, Any], *, seed: int, index: int) -> C
 
 @contextmanager
 def stand_in(weight: Tensor, counter: Counter | None) -> Iterator[Tensor]:
-    """What a rule steps in the place of ``weight``: itself, or a float32 copy to be rounded.
+    """Yield what a rule steps in place of ``weight``: itself, or a float32 copy to be rounded.
 
     It is a copy where there is a counter and the weight is of 16 bits; on leaving the context the
     copy is rounded into the weight. An exception leaves the weight as it was.
@@ -54,9 +54,9 @@ def stand_in(weight: Tensor, counter: Counter | None) -> Iterator[Tensor]:
 
 @contextmanager
 def widened(*columns: Sequence[Tensor]) -> Iterator[list[list[Tensor]]]:
-    """Yield the lists with float32 copies of what has 16 bits; round those back to nearest after.
+    """Yield the lists with float32 copies of 16-bit tensors; round the copies back afterwards.
 
-    So that a rule computes in float32 whatever it is kept in, as the kernels do.
+    So a rule computes in float32 whatever the dtype of its state, as the kernels do.
     """
     wide = [[t.float() if t.dtype in LOW else t for t in column] for column in columns]
     yield wide
@@ -73,10 +73,10 @@ def one_by_one(
     *columns: Sequence[Any],
     alone: bool = False,
 ) -> None:
-    """``rule`` on the lists ``params, *columns``; on each weight's stand-in where one is counted.
+    """Apply ``rule`` to the lists ``params, *columns``, by :func:`stand_in` where one is counted.
 
-    Weights that are counted are stepped one after the other, one stand-in at a time; all are if
-    ``alone``, for a rule that makes copies of its own.
+    Without counters that is one call for all; else the weights are stepped one after the other,
+    with one copy at a time. So they are if ``alone``, for a rule that makes copies of its own.
     """
     if not any(counters) and not alone:
         rule(params, *columns)
@@ -87,7 +87,7 @@ def one_by_one(
 
 
 def moment_dtype(param: Tensor, group: Mapping[str, Any]) -> torch.dtype:
-    """Of Adam's moments: the parameter's; float32 at least under float16, rounding, or codes.
+    """Return the moments' dtype: the parameter's; at least float32 for float16, rounding, codes.
 
     float16 has no squares of gradients below 2.4e-4: a second moment of zero is divided by. In
     bfloat16 one with β₂ = 0.999 hardly moves: its steps are below half a last bit.

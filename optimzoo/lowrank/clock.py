@@ -1,11 +1,11 @@
-"""Something that happens every so many optimizer steps."""
+"""Base class of actions that are taken every so many optimizer steps."""
 
 from abc import ABC, abstractmethod
 from typing import Any
 
 
 class Clock(ABC):
-    """Counts steps and calls :meth:`fire` at every ``every``-th; before that, once, :meth:`check`.
+    """Step counter that calls :meth:`check` once, and :meth:`fire` at every ``every``-th step.
 
     Args:
         every: steps between two calls, at least 1.
@@ -20,7 +20,7 @@ class Clock(ABC):
         self.every, self.steps = every, 0
 
     def step(self) -> bool:
-        """Count one optimizer step; True where it was one of those that :meth:`fire` follows."""
+        """Count one optimizer step; return whether :meth:`fire` was called."""
         if self.steps == 0:
             self.check()  # now, not when the first restart is due
         self.steps += 1
@@ -31,16 +31,16 @@ class Clock(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Refuse what :meth:`fire` could not do, as far as it can be known by the first step."""
+        """Raise what :meth:`fire` would raise later, as far as it is known by the first step."""
 
     @abstractmethod
     def fire(self) -> None:
-        """Do it now."""
+        """Take the action now."""
 
     def state_dict(self) -> dict[str, Any]:
-        """How many steps were counted."""
+        """Return the number of counted steps."""
         return {"steps": self.steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved count."""
+        """Continue from a saved count."""
         self.steps = int(state_dict["steps"])

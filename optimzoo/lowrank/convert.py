@@ -1,4 +1,4 @@
-"""A model's linear layers made low-rank, in place, with an audit; and back."""
+"""Conversion of a model's linear layers to low-rank ones in place, with an audit, and back."""
 
 import copy
 import difflib
@@ -29,18 +29,18 @@ KINDS: dict[str, type[FactoredLinear]] = {
 
 @dataclass(frozen=True)
 class Converted:
-    """One converted layer: its name, kind, shape and what it holds.
+    """Record of one converted layer: its name, kind, shape and what it holds.
 
     Attributes:
-        name: in the model.
+        name: its name in the model.
         kind: a key of `KINDS`.
         shape: (out, in).
-        rank: of the product.
-        before: parameters of the dense layer.
-        trained: trainable parameters now.
-        held: all parameters now, the frozen ones included.
-        bytes_before: of the dense layer's parameters.
-        bytes_held: of parameters and of the sparse part's positions, now.
+        rank: rank of the product.
+        before: number of parameters of the dense layer.
+        trained: number of trainable parameters now.
+        held: number of all parameters now, the frozen ones included.
+        bytes_before: bytes of the dense layer's parameters.
+        bytes_held: bytes of the parameters and of the sparse part's positions now.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Converted:
 
 
 class Audit(list[Converted]):
-    """What :func:`convert` did, one record a layer; as text, a line a kind of layer."""
+    """Audit of :func:`convert`, one record per layer; as text, one line per shape and rank."""
 
     def __str__(self) -> str:
         alike: dict[tuple[Any, ...], list[Converted]] = {}
@@ -102,12 +102,12 @@ def convert(
 
     Args:
         model: any module.
-        rank: r of every layer.
+        rank: rank r of every layer.
         kind: ``low_rank``, ``sltrain`` or ``lora``.
         targets: a regex, searched in the layers' names; default: all of them.
-        sparsity: sltrain: share of the entries that the sparse part has.
+        sparsity: share of the entries that the sparse part has (``sltrain``).
         alpha: the scale of the product is alpha / r.
-        seed: of the draws, which are made on the CPU in the order of the layers.
+        seed: seed of the draws, which are made on the CPU in the order of the layers.
 
     Returns:
         The audit; print it.
@@ -123,7 +123,7 @@ def convert(
     if kind == "sltrain":
         options["sparsity"] = sparsity
     chosen = _targets(model, targets)
-    # All are made on meta first: what is wrong with one is said before any is replaced.
+    # All are made on meta first: an error in one is raised before any is replaced.
     new = {old: _on_meta(name, old, KINDS[kind], rank, options) for name, old in chosen.items()}
     generator = torch.Generator("cpu").manual_seed(seed)
     audit = Audit()
@@ -139,7 +139,7 @@ def merge(model: nn.Module) -> int:
     """Replace every low-rank layer by the dense one it stands for, in place.
 
     The weight, s B A with the sparse or frozen part, is made in float32 (float64 stays) and cast
-    to the factors' type. What was a ``Conv1D`` is one again.
+    to the factors' type. A converted ``Conv1D`` becomes one again.
 
     Returns:
         The number of layers.
@@ -156,7 +156,7 @@ def merge(model: nn.Module) -> int:
 
 
 def support_bytes(model: nn.Module) -> int:
-    """Bytes of the positions of all sparse parts: what a model holds beside its parameters."""
+    """Return the bytes of all sparse parts' positions, which are no parameters of the model."""
     layers = [m for m in model.modules() if isinstance(m, SparseLowRankLinear)]
     return sum(layer.indices.numel() * layer.indices.element_size() for layer in layers)
 
@@ -207,7 +207,7 @@ def _shape(layer: Any) -> tuple[int, int]:
 
 @torch.no_grad()
 def _fill(layer: FactoredLinear, old: Any, generator: torch.Generator) -> None:
-    """Give a layer on meta its memory, its values, and the old layer's bias."""
+    """Allocate a layer on meta, and set its values and the old layer's bias."""
     weight: Tensor = old.weight.detach()
     layer.bias = None  # the old one takes its place; and draws nothing
     layer.to_empty(device=weight.device)
@@ -243,7 +243,7 @@ def _record(name: str, kind: str, old: nn.Module, layer: FactoredLinear) -> Conv
 
 
 def _dense(layer: FactoredLinear) -> nn.Module:
-    """The ``nn.Linear`` or ``Conv1D`` with the layer's weight and its very bias."""
+    """Return the ``nn.Linear`` or ``Conv1D`` with the layer's weight and the same bias object."""
     exact = torch.promote_types(layer.A.dtype, torch.float32)
     weight = copy.deepcopy(layer).to(exact).weight.to(layer.A.dtype)
     made: Any = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")

@@ -31,16 +31,16 @@ def draw_uniform_(param: Tensor, bound: float, generator: torch.Generator | None
 
 
 class FactoredLinear(nn.Module):
-    """What the layers share: the factors ``B`` [out, r] and ``A`` [r, in], scale and bias.
+    """Base class of the layers: the factors ``B`` [out, r] and ``A`` [r, in], scale and bias.
 
     Args:
         in_features: size of the input.
         out_features: size of the output.
         rank: r, from 1 to min(in, out).
         alpha: the scale is s = alpha / r; the authors' 32 at rank 128 is s = 1/4.
-        bias: with a bias.
-        device: of the parameters; on ``meta`` nothing is drawn (`reset_parameters` later).
-        dtype: of the parameters.
+        bias: whether the layer has a bias.
+        device: device of the parameters; on ``meta`` nothing is drawn (`reset_parameters` later).
+        dtype: dtype of the parameters.
 
     Raises:
         ValueError: a rank that the shape cannot have, an alpha that is not above zero.
@@ -90,11 +90,11 @@ class FactoredLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W, the matrix that the layer stands for, [out, in], made anew at every access."""
+        """Return W, the matrix that the layer stands for, [out, in]; computed at every access."""
         return (self.B * self.scale) @ self.A
 
     def extra_repr(self) -> str:
-        """The shape, as ``nn.Linear`` has it, with rank and scale."""
+        """Return the shape as ``nn.Linear`` shows it, with rank and scale."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"scale={self.scale:g}, bias={self.bias is not None}"
@@ -137,7 +137,7 @@ class SparseLowRankLinear(FactoredLinear):
         out_features: size of the output.
         rank: r, from 1 to min(in, out).
         sparsity: share of the entries that S has, in (0, 1]; SLTrain's scripts: 0.03.
-        **options: of :class:`FactoredLinear`.
+        **options: options of :class:`FactoredLinear`.
 
     Raises:
         ValueError: a rank, an alpha or a sparsity out of range.
@@ -166,7 +166,7 @@ class SparseLowRankLinear(FactoredLinear):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw everything anew, the support too."""
+        """Draw all parameters anew, and the support."""
         super().reset_parameters(generator)
         if not self.indices.is_meta:
             positions = self.in_features * self.out_features
@@ -175,7 +175,7 @@ class SparseLowRankLinear(FactoredLinear):
 
     @property
     def weight(self) -> Tensor:
-        """W = s B A + S, [out, in], made anew at every access."""
+        """Return W = s B A + S, [out, in]; computed at every access."""
         return dense_sum(self.B, self.A, self.values, self.indices, self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -204,13 +204,13 @@ class LoRALinear(FactoredLinear):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw everything anew, W₀ too."""
+        """Draw all parameters anew, W₀ too."""
         super().reset_parameters(generator)
         draw_uniform_(self.frozen, 1 / math.sqrt(self.in_features), generator)
 
     @property
     def weight(self) -> Tensor:
-        """W = W₀ + s B A, [out, in], made anew at every access."""
+        """Return W = W₀ + s B A, [out, in]; computed at every access."""
         return torch.addmm(self.frozen, self.B, self.A, alpha=self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -220,7 +220,7 @@ class LoRALinear(FactoredLinear):
 
     @torch.no_grad()
     def merge_(self, generator: torch.Generator | None = None) -> None:
-        """ReLoRA's restart: W₀ ← W₀ + s B A, A drawn anew, B = 0. The layer's output stays.
+        """Restart as in ReLoRA: W₀ ← W₀ + s B A, A drawn anew, B = 0. The layer's output stays.
 
         The sum is made in float32 (float64 stays) and rounded once to W₀'s type.
         """

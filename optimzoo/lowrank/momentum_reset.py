@@ -42,17 +42,17 @@ class MomentumReset(Clock):
             optimizer.step(); reset.step(); scheduler.step()
 
     Args:
-        optimizer: whose state holds moments under the names of ``torch.optim`` (``exp_avg``,
+        optimizer: any whose state holds moments under the names of ``torch.optim`` (``exp_avg``,
             ``exp_avg_sq``, ``momentum_buffer``, ``square_avg``, ...).
         every: steps between two resets; the paper's best is 200.
         what: ``"all"``: moments and step counts, as the authors' code, which builds the optimizer
             anew; ``"moments"``: the moments alone. Step counts that go on no longer correct the
             bias of the moments, and Adam's next update is (1 - β₁) / √(1 - β₂) times as long
             (3.2 at the default betas). Or a collection of state names: these and no others.
-        params: only the state of these; default: of every parameter, as the authors' code.
-        fraction: of the entries of each moment that are zeroed, drawn at random; ReLoRA's code:
+        params: reset the state of these alone; default: of every parameter, as the authors' code.
+        fraction: share of each moment's entries that is zeroed, drawn at random; ReLoRA's code:
             0.999. Step counts are reset whole.
-        seed: of that draw; the same at every rank, so that replicas stay equal.
+        seed: seed of that draw; the same at every rank, so that replicas stay equal.
 
     Raises:
         ValueError: an option out of range, or a parameter that the optimizer does not have.
@@ -82,16 +82,16 @@ class MomentumReset(Clock):
                 raise ValueError(f"a parameter of shape {tuple(p.shape)} is not in the optimizer")
 
     def check(self) -> None:
-        """Look at the state that there is.
+        """Check that the optimizer's state has the names to reset.
 
         Raises:
-            ValueError: it has names that are not known (then name those to reset with ``what``), or
-                none of those asked for.
+            ValueError: it has unknown names (then name those to reset with ``what``), or none of
+                those asked for.
         """
         self._names(self._states())
 
     def fire(self) -> None:
-        """Reset now; before the first step there is nothing to do.
+        """Reset the state now; do nothing before the optimizer's first step.
 
         Raises:
             ValueError: as :meth:`check`; nothing is changed then.
@@ -135,14 +135,14 @@ class MomentumReset(Clock):
     def _prune(self, tensor: Tensor, generators: dict[torch.device, torch.Generator]) -> None:
         device = tensor.device
         if device not in generators:
-            # Of the clock, not of what was drawn before: a resumed run draws the same.
+            # Seeded by the step, not by what was drawn before: a resumed run draws the same.
             generators[device] = torch.Generator(device).manual_seed(self.seed + self.steps)
         draw = torch.rand(tensor.shape, generator=generators[device], device=device)
         tensor.masked_fill_(draw < self.fraction, 0)
 
 
 def _restarted(value: Any, start: int) -> Any:
-    """The state as it starts: a tensor filled in place, a number replaced."""
+    """Return the state's starting value: a tensor is filled in place, a number replaced."""
     if isinstance(value, Tensor):
         return value.fill_(start)
     return start if isinstance(value, int | float) else value

@@ -7,18 +7,18 @@ from optimzoo.lowrank.layers import FactoredLinear
 
 
 def balanced_factors(B: Tensor, A: Tensor, alpha: float = 0.5) -> tuple[Tensor, Tensor]:
-    """The factors of ``B @ A`` that share its singular values: U Σ^alpha and Σ^(1-alpha) Vᵀ.
+    """Return factors of ``B @ A`` that share its singular values: U Σ^alpha and Σ^(1-alpha) Vᵀ.
 
-    From two thin QR decompositions and the SVD of an r x r matrix, O((m + n) r²); the m x n product
-    is never made::
+    They take two thin QR decompositions and the SVD of an r x r matrix, O((m + n) r²); the m x n
+    product is never made::
 
         B = Q_b R_b      Aᵀ = Q_a R_a      R_b R_aᵀ = U Σ Vᵀ
         B ← Q_b U Σ^alpha      A ← Σ^(1-alpha) (Q_a V)ᵀ
 
-    Computed in float32 (float64 stays float64) and cast back. The product changes by rounding
-    alone; measured on random factors of 688 x 128 x 512, relative and in the Frobenius norm:
-    3.1e-15 in float64, 1.3e-6 in float32, 2.4e-3 in bfloat16, which is what rounding the exact
-    factors to bfloat16 costs.
+    They are computed in float32 (float64 stays float64) and cast back. The product changes by
+    rounding alone; measured on random factors of 688 x 128 x 512, relative and in the Frobenius
+    norm: 3.1e-15 in float64, 1.3e-6 in float32, 2.4e-3 in bfloat16, which is what rounding the
+    exact factors to bfloat16 costs.
 
     Args:
         B: [m, r].
@@ -91,7 +91,7 @@ def refactorize_(module: nn.Module, alpha: float = 0.5) -> int:
 
 
 def factored_layers(module: nn.Module) -> dict[str, FactoredLinear]:
-    """The layers of this package in a model, by name.
+    """Return the layers of this package in a model, by name.
 
     Raises:
         ValueError: there is none.

@@ -40,8 +40,8 @@ def quick_recovery(
     Args:
         base: factor of the learning rate by step, such as warm-up and cosine.
         every: steps between two restarts.
-        recovery_steps: of the climb, below ``every``; 0 for none: the schedule is ``base``.
-        start: where it starts, as a share of its target.
+        recovery_steps: steps of the climb, below ``every``; 0: the schedule is ``base``.
+        start: where the climb starts, as a share of its target.
         offset: 1 as published, or 0.
 
     Raises:
@@ -68,7 +68,7 @@ def quick_recovery(
 
 
 class _Restarting(Clock):
-    """A clock over a model's low-rank layers and its optimizer, with the recovering schedule."""
+    """Clock for a model's low-rank layers and its optimizer, with the recovering schedule."""
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, every: int, recovery_steps: int
@@ -85,7 +85,7 @@ class _Restarting(Clock):
             self.reset.check()
 
     def scheduler(self, base: Schedule | None = None) -> LambdaLR:
-        """A ``LambdaLR`` of ``base`` (default: constant) that recovers after each restart.
+        """Return a ``LambdaLR`` of ``base`` (default: constant) that recovers after each restart.
 
         Step it once an optimizer step, as always; see :func:`quick_recovery`.
         """
@@ -94,7 +94,7 @@ class _Restarting(Clock):
 
 
 class Restarts(_Restarting):
-    """The restarts of arXiv 2505.22922, every ``every`` steps, after the optimizer's step:
+    """Restarts of arXiv 2505.22922, every ``every`` steps, after the optimizer's step:
 
     1. ``refactorize``: the factors of every low-rank layer are balanced, the product stays;
     2. ``reset``: both moments and the step count of every parameter start from zero;
@@ -108,17 +108,17 @@ class Restarts(_Restarting):
             ...
             optimizer.step(); restarts.step(); scheduler.step()
 
-    All is computed from what every replica has alike: under DDP the ranks stay equal without a
-    message. ``state_dict`` is the count of steps; with the states of model, optimizer and scheduler
-    a resumed run goes on to the same bits.
+    Everything is computed from what the replicas share: under DDP the ranks stay equal without
+    communication. ``state_dict`` is the count of steps; with the states of model, optimizer and
+    scheduler a resumed run gives the same bits.
 
     Args:
-        model: with layers of this package.
+        model: a model with layers of this package.
         optimizer: any that :class:`MomentumReset` knows.
         every: steps between two restarts; the paper's best is 200 (of 11,000 and up).
         refactorize: do 1.
         reset: do 2.
-        recovery_steps: of 3; the authors' code: 10.
+        recovery_steps: steps of 3; the authors' code: 10.
 
     Raises:
         ValueError: a model without low-rank layers, an option out of range.
@@ -148,22 +148,22 @@ class Restarts(_Restarting):
 
 
 class ReLoRA(_Restarting):
-    """The restarts of ReLoRA (arXiv 2307.05695), every ``every`` steps, after the optimizer's step:
+    """Restarts of ReLoRA (arXiv 2307.05695), every ``every`` steps, after the optimizer's step:
 
     1. each :class:`LoRALinear` is merged: W₀ ← W₀ + s B A, A drawn anew, B = 0;
     2. ``prune`` of the entries of the factors' moments, drawn at random, become zero: what the
        authors' code runs as its "optimizer reset" (the paper's text prunes by magnitude);
     3. with :meth:`scheduler`, the learning rate climbs back in ``recovery_steps`` steps.
 
-    It is used as :class:`Restarts` is. Every draw is that of ``seed`` and the step.
+    It is used as :class:`Restarts` is. Every draw depends on ``seed`` and the step alone.
 
     Args:
-        model: converted with kind ``lora``.
+        model: a model converted with kind ``lora``.
         optimizer: any that :class:`MomentumReset` knows.
         every: steps between two restarts.
         prune: share of the moments' entries that become zero; 0 for none.
-        recovery_steps: of 3.
-        seed: of the draws.
+        recovery_steps: steps of 3.
+        seed: seed of the draws.
 
     Raises:
         ValueError: a model without LoRA layers, an option out of range.

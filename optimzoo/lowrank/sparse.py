@@ -1,4 +1,4 @@
-"""The sum of a low-rank product and a sparse matrix as one weight, without keeping it."""
+"""Linear function whose weight is a low-rank product plus a sparse matrix, and is not kept."""
 
 from typing import Any
 
@@ -9,19 +9,19 @@ from torch.autograd.function import once_differentiable
 
 
 def index_dtype(positions: int) -> torch.dtype:
-    """int32 where the flat positions of a matrix fit, else int64."""
+    """Return int32 if the flat positions of a matrix fit, else int64."""
     return torch.int32 if positions < 2**31 else torch.int64
 
 
 def random_support(positions: int, count: int, generator: torch.Generator | None = None) -> Tensor:
-    """``count`` different positions below ``positions``, sorted, drawn uniformly on the CPU."""
+    """Draw ``count`` different positions below ``positions`` uniformly on the CPU, sorted."""
     dtype = index_dtype(positions)
     drawn = torch.randperm(positions, generator=generator, dtype=dtype, device="cpu")[:count]
     return drawn.sort().values
 
 
 def dense_sum(B: Tensor, A: Tensor, values: Tensor, indices: Tensor, scale: float) -> Tensor:
-    """W = scale · B A + S, where S has ``values`` at the flat positions ``indices``."""
+    """Return W = scale · B A + S, where S has ``values`` at the flat positions ``indices``."""
     weight = (B * scale) @ A
     # Flat and in place: the product is ours alone, and no second matrix of its size is made.
     weight.view(-1).index_add_(0, indices, values.to(weight.dtype))
@@ -29,7 +29,7 @@ def dense_sum(B: Tensor, A: Tensor, values: Tensor, indices: Tensor, scale: floa
 
 
 class SparsePlusLowRank(torch.autograd.Function):
-    """x (s B A + S)ᵀ, with x, A, B and S's values kept for the backward, W made again there.
+    """Product x (s B A + S)ᵀ; x, A, B and S's values are kept for the backward, W is recomputed.
 
     With g the gradient of the output and G = gᵀ x the one of W::
 
@@ -40,19 +40,19 @@ class SparsePlusLowRank(torch.autograd.Function):
     def forward(
         x: Tensor, B: Tensor, A: Tensor, values: Tensor, indices: Tensor, scale: float
     ) -> Tensor:
-        """The product; all tensors in one dtype."""
+        """Return the product; all tensors have one dtype."""
         return F.linear(x, dense_sum(B, A, values, indices, scale))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep the inputs."""
+        """Save the inputs for the backward."""
         *tensors, ctx.scale = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients that are needed, W and G one after the other, never both."""
+        """Return the gradients that are needed; W and G are made in turn, never both at once."""
         x, B, A, values, indices = ctx.saved_tensors
         dx = dB = dA = dvalues = None
         if ctx.needs_input_grad[0]:

@@ -1,4 +1,4 @@
-"""What training needs in memory: exact bytes, the peak from shapes, the peak as measured."""
+"""Memory of training: exact bytes, the peak simulated from shapes, the peak as measured."""
 
 from optimzoo.memory.account import Account, account
 from optimzoo.memory.measure import Measurement, measure, measure_script

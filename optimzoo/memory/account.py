@@ -29,12 +29,12 @@ class Account:
 
     @property
     def state_total(self) -> int:
-        """Bytes of the optimizer's state."""
+        """Return the bytes of the optimizer's state."""
         return sum(self.state.values())
 
     @property
     def total(self) -> int:
-        """Bytes of all three."""
+        """Return the bytes of parameters, gradients and state."""
         return self.params + self.grads + self.state_total
 
 
@@ -48,13 +48,13 @@ def account(
 ) -> Account:
     """Count the bytes that training ``model`` with ``optimizer`` holds between two steps.
 
-    The state is the one that the optimizer makes: it takes one step on meta tensors of the model's
-    shapes. Nothing is allocated, and the model itself, which may be on ``meta``, is not touched.
+    The optimizer creates its state by one step on meta tensors of the model's shapes. Nothing is
+    allocated, and the model itself, which may be on ``meta``, is not touched.
 
     Args:
         model: any module.
         optimizer: a name of the registry, or a function from parameter groups to an optimizer.
-        dtype: parameters and gradients in this dtype; default: as the model has them.
+        dtype: dtype of parameters and gradients; default: as the model has them.
         shards: processes that share everything under FSDP2; the bytes are those of the first,
             which has the most.
         **hyper: hyperparameters, where ``optimizer`` is a name.
@@ -84,7 +84,7 @@ def _account(
     groups = param_groups(model)
     copies: dict[Tensor, int] = {}
     for group in groups:
-        # The registry's optimizers hold the same for tensors alike; of others one cannot know.
+        # The registry's optimizers hold equal state for equal tensors; others need not.
         shadows = _on_meta(group["params"], dtype, merge=named, mesh=mesh)
         group["params"] = list(shadows)
         copies |= shadows
@@ -123,7 +123,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _first_part(param: Tensor, mesh: Any) -> int:
-    """Elements of the largest shard of a parameter."""
+    """Return the number of elements of a parameter's largest shard."""
     if mesh is None or param.ndim == 0:
         return param.numel()
     return -(-param.shape[0] // mesh.size()) * param[:1].numel()
@@ -132,7 +132,7 @@ def _first_part(param: Tensor, mesh: Any) -> int:
 def _on_meta(
     params: list[Tensor], dtype: torch.dtype | None, *, merge: bool, mesh: Any
 ) -> dict[Tensor, int]:
-    """Parameters without data, with gradients, and how many of ``params`` each stands for."""
+    """Return parameters on meta, with gradients, and how many of ``params`` each stands for."""
     kinds: dict[Any, list[Tensor]] = {}
     for index, p in enumerate(params):
         kinds.setdefault((p.shape, p.stride(), p.dtype) if merge else index, []).append(p)
@@ -153,7 +153,7 @@ def _itemsize(param: Tensor, dtype: torch.dtype | None) -> int:
 
 
 class _ZeroForValues(TorchDispatchMode):
-    """Let a step that looks at a value see zero: a meta tensor has shapes, and they decide."""
+    """Dispatch mode in which a step that reads a value gets zero: a meta tensor has none."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -1,4 +1,4 @@
-"""``optimzoo memory``: what fits, before renting the GPU, and what a script really took."""
+"""``optimzoo memory``: what fits on a GPU, and what a script has taken."""
 
 import argparse
 import shlex
@@ -26,7 +26,7 @@ _REQUIRED: dict[str, dict[str, Any]] = {"adams": {"l1": 1e-4, "total_steps": 100
 
 @dataclass
 class _Plan:
-    """What to compute: the options, the model, and the hyperparameters of each method."""
+    """Plan of a page: the options, the model, and the hyperparameters of each method."""
 
     args: argparse.Namespace
     planner: Planner
@@ -38,18 +38,18 @@ class _Plan:
 
     @property
     def from_module_alone(self) -> bool:
-        """Whether the model is somebody's own, and is called as a language model."""
+        """Return whether the model is the user's own and is called as a language model."""
         return self.args.module is not None and self.planner.step is None
 
     def methods(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield each method's name and hyperparameters, and show how far it is."""
+        """Yield each method's name and hyperparameters, and show the progress."""
         for name, hyper in self.hypers.items():
             _progress(f"{name} ...")
             yield name, hyper
         _progress("")
 
     def refuse(self, name: str, error: Exception) -> None:
-        """Note why a method is left out; if it is the last of all, raise that.
+        """Record why a method is left out; raise if no method is left.
 
         Raises:
             ValueError: no method is left.
@@ -67,7 +67,7 @@ class _Plan:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print the page; 1 if a script failed or nothing fits."""
+    """Print the page; return 1 if a script failed or nothing fits."""
     given, args = args, resolve(args)
     try:
         if args.script is not None:

@@ -21,7 +21,7 @@ from optimzoo.kernels import dispatch, native
 
 
 def fake_copy(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None) -> nn.Module:
-    """A copy of ``module`` whose parameters and buffers are fake tensors on the CPU.
+    """Return a copy of ``module`` whose parameters and buffers are fake tensors on the CPU.
 
     As under ``module.to(dtype)``, floating-point ones take ``dtype``.
     """
@@ -39,11 +39,11 @@ def fake_copy(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None
 
 
 class Values(TorchDispatchMode):
-    """Gives values to code that asks for one: a fake tensor has none.
+    """Dispatch mode that gives values to code that reads one: a fake tensor has none.
 
-    A number read from a fake tensor is one, or true: finite, not zero, no exception to anything.
-    Integers are zero, since those are mostly the status of a factorisation. While ``computes()``,
-    single elements are real tensors, so that an optimizer's counters count.
+    A float reads as one, which is finite and not zero, a bool as true, and an integer as zero,
+    since that is mostly the status of a factorisation.
+    While ``computes()``, single elements are real tensors, so that an optimizer's counters count.
     """
 
     def __init__(self, computes: Callable[[], bool]) -> None:
@@ -95,7 +95,7 @@ def _made_real(fake: Tensor, func: Any) -> Tensor:
 
 @contextmanager
 def cuda_choices() -> Iterator[None]:
-    """On fake tensors of the CPU, what torch and the kernels would choose on a GPU.
+    """Make torch and the kernels choose for fake tensors of the CPU as they would on a GPU.
 
     That is multi-tensor steps by default, and a kernel for everything that kernels take.
     """

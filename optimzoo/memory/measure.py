@@ -1,4 +1,4 @@
-"""The live peak of real code: tensors by category, the process, and the CUDA allocator."""
+"""Live peak of real code: tensors by category, the process, and the CUDA allocator."""
 
 import os
 import resource
@@ -19,16 +19,16 @@ from optimzoo.memory.tracker import Peak, Tracker
 
 @dataclass
 class Measurement:
-    """What :func:`measure` and :func:`measure_script` found; sizes in bytes.
+    """Result of :func:`measure` and :func:`measure_script`; sizes are in bytes.
 
     Attributes:
         tensors: the peak of all tensors, exact, on all devices.
-        rss_before: resident memory of the process before.
-        rss_peak: its peak.
+        rss_before: resident memory of the process before the run.
+        rss_peak: peak of the resident memory.
         cuda_allocated: the peak of CUDA's allocator, blocks in use; None without CUDA.
         cuda_reserved: the peak of what the allocator has from the driver; None without CUDA.
-        seconds: how long it took.
-        error: of a script that failed, its traceback; the figures are then up to there.
+        seconds: duration of the run.
+        error: traceback of a script that failed; the figures then end at the failure.
     """
 
     tensors: Peak = field(default_factory=Peak)
@@ -45,12 +45,12 @@ def measure(
 ) -> Measurement:
     """Run ``step()`` and return the peak of its memory.
 
-    Every tensor that exists counts from the beginning, whoever made it. Exact bytes of tensors need
-    a look at each operation, which slows small ones down; do not time what is measured.
+    Every existing tensor counts from the beginning, whoever made it. To get exact bytes, each
+    operation is intercepted, which slows small ones down; do not time what is measured.
 
     Args:
         step: a training step, or anything.
-        steps: how often it is called. The first makes the optimizer's state.
+        steps: number of calls. The first creates the optimizer's state.
         snapshot: a file for CUDA's allocation history, for https://pytorch.org/memory_viz.
 
     Raises:
@@ -68,7 +68,7 @@ def measure_script(
 ) -> Measurement:
     """Run a Python script as ``python path arguments`` does, in this process, and measure it.
 
-    A script that fails or is interrupted gives what was measured up to there, and its ``error``.
+    If the script fails or is interrupted, the result ends there and has its ``error``.
 
     Args:
         path: the script.
@@ -81,7 +81,7 @@ def measure_script(
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no script {str(path)!r}")
-    _refuse_snapshot(snapshot)  # here, since what fails below is the script's
+    _refuse_snapshot(snapshot)  # before the script: errors below are taken for the script's
     result = Measurement()
     argv, place = sys.argv, sys.path[0]
     sys.argv, sys.path[0] = [str(path), *(arguments or [])], str(path.resolve().parent)
@@ -134,7 +134,7 @@ def _refuse_snapshot(snapshot: str | Path | None) -> None:
 
 
 def _reset_rss() -> int:
-    """Resident bytes now; where Linux lets us, the peak begins anew from here."""
+    """Return the resident bytes, and restart their peak from here where Linux allows it."""
     with suppress(OSError):  # the peak is then that of the process since it began
         Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS") or _peak_rss()
@@ -155,7 +155,7 @@ def _status(name: str) -> int:
 
 
 def _traceback_of(error: BaseException, path: Path) -> str:
-    """The traceback from the script's own first line on."""
+    """Return the traceback from the script's own first line on."""
     frames = traceback.extract_tb(error.__traceback__)
     first = next((i for i, f in enumerate(frames) if f.filename == str(path)), 0)
     lines = traceback.format_list(frames[first:]) + traceback.format_exception_only(error)

@@ -1,4 +1,4 @@
-"""The options of ``optimzoo memory``: what each means, and which cannot go together."""
+"""Options of ``optimzoo memory``, and checks that refuse those that cannot go together."""
 
 import argparse
 import ast
@@ -12,7 +12,7 @@ from typing import Any
 from optimzoo.options import refuse
 from optimzoo.registry import get_info, hyperparameters
 
-# None until an option is given, so that one that cannot be heeded is refused and not dropped.
+# None until an option is given, so that one without effect is refused and not ignored.
 DEFAULTS: dict[str, Any] = {
     "optimizer": ["all"],
     "hyper": [],
@@ -30,7 +30,7 @@ _SIZES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 class _Once(argparse.Action):
-    """Store a value; of two, neither is dropped."""
+    """Action that stores a value and refuses a second one."""
 
     def __call__(
         self,
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def resolve(args: argparse.Namespace) -> argparse.Namespace:
-    """Return the options with their defaults, once all that were given can be heeded.
+    """Return the options with their defaults, after checking that each given one has an effect.
 
     Raises:
         ValueError: an option out of its range, or one that another leaves without effect.
@@ -103,7 +103,7 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def refuse_for_own_step(args: argparse.Namespace, where: str) -> None:
-    """Refuse options that a step of the module's own decides.
+    """Refuse options that the module's own step decides.
 
     Raises:
         ValueError: one of them was given.
@@ -114,7 +114,7 @@ def refuse_for_own_step(args: argparse.Namespace, where: str) -> None:
 
 
 def _check_files(files: dict[str, Path]) -> None:
-    """Refuse before minutes of work what could not be written after them."""
+    """Refuse files that could not be written, before minutes of work and not after them."""
     options: dict[Path, str] = {}
     for option, path in files.items():
         if path.is_dir():

@@ -1,4 +1,4 @@
-"""Peaks of many methods and settings at once, from a few simulations that they share.
+"""Peaks of many methods and settings, from a few simulations that they share.
 
 Between its backward pass and its step a training loop keeps nothing but weights, gradients and
 state. So the peak of a method is ``max(passes + state, held + temporaries)``, where only the second
@@ -36,13 +36,13 @@ MOST = 1024  # the largest micro-batch that is tried
 
 @dataclass(frozen=True)
 class Method:
-    """A method on one model: what it holds, and what its step needs beside that.
+    """Memory of a method on one model: what it holds, and what its step needs beside that.
 
     Attributes:
-        name: of the registry.
+        name: its name in the registry.
         account: parameters, gradients and state.
-        temporaries: bytes of a step of all parameters.
-        alone: the most bytes of a step of one parameter, which is what release does.
+        temporaries: temporary bytes of a step of all parameters.
+        alone: most temporary bytes of a step of one parameter, as release takes it.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Fit:
-    """A setting that fits: its peak and the largest micro-batch."""
+    """Setting that fits: its peak and the largest micro-batch."""
 
     method: str
     checkpointing: bool
@@ -63,12 +63,12 @@ class Fit:
 
     @property
     def setting(self) -> tuple[bool, bool]:
-        """Checkpointing and release."""
+        """Return ``(checkpointing, release)``."""
         return self.checkpointing, self.release
 
 
 class Planner:
-    """Peaks for one model; what does not depend on the method is simulated once."""
+    """Planner of peaks for one model; what does not depend on the method is simulated once."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class Planner:
     def peak(
         self, method: Method, batch: int, *, checkpointing: bool = False, release: bool = False
     ) -> Peak:
-        """The peak of a training step; with ``release`` an upper bound of it."""
+        """Return the peak of a training step; with ``release`` an upper bound of it."""
         held = method.account
         passes = self.passes(batch, checkpointing, release).plus(STATE, held.state_total)
         if release:
@@ -123,9 +123,9 @@ class Planner:
     ) -> Iterator[Fit]:
         """Yield for each setting the largest micro-batch that fits in ``limit`` bytes.
 
-        That is a power of two, or ``batch`` where it is given. Settings have what is true of
-        ``checkpointing`` and ``release``, and may have the other, where the model has blocks to
-        checkpoint. The smallest change comes first; a setting that does not allow more than a
+        The micro-batch is a power of two, or ``batch`` where it is given. A setting has those of
+        ``checkpointing`` and ``release`` that are true, and may add the other, checkpointing if the
+        model has blocks. The smallest change comes first; a setting that does not allow more than a
         smaller change is left out.
         """
         best = 0
@@ -148,7 +148,7 @@ class Planner:
                 yield found
 
     def passes(self, batch: int, checkpointing: bool, release: bool) -> Peak:
-        """The peak of forward and backward without any state; simulated once."""
+        """Return the peak of forward and backward without any state, simulated once."""
         key = (batch, checkpointing, release)
         if key not in self._passes:
             more: dict[str, Any] = {"checkpointing": checkpointing, "shards": self.shards}
@@ -165,7 +165,7 @@ class Planner:
         return sum(b.numel() * b.element_size() for b in self.model.buffers())
 
     def _step_of(self, name: str, hyper: dict[str, Any], copies: int | None) -> int:
-        """Temporaries of a step, with so many parameters of each kind (None: all)."""
+        """Return a step's temporary bytes with ``copies`` parameters of each kind (None: all)."""
         session = Session(nn.Module(), None, self.device, shards=self.shards)
         with session:
             groups = param_groups(self.model)

@@ -1,4 +1,4 @@
-"""The pages of ``optimzoo memory``: a table of 80 columns, JSON, a picture of stacked bars."""
+"""Pages of ``optimzoo memory``: a table of 80 columns, JSON, a picture of stacked bars."""
 
 import json
 import os
@@ -26,7 +26,7 @@ CHANGES = {
 
 @dataclass(frozen=True)
 class Row:
-    """One method of the page: what it holds between steps, and its peak if that was asked for."""
+    """Row of one method: what it holds between steps, and its peak if that was asked for."""
 
     method: str
     account: Account
@@ -34,12 +34,12 @@ class Row:
 
     @property
     def size(self) -> int:
-        """Bytes by which rows are compared."""
+        """Return the bytes by which rows are sorted."""
         return self.peak.bytes if self.peak else self.account.total
 
 
 def page(title: str, rows: Sequence[Row], refused: dict[str, str], notes: Sequence[str]) -> str:
-    """Return the table of methods, smallest first, each with a bar of what its bytes are."""
+    """Return the table of methods, smallest first, each with a bar of its bytes by category."""
     rows = sorted(rows, key=lambda row: row.size)
     most = max((row.size for row in rows), default=1)
     unit, name = _unit(most)
@@ -57,7 +57,7 @@ def page(title: str, rows: Sequence[Row], refused: dict[str, str], notes: Sequen
 
 
 def breakdown(peak: Peak) -> str:
-    """Return what a peak consists of, a category a line."""
+    """Return the categories of a peak as text, one per line."""
     unit, name = _unit(peak.bytes)
     lines = [f"the peak, in the {peak.phase}: {_figure(peak.bytes, unit)} {name}"]
     for category in CATEGORIES:
@@ -78,7 +78,7 @@ def fits_page(
     nothing: str,
     own_step: bool,
 ) -> str:
-    """Return the settings that fit, in the order found; ``nothing`` is said if none does."""
+    """Return the page of settings that fit, in the order given; ``nothing`` if none does."""
     lines = _heading(title)
     if fits:
         unit, name = _unit(max(fit.peak.bytes for fit in fits))
@@ -93,7 +93,7 @@ def fits_page(
 
 
 def measured_page(title: str, found: Measurement) -> str:
-    """Return the page of a measurement; of a script that failed, up to there and its error."""
+    """Return the page of a measurement, with the error of a script that failed."""
     unit, name = _unit(max(found.tensors.bytes, found.rss_peak))
     lines = [*_heading(title), breakdown(found.tensors)]
     sizes: dict[str, int | None] = {"resident before": found.rss_before}
@@ -109,7 +109,7 @@ def measured_page(title: str, found: Measurement) -> str:
 
 
 def as_record(row: Row) -> dict[str, Any]:
-    """Return a row for JSON, in bytes."""
+    """Return a row as a record for JSON, in bytes."""
     state: dict[str, dict[str, int]] = {}
     for (role, tensor), bytes_ in row.account.state.items():
         state.setdefault(role, {})[tensor] = bytes_
@@ -124,7 +124,7 @@ def as_record(row: Row) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON, whole or not at all; into a pipe or a device as it goes."""
+    """Write JSON to a file, whole or not at all, or into a pipe or a device."""
     text = json.dumps(value, indent=1) + "\n"
     _write_whole(path, lambda place: place.write_text(text, encoding="utf-8"))
 
@@ -148,7 +148,7 @@ def bars_of(rows: Sequence[Row]) -> list[Bar]:
 
 
 def bars_of_fits(fits: Sequence[Fit], own_step: bool) -> list[Bar]:
-    """Return a bar for each setting that fits, in the order found."""
+    """Return a bar for each setting that fits, in the order given."""
     bars = []
     for fit in fits:
         words = [fit.method, *([CHANGES[fit.setting]] if any(fit.setting) else [])]
@@ -168,7 +168,7 @@ def write_picture(path: Path, title: str, bars: Sequence[Bar], limit: int | None
 
 
 def draw(title: str, bars: Sequence[Bar], limit: int | None = None) -> Any:
-    """Return what :func:`write_picture` writes, as a matplotlib figure."""
+    """Return the picture of :func:`write_picture` as a matplotlib figure."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -232,18 +232,18 @@ def _figure(size: int, unit: float) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's first line; of one that is no ValueError, its kind, too."""
+    """Return an error's first line, after its type if that is not ValueError."""
     first = (str(error).strip().splitlines() or [""])[0]
     return first if isinstance(error, ValueError) and first else f"{type(error).__name__}: {first}"
 
 
 def count_of(parameters: int) -> str:
-    """Return a number of parameters as `6,738.4 M`, or whole if that says nothing."""
+    """Return a number of parameters as `6,738.4 M`; below 0.1 M in full."""
     return f"{parameters / 1e6:,.1f} M" if parameters >= 1e5 else f"{parameters:,}"
 
 
 def cut_left(text: str, width: int) -> str:
-    """Return the end of a long text."""
+    """Return the last ``width`` characters of a text, with an ellipsis if it is longer."""
     return text if len(text) <= width else "…" + text[1 - width :]
 
 

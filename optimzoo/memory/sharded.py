@@ -1,4 +1,4 @@
-"""What the first of several processes holds under FSDP2, without the others."""
+"""Shards of the first of several processes under FSDP2, without the others."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def pretended_mesh(processes: int) -> Iterator[Any]:
-    """Yield a device mesh of so many processes, all but this one pretended.
+    """Yield a device mesh of ``processes`` processes, all but this one pretended.
 
     Raises:
         ValueError: a process group exists already.
@@ -29,7 +29,7 @@ def pretended_mesh(processes: int) -> Iterator[Any]:
 
 
 def shard_of(param: Tensor, dtype: torch.dtype, mesh: Any) -> nn.Parameter:
-    """Return a parameter cut along dimension 0, with a gradient, as the first process has it.
+    """Return a parameter sharded along dimension 0, with a gradient, as the first process has it.
 
     The first process has the most rows, ⌈rows / processes⌉.
     """

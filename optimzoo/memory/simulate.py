@@ -1,4 +1,4 @@
-"""The peak of a training step, by category, from shapes alone: no weights and no GPU needed."""
+"""Simulated peak of a training step, by category, from shapes alone: no weights and no GPU."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,7 +27,7 @@ _CUDA_WORKSPACES = 2 * 32 * 2**20
 
 @dataclass(frozen=True)
 class Simulation:
-    """What :func:`simulate` found.
+    """Result of :func:`simulate`.
 
     Attributes:
         peak: the highest of ``steps``.
@@ -54,7 +54,7 @@ def simulate(
     device: str = "cpu",
     **hyper: Any,
 ) -> Simulation:
-    """The peak bytes of training steps of ``model`` with ``optimizer``, on fake tensors.
+    """Return the peak bytes of training steps of ``model`` with ``optimizer``, on fake tensors.
 
     Every operation of forward, backward and optimizer step runs on shapes alone, and each tensor
     counts from the operation that makes it to its last use. So whatever allocates is counted:
@@ -64,13 +64,13 @@ def simulate(
     Args:
         model: any module, on any device or on ``meta``; it is copied as shapes, and not touched.
         optimizer: a name of the registry, or a function from parameter groups to an optimizer.
-        batch: sequences a micro-batch.
-        seq: tokens a sequence.
-        step: from the model to the loss, for models that do not take `input_ids` and `labels`.
-        dtype: of floating-point parameters and buffers; default: as the model has them.
+        batch: sequences per micro-batch.
+        seq: tokens per sequence.
+        step: function from the model to its loss, if it does not take `input_ids` and `labels`.
+        dtype: dtype of floating-point parameters and buffers; default: as the model has them.
         checkpointing: recompute each block in the backward pass (:func:`checkpoint_blocks`).
         release: step in the backward pass (:func:`optimzoo.release`).
-        micro_batches: backward passes a step; with two and more, gradients wait for the next.
+        micro_batches: backward passes per step; with two and more, gradients wait for the next.
         shards: processes under FSDP2, each with its own ``batch``; the peak is that of the first.
             Each block is wrapped by ``fully_shard``, and then the whole model.
         device: `cpu`, or `cuda`: what torch and our kernels choose on a GPU, sizes as its allocator
@@ -102,7 +102,7 @@ def simulate(
 
 
 class Session:
-    """One copy of a model as shapes, and the tracker that counts what happens to it."""
+    """Simulation of one model: its copy on fake tensors, and the tracker of their bytes."""
 
     def __init__(
         self,
@@ -155,14 +155,14 @@ class Session:
         self.tracker.count(self.model.parameters(), PARAMETERS)
 
     def run_model(self, step: Step, passes: int = 1) -> Peak:
-        """The peak of forward and backward; gradients stay."""
+        """Run forward and backward and return their peak; gradients stay."""
         with self._explained():
             for _ in range(passes):
                 step(self.model).backward()
         return self.tracker.peak(MODEL)
 
     def run_released(self, optimizer: Optimizer, step: Step) -> dict[str, Peak]:
-        """The peaks of whole steps whose gradients are applied in the backward pass."""
+        """Run steps whose gradients are applied in the backward pass; return their peaks."""
         with ExitStack() as released:  # what is not removed keeps its weights alive
             self.tracker.bracket(
                 self.model.parameters(),
@@ -178,7 +178,7 @@ class Session:
         return steps
 
     def run_steps(self, optimizer: Optimizer) -> dict[str, Peak]:
-        """The peaks of the optimizer's steps, each with the model's passes before it."""
+        """Run the optimizer's steps; return their peaks, each with the passes before it."""
         tracker = self.tracker
         passes, held, steps = tracker.peak(MODEL), tracker.held(optimizer), {}
         for name in _kinds_of_steps(optimizer):
@@ -192,7 +192,7 @@ class Session:
         return steps
 
     def on_device(self, peak: Peak) -> Peak:
-        """With what the device's libraries hold."""
+        """Return the peak with the workspaces of the device's libraries added."""
         return peak.plus(WORKSPACES, _CUDA_WORKSPACES) if self.cuda else peak
 
     @contextmanager
@@ -208,7 +208,7 @@ class Session:
 
 
 def _kinds_of_steps(optimizer: Optimizer) -> Iterator[str]:
-    """`first`, `next`, and where there are projectors `refresh`, whose step then does that."""
+    """Yield `first`, `next` and, with projectors, `refresh`, before a step that refreshes them."""
     yield "first"
     yield "next"
     groups = [g for g in optimizer.param_groups if "update_proj_gap" in g]
@@ -219,9 +219,10 @@ def _kinds_of_steps(optimizer: Optimizer) -> Iterator[str]:
 
 
 def language_model_step(batch: int, seq: int) -> Step:
-    """The loss of ``batch`` sequences of ``seq`` tokens, for a model as Hugging Face's are called.
+    """Return a function from a language model to its loss on ``batch`` x ``seq`` tokens.
 
-    It is called with `input_ids` and `labels`, and returns the loss or something that has it.
+    The model is called as Hugging Face's are, with `input_ids` and `labels`, and returns the loss
+    or an object with the attribute `loss`.
     """
 
     def loss_of(model: nn.Module) -> Tensor:

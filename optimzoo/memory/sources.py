@@ -1,4 +1,4 @@
-"""Where a model to plan for comes from: a name, a Hugging Face config, a function of one's own."""
+"""Sources of a model to plan for: a name, a Hugging Face config, a function of the user."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ from optimzoo.models import Llama, LlamaConfig, get_config
 
 
 def load_model(name: str, seq: int = 1) -> nn.Module:
-    """Return a model on ``meta``: `llama-7b` or `7b`, or of a Hugging Face ``config.json``.
+    """Return a model on ``meta``: `llama-7b` or `7b`, or that of a Hugging Face ``config.json``.
 
     A named one takes sequences of ``seq`` tokens, longer than it was trained with if need be.
 
@@ -65,7 +65,7 @@ def _config_of(name: str) -> LlamaConfig:
 
 @contextmanager
 def _explained(path: str) -> Iterator[None]:
-    """Raise what fails in somebody's file as one line that says where."""
+    """Raise an error in the user's file as a ValueError of one line that says where it is."""
     try:
         yield
     except Exception as error:
@@ -83,9 +83,9 @@ def _brief(error: BaseException) -> str:
 
 
 def load_function(where: str) -> tuple[nn.Module, Step | None]:
-    """What ``path.py:function`` returns: a module, or a module and a function from it to the loss.
+    """Return the module that ``path.py:function`` returns, and its function to the loss or None.
 
-    It is called under ``torch.device("meta")``, so that a large model costs nothing.
+    It is called under ``torch.device("meta")``, so that a large model takes no memory.
 
     Raises:
         ValueError: no such file or function, or it returns something else.

@@ -1,4 +1,4 @@
-"""Live tensor bytes of running code, by what they are for: the peak, and what it consists of."""
+"""Tracker of the live tensor bytes of running code, by category, and of their peak."""
 
 import gc
 import weakref
@@ -27,14 +27,14 @@ MODEL, STEP = "forward and backward", "optimizer step"
 
 @dataclass(frozen=True)
 class Peak:
-    """The most bytes at one time: in which phase, and by category."""
+    """Most bytes at one time: in which phase, and by category."""
 
     bytes: int = 0
     phase: str = MODEL
     by_category: dict[str, int] = field(default_factory=dict)
 
     def plus(self, category: str, more: int) -> "Peak":
-        """The same peak with ``more`` bytes of ``category`` beside it."""
+        """Return the peak with ``more`` bytes of ``category`` added."""
         if not more:
             return self
         parts = dict(self.by_category)
@@ -43,7 +43,7 @@ class Peak:
 
 
 class _Storage:
-    """One storage: its bytes, and what they are for as far as is known."""
+    """One storage: its bytes, and its category as far as that is known."""
 
     __slots__ = ("bytes", "category", "reference")
 
@@ -52,7 +52,7 @@ class _Storage:
 
 
 class Tracker(TorchDispatchMode):
-    """Counts the storages that live while it is entered, of real tensors and of fake ones.
+    """Dispatch mode that counts the live storages of real and fake tensors while it is entered.
 
     A storage counts from the operation that made it (those that exist already from the beginning)
     until its last tensor is gone. What an operation holds only inside itself is not seen.
@@ -76,7 +76,7 @@ class Tracker(TorchDispatchMode):
 
     @property
     def stepping(self) -> bool:
-        """Whether an optimizer's ``step`` is running."""
+        """Return whether an optimizer's ``step`` is running."""
         return self._depth > 0
 
     def __enter__(self) -> "Tracker":
@@ -84,7 +84,7 @@ class Tracker(TorchDispatchMode):
             register_optimizer_step_pre_hook(self._begin_step),
             register_optimizer_step_post_hook(self._end_step),
         ]
-        # FSDP2 frees and refills its gathered weights so, which is no operation.
+        # FSDP2 frees and refills its gathered weights by this, which is not dispatched.
         self._resize = torch.UntypedStorage.resize_
         torch.UntypedStorage.resize_ = self._resizer()  # type: ignore[method-assign]
         super().__enter__()
@@ -99,7 +99,7 @@ class Tracker(TorchDispatchMode):
         self._settle()
 
     def count_existing(self) -> None:
-        """Count every tensor that exists, and learn parameters and state from what holds them."""
+        """Count every existing tensor; find parameters, gradients and state by the optimizers."""
         gc.collect()
         found = [o for o in gc.get_objects() if issubclass(type(o), (Tensor, Optimizer))]
         self.count([o for o in found if isinstance(o, Tensor) and not isinstance(o, FakeTensor)])
@@ -109,7 +109,7 @@ class Tracker(TorchDispatchMode):
                 self._learn(optimizer)
 
     def count(self, tensors: Iterable[Tensor], category: str = OTHER) -> None:
-        """Count tensors that were made elsewhere; of known ones, set the category."""
+        """Count tensors that were made elsewhere; set the category of known ones."""
         for tensor in tensors:
             for storage in _storages(tensor):
                 known = self._live.get(storage._cdata)
@@ -121,7 +121,7 @@ class Tracker(TorchDispatchMode):
                 self._watch(tensor)
 
     def peak(self, phase: str | None = None) -> Peak:
-        """The peak of one phase, `forward and backward` or `optimizer step`, or of both."""
+        """Return the peak of a phase, `forward and backward` or `optimizer step`, or of both."""
         self._settle()
         phase = phase or max(self._most, key=lambda name: self._most[name])
         parts: Counter[str] = Counter()
@@ -147,13 +147,13 @@ class Tracker(TorchDispatchMode):
             self._handles.append(p.register_post_accumulate_grad_hook(hook(-1)))
 
     def held(self, optimizer: Optimizer) -> int:
-        """Bytes of an optimizer's state, as they are counted here."""
+        """Return the bytes of an optimizer's state, as they are counted here."""
         tensors = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
         keys = {storage._cdata for tensor in tensors for storage in _storages(tensor)}
         return sum(self._live[key].bytes for key in keys if key in self._live)
 
     def restart(self) -> None:
-        """Forget the peaks; what lives now is where both phases begin."""
+        """Forget the peaks; both phases begin with what is live now."""
         self._most = dict.fromkeys(self._most, self.now)
         self._at_most = {phase: list(self._live.values()) for phase in self._most}
         self._rising = None
@@ -227,7 +227,7 @@ class Tracker(TorchDispatchMode):
             self._rising = phase
 
     def _settle(self) -> None:
-        """Note what a new peak consists of, which is only needed once bytes go down again."""
+        """Record the storages of a new peak, which is only needed once bytes go down again."""
         if self._rising is not None:
             self._at_most[self._rising] = list(self._live.values())
             self._rising = None
@@ -272,12 +272,12 @@ class Tracker(TorchDispatchMode):
 
 
 def _wraps(kind: type) -> bool:
-    """Whether tensors of this type hold others (a DTensor, say)."""
+    """Return whether tensors of this type hold others, as a DTensor does."""
     return hasattr(kind, "__tensor_flatten__") and hasattr(kind, "__tensor_unflatten__")
 
 
 def _tensors(values: Any) -> Iterable[Tensor]:
-    """The tensors in nested arguments or results."""
+    """Yield the tensors in nested arguments or results."""
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, (tuple, list)):

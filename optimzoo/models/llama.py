@@ -1,4 +1,4 @@
-"""The Llama language model in one file: what is trained to compare optimizers and to plan memory.
+"""Llama language model in one file, to compare optimizers on and to plan memory for.
 
 Parameter names and numerics are those of `transformers.LlamaForCausalLM`; state dicts interchange.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of a Llama model; the field names are those of `transformers.LlamaConfig`."""
+    """Shape of a Llama model; the field names are those of `transformers.LlamaConfig`."""
 
     vocab_size: int
     hidden_size: int
@@ -59,7 +59,7 @@ def get_config(name: str) -> LlamaConfig:
 
 
 class Linear(nn.Linear):
-    """No bias, and no draw from the global generator: `Llama.reset_parameters` fills the weight."""
+    """Linear layer without bias or initial draw: `Llama.reset_parameters` fills the weight."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -69,7 +69,7 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.RMSNorm):
-    """In bf16, round before the weight and after it, as Hugging Face does; torch rounds once."""
+    """RMSNorm that in bf16 rounds before and after the weight, as Hugging Face's; torch's once."""
 
     def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()
@@ -111,7 +111,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU."""
+    """SwiGLU feed-forward layer."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Everything below the head; its own module because the state dict's names say `model.`."""
+    """All layers below the head; its own module because the state dict's names say `model.`."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """Decoder and head, initialised from `seed` alone: the global generators are left untouched."""
+    """Decoder and head, initialised from `seed` alone: the global generators are not used."""
 
     def __init__(self, config: LlamaConfig, *, seed: int = 0) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
-        """Set matrices to N(0, initializer_range), norms to one; a must after meta and `to_empty`.
+        """Draw matrices from N(0, initializer_range), set norms to one; needed after `to_empty`.
 
         The draws are made on the CPU in fp32, so every device and type starts from the same model.
         """

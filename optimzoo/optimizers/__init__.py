@@ -1,1 +1,1 @@
-"""The methods, one file each."""
+"""Optimizers, one file per method."""

@@ -74,13 +74,13 @@ class AdamS(RoleOptimizer):
         mask_every: steps between two masks. 10 in the paper.
         decay: `l1` as above, or `l2`, the predecessor's (SR-STE, AST): ``μ̃ = μ + α λ θ``.
         weight_decay: w, decoupled.
-        maximize: ascend; the decay still pulls to zero.
+        maximize: ascend instead of descend; the decay still pulls to zero.
         foreach: use torch's multi-tensor operations; default: on CUDA. Three weight-sized
             temporaries and one byte a weight.
-        rounding: of weights of 16 bits, once a step: `nearest`, which would swallow the decay and
+        rounding: how a step rounds 16-bit weights: `nearest`, which would swallow the decay and
             is refused for masked weights, or `stochastic`, which has the unrounded result as its
             expectation and keeps the moments in float32.
-        seed: of stochastic rounding.
+        seed: seed of stochastic rounding.
 
     Raises:
         ValueError: a hyperparameter out of range; a hidden weight whose inputs are no multiple of
@@ -140,7 +140,7 @@ class AdamS(RoleOptimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its options and its hidden weights are checked."""
+        """Add a group, and check its options and its hidden weights."""
         group = copy_group(param_group)
         _check_options({**self.defaults, **group})
         super().add_param_group(group)
@@ -176,7 +176,7 @@ class AdamS(RoleOptimizer):
                 step_as_tensor(self.state.get(p, {}), p, capturable=False)
 
     def _init_group(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-        """The group's parameters that have a gradient: masked and others, state and mask made."""
+        """Create state and masks; return the masked and other parameters that have a gradient."""
         masked, rest = [], []
         for i, p in enumerate(group["params"]):
             if p.grad is None:
@@ -222,7 +222,7 @@ class AdamS(RoleOptimizer):
     def _step_fused(
         self, group: dict[str, Any], params: list[Tensor], counters: dict[Tensor, Counter]
     ) -> list[Tensor]:
-        """Step what the kernels take, one call a step count; returns the rest."""
+        """Step what the kernels take, in one call per step count; return the other parameters."""
         if group["foreach"] is not None or group["decay"] != "l1":
             return params
         runs: dict[tuple[Any, float], list[dispatch.Item]] = {}
@@ -265,7 +265,7 @@ class AdamS(RoleOptimizer):
         )
 
     def _lists(self, params: list[Tensor]) -> Lists:
-        """Parameters, gradients, moments and step counts; of sharded ones the local part."""
+        """Return parameters, gradients, moments and step counts, as local tensors."""
         return (
             [local_part(p) for p in params],
             [local_part(p.grad, like=p) for p in params if p.grad is not None],
@@ -317,7 +317,7 @@ def adams(
     foreach: bool | None,
     counters: Sequence[Counter | None],
 ) -> None:
-    """One AdamS step on weights with bool masks of their shapes, in place (see :class:`AdamS`)."""
+    """Take one step of :class:`AdamS`, in place, on weights with bool masks of their shapes."""
     if not params:
         return
     if foreach is None:

@@ -32,8 +32,8 @@ class APOLLO(HiddenRule):
         U = √scale · limit(G · s)                (`scale_front`: the factor before the limit)
         W ← (1 − ηλ) W − η √(1 − β₂ᵗ)/(1 − β₁ᵗ) · U
 
-    ``limit`` lets the norm grow by a factor of at most `limiter` a step; a norm of zero is passed
-    over (ours). All other parameters take Adam.
+    ``limit`` lets the norm grow by a factor of at most `limiter` per step; a norm of zero is
+    ignored (ours). All other parameters take Adam.
 
     State of a hidden weight, in elements: ``2 r max(m, n)``, a seed and one number; APOLLO-Mini
     (`rank=1`): ``2 max(m, n)``.
@@ -50,10 +50,10 @@ class APOLLO(HiddenRule):
         scale_type: `channel`, or `tensor` for one number a weight (APOLLO-Mini).
         scale_front: scale before the limiter instead of after it.
         limiter: the largest growth of the update's norm from one step to the next.
-        seed: of Ω and of stochastic rounding.
-        maximize: ascend.
-        foreach: multi-tensor operations for the rest; `None` chooses.
-        rounding: of weights of 16 bits, once a step: `nearest`, or `stochastic`, which has the
+        seed: seed of Ω and of stochastic rounding.
+        maximize: ascend instead of descend.
+        foreach: use multi-tensor operations for the rest; `None` chooses.
+        rounding: how a step rounds 16-bit weights: `nearest`, or `stochastic`, which has the
             unrounded result as its expectation and keeps Adam's moments in float32.
         state_bits: 8 keeps Adam's moments of 4,096 elements and up as 8-bit codes, with a float32
             scale for each 256, rounded as `rounding` says; they are float32 temporaries while their
@@ -170,7 +170,7 @@ class APOLLO(HiddenRule):
 class APOLLOMini(APOLLO):
     """APOLLO at rank 1, with one scale a tensor: state of SGD's size (arXiv 2412.05270).
 
-    The rule, the arguments and the errors are those of :class:`APOLLO`; other defaults.
+    The rule, the arguments and the errors are those of :class:`APOLLO`; the defaults differ.
     """
 
     def __init__(

@@ -37,8 +37,8 @@ class Fira(Projected):
         S = limit((G − c P R) · s)               c = α, or 1 with `residual_scale="one"`
         W ← (1 − ηλ) W − η √(1 − β₂ᵗ)/(1 − β₁ᵗ) · (α P N + S)
 
-    ``limit`` lets the norm of ``S`` grow by a factor of at most `limiter` a step; a norm of zero is
-    passed over (ours: the code's next steps would grow from nothing).
+    ``limit`` lets the norm of ``S`` grow by a factor of at most `limiter` per step; a norm of zero
+    is ignored (ours: the code's next steps would grow from nothing).
 
     State of a hidden weight: GaLore's, and one number.
 
@@ -48,7 +48,7 @@ class Fira(Projected):
         betas: Adam's betas.
         eps: Adam's eps, before the bias correction.
         weight_decay: λ, decoupled.
-        rank: of the subspace.
+        rank: rank of the subspace.
         update_proj_gap: steps between two refreshes.
         scale: α.
         limiter: the largest growth of the residual's norm from one step to the next.
@@ -57,10 +57,10 @@ class Fira(Projected):
         projector: `randomized` (ours), `svd` (published) or `power`.
         side: `auto` (published), `left` or `right`.
         rotate: at a refresh, rotate the moments (ours); `False` is the published behaviour.
-        seed: of the range finder and of stochastic rounding.
-        maximize: ascend.
-        foreach: multi-tensor operations for the rest; `None` chooses.
-        rounding: of weights of 16 bits, once a step: `nearest`, or `stochastic`, which has the
+        seed: seed of the range finder and of stochastic rounding.
+        maximize: ascend instead of descend.
+        foreach: use multi-tensor operations for the rest; `None` chooses.
+        rounding: how a step rounds 16-bit weights: `nearest`, or `stochastic`, which has the
             unrounded result as its expectation and keeps Adam's moments in float32.
         state_bits: 8 keeps Adam's moments of 4,096 elements and up as 8-bit codes, with a float32
             scale for each 256, rounded as `rounding` says; they are float32 temporaries while their
@@ -161,7 +161,7 @@ class Fira(Projected):
 
 
 def back_squares(state: State, low: Tensor, less: float) -> Tensor:
-    """``‖g‖² − ‖g − less · P r‖²`` of each channel ``g`` with projection ``r = Pᵀg``."""
+    """Return ``‖g‖² − ‖g − less · P r‖²`` of each channel ``g`` with projection ``r = Pᵀg``."""
     left = state.get("projector_left")
     basis, rows = (left, low) if left is not None else (state["projector_right"], low.mT)
     basis, rows = basis.float(), rows.float()

@@ -29,12 +29,12 @@ from optimzoo.subspace.projector import (
 
 
 def low_dimension(group: dict[str, Any], shape: torch.Size) -> str:
-    """The dimension of the weight that the low-rank gradient still has: `m`, `n` or neither."""
+    """Return the weight's dimension that the low-rank gradient still has: `m`, `n` or neither."""
     return {"left": "n", "right": "m", "both": ""}[resolve_side(group["side"], shape)]
 
 
 class Projected(HiddenRule):
-    """Base of the methods that keep their state in the gradient's leading subspace."""
+    """Base class of the methods that keep their state in the gradient's leading subspace."""
 
     def _check_options(self, options: dict[str, Any]) -> None:
         for name in ("rank", "update_proj_gap"):
@@ -59,15 +59,15 @@ class Projected(HiddenRule):
         index: int,
         shards: Shards,
     ) -> Tensor:
-        """The low-rank gradient, after a refresh of the subspace where one is due."""
-        if step == 1:  # one made to show the state is not to start from
+        """Return the low-rank gradient, after a refresh of the subspace where one is due."""
+        if step == 1:  # drop the subspace of a step whose gradient was zero
             for key in ("projector_left", "projector_right"):
                 state.pop(key, None)
         if not has_projector(state) or (step - 1) % group["update_proj_gap"] == 0:
             # Another sketch each time, the same on resume.
             seed = group["seed"] + 7919 * index + step
             if step == 1 and not has_direction(grad, shards).any():
-                state["step"] -= 1  # the next is the first one: no subspace comes of this
+                state["step"] -= 1  # the next step is the first: this gradient has no subspace
             rotation = refresh(
                 state,
                 grad,
@@ -103,21 +103,21 @@ class GaLore(Projected):
 
     Args:
         params: groups from :func:`optimzoo.param_groups`; bare parameters fall back by shape.
-        lr: learning rate; a group (the rest, say) may carry its own.
+        lr: learning rate; a group (such as the rest) may carry its own.
         betas: Adam's betas.
         eps: 1e-6 in the authors' code, 1e-8 in the paper.
         weight_decay: λ, decoupled.
-        rank: of the subspace; weights with a smaller dimension use that.
+        rank: rank of the subspace; weights with a smaller dimension use that.
         update_proj_gap: steps between two refreshes of the subspace.
         scale: the paper's α.
         projector: `randomized` (a warm-started range finder, ours), `svd` (published) or `power`.
         side: `auto` projects the shorter dimension (published), or `left`, `right`, `both`.
         rotate: at a refresh, rotate the moments into the new subspace (ours); `False`, published,
             reads them in the new one as they are.
-        seed: of the range finder and of stochastic rounding.
-        maximize: ascend.
-        foreach: multi-tensor operations for the rest; `None` chooses.
-        rounding: of weights of 16 bits, once a step: `nearest`, or `stochastic`, which has the
+        seed: seed of the range finder and of stochastic rounding.
+        maximize: ascend instead of descend.
+        foreach: use multi-tensor operations for the rest; `None` chooses.
+        rounding: how a step rounds 16-bit weights: `nearest`, or `stochastic`, which has the
             unrounded result as its expectation and keeps Adam's moments in float32.
         state_bits: 8 keeps Adam's moments of 4,096 elements and up as 8-bit codes, with a float32
             scale for each 256, rounded as `rounding` says; they are float32 temporaries while their

@@ -46,7 +46,7 @@ class NaturalGaLore(Projected):
         betas: Adam's betas.
         eps: Adam's eps, before the bias correction.
         weight_decay: λ', decoupled.
-        rank: of the subspace.
+        rank: rank of the subspace.
         update_proj_gap: steps between two refreshes.
         scale: the paper's α.
         history: s, gradients in the Fisher matrix. 20 in the authors' code; the paper names none.
@@ -59,10 +59,10 @@ class NaturalGaLore(Projected):
         side: `auto` (the paper, one-sided) or `both` (the authors' code: r × r), `left`, `right`.
         rotate: at a refresh, rotate moments and history into the new subspace (ours); `False`, the
             authors' code, reads them as they are.
-        seed: of the range finder and of stochastic rounding.
-        maximize: ascend.
-        foreach: multi-tensor operations for the rest; `None` chooses.
-        rounding: of weights of 16 bits, once a step: `nearest`, or `stochastic`, which has the
+        seed: seed of the range finder and of stochastic rounding.
+        maximize: ascend instead of descend.
+        foreach: use multi-tensor operations for the rest; `None` chooses.
+        rounding: how a step rounds 16-bit weights: `nearest`, or `stochastic`, which has the
             unrounded result as its expectation and keeps Adam's moments in float32.
         state_bits: 8 keeps Adam's moments of 4,096 elements and up as 8-bit codes, with a float32
             scale for each 256, rounded as `rounding` says; they are float32 temporaries while their
@@ -147,7 +147,7 @@ class NaturalGaLore(Projected):
         if "history" not in state:
             _init_history(state, low, group)
         elif group["history_dtype"] == "auto" and state["history"].dtype == torch.float16:
-            state["history"] = state["history"].float()  # as a state of before has it
+            state["history"] = state["history"].float()  # as an older checkpoint has it
         natural = natural_gradient(
             state,
             low,

@@ -77,14 +77,14 @@ class SCALE(RoleOptimizer):
         fused: one pass over the weights by compiled kernels; `None`: where there are any, unless
             `foreach=True` or `differentiable` (``optimzoo doctor`` tells); `True`: all or an error,
             and `torch.amp.GradScaler` leaves the unscaling to them (no sync with `capturable`).
-        rounding: of weights of 16 bits, once a step: `nearest`, which loses updates below half a
-            last bit, or `stochastic`, which has the unrounded result as its expectation. Eager, it
-            takes one weight after the other; 8 bytes of state a weight more, a count.
+        rounding: how a step rounds 16-bit weights: `nearest`, which loses updates below half a
+            last bit, or `stochastic`, which has the unrounded result as its expectation. The eager
+            path then takes one weight after the other. State: 8 bytes more per weight, a count.
         state_bits: 8 keeps the momentum as int8 codes, with a float32 scale for each 256 of them,
             rounded as `rounding` says (:mod:`optimzoo.lowbit.blockwise`); it is a float32 temporary
             while its weight is stepped. Default: see above. Not for sharded weights.
-        seed: of stochastic rounding: a function of it, the parameter's index among all, its count
-            of steps and the element, so the same on resume and in any order of the parameters.
+        seed: seed of stochastic rounding, a function of it, the parameter's index among all, its
+            count of steps and the element: the same on resume and in any order of the parameters.
 
     Raises:
         ValueError: a hyperparameter out of range, groups that do not fit (see `param_groups`),
@@ -171,15 +171,15 @@ class SCALE(RoleOptimizer):
         super().add_param_group(group)
 
     def scale_invariant(self, param: Tensor, group: dict[str, Any]) -> bool:
-        """Whether ``param``'s step is the same for every positive multiple of its gradient.
+        """Return whether ``param``'s step is the same for every positive multiple of its gradient.
 
-        That of a matrix without momentum is, as long as the divisor is above `eps`.
+        It is for a matrix without momentum, as long as the divisor is above `eps`.
         """
         return role_of(param, group) != "vector" and not has_momentum(group)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether `torch.amp.GradScaler` leaves the unscaling, and a skip, to the kernels."""
+        """Return whether `torch.amp.GradScaler` leaves unscaling and skipping to the kernels."""
         return all(group["fused"] for group in self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -193,7 +193,7 @@ class SCALE(RoleOptimizer):
                 step_as_tensor(self.state.get(p, {}), p, capturable=group["capturable"])
 
     def _init_group(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-        """The group's parameters that have a gradient, as matrices and vectors, state made."""
+        """Create missing state; return the group's matrices and vectors that have a gradient."""
         matrices, vectors = [], []
         for p in group["params"]:
             if p.grad is None:
@@ -201,7 +201,7 @@ class SCALE(RoleOptimizer):
             self._refuse_sparse(p.grad)
             if group["differentiable"] and hasattr(p, "device_mesh"):
                 raise RuntimeError("differentiable=True does not step sharded weights")
-            state = self.state[p]  # there even if empty: a distributed checkpoint asks for each
+            state = self.state[p]  # created even if empty: a distributed checkpoint reads each
             if role_of(p, group) == "vector":
                 # float32 at least: in bfloat16 a second moment with β₂ = 0.999 would never move.
                 dtype = torch.promote_types(p.dtype, torch.float32)
@@ -253,7 +253,7 @@ class SCALE(RoleOptimizer):
         vectors: list[Tensor],
         counters: dict[Tensor, Counter],
     ) -> list[Part]:
-        """Step what this process can of a group alone; returns the rest."""
+        """Step the weights that this process can step alone; return the shards of the others."""
         group = self.param_groups[number]
         parts = [cut_part(p, self.state.get(p, {}), group, counters.get(p)) for p in matrices]
         matrices = [p for p, part in zip(matrices, parts, strict=True) if part is None]
@@ -338,7 +338,7 @@ def scale(
     foreach: bool,
     counters: Sequence[Counter | None],
 ) -> None:
-    """One SCALE step on weights of one layout, in place (see :class:`SCALE`)."""
+    """Take one step of :class:`SCALE`, in place, on weights of one layout."""
     rule = _multi_tensor_scale if foreach else _single_tensor_scale
     if not params:
         return
@@ -363,7 +363,7 @@ def scale(
 
 
 def normalized(grad: Tensor, *, dim: int, normalize: str, norm: str, eps: float) -> Tensor:
-    """``C(g)``: the direction of a matrix ``[..., m, n]``, in at least float32."""
+    """Return ``C(g)``, the direction of a matrix ``[..., m, n]``, in at least float32."""
     wide = torch.promote_types(grad.dtype, torch.float32)
     if normalize == "sign":
         return torch.where(grad.isnan(), grad, grad.sign()).to(wide)

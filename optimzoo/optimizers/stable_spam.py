@@ -43,19 +43,19 @@ class StableSPAM(HiddenRule):
         lr: learning rate; a group may carry its own.
         betas: Adam's betas.
         eps: Adam's eps (after the bias correction, as in torch), and the norm clip's.
-        weight_decay: decoupled.
-        gamma1: of the norm's mean. 0.7; the authors' bf16 script has 0.85.
-        gamma2: of the norm's second moment. 0.9; the bf16 script has 0.99999.
-        gamma3: of the largest entry, θ in the paper. 0.999.
+        weight_decay: weight decay, decoupled.
+        gamma1: decay rate of the norm's mean. 0.7; the authors' bf16 script has 0.85.
+        gamma2: decay rate of the norm's second moment. 0.9; the bf16 script has 0.99999.
+        gamma3: decay rate of the largest entry, θ in the paper. 0.999.
         update_proj_gap: steps between two resets of the moments, the authors' name; 0: never.
         total_steps: length of the cosine of β₁ and γ₁.
         eta_min: the cosine's end.
         reset_step: `authors`, as in their code, makes the step of a reset with the old moments
             under a fresh bias correction; `clean` (ours) starts the moments anew before it.
-        maximize: ascend.
-        rounding: of weights of 16 bits, once a step: `nearest`, or `stochastic`, which has the
+        maximize: ascend instead of descend.
+        rounding: how a step rounds 16-bit weights: `nearest`, or `stochastic`, which has the
             unrounded result as its expectation and keeps Adam's moments in float32.
-        seed: of stochastic rounding.
+        seed: seed of stochastic rounding.
         state_bits: 8 keeps Adam's moments of 4,096 elements and up as 8-bit codes, with a float32
             scale for each 256, rounded as `rounding` says; they are float32 temporaries while their
             weight is stepped. Not for sharded weights.
@@ -196,7 +196,7 @@ class StableSPAM(HiddenRule):
 
 
 def cosine_factor(step: int, total: int | None, low: float) -> float:
-    """``s``: 1 at the start, ``low`` from ``total`` on."""
+    """Return ``s``, which falls from 1 at the start to ``low`` from step ``total`` on."""
     if total is None:
         return 1.0
     return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(step, total) / total))
@@ -221,13 +221,13 @@ def clip_norm(
     group: dict[str, Any],
     shards: Shards = WHOLE,
 ) -> Tensor:
-    """Give the gradient the running norm in place of its own."""
+    """Scale the gradient from its own norm to the running norm."""
     norm = _norm(grad, 2, shards)
     return (grad * _norm_factor(norm, state, step, shrink, group)).to(grad.dtype)
 
 
 def _spike_bound(largest: Tensor, state: State, step: int, gamma: float) -> Tensor:
-    """The running largest entry, ``largest`` taken in."""
+    """Update the running mean of the largest entry; return it, bias-corrected."""
     if "max_avg" not in state:
         state["max_avg"] = torch.zeros_like(largest)
     average = state["max_avg"].mul_(gamma).add_(largest, alpha=1 - gamma)
@@ -237,7 +237,7 @@ def _spike_bound(largest: Tensor, state: State, step: int, gamma: float) -> Tens
 def _norm_factor(
     norm: Tensor, state: State, step: int, shrink: float, group: dict[str, Any]
 ) -> Tensor:
-    """What makes a gradient of this norm one of the running norm."""
+    """Update the running norm; return the factor that gives it to a gradient of norm ``norm``."""
     if "norm_avg" not in state:
         state["norm_avg"], state["norm_avg_sq"] = torch.zeros_like(norm), torch.zeros_like(norm)
     gamma1, gamma2 = group["gamma1"] * shrink, group["gamma2"]
@@ -248,7 +248,7 @@ def _norm_factor(
 
 
 def _kernels(weight: Tensor, grad: Tensor, state: State, shards: Shards) -> Any:
-    """The kernels that step a whole tensor; None where none does."""
+    """Return the kernels that step an unsharded weight, or None."""
     kernels = dispatch.backend(grad.device.type)
     if kernels is None or shards.mesh is not None or grad.ndim > 2:
         return None
@@ -259,7 +259,7 @@ def _kernels(weight: Tensor, grad: Tensor, state: State, shards: Shards) -> Any:
 def _clips(
     kernels: Any, grad: Tensor, state: State, step: int, shrink: float, group: dict[str, Any]
 ) -> Tensor:
-    """Both clips as the kernels apply them: bound of an entry, ratio beyond it, factor of all."""
+    """Return both clips for the kernels: bound of an entry, ratio beyond it, factor of all."""
     tiny = torch.finfo(torch.float32).tiny
     # Largest entry, sum of squares, bound, ratio.
     sums = torch.zeros(4, dtype=torch.float32, device=grad.device)
@@ -274,7 +274,7 @@ def _clips(
 
 
 def _norm(grad: Tensor, order: float, shards: Shards) -> Tensor:
-    """Of a tensor, or of each matrix of a stack, in float32: γ₃ = 0.999 is 1 in bfloat16."""
+    """Return the norm, of each matrix in a stack, in float32: γ₃ = 0.999 is 1 in bfloat16."""
     dims = tuple(range(-min(grad.ndim, 2), 0))
     norm = shards.norm(grad, order, dim=dims, over="mn")
     return norm if grad.ndim > 2 else norm.reshape(())

@@ -36,18 +36,18 @@ class SWAN(HiddenRule):
         params: groups from :func:`optimzoo.param_groups`; bare parameters fall back by shape.
         lr: step of the hidden weights, the RMS of their update with `rescale`. A group may carry
             its own.
-        betas: Adam's betas, of the rest.
+        betas: Adam's betas, for the rest.
         eps: Adam's eps (before the bias correction), and the floor of the rows' deviation.
         weight_decay: λ, decoupled.
         steps: Newton–Schulz iterations. Re-implementations differ (6, 10); ours is 10.
         beta: the iteration's factor. 0.5 is Newton–Schulz and converges to the whitening; another
             value in use, 0.8, does not.
         rescale: give U the norm of Ĝ.
-        maximize: ascend.
-        foreach: multi-tensor operations for the rest; `None` chooses.
-        rounding: of weights of 16 bits, once a step: `nearest`, or `stochastic`, which has the
+        maximize: ascend instead of descend.
+        foreach: use multi-tensor operations for the rest; `None` chooses.
+        rounding: how a step rounds 16-bit weights: `nearest`, or `stochastic`, which has the
             unrounded result as its expectation and keeps Adam's moments in float32.
-        seed: of stochastic rounding.
+        seed: seed of stochastic rounding.
         state_bits: 8 keeps Adam's moments of 4,096 elements and up as 8-bit codes, with a float32
             scale for each 256, rounded as `rounding` says; they are float32 temporaries while their
             weight is stepped. Not for sharded weights.
@@ -101,9 +101,9 @@ class SWAN(HiddenRule):
             raise ValueError(f"Invalid beta: {options['beta']}; it must be in (0, 1]")
 
     def scale_invariant(self, param: Tensor, group: dict[str, Any]) -> bool:
-        """Whether ``param``'s step is the same for every positive multiple of its gradient.
+        """Return whether ``param``'s step is the same for every positive multiple of its gradient.
 
-        That of a hidden weight is, as long as each row's deviation is above `eps`.
+        It is for a hidden weight, as long as each row's deviation is above `eps`.
         """
         return self._is_own(param, group)
 
@@ -128,14 +128,14 @@ class SWAN(HiddenRule):
 
 
 def _row_length(p: Tensor, group: dict[str, Any]) -> int:
-    """Entries of a row of the weight as a matrix, sharded or not."""
+    """Return the number of entries of a row of the weight as a matrix, sharded or not."""
     if p.ndim > 2 and not group["stacked"]:
         return math.prod(p.shape[1:])
     return p.shape[-2 if group["transposed"] else -1]
 
 
 def direction(grad: Tensor, group: dict[str, Any]) -> Tensor:
-    """``U`` of a whole gradient."""
+    """Return ``U`` for a whole gradient."""
     rows = normalize_rows(grad, group["eps"])
     update = whiten(rows, steps=group["steps"], beta=group["beta"])
     if not group["rescale"]:
@@ -145,9 +145,9 @@ def direction(grad: Tensor, group: dict[str, Any]) -> Tensor:
 
 
 def normalize_rows(grad: Tensor, eps: float) -> Tensor:
-    """Each row less its mean, over its standard deviation, in at least float32.
+    """Return each row less its mean, over its standard deviation, in at least float32.
 
-    A row of equal entries gives zeros: what it differs from its mean by is rounding.
+    A row of equal entries gives zeros: its difference from its mean is rounding.
     """
     out = torch.empty_like(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
     kernels = dispatch.backend(grad.device.type)

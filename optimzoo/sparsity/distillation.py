@@ -18,14 +18,14 @@ def distillation_loss(
     *,
     chunk: int = 256,
 ) -> Tensor:
-    """``η KL(teacher ‖ student) + (1 − η) CE(student, labels)``, the mean over the labels.
+    """Return ``η KL(teacher ‖ student) + (1 − η) CE(student, labels)``, averaged over the labels.
 
     Softmaxes are taken in float32 at least, `chunk` positions at a time. Beside the two logits it
     holds one tensor of the student's logits' size and dtype, the gradient, made in the forward.
 
     Args:
         student_logits: ``[..., vocab]``.
-        teacher_logits: of the same shape; no gradient reaches it.
+        teacher_logits: logits of the same shape; they get no gradient.
         labels: ``[...]``, the token that each position is to predict (shift them yourself); -100
             leaves a position out of both terms. Without any label the loss is 0.
         eta: η, from 0 (cross-entropy alone) to 1; 1/3 in the paper's LLaMA runs.
@@ -51,13 +51,13 @@ def linear_distillation_loss(
     *,
     chunk: int = 256,
 ) -> Tensor:
-    """:func:`distillation_loss` of hidden states and output heads: no whole logits at all.
+    """Return :func:`distillation_loss` from hidden states and heads, without whole logits.
 
     Args:
         student: its last hidden state ``[..., d]`` and its head's weight ``[vocab, d]``.
-        teacher: the same of the teacher (its d may differ); no gradient reaches it.
-        labels: see :func:`distillation_loss`, as the other arguments.
-        eta: see there.
+        teacher: the same of the teacher (its d may differ); they get no gradient.
+        labels: see :func:`distillation_loss`.
+        eta: see :func:`distillation_loss`.
         chunk: positions whose logits are held at a time.
 
     Raises:
@@ -99,7 +99,7 @@ def _check(
 
 
 def _losses(student: Tensor, teacher: Tensor, labels: Tensor, eta: float) -> tuple[Tensor, Tensor]:
-    """The sum of some positions' losses, and its gradient in the student's logits."""
+    """Return the sum of some positions' losses, and its gradient in the student's logits."""
     wide = torch.promote_types(student.dtype, torch.float32)
     counts = (labels != IGNORED).unsqueeze(-1)
     index = labels.clamp_min(0).unsqueeze(-1)

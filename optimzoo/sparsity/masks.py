@@ -19,7 +19,7 @@ def check_nm(n: int, m: int) -> None:
 
 
 def grouped(weight: Tensor, m: int, *, transposed: bool = False, stacked: bool = False) -> Tensor:
-    """``weight`` as ``[..., groups, m]``, a group being m consecutive inputs of one output.
+    """View ``weight`` as ``[..., groups, m]``, a group being m consecutive inputs of one output.
 
     Args:
         weight: ``[out, in]``; above two dimensions it is flattened to ``[out, -1]``.
@@ -42,13 +42,13 @@ def grouped(weight: Tensor, m: int, *, transposed: bool = False, stacked: bool =
 def nm_mask(
     weight: Tensor, n: int, m: int, *, transposed: bool = False, stacked: bool = False
 ) -> Tensor:
-    """The n largest magnitudes of every group of m consecutive inputs, as True.
+    """Return the mask of the n largest magnitudes of every group of m consecutive inputs.
 
     Exactly n of a group are kept: of equal magnitudes the lower index. NaN counts as infinite, so
-    that it stays in sight. Work: m (m − 1) / 2 comparisons a group, no sort.
+    that it is not hidden. Each group takes m (m − 1) / 2 comparisons and no sort.
 
     Args:
-        weight: see :func:`grouped`, as the other arguments.
+        weight: see :func:`grouped`.
         n: how many of a group are kept.
         m: size of a group.
         transposed: see :func:`grouped`.
@@ -75,16 +75,16 @@ def nm_mask(
 def is_nm(
     weight: Tensor, n: int, m: int, *, transposed: bool = False, stacked: bool = False
 ) -> bool:
-    """Whether no group of m inputs has more than n values other than zero."""
+    """Return whether no group of m inputs has more than n values other than zero."""
     groups = grouped(weight.detach(), m, transposed=transposed, stacked=stacked)
     return bool(((groups != 0).sum(-1) <= n).all())
 
 
 def pack(mask: Tensor) -> Tensor:
-    """A bool tensor as bits: uint8 ``[rows, ⌈rest / 8⌉]``, lowest bit first.
+    """Pack a bool tensor into bits: uint8 ``[rows, ⌈rest / 8⌉]``, lowest bit first.
 
-    Rows are those of dim 0 and each starts a new byte, so that a mask cut along dim 0 is the packed
-    mask of the weight cut along dim 0.
+    Rows are those of dim 0 and each starts a new byte, so that a packed mask sharded along dim 0 is
+    that of the weight sharded along dim 0.
     """
     rows = mask.reshape(mask.shape[0], mask[:1].numel())
     padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 8))
@@ -95,7 +95,7 @@ def pack(mask: Tensor) -> Tensor:
 def packed_mask(
     weight: Tensor, n: int, m: int, *, transposed: bool = False, stacked: bool = False
 ) -> Tensor:
-    """``pack(nm_mask(...))``, in one pass over the weight where there is a kernel for it."""
+    """Return ``pack(nm_mask(...))``, in one pass over the weight where there is a kernel for it."""
     check_nm(n, m)
     grouped(weight, m, transposed=transposed, stacked=stacked)
     weight = weight.detach()
@@ -109,7 +109,7 @@ def packed_mask(
 
 
 def unpack(bits: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """The bool tensor of ``shape`` that :func:`pack` made ``bits`` of."""
+    """Return the bool tensor of ``shape`` that :func:`pack` has packed into ``bits``."""
     flat = (bits.unsqueeze(-1) >> _places(bits)).bitwise_and_(1).to(torch.bool).flatten(1)
     width = torch.Size(shape)[1:].numel()
     return flat[:, :width].reshape(shape)

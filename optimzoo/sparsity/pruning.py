@@ -1,4 +1,4 @@
-"""The end of CAST: prune with the optimizer's last masks, fold the scales, check the pattern."""
+"""Pruning at the end of CAST: with the optimizer's last masks, scales folded, pattern checked."""
 
 import warnings
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ SMALL = 1e-2  # of a weight's norm: what CAST's ramp leaves to be cut is below i
 
 @dataclass(frozen=True)
 class MaskedWeight:
-    """A weight that an optimizer keeps a mask of (this process's part), and how it is grouped."""
+    """Weight with the mask that an optimizer keeps of it, both this process's shard."""
 
     name: str
     weight: Tensor
@@ -27,10 +27,10 @@ class MaskedWeight:
 
 
 def masked_weights(model: nn.Module, optimizer: Optimizer) -> list[MaskedWeight]:
-    """The weights of ``model`` that ``optimizer`` keeps a mask of, with that of the last update.
+    """Return the weights of ``model`` that ``optimizer`` masks, with the masks of the last update.
 
-    Any torch optimizer will do whose state has `mask` (see :func:`pack`) and whose groups have n
-    and m; `transposed` and `stacked` are read where there are such options.
+    The optimizer may be any whose state has `mask` (see :func:`pack`) and whose groups have n and
+    m; `transposed` and `stacked` are read where there are such options.
 
     Raises:
         ValueError: the optimizer has no masks, or a mask of a weight that the model does not have.
@@ -57,17 +57,17 @@ def masked_weights(model: nn.Module, optimizer: Optimizer) -> list[MaskedWeight]
 
 @torch.no_grad()
 def finalize(model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
-    """Make ``model`` sparse for good: set what the last masks leave out to 0, fold the scales.
+    """Prune ``model`` in place: set weights outside the last masks to 0, and fold the scales.
 
-    In place. Afterwards the model is made of ordinary parameters, its state dict is that of the
-    dense model, and every masked weight is exactly n of m. The optimizer is done: it knows the
+    Afterwards the model is made of ordinary parameters, its state dict is that of the dense model,
+    and every masked weight is exactly n of m. The optimizer cannot go on: its state belongs to the
     weights before the folding.
 
-    Warns, once, if more than 1 % of a weight's norm is cut: then the model is not the trained one.
+    Warns once if more than 1 % of a weight's norm is cut: then the model is not the trained one.
 
     Returns:
-        For each sparse weight, by name, the share of its norm that was cut: ``‖W_cut‖ / ‖W‖``. Of
-        a sharded weight, that of this process's part.
+        For each sparse weight, by name, the share of its norm that was cut: ``‖W_cut‖ / ‖W‖``; for
+        a sharded weight, that of this process's shard.
 
     Raises:
         ValueError: see :func:`masked_weights`; the model is then as it was.
@@ -106,10 +106,10 @@ def _warn_of_large(cut: dict[str, float]) -> None:
 
 
 def to_semi_structured(model: nn.Module) -> list[str]:
-    """Store the 2:4 layers of a finalized model in the form that the GPU's sparse cores take.
+    """Convert the 2:4 layers of a finalized model, in place, to the format of sparse tensor cores.
 
-    In place, with ``torch.sparse.to_sparse_semi_structured``, for inference: `nn.Linear` weights
-    that are 2:4 and of a shape and dtype (float16, bfloat16, int8) that torch supports.
+    For inference, ``torch.sparse.to_sparse_semi_structured`` converts `nn.Linear` weights that are
+    2:4 and of a shape and dtype (float16, bfloat16, int8) that torch supports.
 
     Returns:
         The paths of the layers.

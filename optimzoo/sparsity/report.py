@@ -1,4 +1,4 @@
-"""How far a model is on its way to N:M: zeros, flips of the masks, size of what is masked."""
+"""Report on a model's way to N:M: zeros, flips of the masks, size of the masked weights."""
 
 from dataclasses import dataclass, field
 
@@ -14,11 +14,11 @@ LARGE = 1e-3  # of the kept median: what is below it, pruning does not change
 
 @dataclass(frozen=True)
 class WeightReport:
-    """One sparse weight.
+    """Report on one sparse weight.
 
     Attributes:
-        name: as the model has it.
-        weights: how many.
+        name: its name in the model.
+        weights: its number of elements.
         zeros: how many are exactly 0.
         flips: how many mask bits differ from the previous report's.
         kept_median: the kept weights' median magnitude.
@@ -39,10 +39,10 @@ class WeightReport:
 
 @dataclass(frozen=True)
 class SparsityReport:
-    """How far a model is on its way to N:M, weight by weight and in all.
+    """Report on a model's way to N:M, weight by weight and in total.
 
     Attributes:
-        weights: one record a sparse weight.
+        weights: one record per sparse weight.
         masks: the packed masks by name, for the next report to count the flips since this one.
     """
 
@@ -50,7 +50,7 @@ class SparsityReport:
     masks: dict[str, Tensor] = field(repr=False)
 
     def total(self) -> dict[str, float]:
-        """Shares of zeros, of flips and of large masked weights; mean and largest masked size."""
+        """Return shares of zeros, flips, large masked weights; mean and largest masked size."""
         count = sum(w.weights for w in self.weights) or 1
         means = sum(w.masked_mean * w.weights for w in self.weights)
         return {

@@ -1,4 +1,4 @@
-"""Which weights become sparse, their groups for the optimizer, and CAST's weight scaling."""
+"""Choice of the weights that become sparse, their groups, and CAST's weight scaling."""
 
 import re
 from typing import Any
@@ -28,14 +28,14 @@ class WeightScale(nn.Module):
         self.scale = nn.Parameter(weight.new_ones(rows, blocks))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The scaled weight."""
+        """Return the scaled weight."""
         if self.transposed:
             return (weight.unflatten(0, (self.blocks, -1)) * self.scale.mT[:, None]).flatten(0, 1)
         return (weight.unflatten(1, (self.blocks, -1)) * self.scale[:, :, None]).flatten(1)
 
 
 def linear_targets(model: nn.Module, targets: str | None = None) -> dict[str, nn.Module]:
-    """The linear layers (GPT-2's Conv1D too) that are to become sparse, by their path.
+    """Return the linear layers (GPT-2's Conv1D too) that are to become sparse, by their path.
 
     Args:
         model: any module.
@@ -59,7 +59,7 @@ def linear_targets(model: nn.Module, targets: str | None = None) -> dict[str, nn
 
 
 def sparse_groups(model: nn.Module, targets: str | None = None) -> list[dict[str, Any]]:
-    """:func:`optimzoo.param_groups` with `sparse=True` for the layers of :func:`linear_targets`.
+    """Return :func:`optimzoo.param_groups` with `sparse=True` for :func:`linear_targets`.
 
     Layers that ``targets`` names are hidden weights here, the output head too if it is named; the
     other hidden weights get `sparse=False`, so that :class:`optimzoo.AdamS` trains them with Adam.
@@ -130,7 +130,7 @@ def prepare(
 
 
 def scale_of(module: nn.Module) -> Tensor | None:
-    """The factors of a layer that :func:`prepare` has scaled, else None."""
+    """Return the factors of a layer that :func:`prepare` has scaled, else None."""
     if not parametrize.is_parametrized(module, "weight"):
         return None
     added: Any = module.parametrizations

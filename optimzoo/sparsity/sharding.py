@@ -1,4 +1,4 @@
-"""Masks of sharded weights (DTensor): each process has the mask of the part that it holds."""
+"""Masks of sharded weights (DTensor): each process has the mask of its shard."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ from optimzoo.distributed import Shards, local_part
 def check_cut(param: Tensor, m: int, *, transposed: bool, stacked: bool) -> None:
     """Refuse a sharded weight whose groups of m inputs, or bytes of eight mask bits, are cut.
 
-    Looks at the whole weight and its placement, so that every process refuses alike.
+    The check reads the whole weight's shape and placements, so every process refuses alike.
 
     Raises:
         ValueError: a dimension of the weight is not a multiple of processes times group.
@@ -33,7 +33,7 @@ def check_cut(param: Tensor, m: int, *, transposed: bool, stacked: bool) -> None
 
 
 def sharded_like(param: Any, bits: Tensor) -> Tensor:
-    """``bits``, packed from the local part of ``param``, sharded as ``param`` is."""
+    """Return ``bits``, packed from the local shard of ``param``, as a DTensor sharded like it."""
     if not hasattr(param, "placements"):
         return bits
     local = local_part(param)

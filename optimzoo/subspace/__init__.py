@@ -1,4 +1,4 @@
-"""Subspaces and spectra: what the matrix methods compute on a gradient."""
+"""Subspaces and spectra of gradients, for the matrix methods."""
 
 from optimzoo.subspace.bases import leading_basis
 

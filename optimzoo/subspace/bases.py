@@ -1,12 +1,12 @@
 """Orthonormal bases of a gradient's leading subspace.
 
 All take ``[..., m, n]`` and return ``[..., m, r]`` with orthonormal columns, in at least float32;
-for the right side hand in the transpose. A gradient that is zero or not finite gives no direction:
-the previous basis stays, and without one the first ``r`` coordinates serve. In a stack each matrix
-is taken by itself.
+for the right side pass the transpose. A gradient that is zero or not finite has no direction: the
+previous basis stays, and without one the first ``r`` coordinates are the basis. In a stack each
+matrix is treated by itself.
 
-Of a gradient that is cut among processes each hands in its part and gets the whole basis, the same
-bits everywhere: all that is computed from it are products with whole thin matrices.
+With a sharded gradient each process passes its shard and gets the whole basis, the same bits on
+every process: all that is computed from the gradient are products with whole thin matrices.
 """
 
 import math
@@ -30,23 +30,23 @@ def leading_basis(
     power_iterations: int = 1,
     shards: Shards = WHOLE,
 ) -> Tensor:
-    """A basis of the ``min(rank, m, n)`` leading left directions of ``grad``.
+    """Return a basis of the ``min(rank, m, n)`` leading left directions of ``grad``.
 
     Args:
         grad: ``[..., m, n]``.
-        rank: columns asked for.
+        rank: number of columns.
         kind: `svd`, exact; `randomized`, a range finder that starts from ``previous`` and an eighth
             as many random directions (at least 8), and makes ``power_iterations`` (one more where
             there is no ``previous``); `power`, one block power step from ``previous``:
             ``qr(G Gᵀ B)``.
         previous: the last basis, ``[..., m, r]``.
-        seed: of the random directions.
+        seed: seed of the random directions.
         power_iterations: two products with ``grad`` each, the first in bfloat16 where that is fast:
             what it blurs, the second filters.
-        shards: how the gradient is cut.
+        shards: how the gradient is sharded.
 
     Raises:
-        RuntimeError: `svd` of a gradient that is cut along ``m``.
+        RuntimeError: `svd` of a gradient that is sharded along ``m``.
     """
     wide = torch.promote_types(grad.dtype, torch.float32)
     grad = grad.to(wide)
@@ -83,7 +83,7 @@ def _usable(size: Tensor) -> Tensor:
 
 
 def _largest(grad: Tensor, shards: Shards) -> Tensor:
-    """The largest entry of each matrix; infinite where one is not a number."""
+    """Return the largest magnitude of each matrix ``[..., 1, 1]``, infinite if it has a NaN."""
     if grad.numel() == 0:
         size = grad.new_zeros(*grad.shape[:-2], 1, 1)
     elif grad.ndim == 2:  # one pass, no temporary; vector_norm(ord=inf) takes 15 times as long
@@ -107,7 +107,7 @@ def _svd(grad: Tensor, rank: int, seed: int, shards: Shards) -> Tensor:
 
 
 def _gram_basis(grad: Tensor, rank: int, shards: Shards) -> Tensor:
-    """The same from ``G Gᵀ``, in float64: its eigenvalues are squares."""
+    """Return eigenvectors of ``G Gᵀ`` as the basis, in float64: its eigenvalues are squares."""
     if shards.cut("m"):
         raise RuntimeError(
             f"projector='svd' of a weight {list(shards.size)} whose projected dimension is cut "
@@ -130,7 +130,7 @@ def _randomized(
     width = min(rank + max(8, rank // 8), m, n)
     if previous is None:
         basis = _random_like(grad, width, seed, shards)
-        power_iterations += 2  # one basis a run is made from nothing: let it be a good one
+        power_iterations += 2  # only the first basis of a run has no start: make it a good one
     else:
         extra = _random_like(grad, max(0, width - previous.shape[-1]), seed, shards)
         basis = torch.cat([previous, extra / math.sqrt(m)], dim=-1)
@@ -171,11 +171,11 @@ def _has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def _orthonormal(columns: Tensor, pivot: float, times: Callable[[Tensor], Tensor]) -> Tensor:
-    """``times(qr(columns)[0])``, by Cholesky of the Gram matrix where it can.
+    """Return ``times(qr(columns)[0])``, by Cholesky of the Gram matrix where that is accurate.
 
-    It can where all pivots are above ``pivot`` of the largest: the error grows with their ratio's
-    square. A product has fewer rows than its columns, so the triangle's inverse comes after it: a
-    product with a small matrix takes a quarter of a triangular solve's time.
+    It is where all pivots are above ``pivot`` times the largest: the error grows with the square
+    of their ratio. A product has fewer rows than ``columns``, so the triangle's inverse is applied
+    after it: a product with a small matrix takes a quarter of a triangular solve's time.
     """
     factor, info = torch.linalg.cholesky_ex(columns.mT @ columns)
     pivots = factor.diagonal(dim1=-2, dim2=-1)
@@ -192,7 +192,7 @@ def _random_like(grad: Tensor, columns: int, seed: int, shards: Shards) -> Tenso
     generator = torch.Generator(grad.device).manual_seed(seed)
     shape = (*shards.shape(grad.shape)[:-1], columns)
     drawn = torch.randn(shape, generator=generator, device=grad.device, dtype=grad.dtype)
-    return shards.part(drawn, "s", 0)  # of a stack the matrices that are here
+    return shards.part(drawn, "s", 0)  # the matrices of a stack that this process holds
 
 
 def _coordinates(grad: Tensor, rank: int, shards: Shards) -> Tensor:

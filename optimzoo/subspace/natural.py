@@ -1,4 +1,4 @@
-"""The natural gradient under an empirical Fisher of the last gradients."""
+"""Natural gradients under an empirical Fisher matrix of the last gradients."""
 
 import math
 from collections.abc import Iterator, MutableMapping
@@ -12,7 +12,7 @@ from optimzoo.kernels import native
 
 State = MutableMapping[str, Any]
 _JITTERS = (0.0, 1e-10, 1e-8, 1e-6, 1e-4)
-_COLUMNS = 2**16  # of a low-precision history, widened at a time
+_COLUMNS = 2**16  # columns of a low-precision history that are widened at a time
 
 
 def natural_gradient(
@@ -25,30 +25,30 @@ def natural_gradient(
     shards: Shards = WHOLE,
     over: str = "",
 ) -> Tensor:
-    """``F⁻¹ g`` with ``F = λ I + Σ_j h_j h_jᵀ`` over the history, the current ``g`` included.
+    """Return ``F⁻¹ g`` with ``F = λ I + Σ_j h_j h_jᵀ`` over the history, ``g`` included.
 
     ``state`` holds the last gradients as ``history`` ``[..., s, a, b]``, whose rows ``h`` have
     ``k = a b`` elements, and their Gram matrix ``gram`` ``[..., s, s]``. The gradient replaces
-    row ``i``; the product ``H g`` is the new row of the Gram matrix, which is kept, not recomputed.
-    Since ``g`` is a row of ``H``::
+    row ``i``, and ``H g`` the row ``i`` of the Gram matrix, which is updated, not recomputed. Since
+    ``g`` is a row of ``H``::
 
         F⁻¹ g = Hᵀ w,   (λ I + H Hᵀ) w = e_i
 
-    which is Woodbury's formula without its cancellation. Two passes over the history and one
-    Cholesky of s × s, in float64. A low-precision history is summed in the Gram matrix's dtype:
+    which is Woodbury's formula without its cancellation. It takes two passes over the history and
+    one Cholesky of s × s in float64. A low-precision history is summed in the Gram matrix's dtype:
     rounded to bfloat16, the Gram matrix of similar gradients is not positive definite.
 
-    A damping too small for that dtype (zero, say, and a gradient that repeats) is raised to the
-    first jitter that is not. In a stack, by matrix.
+    A damping too small for that dtype (such as zero, with a gradient that repeats) is raised to the
+    first sufficient jitter, for each matrix of a stack by itself.
 
     Args:
-        state: of one parameter; `history` and `gram` are changed in place.
+        state: state of one parameter; `history` and `gram` are changed in place.
         low: the low-rank gradient ``[..., a, b]``.
         index: the row to replace.
         damping: λ.
-        relative: λ in units of the mean squared norm μ of the rows that are filled, and the result
-            times ``(1 + λ) μ``: strong damping then gives back ``g``, whatever its size.
-        shards: how the weight is cut.
+        relative: take λ in units of the mean squared norm μ of the filled rows, and multiply the
+            result by ``(1 + λ) μ``: strong damping then gives back ``g``, whatever its size.
+        shards: how the weight is sharded.
         over: the dimension of the weight, `m` or `n`, that ``low`` still has.
 
     Raises:
@@ -67,7 +67,7 @@ def natural_gradient(
 
 
 def _products(history: Tensor, g: Tensor, gram: Tensor) -> Tensor:
-    """``H g``, in the dtype of ``gram``."""
+    """Return ``H g`` in the dtype of ``gram``."""
     if _has_kernel(history, gram):
         return native.CPU.history_dot(history, g)
     row = torch.zeros_like(gram[..., 0, :])
@@ -77,7 +77,7 @@ def _products(history: Tensor, g: Tensor, gram: Tensor) -> Tensor:
 
 
 def _combination(history: Tensor, weights: Tensor) -> Tensor:
-    """``Hᵀ w``."""
+    """Return ``Hᵀ w``."""
     if _has_kernel(history, weights):
         return native.CPU.history_combine(history, weights)
     parts = [h.mT @ weights.unsqueeze(-1) for h in _widened(history, weights.dtype)]
@@ -85,14 +85,14 @@ def _combination(history: Tensor, weights: Tensor) -> Tensor:
 
 
 def _has_kernel(history: Tensor, other: Tensor) -> bool:
-    """Whether the CPU's kernels take it: all threads read, where BLAS has one read."""
+    """Return whether the CPU kernels take the history; all threads read it, in BLAS only one."""
     plain = history.device.type == "cpu" and history.ndim == 2 and history.is_contiguous()
     floats = history.dtype in (torch.float32, torch.bfloat16) and other.dtype == torch.float32
     return plain and floats and native.CPU.available()
 
 
 def _widened(history: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The history in ``dtype``, a part of its columns at a time where that takes a copy."""
+    """Yield the history in ``dtype``, in blocks of columns where that takes a copy."""
     columns = history.shape[-1] if history.dtype == dtype else _COLUMNS
     return (part.to(dtype) for part in history.split(columns, dim=-1))
 
@@ -126,7 +126,7 @@ def _solve_unit(gram: Tensor, index: int, damping: float, relative: bool) -> Ten
             weights = torch.cholesky_solve(unit, factor).squeeze(-1)
             if relative:
                 weights = weights * ((1 + damping) * mean).unsqueeze(-1)
-            # As torch: what is not finite goes into the weights that it touches.
+            # As in torch, NaN and infinity propagate into the weights that they touch.
             return torch.where(finite.unsqueeze(-1), weights, torch.nan)
     raise RuntimeError(
         f"the Fisher matrix is not positive definite with damping={damping:g}; raise the damping"
@@ -136,7 +136,7 @@ def _solve_unit(gram: Tensor, index: int, damping: float, relative: bool) -> Ten
 def _solve_one(
     gram: Tensor, index: int, damping: float, relative: bool, precision: float
 ) -> Tensor | None:
-    """The same for one matrix that needs no jitter, its checks in Python: a tenth of the time."""
+    """Solve for one matrix without jitter, in a tenth of the time; return None if that fails."""
     damped = gram.double()
     diagonal = damped.diagonal().tolist()
     mean = sum(diagonal) / max(1, sum(d > 0 for d in diagonal))
@@ -154,7 +154,7 @@ def _solve_one(
 
 
 def rotate_history(state: State, rotation: Any, shards: Shards = WHOLE, over: str = "") -> None:
-    """Take the history into a new subspace, and make its Gram matrix anew."""
+    """Rotate the history into a new subspace and recompute its Gram matrix."""
     history = state["history"]
     if history.ndim > 3:  # a stack of matrices: [n, s, a, b], its rotations [n, a', a]
         rotation = type(rotation)(

@@ -1,7 +1,7 @@
-"""A low-rank projector, held as plain tensors in an optimizer's per-parameter state.
+"""Low-rank projectors, stored as plain tensors in an optimizer's per-parameter state.
 
 The state's keys are ``projector_left`` ``[m, r]`` and ``projector_right`` ``[n, r]``, one or both;
-or ``projector_seed`` for a Gaussian projector, which is drawn anew at each use and never stored.
+or ``projector_seed`` for a Gaussian projector, which is drawn again at each use and never stored.
 """
 
 import math
@@ -21,7 +21,7 @@ SIDES = ("auto", "left", "right", "both")
 
 @dataclass(frozen=True)
 class Rotation:
-    """How coordinates of the last subspace become those of the new: ``x → L x Rᵀ``."""
+    """Change of basis from the previous subspace to the new one: ``x → L x Rᵀ``."""
 
     left: Tensor | None
     right: Tensor | None
@@ -32,14 +32,14 @@ class Rotation:
         return low if self.right is None else low @ self.right.to(low.dtype).mT
 
     def of_squares(self, low: Tensor) -> Tensor:
-        """Rotate second moments, as if coordinates were uncorrelated: by the squared entries."""
+        """Rotate second moments by the squared entries, as if coordinates were uncorrelated."""
         left = None if self.left is None else self.left.square()
         right = None if self.right is None else self.right.square()
         return Rotation(left, right)(low)
 
 
 def resolve_side(side: str, shape: torch.Size) -> str:
-    """`auto` projects the shorter dimension: `right` for ``m >= n``, else `left`."""
+    """Resolve `auto` to the shorter dimension: `right` for ``m >= n``, else `left`."""
     if side != "auto":
         return side
     return "right" if shape[-2] >= shape[-1] else "left"
@@ -55,10 +55,10 @@ def refresh(
     seed: int,
     shards: Shards = WHOLE,
 ) -> Rotation | None:
-    """Put the leading subspace of ``grad`` ``[..., m, n]`` into ``state``.
+    """Store the leading subspace of ``grad`` ``[..., m, n]`` in ``state``.
 
-    A projector is cut as its dimension of the gradient is. Returns the rotation from the last
-    subspace to this one; None where there was none.
+    A projector is sharded like its dimension of the gradient. Returns the rotation from the
+    previous subspace to the new one, or None if there was no previous one.
     """
     side = resolve_side(side, shards.shape(grad.shape))
     rotations: dict[str, Tensor | None] = {"left": None, "right": None}
@@ -73,19 +73,19 @@ def refresh(
             rotations[name] = new.mT @ old.to(new.dtype)
             rotated = True
         # Contiguous, as a checkpoint gives it back: products round by the layout of their factors.
-        # And a copy: a part would keep the storage of the whole.
+        # And a copy: a slice would keep the storage of the whole.
         part = cut.part(new).to(grad.dtype)
         state[key] = part.clone(memory_format=torch.contiguous_format)
     return Rotation(**rotations) if rotated else None
 
 
 def has_projector(state: State) -> bool:
-    """Whether ``state`` holds a projector."""
+    """Return whether ``state`` holds a projector."""
     return any(key.startswith("projector_") for key in state)
 
 
 def project(state: State, grad: Tensor, shards: Shards = WHOLE) -> Tensor:
-    """``PᵀG``, ``G Q`` or ``PᵀG Q``."""
+    """Project a gradient onto the subspace: ``PᵀG``, ``G Q`` or ``PᵀG Q``."""
     left, right = _factors(state, grad)
     low = grad if left is None else left.mT @ grad
     low = low if right is None else low @ right
@@ -94,10 +94,10 @@ def project(state: State, grad: Tensor, shards: Shards = WHOLE) -> Tensor:
 
 
 def subtract_back_(weight: Tensor, state: State, low: Tensor, *, size: float, keep: float) -> None:
-    """``W ← keep · W − size · back(low)`` in place, without a full-size temporary where 2-D.
+    """Apply ``W ← keep · W − size · back(low)`` in place (see :func:`back`).
 
-    ``back`` is ``P low``, ``low Qᵀ`` or ``P low Qᵀ``. A weight narrower than ``low`` takes the
-    temporary: the factors of the product would be rounded to it.
+    A 2-D weight takes no full-size temporary, unless its dtype is narrower than that of ``low``:
+    the factors of the product would be rounded to it.
     """
     if weight.ndim != 2 or torch.promote_types(weight.dtype, low.dtype) != weight.dtype:
         update = back(state, low).reshape(weight.shape)
@@ -114,14 +114,14 @@ def subtract_back_(weight: Tensor, state: State, low: Tensor, *, size: float, ke
 
 
 def back(state: State, low: Tensor) -> Tensor:
-    """``P low``, ``low Qᵀ`` or ``P low Qᵀ``."""
+    """Map ``low`` back to the weight's shape: ``P low``, ``low Qᵀ`` or ``P low Qᵀ``."""
     left, right = _factors(state, low)
     full = low if left is None else left @ low
     return full if right is None else full @ right.mT
 
 
 def _factors(state: State, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """``P`` and ``Q`` in the dtype of ``like``: a loaded state may have another than the weight."""
+    """Return ``P`` and ``Q`` in the dtype of ``like``, from which a loaded state may differ."""
     left, right = state.get("projector_left"), state.get("projector_right")
     return (
         None if left is None else left.to(like.dtype),
@@ -130,7 +130,7 @@ def _factors(state: State, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
 
 
 def gaussian(seed: int, rows: int, rank: int, like: Tensor) -> Tensor:
-    """``[rows, rank]`` of N(0, 1/rank), the same for the same seed on the same kind of device."""
+    """Draw ``[rows, rank]`` from N(0, 1/rank), the same for a seed on one type of device."""
     # There is no generator for shapes alone, which is all the memory account asks for.
     generator = None if like.is_meta else torch.Generator(like.device).manual_seed(seed)
     dtype = torch.promote_types(like.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Builds the emulated CUDA library: ``build(folder)``. See ``cuda_runtime.h`` beside this file."""
+"""Build the emulated CUDA library: ``build(folder)``. See ``cuda_runtime.h`` beside this file."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 # What the sanitizer finds (a misaligned access, an index out of bounds) ends the process.
-# Fortified, as some compilers are by default, longjmp takes a change between fibers for an attack.
+# With FORTIFY_SOURCE, a default of some compilers, longjmp takes a switch of fibers for an attack.
 FLAGS = [
     *("-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-strict-aliasing"),
     *("-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-function"),
@@ -19,10 +19,10 @@ FLAGS = [
 
 
 def build(folder: Path) -> Path:
-    """Compile the kernels for the CPU, unless ``folder`` has them already; returns the library.
+    """Compile the kernels for the CPU, unless ``folder`` has them; return the library's path.
 
     Raises:
-        RuntimeError: no g++, or its error message.
+        RuntimeError: there is no g++, or it fails; the message is its own.
     """
     cuda = HERE.parent
     target = folder / "emulated_cuda.so"
@@ -54,7 +54,7 @@ def build(folder: Path) -> Path:
 
 
 def run(command: list[str]) -> None:
-    """Run a compiler; an error is its own words."""
+    """Run a compiler; raise an error with the compiler's own message."""
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{result.stderr.strip()}")

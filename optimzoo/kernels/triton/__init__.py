@@ -1,4 +1,4 @@
-"""The update kernels in Triton, for GPUs whose native library was not built.
+"""Update kernels in Triton, for GPUs whose native library was not built.
 
 The functions are those of :mod:`optimzoo.kernels.native`, with the semantics of
 ``csrc/include/optimzoo.h``: ``scale_``, ``adam_``, ``reduce_``, ``apply_``, ``center_``. Importing
@@ -19,7 +19,7 @@ _HOMES = {f"{name}_": name for name in ("scale", "adam", "reduce", "apply", "cen
 
 @functools.cache
 def why_not() -> str:
-    """Why it is not available; empty if it is."""
+    """Return why Triton is not available; empty if it is."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install triton"
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -32,7 +32,7 @@ def why_not() -> str:
 
 
 def available() -> bool:
-    """Whether Triton and a device for it are here."""
+    """Return whether Triton and a device for it are available."""
     return not why_not()
 
 

@@ -33,7 +33,7 @@ from optimzoo.kernels.triton.table import Record, block, number, owner, pointer,
 
 @triton.jit
 def _correction(step, log_beta):
-    """1 - beta^step, in float64 as it is a small difference of large numbers."""
+    """Return 1 - beta^step, in float64 as it is a small difference of large numbers."""
     return (1.0 - tl.exp((step * log_beta).to(tl.float64))).to(tl.float32)
 
 
@@ -44,7 +44,7 @@ def _clip(g, clip):
 
 @triton.jit
 def _clamped(update, limit):
-    """NaN stays NaN."""
+    """Clamp to [-limit, limit]; NaN stays NaN."""
     return tl.where(update > limit, limit, tl.where(update < -limit, -limit, update))
 
 
@@ -146,10 +146,10 @@ def adam_(
     max_update: float | None = None,
     **shared: Any,
 ) -> None:
-    """Adam's step on each tensor, or its direction; ``shared`` as in :func:`launch.scalars`.
+    """Take Adam's step, or write its direction; ``shared`` as in :func:`launch.scalars`.
 
     Raises:
-        ValueError: a step count is missing, and it is not the direction that is asked for.
+        ValueError: a step count is missing, and ``direction`` is False.
     """
     if not params:
         return
@@ -191,7 +191,7 @@ def step_records(
     max_update: float | None = None,
     **arguments: Any,
 ) -> None:
-    """One launch; the other arguments are the kernel's own."""
+    """Launch the kernel once per bucket of ``records``; it takes ``arguments`` as they are."""
     logs = [math.log(beta) if beta > 0 else -math.inf for beta in betas]
     launch(
         _adam,

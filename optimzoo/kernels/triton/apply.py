@@ -1,5 +1,5 @@
 # mypy: disallow-untyped-defs=False
-"""A step along the gradient, scaled by row, by column or as a whole: ``oz_*_apply``."""
+"""Steps along gradients that are scaled by row, by column or as a whole: ``oz_*_apply``."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -99,7 +99,7 @@ def apply_(
     maximize: bool = False,
     **shared: Any,
 ) -> None:
-    """A step along ``scales * grads``; ``shared`` as in :func:`launch.scalars`."""
+    """Step along ``scales * grads``; ``shared`` as in :func:`launch.scalars`."""
     if not params:
         return
     gradient, rounding = scalars(maximize=maximize, **shared)
@@ -114,7 +114,7 @@ def apply_(
 
 
 def apply_records(records: Iterable[Record], kinds: Sequence[int], **arguments: Any) -> None:
-    """One launch for each kind of scale."""
+    """Launch the kernel once for each kind of scale."""
     by_kind: dict[int, list[Record]] = {}
     for record, kind in zip(records, kinds, strict=True):
         by_kind.setdefault(kind, []).append(record)

@@ -1,5 +1,5 @@
 # mypy: disallow-untyped-defs=False
-"""SWAN's row statistics, rows less their mean over their deviation: ``oz_*_center``."""
+"""SWAN's row normalisation, rows less their mean over their deviation: ``oz_*_center``."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -87,7 +87,7 @@ def center_(
     maximize: bool = False,
     **shared: Any,
 ) -> None:
-    """Centred and scaled rows into ``outs``; ``shared`` as in :func:`launch.scalars`."""
+    """Write centred and scaled rows to ``outs``; ``shared`` as in :func:`launch.scalars`."""
     if not outs:
         return
     gradient, rounding = scalars(maximize=maximize, **shared)

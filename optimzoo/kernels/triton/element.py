@@ -1,5 +1,5 @@
 # mypy: disallow-untyped-defs=False
-"""What the kernels do to elements: read, round, write. All arithmetic is in float32."""
+"""Element-wise functions of the kernels: read, round, write. All arithmetic is in float32."""
 
 import triton
 import triton.language as tl
@@ -7,13 +7,13 @@ import triton.language as tl
 
 @triton.jit
 def read(pointer, inside):
-    """Elements as float32; zeros outside."""
+    """Load elements as float32; zeros outside."""
     return tl.load(pointer, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def gradient_scale(sign, grad_scale):
-    """What gradients are multiplied by."""
+    """Return the factor of the gradients: the sign, over the loss scale if there is one."""
     if grad_scale is not None:
         sign = sign / tl.load(grad_scale)
     return sign
@@ -21,7 +21,7 @@ def gradient_scale(sign, grad_scale):
 
 @triton.jit
 def nearest(x, TYPE: tl.constexpr):
-    """Float32 in TYPE, to nearest, ties to even."""
+    """Round float32 to TYPE, to nearest, ties to even."""
     if TYPE == tl.bfloat16:
         # By hand: the interpreter's cast cuts the low bits off.
         bits = x.to(tl.uint32, bitcast=True)
@@ -34,7 +34,7 @@ def nearest(x, TYPE: tl.constexpr):
 
 @triton.jit
 def direction(grad, exp_avg, at, inside, factor, rest, M: tl.constexpr):
-    """The gradient, or the momentum, as it is stored, once it has taken the gradient in."""
+    """Return the gradient, or the momentum as stored, after it has averaged the gradient in."""
     g = read(grad + at, inside) * factor
     if M is not None:
         m = read(exp_avg + at, inside)
@@ -46,14 +46,14 @@ def direction(grad, exp_avg, at, inside, factor, rest, M: tl.constexpr):
 
 @triton.jit
 def clipped(g, bound, ratio):
-    """Stable-SPAM's clipping: g, times the ratio where it is beyond the bound, if that is > 0."""
+    """Multiply g by the ratio where it exceeds the bound, if that is > 0 (Stable-SPAM)."""
     bound = tl.where(bound > 0, bound, float("inf"))
     return tl.where(tl.abs(g) > bound, ratio * g, g)
 
 
 @triton.jit
 def inverse_length(squares, n, eps, L2: tl.constexpr):
-    """The reciprocal of SCALE's divisor, from a sum of n squares; of NaN, NaN."""
+    """Return the reciprocal of SCALE's divisor, from a sum of n squares; NaN stays NaN."""
     if not L2:
         squares = squares / n
     length = tl.sqrt(squares)
@@ -62,7 +62,7 @@ def inverse_length(squares, n, eps, L2: tl.constexpr):
 
 @triton.jit
 def hashed(x):
-    """The 32-bit finaliser of MurmurHash3, of uint32."""
+    """Hash uint32 by the 32-bit finaliser of MurmurHash3."""
     x = (x ^ (x >> 16)) * 0x85EBCA6B
     x = (x ^ (x >> 13)) * 0xC2B2AE35
     return x ^ (x >> 16)
@@ -70,7 +70,7 @@ def hashed(x):
 
 @triton.jit
 def rounding_key(index, first_index, step_low, step_high, seed_low, seed_high):
-    """Of the tensor with this index; the arguments are the words of the counter, as int32."""
+    """Return the key of the tensor with this index; the counter's words are int32."""
     key = hashed((index + first_index).to(tl.uint32))
     key = hashed(step_high.to(tl.uint32, bitcast=True) ^ key)
     key = hashed(step_low.to(tl.uint32, bitcast=True) ^ key)
@@ -80,7 +80,7 @@ def rounding_key(index, first_index, step_low, step_high, seed_low, seed_high):
 
 @triton.jit
 def random_bits(element, key, HUGE: tl.constexpr):
-    """Of the elements with these indices; HUGE: some may be 2^32 or more."""
+    """Return the bits of the elements with these indices; HUGE: some may be 2^32 or more."""
     if HUGE:
         inner = hashed((element >> 32).to(tl.uint32) ^ key)
     else:
@@ -103,7 +103,7 @@ def _stochastic_float16(x, whole, finite, bits):
 
 @triton.jit
 def stochastic(x, bits, TYPE: tl.constexpr):
-    """Float32 in TYPE, rounded as :mod:`optimzoo.lowbit.stochastic` says."""
+    """Round float32 to TYPE as :mod:`optimzoo.lowbit.stochastic` specifies."""
     whole = x.to(tl.uint32, bitcast=True)
     finite = (whole & 0x7F800000) != 0x7F800000
     if TYPE == tl.bfloat16:

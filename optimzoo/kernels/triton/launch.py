@@ -1,4 +1,4 @@
-"""Launching a kernel over many tensors: buckets of like tensors, and their tables."""
+"""Launches of a kernel over many tensors: buckets of like tensors, and their tables."""
 
 import functools
 import itertools
@@ -14,7 +14,7 @@ from optimzoo.kernels.table import Rate
 from optimzoo.kernels.triton.table import Record
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-# Arguments that change from step to step, or lie anywhere: no kernel is compiled anew for them.
+# Arguments that change between steps, or have any address: no kernel is specialized for them.
 UNSPECIALIZED = (
     *("count", "rates", "grad_scale", "found_inf"),
     *("seed_low", "seed_high", "step_low", "step_high", "first_index"),
@@ -23,7 +23,7 @@ _STAGING = 1 << 20  # int64s, 8 MiB: tables of some 80 captures of 1,000 tensors
 
 
 class Tile(NamedTuple):
-    """How a tensor is cut: a kernel's constants, its warps, and the tensor's number of programs."""
+    """Tiling of a tensor: a kernel's constants, its warps, and the tensor's number of programs."""
 
     constants: tuple[tuple[str, int], ...]
     warps: int
@@ -31,17 +31,17 @@ class Tile(NamedTuple):
 
 
 def pow2(n: int) -> int:
-    """The least power of two that is not below ``n``."""
+    """Return the least power of two that is not below ``n``."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def ceil_div(a: int, b: int) -> int:
-    """``a / b``, rounded up."""
+    """Return ``a / b``, rounded up."""
     return -(-a // b)
 
 
 def row_tile(record: Record) -> Tile:
-    """Whole rows, several if they are short; a row beyond 16,384 is read twice, in parts."""
+    """Tile whole rows, several if they are short; one beyond 16,384 is read twice, in parts."""
     width = pow2(record.cols)
     loop = width > 16384
     if loop:
@@ -53,7 +53,7 @@ def row_tile(record: Record) -> Tile:
 
 
 def block_tile(record: Record, size: int = 4096) -> Tile:
-    """Blocks of ``size`` elements, 512 columns wide where the tensor is tall enough."""
+    """Tile blocks of ``size`` elements, 512 columns wide where the tensor is tall enough."""
     height = min(pow2(record.rows), max(8, size // pow2(record.cols)))
     width = min(pow2(record.cols), size // height)
     units = ceil_div(record.rows, height) * ceil_div(record.cols, width)
@@ -61,19 +61,19 @@ def block_tile(record: Record, size: int = 4096) -> Tile:
 
 
 def flat_tile(record: Record, size: int = 2048) -> Tile:
-    """Blocks of ``size`` elements in a row; the record is ``[1, n]``."""
+    """Tile blocks of ``size`` elements in a row; the record is ``[1, n]``."""
     return Tile((("C", size),), 8 if mixed(record) else 4, ceil_div(record.cols, size))
 
 
 def mixed(record: Record) -> bool:
-    """Whether what is written differs in size: the threads then exchange it, and need registers."""
+    """Return whether the outputs differ in element size: to exchange them takes registers."""
     return len({t.element_size() for t in (record.param, record.exp_avg) if t is not None}) > 1
 
 
 def launch(
     kernel: Any, records: Iterable[Record], tile_of: Callable[[Record], Tile], **arguments: Any
 ) -> None:
-    """One launch for all records that are alike in types, alignment and tile; empty ones none."""
+    """Launch once for all records alike in types, alignment and tile; leave out empty ones."""
     buckets: dict[Any, tuple[list[Record], list[int]]] = {}
     for record in records:
         if record.rows and record.cols:
@@ -100,7 +100,7 @@ def launch(
 def rates_table(
     lr: Rate | list[Rate], weight_decay: float | list[float], count: int, device: torch.device
 ) -> Tensor:
-    """The learning rate and the decay of each of so many tensors, in pairs, on the device."""
+    """Return the learning rate and the decay of ``count`` tensors, in pairs, on the device."""
     lrs = lr if isinstance(lr, list) else [lr] * count
     decays = weight_decay if isinstance(weight_decay, list) else [weight_decay] * count
     numbers = [0.0 if isinstance(rate, Tensor) else rate for rate in lrs]
@@ -122,7 +122,7 @@ def scalars(
     step: int = 0,
     first_index: int = 0,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What several kernels take: arguments on gradients, those on rounding."""
+    """Return the arguments that several kernels take: on gradients, and on rounding."""
     gradient = {
         "sign": -1.0 if maximize else 1.0,
         "grad_scale": grad_scale,
@@ -154,13 +154,13 @@ def _types(record: Record) -> tuple[Any, ...]:
 
 
 def _aligned(record: Record) -> bool:
-    """Whether each row of each tensor begins where a 16-byte load may."""
+    """Return whether each row of each tensor begins where a 16-byte load may."""
     tensors = (t for t in record[:4] if t is not None)
     return record.cols % 8 == 0 and all(t.data_ptr() % 16 == 0 for t in tensors)
 
 
 def _columns(bucket: list[Record], units: list[int]) -> tuple[int, ...]:
-    """The table's values, field by field."""
+    """Return the table's values, field by field."""
     first = itertools.accumulate(units, initial=0)
     rows = [
         (*(0 if t is None else t.data_ptr() for t in record[:7]), *record[7:], start)
@@ -179,14 +179,13 @@ def _upload(values: tuple[int, ...], device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _cached(values: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    """A table stays valid as long as its content, so that is the key; and it is ready in order
-    only on the stream that it was copied on."""
+    """Copy a table to the device; cached by content, and by the stream on which it is ready."""
     _staging()
     return torch.tensor(values).pin_memory().to(device, non_blocking=True)
 
 
 class _Staging:
-    """Pinned memory that captured graphs copy their tables from, at every replay: never reused.
+    """Pinned memory from which captured graphs copy their tables at every replay: never reused.
 
     It is allocated at the first launch, as nothing may be pinned during a capture.
     """

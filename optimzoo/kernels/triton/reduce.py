@@ -1,7 +1,7 @@
 # mypy: disallow-untyped-defs=False
 """Sums of squares by row, by column and over a clipped tensor: ``oz_*_reduce``.
 
-Each sum is over fixed parts in a fixed order, without atomics: the same input, the same bits.
+Each sum is over fixed parts in a fixed order, without atomics: equal inputs give equal bits.
 """
 
 from collections.abc import Sequence
@@ -84,7 +84,7 @@ def _column_parts(
     C: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Of CHUNK rows; the momentum, if there is one, takes the gradient in on the way."""
+    """Sum squares of CHUNK rows by column; the momentum, if any, averages the gradient in first."""
     mine = owner(table, count)
     grad = pointer(mine, count, T.GRAD, G, ALIGNED)
     exp_avg = pointer(mine, count, T.EXP_AVG, M, ALIGNED)
@@ -122,7 +122,7 @@ def _column_ends(
     R: tl.constexpr,
     C: tl.constexpr,
 ):
-    """The sums of the parts, which are the matrix; INVERT: the inverse of SCALE's divisor."""
+    """Sum the parts, which are the matrix; INVERT: write the inverse of SCALE's divisor."""
     mine = owner(table, count)
     parts = pointer(mine, count, T.GRAD, tl.float32, False)
     out = pointer(mine, count, T.EXTRA, tl.float32, False)
@@ -153,7 +153,7 @@ def _clipped_parts(
     C: tl.constexpr,
     SPAN: tl.constexpr,
 ):
-    """Of SPAN elements: their largest size, and the sum of squares once clipped."""
+    """Reduce SPAN elements to their largest magnitude and the sum of squares once clipped."""
     mine = owner(table, count)
     grad = pointer(mine, count, T.GRAD, G, ALIGNED)
     extra = pointer(mine, count, T.EXTRA, tl.float32, False)
@@ -188,7 +188,7 @@ def _clipped_ends(
     HUGE: tl.constexpr,
     C: tl.constexpr,
 ):
-    """The largest and the sum of the parts, of which there are `rows`, two numbers each."""
+    """Reduce the parts, `rows` pairs of a largest magnitude and a sum, to one pair."""
     mine = owner(table, count)
     parts = pointer(mine, count, T.GRAD, tl.float32, False)
     out = pointer(mine, count, T.EXTRA, tl.float32, False)
@@ -212,7 +212,7 @@ def reduce_(
     maximize: bool = False,
     **shared: Any,
 ) -> None:
-    """Sums into ``outs``, by each tensor's kind; ``shared`` as in :func:`launch.scalars`."""
+    """Write sums to ``outs`` by each tensor's kind; ``shared`` as in :func:`launch.scalars`."""
     if not grads:
         return
     gradient, _ = scalars(maximize=maximize, **shared)
@@ -235,7 +235,7 @@ def column_sums(
     INVERT: bool = False,
     **gradient: Any,
 ) -> None:
-    """Sums by column of squared gradients, or of momenta that take them in, into ``extra``."""
+    """Write sums by column of squared gradients, or of updated momenta, to ``extra``."""
     records = [r for r in records if r.rows and r.cols]
     chunks = [ceil_div(r.rows, _CHUNK) for r in records]
     scratch = _scratch([n * r.cols for n, r in zip(chunks, records, strict=True)], records)

@@ -167,7 +167,7 @@ def scale_(
     maximize: bool,
     **shared: Any,
 ) -> None:
-    """SCALE's step on each tensor, by its kind; ``shared`` as in :func:`launch.scalars`."""
+    """Take SCALE's step on each tensor by its kind; ``shared`` as in :func:`launch.scalars`."""
     if not params:
         return
     gradient, rounding = scalars(maximize=maximize, **shared)
@@ -188,7 +188,7 @@ def scale_(
 
 
 def _step_columns(records: list[Record], own: dict[str, Any], *, eps: float, L2: bool) -> None:
-    """Sums by column, which also average the momentum; then a step scaled by their inverses."""
+    """Sum squares by column, which also updates the momentum; then step by their inverses."""
     if not records:
         return
     own = dict(own)

@@ -1,5 +1,5 @@
 # mypy: disallow-untyped-defs=False
-"""The table that tells a launch's programs which tensor is theirs, and where it lies.
+"""Table that tells a launch's programs which tensor is theirs, and its addresses.
 
 It is an int64 array ``[fields, tensors]`` on the device: addresses, sizes, and the first program of
 each tensor. So one launch steps all tensors of a kind, and its arguments do not grow with them.
@@ -26,7 +26,7 @@ FIRST = tl.constexpr(11)
 
 
 class Record(NamedTuple):
-    """One tensor's column of the table, but for its first program; None: there is none."""
+    """One tensor's column of the table, except its first program; None if it has no such tensor."""
 
     param: Tensor | None
     grad: Tensor
@@ -43,20 +43,20 @@ class Record(NamedTuple):
 
 @triton.jit
 def number(mine, count, FIELD: tl.constexpr):
-    """A field of a tensor, `mine` being its column of a table of `count`."""
+    """Load a field of a tensor, `mine` being its column of a table of `count`."""
     return tl.load(mine + FIELD * count)
 
 
 @triton.jit
 def rates_of(rates, mine, count):
-    """A tensor's learning rate and decay."""
+    """Load a tensor's learning rate and decay."""
     at = rates + 2 * number(mine, count, INDEX)
     return tl.load(at), tl.load(at + 1)
 
 
 @triton.jit
 def owner(table, count):
-    """The column of this program's tensor: the last whose first program is not after it."""
+    """Return the column of this program's tensor: the last whose first program is not after it."""
     program = tl.program_id(0)
     low = 0
     high = count
@@ -70,13 +70,13 @@ def owner(table, count):
 
 @triton.jit
 def unit(mine, count):
-    """Which part of its tensor this program works on."""
+    """Return the index of this program among those of its tensor."""
     return tl.program_id(0) - number(mine, count, FIRST)
 
 
 @triton.jit
 def pointer(mine, count, FIELD: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """A pointer to elements of TYPE; ALIGNED: to 16 bytes; TYPE None: nothing to point to."""
+    """Return a pointer to TYPE, aligned to 16 bytes if ALIGNED; the address if TYPE is None."""
     address = number(mine, count, FIELD)
     if TYPE is not None:
         address = address.to(tl.pointer_type(TYPE))
@@ -87,7 +87,7 @@ def pointer(mine, count, FIELD: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.co
 
 @triton.jit
 def height(mine, count, found_inf):
-    """Rows; none, so that nothing is written, if `found_inf` is not zero."""
+    """Load the number of rows; 0, so that nothing is written, if `found_inf` is not zero."""
     rows = number(mine, count, ROWS)
     if found_inf is not None:
         rows = tl.where(tl.load(found_inf) != 0, 0, rows)
@@ -96,22 +96,22 @@ def height(mine, count, found_inf):
 
 @triton.jit
 def width(mine, count, ALIGNED: tl.constexpr):
-    """Columns."""
+    """Load the number of columns."""
     cols = number(mine, count, COLS)
     if ALIGNED:
-        cols = cols // 8 * 8  # as they are; but from this the compiler knows what they are
+        cols = cols // 8 * 8  # unchanged, but tells the compiler that it is a multiple of 8
     return cols
 
 
 @triton.jit
 def tile(row, col, rows, cols):
-    """Row-major indices of all pairs of these rows and columns, and which of them exist."""
+    """Return row-major indices of all pairs of these rows and columns, and which of them exist."""
     inside = (row < rows)[:, None] & (col < cols)[None, :]
     return row[:, None] * cols + col[None, :], inside
 
 
 @triton.jit
 def block(mine, count, found_inf, ALIGNED: tl.constexpr, C: tl.constexpr):
-    """Indices of this program's C elements of a tensor ``[1, n]``, and which of them exist."""
+    """Return indices of this program's C elements of a tensor ``[1, n]``, and which exist."""
     at = unit(mine, count) * C + tl.arange(0, C)
     return at, at < width(mine, count, ALIGNED) * height(mine, count, found_inf)
