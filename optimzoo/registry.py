@@ -69,7 +69,7 @@ _INFOS = [
         "muon",
         Muon,
         "orthogonalised momentum on hidden weights, AdamW on the rest",
-        "torch.optim.Muon + torch.optim.AdamW",
+        "kellerjordan.github.io/posts/muon",
         other_lr="other_lr",
         state="1 x hidden + 2 x rest",
     ),
