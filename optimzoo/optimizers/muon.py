@@ -168,7 +168,7 @@ class Muon(HiddenRule):
         group = copy_group(param_group)
         params = group["params"]
         if isinstance(params, set):  # torch has the error for this
-            super().add_param_group(group)
+            super().add_param_group({**self._adam, **group})
         group["params"] = params = [params] if hasattr(params, "ndim") else list(params)
         self._check_group(group)
         names = group.pop("param_names", None)
