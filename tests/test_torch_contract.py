@@ -8,7 +8,6 @@ import torch
 from optimizer_db import (
     LR,
     OPTIM_DB,
-    SCALE_INFO,
     SCHEDULERS,
     ZOO,
     Tiny,
