@@ -197,7 +197,7 @@ def create_optimizer(
         other_lr: learning rate of the rest (SCALE's vectors, if `vector_lr` is given, take that);
             default: the method's own default, or `lr`.
         **hyper: the method's other hyperparameters; torch's optimizers take `rounding` and `seed`
-            too, as ours do: rounded stochastically they step one weight at a time, with float32 state.
+            too, as ours do: rounded so they step weight by weight, with float32 state.
 
     Raises:
         ValueError: an unknown name or hyperparameter, one without a default that is missing
