@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from optimzoo.core.group_rates import watch
 from optimzoo.core.optimizer import RoleOptimizer
-from optimzoo.core.per_role import ByRole
+from optimzoo.core.rounded import Rounded
 from optimzoo.flattened import refuse_flattened
 from optimzoo.optimizers.adams import AdamS
 from optimzoo.optimizers.apollo import APOLLO, APOLLOMini
@@ -24,7 +24,7 @@ from optimzoo.optimizers.natural_galore import NaturalGaLore
 from optimzoo.optimizers.scale import SCALE
 from optimzoo.optimizers.stable_spam import StableSPAM
 from optimzoo.optimizers.swan import SWAN
-from optimzoo.roles import ROLES, param_groups
+from optimzoo.roles import param_groups
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ _INFOS = [
         "muon",
         Muon,
         "orthogonalised momentum on hidden weights, AdamW on the rest",
-        "torch.optim.Muon + torch.optim.AdamW",
+        "kellerjordan.github.io/posts/muon",
         other_lr="other_lr",
         state="1 x hidden + 2 x rest",
     ),
@@ -197,7 +197,7 @@ def create_optimizer(
         other_lr: learning rate of the rest (SCALE's vectors, if `vector_lr` is given, take that);
             default: the method's own default, or `lr`.
         **hyper: the method's other hyperparameters; torch's optimizers take `rounding` and `seed`
-            too, as ours do: stochastic rounding makes them :class:`ByRole`, with float32 state.
+            too, as ours do: rounded so they step weight by weight, with float32 state.
 
     Raises:
         ValueError: an unknown name or hyperparameter, one without a default that is missing
@@ -237,8 +237,8 @@ def create_optimizer(
     rounds = _rounding_of_torch(list(inspect.signature(info.make).parameters))
     rounding = {key: hyper.pop(key) for key in rounds if key in hyper}
     if rounding.get("rounding", "nearest") != "nearest":
-        rule: Any = (info.make, hyper)
-        return ByRole(groups, dict.fromkeys(ROLES, rule), **rounding)
+        make: Any = info.make
+        return Rounded(groups, make, hyper, **rounding)
     optimizer = info.make(groups, **hyper)
     if not isinstance(optimizer, RoleOptimizer):
         watch(optimizer)

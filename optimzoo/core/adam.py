@@ -96,6 +96,7 @@ def adam(
     differentiable: bool = False,
     counters: Sequence[Counter | None] | None = None,
     max_update: float | None = None,
+    eps_before: bool = True,
 ) -> None:
     """One step of Adam with decoupled weight decay, in place.
 
@@ -107,7 +108,8 @@ def adam(
 
     Computed in float32 where parameters or moments have 16 bits. Parameters of 16 bits that have a
     counter are rounded stochastically. What `lr` multiplies, but for the decay, is clamped to
-    ``[-max_update, max_update]``.
+    ``[-max_update, max_update]``. Without `eps_before`, ``eps`` is added after the bias correction,
+    as in ``torch.optim.AdamW``: it is ``eps · √(1 − β₂ᵗ)`` above.
     """
     if not params:
         return
@@ -116,6 +118,7 @@ def adam(
         rest = _fused_adam(
             *(params, grads, exp_avgs, exp_avg_sqs, steps, counters),
             *(lr, betas, eps, weight_decay, maximize, max_update),
+            eps_before=eps_before,
         )
         if not rest:
             return
@@ -125,7 +128,7 @@ def adam(
         foreach = _default_to_fused_or_foreach(params, differentiable)[1]
     rule = _multi_tensor_adam if foreach else _single_tensor_adam
 
-    options = (lr, betas, eps, weight_decay, capturable, max_update)
+    options = (lr, betas, eps, weight_decay, capturable, max_update, eps_before)
 
     def step(params: Any, grads: Any, means: Any, squares: Any, steps: Any) -> None:
         with widened(means, squares) as (means, squares):
@@ -144,6 +147,10 @@ def _correction(step: Tensor, betas: tuple[float, float], capturable: bool) -> f
     return bias_correction(step.item(), betas)
 
 
+def _eps(eps: float, step: Tensor, beta2: float, eps_before: bool) -> float:
+    return eps if eps_before else eps * math.sqrt(1 - beta2 ** step.item())
+
+
 def _single_tensor_adam(
     params: list[Tensor],
     grads: list[Tensor],
@@ -156,6 +163,7 @@ def _single_tensor_adam(
     weight_decay: float,
     capturable: bool,
     max_update: float | None,
+    eps_before: bool,
 ) -> None:
     beta1, beta2 = betas
     for p, g, m, v, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
@@ -164,7 +172,8 @@ def _single_tensor_adam(
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         # With `differentiable` autograd keeps m for the backward, and the next step changes it.
         mean = m.clone() if m.requires_grad else m
-        update = mean / (v.sqrt() + eps) * _correction(step, betas, capturable)
+        denominator = v.sqrt() + _eps(eps, step, beta2, eps_before)
+        update = mean / denominator * _correction(step, betas, capturable)
         if max_update is not None:
             update = update.clamp(-max_update, max_update)
         if weight_decay != 0:
@@ -185,6 +194,7 @@ def _multi_tensor_adam(
     weight_decay: float,
     capturable: bool,
     max_update: float | None,
+    eps_before: bool,
 ) -> None:
     beta1, beta2 = betas
     torch._foreach_add_(steps, 1)
@@ -192,7 +202,10 @@ def _multi_tensor_adam(
     torch._foreach_mul_(exp_avg_sqs, beta2)
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, value=1 - beta2)
     update = torch._foreach_sqrt(exp_avg_sqs)
-    torch._foreach_add_(update, eps)
+    if eps_before:
+        torch._foreach_add_(update, eps)
+    else:
+        torch._foreach_add_(update, [_eps(eps, step, beta2, False) for step in steps])
     torch._foreach_reciprocal_(update)
     torch._foreach_mul_(update, exp_avgs)
     corrections: Any = [_correction(step, betas, capturable) for step in steps]
@@ -219,6 +232,8 @@ def _fused_adam(
     weight_decay: float,
     maximize: bool,
     max_update: float | None,
+    *,
+    eps_before: bool,
 ) -> list[dispatch.Item]:
     """Step what the kernels take, in one call a device; returns the rest."""
     items = map(dispatch.vector, params, grads, exp_avgs, exp_avg_sqs, steps, counters)
@@ -232,7 +247,7 @@ def _fused_adam(
             eps=eps,
             weight_decay=weight_decay,
             maximize=maximize,
-            eps_before=True,
+            eps_before=eps_before,
             max_update=max_update,
             **dispatch.rounding(chosen),
         )

@@ -48,6 +48,7 @@ class HiddenRule(RoleOptimizer):
     """
 
     _own_roles: ClassVar[tuple[str, ...]] = ("hidden",)
+    _eps_before: ClassVar[bool] = True  # the others' Adam adds eps before the bias correction
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, its options checked."""
@@ -104,20 +105,20 @@ class HiddenRule(RoleOptimizer):
                 self._step_hidden(wide, grad, state, group, index, shards)
 
     def _matrix(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor, Shards]:
-        """Weight and gradient as matrices ``[..., m, n]``: what this process has of them.
+        """Weight and gradient as matrices ``[..., m, n]``: what this process has of them."""
+        layout = {key: bool(group[key]) for key in ("transposed", "stacked")}
+        weight, grad = local_part(p), self._gradient(p, group)
+        return oriented(weight, group), as_matrix(grad, group), Shards.of(p, **layout)
+
+    def _gradient(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        """What is descended: what this process has of it, laid out as the weight is.
 
         A float16 gradient in float32: products of it, its ratios and its moments leave float16's
         range.
         """
-        layout = {key: bool(group[key]) for key in ("transposed", "stacked")}
-        shards = Shards.of(p, **layout)
-        weight, grad = local_part(p), local_part(p.grad, like=p)  # type: ignore[arg-type]
-        if p.ndim >= 2:
-            grad = matrix_view(grad, stacked=group["stacked"])
-            if group["transposed"] and grad.ndim == p.ndim:  # the rules want [out, in]
-                weight, grad = weight.mT, grad.mT
+        grad = local_part(p.grad, like=p)  # type: ignore[arg-type]
         grad = grad.float() if grad.dtype == torch.float16 else grad
-        return weight, -grad if group["maximize"] else grad, shards
+        return -grad if group["maximize"] else grad
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -178,7 +179,20 @@ class HiddenRule(RoleOptimizer):
             capturable=False,
             counters=[counters.get(p) for p in params],
             max_update=max_update,
+            eps_before=self._eps_before,
         )
+
+
+def oriented(tensor: Tensor, group: dict[str, Any]) -> Tensor:
+    """A weight, or what is laid out as it is, with ``[out, in]`` last, as the rules want it."""
+    matrices = tensor.ndim == 2 or (tensor.ndim > 2 and group["stacked"])
+    return tensor.mT if group["transposed"] and matrices else tensor
+
+
+def as_matrix(tensor: Tensor, group: dict[str, Any]) -> Tensor:
+    """A weight, or what is laid out as it is, as a matrix ``[..., out, in]``; vectors stay."""
+    matrix = matrix_view(tensor, stacked=group["stacked"]) if tensor.ndim > 1 else tensor
+    return oriented(matrix, group) if matrix.ndim == tensor.ndim else matrix
 
 
 def count_step(state: State, param: Tensor) -> int:

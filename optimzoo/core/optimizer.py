@@ -96,10 +96,6 @@ class RoleOptimizer(Optimizer):
             for handle in handles:
                 handle.remove()
 
-    def _keeps_state_dtype(self, param: Tensor) -> bool:
-        """Return whether a load keeps the dtypes of this parameter's state."""
-        return True
-
     def _restore(self, seen: dict[str, Any]) -> None:
         saved_ids = chain.from_iterable(group["params"] for group in seen["param_groups"])
         params = chain.from_iterable(group["params"] for group in self.param_groups)
@@ -107,8 +103,6 @@ class RoleOptimizer(Optimizer):
             for key, value in seen["state"].get(saved_id, {}).items():
                 loaded = self.state[param].get(key)
                 if not isinstance(value, Tensor) or not isinstance(loaded, Tensor):
-                    continue
-                if not self._keeps_state_dtype(param):
                     continue
                 device = torch.device("cpu") if key in _ON_CPU else loaded.device
                 narrow = {param.dtype, value.dtype} == {torch.float16} and key != "history"

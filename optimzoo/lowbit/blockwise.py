@@ -25,7 +25,8 @@ from optimzoo.lowbit.write_back import Counter
 BLOCK = 256
 SMALLEST = 4096  # elements; moments with fewer stay in float32
 _CHUNK = 1 << 20  # elements at a time, a multiple of BLOCK
-_MOMENTS = {"exp_avg": 1 << 31, "exp_avg_sq": 3 << 30}  # offsets of their counters' indices
+# Offsets of their counters' indices; no state has two with the same.
+_MOMENTS = {"exp_avg": 1 << 31, "exp_avg_sq": 3 << 30, "momentum_buffer": 1 << 31}
 
 
 def quantize(x: Tensor, *, signed: bool, counter: Counter | None = None) -> tuple[Tensor, Tensor]:
@@ -90,7 +91,7 @@ def opened(
         moment = state.get(key)
         if bits == 8 and moment is not None and moment.numel() >= SMALLEST:
             own = None if counter is None else counter._replace(index=counter.index + offset)
-            codes, scales = quantize(moment, signed=key == "exp_avg", counter=own)
+            codes, scales = quantize(moment, signed=key != "exp_avg_sq", counter=own)
             del state[key]
             state[f"{key}_codes"], state[f"{key}_scale"] = codes, scales
 

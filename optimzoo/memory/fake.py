@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_any, tree_map
 
 from optimzoo.kernels import dispatch, native
+from optimzoo.subspace import newton_schulz
 
 
 def fake_copy(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None) -> nn.Module:
@@ -97,7 +98,8 @@ def _made_real(fake: Tensor, func: Any) -> Tensor:
 def cuda_choices() -> Iterator[None]:
     """Make torch and the kernels choose for fake tensors of the CPU as they would on a GPU.
 
-    That is multi-tensor steps by default, and a kernel for everything that kernels take.
+    That is multi-tensor steps by default, a kernel for everything that kernels take, and stacks of
+    matrices.
     """
     optim = importlib.import_module("torch.optim.optimizer")  # no attribute of torch.optim
     with ExitStack() as stack:
@@ -105,6 +107,7 @@ def cuda_choices() -> Iterator[None]:
             (optim, "_foreach_supported_types", [*optim._foreach_supported_types, FakeTensor]),
             (optim, "_get_foreach_kernels_supported_devices", lambda: ["cpu", "cuda"]),
             (dispatch, "backend", lambda device_type: native.CPU),
+            (newton_schulz, "on_gpu", lambda matrix: True),
         ):
             stack.callback(setattr, module, name, getattr(module, name))
             setattr(module, name, value)

@@ -1,167 +1,311 @@
-"""Muon on the hidden weights, AdamW on the rest: torch's own two, behind one optimizer."""
+"""Muon: orthogonalised momentum on the hidden weights, AdamW on the rest."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW
 from torch.optim.optimizer import ParamsT
 
-from optimzoo.core.optimizer import check_lr
-from optimzoo.core.per_role import ByRole
+from optimzoo.core.matrix_optimizer import (
+    REST_DEFAULTS,
+    HiddenRule,
+    as_matrix,
+    oriented,
+    subtract_,
+)
+from optimzoo.core.optimizer import (
+    check_betas,
+    check_choice,
+    check_lr,
+    check_nonnegative,
+    copy_group,
+    scalar_lr,
+)
 from optimzoo.distributed import Shards, by_owners, local_part
-from optimzoo.roles import ROLES
-from optimzoo.subspace.newton_schulz import orthogonalize
+from optimzoo.lowbit import LOW, Counter, moment_dtype, opened, stand_in
+from optimzoo.roles import ROLES, role_of
+from optimzoo.subspace.newton_schulz import (
+    COEFFICIENTS,
+    Triple,
+    fast_dtype,
+    in_chunks,
+    in_stacks,
+    orthogonalize,
+    stacks,
+)
+
+# What torch multiplies a matrix's learning rate by, of its rows and columns.
+ADJUSTMENTS = {
+    "original": lambda rows, cols: math.sqrt(max(1.0, rows / cols)),
+    "match_rms_adamw": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols)),
+    "spectral_unclamped": lambda rows, cols: math.sqrt(rows / cols),
+}
+NS_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
-class ShardedMuon(getattr(torch.optim, "Muon", object)):  # type: ignore[misc]
-    """``torch.optim.Muon``, but for sharded weights and for weights on a CPU.
+class Muon(HiddenRule):
+    r"""Momentum, orthogonalised by Newton–Schulz iteration (Muon), and AdamW on the rest.
 
-    Sharded, torch's own step sums Gram matrices that each process has rounded to bfloat16. Here
-    momentum and decay stay with each process's part, and each weight is orthogonalised whole, by
-    one of them. On a CPU torch orthogonalises in bfloat16 too: a CPU without its instructions takes
-    a hundred times as long. Here it is float32 at least, the same iteration without that rounding.
-    """
+    For a weight of ``roles`` ``[m, n]`` with gradient ``G``, momentum ``M`` and ``μ`` `momentum`::
 
-    param_groups: list[dict[str, Any]]
+        M ← μ M + (1 − μ) G
+        X = μ M + (1 − μ) G                      (`nesterov`; else X = M)
+        X ← X / ‖X‖_F
+        X ← a X + b (X Xᵀ) X + c (X Xᵀ)² X       `ns_steps` times, on the shorter side
+        W ← (1 − ηλ) W − η s X                   s by `adjust_lr_fn`
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One optimization step; returns the closure's loss, if there is a closure."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        groups = self.param_groups
-        try:
-            for group in groups:
-                given = [p for p in group["params"] if p.grad is not None]
-                ours = [p for p in given if p.device.type == "cpu" or Shards.of(p).cut()]
-                known = {id(p) for p in ours}
-                rest = [p for p in group["params"] if id(p) not in known]
-                self.param_groups = [{**group, "params": rest}]
-                super().step()
-                self._step_ours(ours, group)
-        finally:
-            self.param_groups = groups
-        return loss
+    A convolution is a matrix ``[out, in · k]``, a stack of experts ``[e, m, n]`` is ``e`` matrices.
+    A weight that is no matrix in truth takes the rule of the rest, at `other_lr`: one row, one
+    column, and a convolution of one input channel a filter (depthwise). Its group is split for it.
+    The rest is ``torch.optim.AdamW``, with eps after the bias correction.
 
-    def _step_ours(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        updates = []
-        for p in params:
-            if p.grad.is_sparse:  # type: ignore[union-attr]
-                raise RuntimeError("Muon does not support sparse gradients")
-            state = self.state[p]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(p)
-            grad, mean = local_part(p.grad, like=p), local_part(state["momentum_buffer"])  # type: ignore[arg-type]
-            mean.lerp_(grad.to(mean.dtype), 1 - group["momentum"])
-            updates.append(grad.lerp(mean, group["momentum"]) if group["nesterov"] else mean)
-
-        def orthogonal(update: Tensor) -> Tensor:
-            """Where one step of torch's, of size 1 and without momentum, takes a weight of 0."""
-            if update.device.type == "cpu":
-                numbers = {"steps": group["ns_steps"], "eps": group["eps"]}
-                numbers["coefficients"] = group["ns_coefficients"]
-                return -_adjusted(update.shape, group) * orthogonalize(update, **numbers)
-            names = ("nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")
-            alone = {
-                **{k: group[k] for k in names},
-                "lr": 1.0,
-                "momentum": 0.0,
-                "weight_decay": 0.0,
-            }
-            weight = torch.zeros_like(update)
-            weight.grad = update
-            torch.optim.Muon([weight], **alone).step()
-            return weight
-
-        lr = float(group["lr"])
-        for i, step in by_owners(orthogonal, updates, [Shards.of(p) for p in params]):
-            weight = local_part(params[i])
-            weight.mul_(1 - lr * group["weight_decay"]).add_(step.to(weight.dtype), alpha=lr)
-
-
-def _adjusted(shape: torch.Size, group: dict[str, Any]) -> float:
-    """What torch multiplies a matrix's learning rate by."""
-    if group["adjust_lr_fn"] == "match_rms_adamw":
-        return 0.2 * math.sqrt(max(shape))
-    return math.sqrt(max(1.0, shape[0] / shape[1]))
-
-
-class Muon(ByRole):
-    """``torch.optim.Muon`` for ``roles`` and ``torch.optim.AdamW`` for the others.
-
-    State, in bytes a parameter: the weight's own size for Muon's roles, twice that for the others;
-    under float16 weights in float32.
+    State of a weight of ``roles``: `momentum_buffer` of its own size and dtype. The rest: two.
+    Under float16 weights, and with stochastic rounding, in float32.
 
     Args:
-        params: groups from :func:`optimzoo.param_groups`, or bare parameters (split by shape).
-        lr: Muon's learning rate.
-        momentum: Muon's momentum.
-        weight_decay: Muon's decoupled weight decay.
+        params: groups from :func:`optimzoo.param_groups`, or bare parameters (split by shape). A
+            group may have `heads`, a number of blocks of rows of each of its matrices, each of
+            which is orthogonalised and adjusted alone: 3 for a fused ``[3 d, d]`` QKV weight.
+        lr: η, Muon's learning rate. A group may carry its own.
+        momentum: μ.
+        weight_decay: λ, decoupled.
         nesterov: Nesterov momentum.
         ns_steps: Newton–Schulz iterations.
-        adjust_lr_fn: `None` or `original` (× √max(1, rows/columns)), or `match_rms_adamw`.
+        ns_coefficients: ``(a, b, c)``; or a sequence of them, one an iteration, as Polar Express
+            (arXiv 2505.16932) gives: then there are as many iterations, and `ns_steps` is unused.
+        ns_dtype: of the iteration, such as `float32`. `None`: bfloat16 where the machine multiplies
+            it faster (CUDA, a CPU with AMX), else float32; float64 for weights in it.
+        adjust_lr_fn: s: `None` or `original`, √max(1, m/n); `match_rms_adamw`, 0.2 √max(m, n), with
+            which AdamW's rates and decay serve; `spectral_unclamped`, √(m/n).
         other_lr: AdamW's learning rate.
-        other_betas: AdamW's betas.
-        other_eps: AdamW's eps.
+        other_betas: AdamW's betas; `betas` in a group.
+        other_eps: AdamW's eps; `eps` in a group.
         other_weight_decay: AdamW's weight decay; vectors of `param_groups` have none.
         roles: the roles that Muon trains; the SCALE paper's memory table counts all three matrices.
-        rounding: of weights of 16 bits: `nearest`, or `stochastic`, which has the unrounded result
-            as its expectation and keeps the state in float32.
+        maximize: ascend.
+        foreach: multi-tensor operations for the rest; `None` chooses.
+        rounding: of weights of 16 bits, once a step: `nearest`, or `stochastic`, which has the
+            unrounded result as its expectation and keeps the state in float32.
         seed: of stochastic rounding.
+        state_bits: 8 keeps momentum and moments of 4,096 elements and up as 8-bit codes, with a
+            float32 scale for each 256, rounded as `rounding` says; they are float32 temporaries
+            while their weight is stepped. Not for sharded weights.
 
     Raises:
-        ValueError: a weight of Muon's roles that is not 2-D; a hyperparameter out of range.
-        RuntimeError: torch is older than 2.9, which has no Muon.
-
-    On a CPU the Newton–Schulz iteration is in float32 at least, where torch's rounds to bfloat16.
+        ValueError: a hyperparameter out of range; `heads` that do not divide a matrix's rows.
+        RuntimeError: a sparse gradient, at `step`.
 
     Source: kellerjordan.github.io/posts/muon; the defaults of AdamW are those of its repository.
+    ``torch.optim.Muon`` is the same rule for matrices alone, in bfloat16 everywhere; with
+    `nesterov=False` and bfloat16 state it normalises its momentum itself, which stays here. Long
+    matrices are iterated on by their Gram matrix, in float32 and above (ours).
     """
+
+    _eps_before = False
 
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 2e-2,
+        lr: float | Tensor = 2e-2,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         *,
         nesterov: bool = True,
         ns_steps: int = 5,
+        ns_coefficients: Triple | Sequence[Triple] = COEFFICIENTS,
+        ns_dtype: str | torch.dtype | None = None,
         adjust_lr_fn: str | None = None,
-        other_lr: float = 3e-4,
+        other_lr: float | Tensor = 3e-4,
         other_betas: tuple[float, float] = (0.9, 0.95),
         other_eps: float = 1e-10,
         other_weight_decay: float = 0.0,
         roles: tuple[str, ...] = ("hidden",),
+        maximize: bool = False,
+        foreach: bool | None = None,
         rounding: str = "nearest",
         seed: int = 0,
+        state_bits: int | None = None,
     ) -> None:
-        if not hasattr(torch.optim, "Muon"):
-            raise RuntimeError(f"torch {torch.__version__} has no Muon; install torch>=2.9")
         check_lr(other_lr, "other_lr")
+        check_betas(other_betas)
+        check_nonnegative(other_eps=other_eps, other_weight_decay=other_weight_decay)
         unknown = set(roles) - set(ROLES)
         if unknown:
             raise ValueError(f"unknown role {unknown.pop()!r}; the roles are {', '.join(ROLES)}")
-        muon: dict[str, Any] = {
+        self._own_roles = tuple(roles)  # type: ignore[misc]
+        # In the groups alone: among the defaults, schedulers would cycle betas, not the momentum.
+        self._adam = {"betas": other_betas, "eps": other_eps}
+        self._other = {"lr": other_lr, "weight_decay": other_weight_decay}
+        defaults = {
             "lr": lr,
             "momentum": momentum,
             "weight_decay": weight_decay,
             "nesterov": nesterov,
             "ns_steps": ns_steps,
+            "ns_coefficients": ns_coefficients,
+            "ns_dtype": ns_dtype,
             "adjust_lr_fn": adjust_lr_fn,
+            "heads": 1,
+            "maximize": maximize,
+            "foreach": foreach,
+            "rounding": rounding,
+            "seed": seed,
+            "state_bits": state_bits,
+            **REST_DEFAULTS,
         }
-        adamw: dict[str, Any] = {
-            "lr": other_lr,
-            "betas": other_betas,
-            "eps": other_eps,
-            "weight_decay": other_weight_decay,
-        }
-        torch.optim.Muon([torch.zeros(1, 1)], **muon)  # torch checks the hyperparameters
-        AdamW([torch.zeros(1)], **adamw)
-        rules = {r: (ShardedMuon, muon) if r in roles else (AdamW, adamw) for r in ROLES}
-        super().__init__(params, rules, rounding=rounding, seed=seed)
+        super().__init__(params, defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {key: getattr(self, key) for key in ("_own_roles", "_adam", "_other")}
+        return {**super().__getstate__(), **own}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as one for each rule and, of bare parameters, for each role."""
+        group = copy_group(param_group)
+        params = group["params"]
+        if isinstance(params, set):  # torch has the error for this
+            super().add_param_group({**self._adam, **group})
+        group["params"] = params = [params] if hasattr(params, "ndim") else list(params)
+        self._check_group(group)
+        names = group.pop("param_names", None)
+        parts: dict[tuple[str, bool], list[int]] = {}
+        for i, item in enumerate(params):
+            p = item[1] if isinstance(item, tuple) else item
+            role = role_of(p, group) if hasattr(p, "ndim") else "vector"
+            own = role in self._own_roles and is_matrix(p, group)
+            parts.setdefault((role, own), []).append(i)
+            if own:
+                _check_heads(p, {**self.defaults, **group})
+        parts = parts or {(group.get("role") or "vector", False): []}
+        before = len(self.param_groups)
+        try:
+            for (role, own), places in parts.items():
+                part = {**self._adam, **({} if own else self._other), **group, "role": role}
+                part["params"] = [params[i] for i in places]
+                if names is not None:
+                    part["param_names"] = [names[i] for i in places]
+                super().add_param_group(part)
+        except Exception:
+            del self.param_groups[before:]  # a refused group leaves the optimizer as it was
+            raise
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        if not 0.0 <= options["momentum"] < 1.0:
+            raise ValueError(f"Invalid momentum value: {options['momentum']}; it must be in [0, 1)")
+        if not 1 <= options["ns_steps"] < 100:
+            raise ValueError(f"Invalid ns_steps: {options['ns_steps']}; it must be from 1 to 99")
+        triples = options["ns_coefficients"]
+        triples = triples if isinstance(triples[0], Sequence) else [triples]
+        if any(len(triple) != 3 for triple in triples):
+            raise ValueError(
+                f"Invalid ns_coefficients: {options['ns_coefficients']}; it must be three numbers, "
+                "or three for each iteration"
+            )
+        if options["ns_dtype"] is not None:
+            check_choice("ns_dtype", _name(options["ns_dtype"]), NS_DTYPES)
+        if options["adjust_lr_fn"] is not None:
+            check_choice("adjust_lr_fn", options["adjust_lr_fn"], ADJUSTMENTS)
+
+    def _is_own(self, p: Tensor, group: dict[str, Any]) -> bool:
+        return super()._is_own(p, group) and is_matrix(p, group)
+
+    def _step_matrices(
+        self,
+        params: list[tuple[int, Tensor]],
+        group: dict[str, Any],
+        counters: dict[Tensor, Counter],
+    ) -> None:
+        weights = [p for _, p in params]
+        layout = {key: bool(group[key]) for key in ("transposed", "stacked")}
+        shards = [Shards.of(p, **layout) for p in weights]
+        rule = partial(orthogonal, group=group)
+        if any(shard.cut() for shard in shards):
+            updates = self._momenta(weights, group, counters)
+            for i, update in by_owners(rule, updates, shards):
+                self._subtract([weights[i]], [update], shards[i], group, counters)
+            return
+        # Momentum is laid out as its weight: those of one shape are one stack.
+        for places in stacks([as_matrix(local_part(p), group) for p in weights]):
+            batch = [weights[i] for i in places]
+            directions = in_stacks(rule, self._momenta(batch, group, counters))
+            self._subtract(batch, [d for _, d in directions], shards[places[0]], group, counters)
+
+    def _momenta(
+        self, params: list[Tensor], group: dict[str, Any], counters: dict[Tensor, Counter]
+    ) -> list[Tensor]:
+        """Take the gradients in; return, as matrices, what is orthogonalised."""
+        means, grads = [], []
+        with ExitStack() as codes:
+            for p in params:
+                state = self.state[p]
+                if group["state_bits"] == 8:
+                    self._refuse_cut_codes(p)
+                    codes.enter_context(opened(state, 8, counters.get(p)))
+                if "momentum_buffer" not in state:
+                    dtype = moment_dtype(p, group)
+                    state["momentum_buffer"] = torch.zeros_like(p, dtype=dtype)
+                means.append(local_part(state["momentum_buffer"]))
+                grads.append(self._gradient(p, group).to(means[-1].dtype))
+            torch._foreach_lerp_(means, grads, 1 - group["momentum"])
+            nesterov = group["nesterov"]
+            updates = torch._foreach_lerp(grads, means, group["momentum"]) if nesterov else means
+        return [as_matrix(update, group) for update in updates]
+
+    def _subtract(
+        self,
+        params: list[Tensor],
+        updates: list[Tensor],
+        shards: Shards,
+        group: dict[str, Any],
+        counters: dict[Tensor, Counter],
+    ) -> None:
+        """``W ← (1 − ηλ) W − η s U`` for weights of one shape and dtype."""
+        weights = [oriented(local_part(p), group) for p in params]
+        updates = [u.reshape(w.shape) for u, w in zip(updates, weights, strict=True)]
+        lr = float(scalar_lr(group))
+        rows, cols = shards.shape(as_matrix(local_part(params[0]), group).shape)[-2:]
+        adjust = ADJUSTMENTS[group["adjust_lr_fn"] or "original"]
+        size, keep = lr * adjust(rows / group["heads"], cols), 1 - lr * group["weight_decay"]
+        if not counters and (keep == 1.0 or weights[0].dtype not in LOW):
+            if keep != 1.0:
+                torch._foreach_mul_(weights, keep)
+            torch._foreach_sub_(weights, updates, alpha=size)
+            return
+        for p, weight, update in zip(params, weights, updates, strict=True):
+            with stand_in(weight, counters.get(p)) as wide:
+                subtract_(wide, update, size=size, keep=keep)
+
+
+def is_matrix(p: Tensor, group: dict[str, Any]) -> bool:
+    """Whether a parameter has rows and columns, and each row has several inputs."""
+    if p.ndim > 2 and not group.get("stacked"):
+        return p.shape[0] > 1 and p.shape[1] > 1
+    return p.ndim > 1 and min(p.shape[-2:]) > 1
+
+
+def _check_heads(p: Tensor, options: dict[str, Any]) -> None:
+    heads = options["heads"]
+    if heads != 1:
+        rows = as_matrix(p.detach(), options).shape[-2]
+        if not isinstance(heads, int) or heads < 1 or rows % heads:
+            raise ValueError(
+                f"Invalid heads: {heads}; it must divide the {rows} rows of {list(p.shape)}"
+            )
+
+
+def _name(dtype: str | torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def orthogonal(update: Tensor, group: dict[str, Any]) -> Tensor:
+    """Each matrix, or each block of its rows, orthogonalised; in at least float32."""
+    blocks = update.unflatten(-2, (group["heads"], -1)) if group["heads"] > 1 else update
+    name = group["ns_dtype"]
+    dtype = fast_dtype(update) if name is None else getattr(torch, _name(name))
+    how: dict[str, Any] = {"steps": group["ns_steps"], "coefficients": group["ns_coefficients"]}
+    result = in_chunks(partial(orthogonalize, dtype=dtype, **how), blocks)
+    return result.reshape(update.shape).to(torch.promote_types(update.dtype, torch.float32))

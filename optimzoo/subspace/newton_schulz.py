@@ -1,13 +1,17 @@
 """Orthogonalisation by Newton–Schulz iteration."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
+Triple = tuple[float, float, float]
 # Quintic coefficients of Keller Jordan's Muon: steep at zero, singular values end in about 0.7-1.2.
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+COEFFICIENTS: Triple = (3.4445, -4.7750, 2.0315)
 _STACK = 1 << 25  # elements that are orthogonalised together: 64 MiB in bfloat16, a few times
+_GRAM_PAYS = 1.5  # columns a row: two iterations on X are 8 m²n + 4 m³, by Gram 4 m²n + 10 m³
 
 
 def orthogonalize(
@@ -15,27 +19,82 @@ def orthogonalize(
     *,
     steps: int = 5,
     eps: float = 1e-7,
-    coefficients: tuple[float, float, float] = COEFFICIENTS,
+    coefficients: Triple | Sequence[Triple] = COEFFICIENTS,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Approximately ``U Vᵀ`` of ``matrix = U S Vᵀ``, for ``[..., m, n]``.
 
-    ``X ← X/‖X‖_F``, then ``steps`` times ``X ← aX + b(XXᵀ)X + c(XXᵀ)²X``, on the shorter side.
-    bfloat16 on CUDA as in Muon, but for float64; elsewhere at least float32, where bfloat16 is not
-    faster. A zero matrix stays zero.
+    ``X ← X/‖X‖_F``, then ``steps`` times ``X ← aX + b(XXᵀ)X + c(XXᵀ)²X``, on the shorter side, or
+    once with each triple ``(a, b, c)`` of a sequence. In ``dtype``; by default in bfloat16 on CUDA
+    as in Muon, but for float64, elsewhere in float32 at least. A zero matrix stays zero.
+
+    In float32 and above, where one side is long enough, the iteration is on Gram matrices (ours).
     """
-    dtype = torch.promote_types(matrix.dtype, torch.float32)
-    if matrix.is_cuda and dtype == torch.float32:
-        dtype = torch.bfloat16
+    if dtype is None:
+        dtype = torch.promote_types(matrix.dtype, torch.float32)
+        dtype = torch.bfloat16 if on_gpu(matrix) and dtype == torch.float32 else dtype
     x = matrix.to(dtype)
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(eps)
-    a, b, c = coefficients
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    one = isinstance(coefficients[0], int | float)
+    triples: Any = [coefficients] * steps if one else coefficients
+    if dtype.itemsize >= 4 and x.shape[-1] > _GRAM_PAYS * x.shape[-2]:
+        x = _iterate_on_gram(x, triples)
+    else:
+        for a, b, c in triples:
+            gram = x @ x.mT
+            x = _add(x, _add(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
+
+
+def _iterate_on_gram(x: Tensor, triples: Sequence[Triple]) -> Tensor:
+    """The same iterations, of which each run is one product with ``X``.
+
+    With ``R = XXᵀ`` an iteration is ``P = aI + bR + cR²``, ``X ← P X`` and so ``R ← P R P``, for
+    ``P`` and ``R`` commute. ``R`` holds the squares of the singular values, so rounding takes the
+    small ones from it, and each iteration enlarges what it has taken by a²: after five the error
+    is a hundred times that of the iteration on ``X``. With ``R`` made anew for the last two, and
+    for each two before them but the first three, it is no larger, whatever the condition.
+    """
+    count = len(triples)
+    for begin, end in pairwise([0, *range(2 + count % 2, count, 2), count]):
+        gram = x @ x.mT
+        product = None
+        for i in range(begin, end):
+            a, b, c = triples[i]
+            factor = _add(gram, gram, gram, beta=b, alpha=c)
+            factor.diagonal(dim1=-2, dim2=-1).add_(a)
+            product = factor if product is None else factor @ product
+            if i + 1 < end:
+                gram = factor @ gram @ factor
+        x = product @ x  # type: ignore[operator]
+    return x
+
+
+def _add(matrix: Tensor, left: Tensor, right: Tensor, *, beta: float, alpha: float = 1) -> Tensor:
+    """``beta · matrix + alpha · left @ right``, for ``[..., m, n]``, without a temporary."""
+    if matrix.ndim == 2:
+        return torch.addmm(matrix, left, right, beta=beta, alpha=alpha)
+    flat = [x.reshape(-1, *x.shape[-2:]) for x in (matrix, left, right)]
+    return torch.baddbmm(*flat, beta=beta, alpha=alpha).view(matrix.shape)
+
+
+def fast_dtype(matrix: Tensor) -> torch.dtype:
+    """The dtype that the machine multiplies fastest: bfloat16 on CUDA and where a CPU has AMX.
+
+    float64 stays, and so does float32 elsewhere.
+    """
+    wide = torch.promote_types(matrix.dtype, torch.float32)
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    fast = on_gpu(matrix) or (matrix.device.type == "cpu" and amx())
+    return torch.bfloat16 if fast and wide == torch.float32 else wide
+
+
+def on_gpu(matrix: Tensor) -> bool:
+    """Whether products of small matrices are shorter than their launches."""
+    return matrix.is_cuda
 
 
 def whiten(matrix: Tensor, *, steps: int, beta: float = 0.5) -> Tensor:
@@ -67,20 +126,41 @@ def in_stacks(
     Small matrices' products are shorter there than their launches. Stacks are of bounded size, and
     one is held at a time. ``rule`` takes ``[..., m, n]``.
     """
+    for places in stacks(matrices):
+        if len(places) == 1:
+            yield places[0], rule(matrices[places[0]])
+        else:
+            stack = torch.stack([matrices[i] for i in places])
+            yield from zip(places, rule(stack).unbind(), strict=True)
+
+
+def stacks(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
+    """The indices of matrices that are one stack, of bounded size; see :func:`in_stacks`."""
     alike: dict[tuple[object, ...], list[int]] = {}
     for i, x in enumerate(matrices):
         key = (x.shape, x.dtype, x.device) if _stackable(x) else (i,)
         alike.setdefault(key, []).append(i)
     for places in alike.values():
-        most = max(1, _STACK // max(1, matrices[places[0]].numel()))
-        for first in range(0, len(places), most):
-            chosen = places[first : first + most]
-            if len(chosen) == 1:
-                yield chosen[0], rule(matrices[chosen[0]])
-            else:
-                stack = torch.stack([matrices[i] for i in chosen])
-                yield from zip(chosen, rule(stack).unbind(), strict=True)
+        most = _most(matrices[places[0]])
+        yield from (places[first : first + most] for first in range(0, len(places), most))
+
+
+def in_chunks(rule: Callable[[Tensor], Tensor], matrices: Tensor) -> Tensor:
+    """``rule`` of matrices ``[..., m, n]``, of as many at a time as a stack may have."""
+    flat = matrices.reshape(-1, *matrices.shape[-2:])
+    if len(flat) <= (most := _most(flat[:1])):
+        return rule(matrices)
+    results: Tensor | None = None
+    for at in range(0, len(flat), most):
+        part = rule(flat[at : at + most])
+        results = part.new_empty(flat.shape) if results is None else results
+        results[at : at + most] = part
+    return results.view(matrices.shape)  # type: ignore[union-attr]
+
+
+def _most(matrix: Tensor) -> int:
+    return max(1, _STACK // max(1, matrix.numel()))
 
 
 def _stackable(matrix: Tensor) -> bool:
-    return matrix.is_cuda and matrix.ndim == 2 and 0 < 2 * matrix.numel() <= _STACK
+    return on_gpu(matrix) and matrix.ndim == 2 and 0 < 2 * matrix.numel() <= _STACK

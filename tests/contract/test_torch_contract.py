@@ -8,9 +8,7 @@ import pytest
 import torch
 from optimizer_db import (
     LR,
-    MUON_INFO,
     OPTIM_DB,
-    SCALE_INFO,
     SCHEDULERS,
     ZOO,
     Tiny,
@@ -50,12 +48,6 @@ def draw_grads(params, *, seed=1):
 
 def values(params):
     return [p.detach().clone() for p in params]
-
-
-def shapes_for(info):
-    """Muon's rule is for two dimensions: torch refuses the others, and divides by an empty one."""
-    muon = info is MUON_INFO
-    return [s for s in SHAPES if len(s) <= 2] + [(0,)] if muon else SHAPES + EMPTY
 
 
 class TestStep(TestCase):
@@ -159,7 +151,7 @@ class TestStep(TestCase):
             self.assert_same_run(runs, atol=1e-12, rtol=1e-10)
             bare = []
             for foreach in (False, True):
-                params = parameters(shapes_for(optim_info), device, dtype)
+                params = parameters(SHAPES + EMPTY, device, dtype)
                 if "vector_lr" in entry.kwargs:
                     continue
                 kwargs = {**copy.deepcopy(entry.kwargs), "foreach": foreach}
@@ -210,7 +202,7 @@ class TestStep(TestCase):
         for desc, kwargs in islice(configurations(optim_info, device), part, None, PARTS):
             if "vector_lr" in kwargs:
                 continue
-            params = parameters(shapes_for(optim_info), device, dtype)
+            params = parameters(SHAPES + EMPTY, device, dtype)
             kwargs = {k: v for k, v in kwargs.items() if "weight_decay" not in k}
             optimizer = optim_info.optim_cls(params, **kwargs)
             before = values(params)
@@ -254,7 +246,7 @@ class TestStep(TestCase):
 
     @pytest.mark.each_method
     @in_parts
-    @optims([SCALE_INFO, *ZOO], dtypes=[torch.float64])
+    @optims(OPTIM_DB, dtypes=[torch.float64])
     def test_maximize_is_descent_on_the_negative(self, device, dtype, optim_info, part):
         for _, kwargs in islice(configurations(optim_info, device), part, None, PARTS):
             kwargs.pop("maximize", None)
@@ -280,7 +272,7 @@ class TestStep(TestCase):
                 continue
             results = []
             for spread in (False, True):
-                params = parameters(shapes_for(optim_info), device, dtype)
+                params = parameters(SHAPES + EMPTY, device, dtype)
                 if spread:
                     params = [nn.Parameter(torch.stack([p.data] * 2, -1)[..., 0]) for p in params]
                 optimizer = optim_info.optim_cls(params, **copy.deepcopy(kwargs))
@@ -300,7 +292,7 @@ class TestStep(TestCase):
         for desc, kwargs in islice(configurations(optim_info, device), part, None, PARTS):
             if "vector_lr" in kwargs:
                 continue
-            params = parameters(shapes_for(optim_info), device, dtype)
+            params = parameters(SHAPES + EMPTY, device, dtype)
             before = values(params)
             optimizer = optim_info.optim_cls(params, **kwargs)
             draw_grads(params)

@@ -355,7 +355,8 @@ class TestState(TestCase):
             ({"params": [model.hidden.bias], "role": "vector"}, ValueError, "more than one"),
         ]
         if optim_info is MUON_INFO:
-            refused.append(({"params": [cube], "role": "hidden"}, ValueError, "only supports 2D"))
+            stack = {"params": [cube], "role": "hidden", "stacked": True, "heads": 2}
+            refused.append((stack, ValueError, "Invalid heads: 2; it must divide the 3 rows"))
         for group, error, regex in refused:
             if isinstance(group, dict):
                 group["param_names"] = ["extra"]

@@ -166,7 +166,12 @@ def test_hyperparameters_reach_the_groups(name):
     """A training script of SPAM's does not pass them on."""
     cls, own = METHODS[name]
     hyper = {**own, "betas": (0.5, 0.75), "eps": 1e-3, "weight_decay": 0.25, "maximize": True}
-    optimizer = create_optimizer(name, llama(), other_lr=0.125, **hyper)
+    hyper.pop("other_lr", None)
+    given = dict(hyper)
+    if name == "muon":
+        given |= {f"other_{key}": hyper[key] for key in ("betas", "eps", "weight_decay")}
+        del given["betas"], given["eps"]
+    optimizer = create_optimizer(name, llama(), other_lr=0.125, **given)
     assert type(optimizer) is cls
     for group in optimizer.param_groups:
         lr = hyper["lr"] if group["role"] == "hidden" else 0.125

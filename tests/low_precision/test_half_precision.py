@@ -106,13 +106,14 @@ def take_path(path, monkeypatch):
 
 
 def same_draws(monkeypatch):
-    """Random matrices of float32 for all: torch draws others in float64."""
+    """Random matrices of float32 for all: torch draws others in float64. None of bfloat16."""
     gaussian, random_like = apollo.gaussian, bases._random_like
     monkeypatch.setattr(
         apollo, "gaussian", lambda *a: gaussian(*a[:3], a[3].float()).to(a[3].dtype)
     )
     monkeypatch.setattr(bases, "_random_like", lambda g, *a: random_like(g.float(), *a).to(g.dtype))
     monkeypatch.setattr(bases, "_has_fast_bfloat16", lambda device: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
 
 
 @pytest.mark.sampled(8)

@@ -12,7 +12,7 @@ from torch import nn
 from zoo_models import METHODS, normal, reloaded, train
 
 from optimzoo import SCALE, Muon, create_optimizer, param_groups, release
-from optimzoo.core import per_role
+from optimzoo.core import rounded
 from optimzoo.kernels import dispatch
 from optimzoo.lowbit import round_stochastic, write_back
 from optimzoo.memory import account
@@ -79,7 +79,7 @@ def unrounded(monkeypatch):
 
     write_back_copy = write_back.copy_
     monkeypatch.setattr(write_back, "copy_", copy_)
-    monkeypatch.setattr(per_role, "copy_", copy_)
+    monkeypatch.setattr(rounded, "copy_", copy_)
     return seen
 
 

@@ -150,7 +150,7 @@ def test_resumes_and_copies_to_the_bit(name, dtype, rounding, all_sizes):
     assert isinstance(optimizer, HiddenRule | SCALE)
 
 
-@pytest.mark.parametrize("name", ["scale", "galore", "stable_spam"])
+@pytest.mark.parametrize("name", ["scale", "galore", "stable_spam", "muon"])
 def test_released_in_the_backward_the_bits_are_the_same(name, all_sizes):
     runs = []
     for released in (False, True):
@@ -165,7 +165,7 @@ def test_released_in_the_backward_the_bits_are_the_same(name, all_sizes):
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("name", ["scale", "galore"])
+@pytest.mark.parametrize("name", ["scale", "galore", "muon"])
 def test_training_is_that_of_float32_moments(name, rounding, all_sizes):
     """The loss falls as far, to a twentieth of the way."""
     ends = []
@@ -187,7 +187,7 @@ def test_scales_momentum_at_7b_is_half():
     assert sum(plain.values()) - sum(eight.values()) == 2 * head - head - head // 64
 
 
-@pytest.mark.parametrize("name", ["scale", "galore", "stable_spam"])
+@pytest.mark.parametrize("name", ["scale", "galore", "stable_spam", "muon"])
 def test_the_account_is_what_is_held(name, all_sizes):
     model = llama(BF16)
     optimizer = make(name, model)

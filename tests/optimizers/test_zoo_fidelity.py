@@ -11,7 +11,7 @@ import torch
 from reference.spectral_numpy import whitened_exact
 from zoo_runs import GAP, HIDDEN, SHAPES, compare
 
-from optimzoo import APOLLO, SWAN, APOLLOMini, Fira, GaLore, NaturalGaLore, StableSPAM
+from optimzoo import APOLLO, SWAN, APOLLOMini, Fira, GaLore, Muon, NaturalGaLore, StableSPAM
 from optimzoo.optimizers.swan import normalize_rows
 from optimzoo.subspace.newton_schulz import whiten
 
@@ -113,6 +113,15 @@ SPAM |= {
     "decay": DECAY,
     "up": {**UP, "update_proj_gap": 5, "reset_step": "authors"},
 }
+MUON = {
+    "default": {},
+    "plain": {"nesterov": False, "momentum": 0.8},
+    "rms": {"adjust_lr_fn": "match_rms_adamw", "ns_steps": 4},
+    "unclamped": {"adjust_lr_fn": "spectral_unclamped", "ns_steps": 7},
+    "triples": {"ns_coefficients": [(4.0, -6.0, 3.0), (2.0, -1.5, 0.5)]},
+    "decay": {**DECAY, "other_weight_decay": 0.2},
+    "up": {**UP, "other_eps": 0.1, "other_betas": (0.8, 0.99)},
+}
 CASES = {
     (make, name): hyper
     for make, cases in (
@@ -123,6 +132,7 @@ CASES = {
         (APOLLOMini, MINI),
         (SWAN, SWAN_CASES),
         (StableSPAM, SPAM),
+        (Muon, MUON),
     )
     for name, hyper in cases.items()
 }
@@ -133,7 +143,10 @@ CASES = {
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].__name__}-{case[1]}")
 def test_follows_the_reference(case, dtype):
     names = SMALL if case[0] is NaturalGaLore and CASES[case]["rank"] > 1 else SHAPES
-    worst, gone = compare(case[0], CASES[case], dtype, names=names)
+    hyper = CASES[case]
+    if case[0] is Muon:  # by default some CPUs iterate in bfloat16
+        hyper = {**hyper, "ns_dtype": dtype}
+    worst, gone = compare(case[0], hyper, dtype, names=names)
     assert max(worst.values()) < LIMITS[dtype], worst
     for name, way in gone.items():
         assert way > 3e-4, f"{name} went {way} of its size"

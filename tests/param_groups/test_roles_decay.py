@@ -66,8 +66,7 @@ def test_without_a_gradient_to_follow_vectors_stay(name):
 def test_describe_shows_the_decay_of_each_role():
     model = Model()
     for make in (SCALE, lambda groups, **how: Muon(groups, other_weight_decay=0.1, **how)):
-        overrides = {r"conv\dd": "vector"}  # torch's Muon takes matrices alone
-        overrides |= {"experts|pos_embed": "vector", r"mixing": "hidden"}
+        overrides = {"pos_embed": "vector", r"mixing": "hidden"}
         text = describe(make(param_groups(model, overrides), weight_decay=0.0125))
         header, *rows = text.splitlines()
         assert max(map(len, text.splitlines())) <= 80

@@ -154,6 +154,11 @@ def muon_inputs(device, dtype=None) -> list[OptimizerInput]:
         weight_decay={"weight_decay": 0.1, "other_weight_decay": 0.2},
         more_iterations={"ns_steps": 6},
         match_rms_adamw={"adjust_lr_fn": "match_rms_adamw"},
+        spectral_unclamped={"adjust_lr_fn": "spectral_unclamped"},
+        iterations_of_their_own={"ns_coefficients": [(4.0, -6.0, 3.0), (2.0, -1.5, 0.5)]},
+        in_float64={"ns_dtype": "float64"},
+        maximize={"maximize": True, "weight_decay": 0.1},
+        codes={"state_bits": 8},
         AdamW={"other_lr": 2**-8, "other_betas": (0.5, 0.75), "other_eps": 1e-6},
         all_matrices={"roles": ("hidden", "embedding", "head")},
         stochastic=STOCHASTIC,
@@ -261,16 +266,24 @@ def scale_error_inputs(device, dtype) -> list[ErrorOptimizerInput]:
 
 
 def muon_error_inputs(device, dtype) -> list[ErrorOptimizerInput]:
-    convolution = nn.Parameter(torch.randn(4, 3, 2, 2, device=device, dtype=dtype))
+    experts = nn.Parameter(torch.randn(4, 3, 2, device=device, dtype=dtype))
+    blocks = {"params": [experts], "stacked": True, "heads": 2}
     cases = [
-        ([convolution], {}, ValueError, "only supports 2D parameters.*4, 3, 2, 2"),
+        ([blocks], {}, ValueError, r"Invalid heads: 2; it must divide the 3 rows of \[4, 3, 2\]"),
+        ([{**blocks, "heads": 0}], {}, ValueError, "Invalid heads: 0; it must divide"),
         (None, {"momentum": -0.5}, ValueError, "momentum.*-0.5"),
-        (None, {"adjust_lr_fn": "max"}, ValueError, "function max is not supported"),
+        (None, {"momentum": 1.0}, ValueError, r"Invalid momentum value: 1.0; .* \[0, 1\)"),
+        (None, {"adjust_lr_fn": "max"}, ValueError, "adjust_lr_fn: 'max'.*original, match_rms"),
+        (None, {"ns_steps": 0}, ValueError, "Invalid ns_steps: 0; it must be from 1 to 99"),
+        (None, {"ns_dtype": "int8"}, ValueError, "Invalid ns_dtype: 'int8'; .*bfloat16, float16"),
+        (None, {"ns_dtype": torch.int8}, ValueError, "Invalid ns_dtype: 'int8'"),
+        (None, {"ns_coefficients": (1, 2)}, ValueError, r"ns_coefficients: \(1, 2\); .*three"),
+        (None, {"state_bits": 4}, ValueError, "Invalid state_bits: 4; it must be None or 8"),
         (None, {"other_lr": -1.0}, ValueError, "Invalid other_lr: -1.0"),
         (None, {"other_lr": torch.ones(2)}, ValueError, "Tensor lr must be 1-element"),
         (None, {"other_betas": (0.9, 1.0)}, ValueError, "beta parameter at index 1: 1.0"),
-        (None, {"other_eps": -1.0}, ValueError, "epsilon value: -1.0"),
-        (None, {"other_weight_decay": -1.0}, ValueError, "weight_decay value: -1.0"),
+        (None, {"other_eps": -1.0}, ValueError, "other_eps value: -1.0"),
+        (None, {"other_weight_decay": -1.0}, ValueError, "other_weight_decay value: -1.0"),
         (None, {"roles": ("hidden", "tail")}, ValueError, "unknown role 'tail'"),
     ]
     return _common_refusals(device, dtype) + _refusals(cases)
@@ -328,7 +341,7 @@ MUON_INFO = OptimizerInfo(
     optim_inputs_func=muon_inputs,
     optim_error_inputs_func=muon_error_inputs,
     scheduler_inputs=SCHEDULERS,
-    supported_impls=(),
+    supported_impls=("foreach",),
     supports_complex=False,
 )
 
@@ -440,5 +453,4 @@ ZOO = [
         },
     ),
 ]
-# torch has Muon from 2.9 on.
 OPTIM_DB = [SCALE_INFO, MUON_INFO, *ZOO]

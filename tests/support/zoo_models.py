@@ -5,7 +5,17 @@ import io
 import torch
 from torch import nn
 
-from optimzoo import APOLLO, SWAN, APOLLOMini, Fira, GaLore, NaturalGaLore, StableSPAM, param_groups
+from optimzoo import (
+    APOLLO,
+    SWAN,
+    APOLLOMini,
+    Fira,
+    GaLore,
+    Muon,
+    NaturalGaLore,
+    StableSPAM,
+    param_groups,
+)
 from optimzoo.models.llama import Llama, LlamaConfig
 
 LOW = {"rank": 5, "update_proj_gap": 4}
@@ -17,6 +27,7 @@ METHODS = {
     "apollo_mini": (APOLLOMini, {"update_proj_gap": 4, "lr": 0.01}),
     "swan": (SWAN, {"lr": 0.005}),
     "stable_spam": (StableSPAM, {"update_proj_gap": 10, "lr": 0.01}),
+    "muon": (Muon, {"lr": 0.01, "other_lr": 0.01}),
 }
 
 

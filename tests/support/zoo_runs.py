@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from reference.muon_numpy import MuonReference
 from reference.natural_galore_numpy import NaturalGaLoreReference
 from reference.spectral_numpy import StableSpamReference, SwanReference
 from reference.subspace_numpy import ApolloReference, FiraReference, GaLoreReference
 from torch import nn
 
-from optimzoo import APOLLO, SWAN, APOLLOMini, Fira, GaLore, NaturalGaLore, StableSPAM
+from optimzoo import APOLLO, SWAN, APOLLOMini, Fira, GaLore, Muon, NaturalGaLore, StableSPAM
 from optimzoo.subspace.projector import gaussian
 
 GAP, STEPS = 10, 31  # refreshes at 1, 11 and 21 of each weight's own steps
@@ -25,6 +26,7 @@ HIDDEN = {
     "odd_tall": (129, 5),
     "odd_wide": (5, 129),
     "conv": (6, 2, 3, 2),
+    "depthwise": (6, 1, 4),
     "tall_stack": (3, 8, 5),
     "wide_stack": (2, 5, 8),
 }
@@ -41,6 +43,7 @@ REFERENCES = {
     APOLLOMini: ApolloReference,
     SWAN: SwanReference,
     StableSPAM: StableSpamReference,
+    Muon: MuonReference,
 }
 
 
@@ -127,7 +130,7 @@ def compare(
     optimizer = make(groups(params, other_lr), lr=lr, **hyper)
     ours = {"lr", "foreach", "seed", "history_dtype", "rounding", "state_bits"}
     known = set(inspect.signature(make).parameters) - ours
-    options = {k: v for k, v in optimizer.defaults.items() if k in known}
+    options = {k: v for k, v in {**optimizer.defaults, **hyper}.items() if k in known}
     kind = options.pop("projector", None)
     if make in (GaLore, NaturalGaLore, Fira):
         options["kind"] = kind if kind in ("svd", "power") else "given"

@@ -1,0 +1,98 @@
+"""Muon in float64 NumPy: momentum, the Newton-Schulz polynomial on singular values, AdamW."""
+
+import math
+from collections.abc import Mapping, Sequence, Set
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .rest_adam_numpy import Array, Reference
+
+JORDAN = (3.4445, -4.7750, 2.0315)
+
+
+def iterated(x: Array, triples: Sequence[tuple[float, float, float]]) -> Array:
+    """The iteration as an odd polynomial of each singular value, without a product of matrices."""
+    size = float(np.linalg.norm(x))
+    if size == 0:
+        return np.zeros_like(x)
+    u, s, vt = np.linalg.svd(x / size, full_matrices=False)
+    for a, b, c in triples:
+        s = a * s + b * s**3 + c * s**5
+    result: Array = (u * s) @ vt
+    return result
+
+
+def adjustment(name: str | None, rows: int, cols: int) -> float:
+    """What the learning rate of a matrix is multiplied by."""
+    if name == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, cols))
+    ratio = rows / cols
+    return math.sqrt(ratio if name == "spectral_unclamped" else max(1.0, ratio))
+
+
+class MuonReference(Reference):
+    """Muon on matrices, AdamW on what has no rows and columns and on all other parameters."""
+
+    def __init__(
+        self,
+        params: Mapping[str, NDArray[Any]],
+        hidden: Set[str],
+        *,
+        lr: float = 2e-2,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_steps: int = 5,
+        ns_coefficients: Any = JORDAN,
+        ns_dtype: Any = None,
+        adjust_lr_fn: str | None = None,
+        heads: int = 1,
+        other_betas: tuple[float, float] = (0.9, 0.95),
+        other_eps: float = 1e-10,
+        other_weight_decay: float = 0.0,
+        **common: Any,
+    ) -> None:
+        super().__init__(
+            params, hidden, lr=lr, other_betas=other_betas, other_eps=other_eps, **common
+        )
+        self.momentum, self.nesterov = momentum, nesterov
+        one = np.ndim(ns_coefficients) == 1
+        self.triples = [ns_coefficients] * ns_steps if one else ns_coefficients
+        self.adjust, self.heads, self.other_weight_decay = adjust_lr_fn, heads, other_weight_decay
+        self.momentum_buffer: dict[str, Array] = {}
+
+    def step(self, grads: Mapping[str, NDArray[Any]], lr_factor: float = 1.0) -> None:
+        for name, grad in grads.items():
+            g = np.array(grad, dtype=np.float64)
+            g = np.asarray(-g) if self.maximize else g
+            self.steps[name] += 1
+            lr = lr_factor * (self.lr if name in self.hidden else self.other_lr)
+            decay = self.weight_decay if self.is_matrix(name) else self.other_weight_decay
+            update = self.update(name, g, self.steps[name])
+            self.params[name] = self.params[name] * (1 - lr * decay) - lr * update
+
+    def is_matrix(self, name: str) -> bool:
+        shape = self.params[name].shape
+        if name not in self.hidden:
+            return False
+        return min(shape[-2:] if name in self.stacked else shape[:2]) > 1
+
+    def update(self, name: str, g: Array, t: int) -> Array:
+        if self.is_matrix(name):
+            return super().update(name, g, t)
+        (beta1, beta2), eps = self.other_betas, self.other_eps
+        zero = np.zeros_like(g)
+        self.exp_avg[name] = m = beta1 * self.exp_avg.get(name, zero) + (1 - beta1) * g
+        self.exp_avg_sq[name] = v = beta2 * self.exp_avg_sq.get(name, zero) + (1 - beta2) * g**2
+        result: Array = m / (1 - beta1**t) / (np.sqrt(v / (1 - beta2**t)) + eps)
+        return result
+
+    def matrix_update(self, key: str, g: Array, t: int) -> Array:
+        mu = self.momentum
+        mean = mu * self.momentum_buffer.get(key, np.zeros_like(g)) + (1 - mu) * g
+        self.momentum_buffer[key] = mean
+        x = mu * mean + (1 - mu) * g if self.nesterov else mean
+        blocks = np.split(x, self.heads)
+        factor = adjustment(self.adjust, *blocks[0].shape)
+        return factor * np.concatenate([iterated(block, self.triples) for block in blocks])
