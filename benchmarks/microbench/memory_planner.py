@@ -34,8 +34,6 @@ _CHECKS_OF = {
 }
 PLAN: dict[str, Any] = {"batch": 1, "seq": 256, "checkpointing": True, "release": True}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# It has no defaults for these; bytes do not depend on them.
-REQUIRED: dict[str, dict[str, Any]] = {"adams": {"l1": 1e-4, "total_steps": 1000}}
 PROJECTED = "update_proj_gap"
 
 
@@ -54,7 +52,7 @@ def account_rows(models: list[str], names: list[str]) -> Iterator[dict[str, Any]
         for dtype in DTYPES:
             for name in names:
                 row: dict[str, Any] = {"check": "account", "model": model, "dtype": dtype}
-                hyper = REQUIRED.get(name, {})
+                hyper = dict(optimzoo.get_info(name).required)
                 try:
                     start = time.perf_counter()
                     counted = account(on_meta(model), name, dtype=DTYPES[dtype], **hyper)
@@ -100,7 +98,7 @@ def one_peak(
     model: str, name: str, dtype: str, device: str, settings: dict[str, Any]
 ) -> dict[str, Any]:
     """One simulated peak beside the real one; on a CPU 7B is simulated only."""
-    hyper: dict[str, Any] = dict(REQUIRED.get(name, {}))
+    hyper: dict[str, Any] = dict(optimzoo.get_info(name).required)
     if PROJECTED in inspect.signature(optimzoo.get_info(name).make).parameters:
         hyper[PROJECTED] = 2  # the third step refreshes, as the third simulated one does
     start = time.perf_counter()

@@ -57,8 +57,7 @@ def ours(name: str, rank: int, gap: int) -> Make:
     name, _, how = name.partition("-")
     name, options = VARIANTS.get(name, (name, HOW.get(how, {})))
     options = {"fused": True} if name in FUSED else dict(options)
-    if name == "adams":
-        options |= {"l1": 1e-7, "total_steps": 10_000}
+    options |= optimzoo.get_info(name).required
     if name in LOW_RANK:
         options |= {"rank": rank, "update_proj_gap": gap}
     return lambda groups: optimzoo.create_optimizer(name, groups, lr=1e-4, **options)

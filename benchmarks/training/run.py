@@ -23,7 +23,7 @@ from benchmarks.training.low_rank_model import convert_model, make_restarts, on_
 from benchmarks.training.metrics import UpdateRatios
 from optimzoo.lowrank import support_bytes
 from optimzoo.models.llama import Llama, get_config
-from optimzoo.roles import role_of
+from optimzoo.roles import ROLES, role_of
 
 
 def make_optimizer(config: RunConfig, model: Llama) -> Optimizer:
@@ -31,9 +31,12 @@ def make_optimizer(config: RunConfig, model: Llama) -> Optimizer:
     groups = optimzoo.param_groups(model)
     for group in groups:
         group.update(config.groups.get(group["role"], {}))
-    rates = {"lr": config.lr, "other_lr": config.other_lr}
+    rates = {f"{role}_lr": config.other_lr for role in ROLES if role != "hidden"}
+    if config.other_lr is None:
+        rates = {}  # the method's own
+    hyper = {"lr": config.lr, **rates, **config.hyper}
     try:
-        return optimzoo.create_optimizer(config.optimizer, groups, **rates, **config.hyper)
+        return optimzoo.create_optimizer(config.optimizer, groups, **hyper)
     except TypeError as error:
         raise ValueError(f"hyper {config.hyper} does not fit: {error}") from error
 

@@ -30,8 +30,6 @@ from optimzoo.models.llama import Llama, get_config
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 SIZE = "60m"
-# Hyperparameters without a default, and the dtype of weights that a method needs.
-NEEDED: dict[str, dict[str, Any]] = {"adams": {"l1": 0.0, "total_steps": 1}}
 DTYPES = {"adams": torch.float32}
 PAGES = {"CONTRIBUTING.md": "adding.md", "CHANGELOG.md": "changes.md"}
 
@@ -188,7 +186,7 @@ def state_table(name: str) -> str:
     with torch.device("meta"):
         model = Llama(get_config(SIZE))
     dtype = DTYPES.get(name, torch.bfloat16)
-    counted = account(model, name, dtype=dtype, **NEEDED.get(name, {}))
+    counted = account(model, name, dtype=dtype, **optimzoo.get_info(name).required)
     lines = [
         "| role | state | MB |",
         "|---|---|--:|",

@@ -15,14 +15,13 @@ from optimzoo.core.adam import (
     max_direction,
     step_as_tensor,
 )
-from optimzoo.core.optimizer import (
-    RoleOptimizer,
+from optimzoo.core.optimizer import RoleOptimizer, scalar_lr
+from optimzoo.core.validation import (
     check_betas,
     check_lr,
     check_nonnegative,
     check_rounding,
     check_state_bits,
-    scalar_lr,
 )
 from optimzoo.distributed import Shards, local_part
 from optimzoo.kernels import dispatch
@@ -47,13 +46,13 @@ class HiddenRule(RoleOptimizer):
     `rounding`, `seed` and `state_bits`.
     """
 
-    _own_roles: ClassVar[tuple[str, ...]] = ("hidden",)
     _eps_before: ClassVar[bool] = True  # the others' Adam adds eps before the bias correction
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, its options checked."""
         group = dict(param_group) if isinstance(param_group, dict) else param_group
         if isinstance(group, dict):
+            group = self._with_role_options(group)
             options = {**self.defaults, **group}
             check_lr(options["lr"])
             check_betas(options["betas"])
@@ -111,7 +110,7 @@ class HiddenRule(RoleOptimizer):
         return oriented(weight, group), as_matrix(grad, group), Shards.of(p, **layout)
 
     def _gradient(self, p: Tensor, group: dict[str, Any]) -> Tensor:
-        """What is descended: what this process has of it, laid out as the weight is.
+        """Return this process's part of the direction of descent, laid out as the weight is.
 
         A float16 gradient in float32: products of it, its ratios and its moments leave float16's
         range.
@@ -127,29 +126,33 @@ class HiddenRule(RoleOptimizer):
                 step_as_tensor(self.state.get(p, {}), p, capturable=False)
 
     def _update(self) -> None:
-        index = self.first_index - 1
+        first = self.first_index
         for group in self.param_groups:
-            hidden, rest = [], []
-            counters = self._count(group, index + 1)
-            for p in group["params"]:
-                index += 1
-                if p.grad is None:
-                    continue
-                self._refuse_sparse(p.grad)
-                self.state[p]  # there even if empty: a distributed checkpoint asks for each
-                if not self._is_own(p, group):
-                    self._init_rest(p, group)
-                    if group["state_bits"] == 8:  # one after the other: their moments are wide
-                        t, betas = int(self.state[p]["step"]) + 1, group["betas"]
-                        most = max_direction(t, betas) * bias_correction(t, betas)
-                        with opened(self.state[p], 8, counters.get(p)):
-                            self._step_rest([p], group, counters, max_update=most)
-                    else:
-                        rest.append(p)
-                elif p.numel() > 0:
-                    hidden.append((index, p))
-            self._step_matrices(hidden, group, counters)
-            self._step_rest(rest, group, counters)
+            with dispatch.fused(group["fused"], local_params(group)):
+                self._update_group(group, first)
+            first += len(group["params"])
+
+    def _update_group(self, group: dict[str, Any], first: int) -> None:
+        hidden, rest = [], []
+        counters = self._count(group, first)
+        for index, p in enumerate(group["params"], start=first):
+            if p.grad is None:
+                continue
+            self._refuse_sparse(p.grad)
+            self.state[p]  # there even if empty: a distributed checkpoint asks for each
+            if not self._is_own(p, group):
+                self._init_rest(p, group)
+                if group["state_bits"] == 8:  # one after the other: their moments are wide
+                    t, betas = int(self.state[p]["step"]) + 1, group["betas"]
+                    most = max_direction(t, betas) * bias_correction(t, betas)
+                    with opened(self.state[p], 8, counters.get(p)):
+                        self._step_rest([p], group, counters, max_update=most)
+                else:
+                    rest.append(p)
+            elif p.numel() > 0:
+                hidden.append((index, p))
+        self._step_matrices(hidden, group, counters)
+        self._step_rest(rest, group, counters)
 
     def _is_own(self, p: Tensor, group: dict[str, Any]) -> bool:
         """Whether the method's own rule steps a parameter, and not Adam."""
@@ -183,14 +186,19 @@ class HiddenRule(RoleOptimizer):
         )
 
 
+def local_params(group: dict[str, Any]) -> list[Tensor]:
+    """Return this process's parts of the group's parameters that have a gradient."""
+    return [local_part(p) for p in group["params"] if p.grad is not None and p.numel() > 0]
+
+
 def oriented(tensor: Tensor, group: dict[str, Any]) -> Tensor:
-    """A weight, or what is laid out as it is, with ``[out, in]`` last, as the rules want it."""
+    """Transpose a weight, or what is laid out like it, so that ``[out, in]`` comes last."""
     matrices = tensor.ndim == 2 or (tensor.ndim > 2 and group["stacked"])
     return tensor.mT if group["transposed"] and matrices else tensor
 
 
 def as_matrix(tensor: Tensor, group: dict[str, Any]) -> Tensor:
-    """A weight, or what is laid out as it is, as a matrix ``[..., out, in]``; vectors stay."""
+    """View a weight, or what is laid out like it, as ``[..., out, in]``; vectors stay."""
     matrix = matrix_view(tensor, stacked=group["stacked"]) if tensor.ndim > 1 else tensor
     return oriented(matrix, group) if matrix.ndim == tensor.ndim else matrix
 

@@ -4,17 +4,23 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, StateDict
+from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from optimzoo.core.compile import register, traced_step
 from optimzoo.core.group_rates import GroupRates
+from optimzoo.core.role_options import (
+    RENAMED,
+    RoleOptions,
+    check_role_options,
+    with_role_options,
+)
 from optimzoo.distributed import Shards, local_part, sum_packed
 from optimzoo.flattened import refuse_flat_matrices
-from optimzoo.lowbit import LOW, ROUNDINGS, Counter, next_counter
+from optimzoo.lowbit import LOW, Counter, next_counter
 from optimzoo.roles import MATRIX_ROLES, check_role
 
 # Python reads these: on a GPU each read would synchronize.
@@ -33,9 +39,20 @@ class RoleOptimizer(Optimizer):
     #: Position of the first parameter of `param_groups` among all, for rules that draw by position:
     #: `optimzoo.release` steps one parameter at a time.
     first_index = 0
+    #: The roles that the method's own rule trains; the others take Adam.
+    _own_roles: ClassVar[tuple[str, ...]] = ("hidden",)
+    _role_options: dict[str, Any]
     _warned_bare = False
     _looked_for_flat = False
     _rates: GroupRates
+
+    def __init__(
+        self, params: ParamsT, defaults: dict[str, Any], **options: Unpack[RoleOptions]
+    ) -> None:
+        given = check_role_options(type(self).__name__, options, self._own_roles)
+        defaults.setdefault("fused", given.pop("fused", None))
+        self._role_options = given
+        super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as ``torch.optim.Optimizer`` does; the caller's dict is left alone.
@@ -44,7 +61,7 @@ class RoleOptimizer(Optimizer):
             ValueError: an unknown role, a complex parameter, a matrix role for a vector, a
                 parameter that FSDP1 or DeepSpeed has flattened.
         """
-        group = copy_group(param_group)
+        group = self._with_role_options(copy_group(param_group))
         if isinstance(group.get("params"), Iterable):
             params = group["params"]
             if not isinstance(params, Tensor | set):
@@ -53,6 +70,9 @@ class RoleOptimizer(Optimizer):
         super().add_param_group(group)
         self._group_rates().add(len(self.param_groups) - 1, self.param_groups[-1])
         self._register_traced()
+
+    def _with_role_options(self, group: dict[str, Any]) -> dict[str, Any]:
+        return with_role_options(group, self._role_options, self._own_roles)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
@@ -130,9 +150,16 @@ class RoleOptimizer(Optimizer):
         seen.update(state_dict)
         return state_dict
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_role_options": self._role_options}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for group in self.param_groups:  # options that an older checkpoint does not know
+        self.__dict__.setdefault("_role_options", {})
+        for group in self.param_groups:
+            for old, new in RENAMED.items():
+                if old in group:
+                    group[new] = group.pop(old)
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
         if "_rates" not in self.__dict__:  # a copy: it has the groups alone
@@ -259,45 +286,3 @@ def scalar_lr(group: dict[str, Any]) -> float | Tensor:
     """Return the group's current learning rate as a float or a 0-dim tensor."""
     lr = group["lr"]
     return lr.reshape(()) if isinstance(lr, Tensor) else lr
-
-
-def check_rounding(options: dict[str, Any]) -> None:
-    """Refuse an unknown rounding, or a seed that stochastic rounding cannot use."""
-    check_choice("rounding", options["rounding"], ROUNDINGS)
-    if options["rounding"] == "stochastic" and not 0 <= options["seed"] < 1 << 62:
-        raise ValueError(f"Invalid seed: {options['seed']}; it must be from 0 to 2^62 - 1")
-
-
-def check_state_bits(bits: Any) -> None:
-    """Refuse a width of the state other than None and 8."""
-    if bits not in (None, 8):
-        raise ValueError(f"Invalid state_bits: {bits!r}; it must be None or 8")
-
-
-def check_nonnegative(**values: Any) -> None:
-    """Refuse hyperparameters below zero (or not a number), in torch's words."""
-    for name, value in values.items():
-        if not 0.0 <= value:
-            raise ValueError(f"Invalid {name} value: {value}; it must be >= 0")
-
-
-def check_lr(lr: Any, name: str = "learning rate") -> None:
-    """Refuse a learning rate that is negative, not a number, or a tensor of several elements."""
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError("Tensor lr must be 1-element")
-    if not 0.0 <= lr:
-        raise ValueError(f"Invalid {name}: {lr}; it must be >= 0")
-
-
-def check_betas(betas: Any, name: str = "beta parameter") -> None:
-    """Refuse betas outside [0, 1)."""
-    for i, beta in enumerate(betas):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"Invalid {name} at index {i}: {beta}; it must be in [0, 1)")
-
-
-def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
-    """Refuse a value that is not one of ``choices``."""
-    choices = tuple(choices)
-    if value not in choices:
-        raise ValueError(f"Invalid {name}: {value!r}; it must be one of {', '.join(choices)}")

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from optimzoo.core.optimizer import RoleOptimizer, check_rounding
+from optimzoo.core.optimizer import RoleOptimizer
+from optimzoo.core.validation import check_rounding
 from optimzoo.distributed import local_part
 from optimzoo.lowbit import LOW, copy_, next_counter
+from optimzoo.roles import ROLES
 
 
 class Rounded(RoleOptimizer):
@@ -29,6 +31,8 @@ class Rounded(RoleOptimizer):
     Raises:
         ValueError: an unknown rounding; whatever the inner optimizer refuses.
     """
+
+    _own_roles = ROLES
 
     def __init__(
         self,

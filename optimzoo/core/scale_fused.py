@@ -19,7 +19,7 @@ _LAYOUT = (
     *("differentiable", "rounding", "state_bits"),
 )
 # Options that all tensors of a call share; the learning rate and the decay may differ.
-_RULE = ("momentum", "norm", "eps", "vector_betas", "vector_eps", "maximize")
+_RULE = ("momentum", "norm", "eps", "other_betas", "other_eps", "maximize")
 _STATES = ("exp_avg", "exp_avg_sq", "step")
 Groups = Sequence[dict[str, Any]]
 
@@ -173,8 +173,8 @@ class FusedSteps:
             weight_decay=weight_decay,
             l2=group["norm"] == "l2",
             eps=group["eps"],
-            betas=group["vector_betas"],
-            adam_eps=group["vector_eps"],
+            betas=group["other_betas"],
+            adam_eps=group["other_eps"],
             maximize=group["maximize"],
             **scaler,
             **how,

@@ -1,12 +1,11 @@
 """Adapter for Hugging Face's ``Trainer``, with groups built from the model that it trains."""
 
-import inspect
 from typing import Any
 
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from optimzoo.registry import create_optimizer, get_info
+from optimzoo.registry import create_optimizer, get_info, hyperparameters
 from optimzoo.roles import Overrides, param_groups
 
 
@@ -30,7 +29,6 @@ def trainer_optimizer(
     name: str,
     *,
     lr: float | None = None,
-    other_lr: float | None = None,
     overrides: Overrides = (),
     **hyper: Any,
 ) -> tuple[type[_Factory], dict[str, Any]]:
@@ -44,9 +42,8 @@ def trainer_optimizer(
         name: one of :func:`optimzoo.list_optimizers`.
         lr: learning rate of the hidden weights; ``TrainingArguments``' `learning_rate`, `optim`,
             `weight_decay` and `adam_*` are not read. Its schedule is followed.
-        other_lr: learning rate of the rest, as in :func:`optimzoo.create_optimizer`.
         overrides: as in :func:`optimzoo.param_groups`.
-        **hyper: the method's other hyperparameters; `weight_decay` leaves out norms and biases, as
+        **hyper: the method's other hyperparameters, `other_lr` and the like among them; `weight_decay` leaves out norms and biases, as
             ``Trainer``'s own groups do.
 
     Raises:
@@ -57,17 +54,10 @@ def trainer_optimizer(
         >>> trainer = Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=pair)
     """
     info = get_info(name)
-    accepted = inspect.signature(info.make).parameters
+    accepted = hyperparameters(info)
     unknown = [key for key in hyper if key not in accepted]
     if unknown:  # now, and not after the data has been prepared
         raise ValueError(
-            f"{info.name} has no hyperparameter {unknown[0]!r}; it takes "
-            f"{', '.join(key for key in accepted if key != 'params')}"
+            f"{info.name} has no hyperparameter {unknown[0]!r}; it takes {', '.join(accepted)}"
         )
-    return _Factory, {
-        "name": name,
-        "lr": lr,
-        "other_lr": other_lr,
-        "overrides": overrides,
-        **hyper,
-    }
+    return _Factory, {"name": name, "lr": lr, "overrides": overrides, **hyper}

@@ -8,7 +8,9 @@ contiguous, tensor subclasses, other devices (XPU, MPS).
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -79,9 +81,35 @@ def vector(
     return Item(param, grad, exp_avg, exp_avg_sq, step, ADAM, size, param, counter)
 
 
-@functools.cache
+_fused: ContextVar[bool | None] = ContextVar("fused", default=None)
+
+
+@contextmanager
+def fused(option: bool | None, params: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Step inside by kernels where there are any (None), by none (False), or by kernels alone.
+
+    Raises:
+        RuntimeError: ``option`` is True and no kernel takes one of the parameters.
+    """
+    for param in params if option else ():
+        if backend(param.device.type) is None or not takes(
+            vector(param, param.detach(), None, None)
+        ):
+            raise RuntimeError(_refusal(param))
+    token = _fused.set(option)
+    try:
+        yield
+    finally:
+        _fused.reset(token)
+
+
 def backend(device_type: str) -> Backend | None:
-    """Return the backend that steps tensors on this type of device, or None."""
+    """Return the backend that steps tensors on this kind of device, or None."""
+    return None if _fused.get() is False else _backend(device_type)
+
+
+@functools.cache
+def _backend(device_type: str) -> Backend | None:
     return next((b for b in BACKENDS.get(device_type, ()) if b.available()), None)
 
 

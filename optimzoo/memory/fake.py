@@ -106,7 +106,7 @@ def cuda_choices() -> Iterator[None]:
         for module, name, value in (
             (optim, "_foreach_supported_types", [*optim._foreach_supported_types, FakeTensor]),
             (optim, "_get_foreach_kernels_supported_devices", lambda: ["cpu", "cuda"]),
-            (dispatch, "backend", lambda device_type: native.CPU),
+            (dispatch, "_backend", lambda device_type: native.CPU),
             (newton_schulz, "on_gpu", lambda matrix: True),
         ):
             stack.callback(setattr, module, name, getattr(module, name))

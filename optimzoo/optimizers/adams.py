@@ -5,23 +5,23 @@ arXiv 2509.25996. Two unrelated methods have the same name: `AdamS` of the pytor
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, _default_to_fused_or_foreach
 
 from optimzoo.core.adam import adam, init_adam_state, step_as_tensor
-from optimzoo.core.matrix_optimizer import REST_DEFAULTS
-from optimzoo.core.optimizer import (
-    RoleOptimizer,
+from optimzoo.core.matrix_optimizer import REST_DEFAULTS, local_params
+from optimzoo.core.optimizer import RoleOptimizer, copy_group, scalar_lr
+from optimzoo.core.record import register
+from optimzoo.core.role_options import RoleOptions
+from optimzoo.core.validation import (
     check_betas,
     check_choice,
     check_lr,
     check_nonnegative,
     check_rounding,
-    copy_group,
-    scalar_lr,
 )
 from optimzoo.distributed import local_part
 from optimzoo.kernels import dispatch
@@ -34,6 +34,14 @@ DECAYS = ("l1", "l2")
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 
+@register(
+    "adams",
+    "CAST's Adam with a ramped L1 decay to N:M sparsity (not the others called AdamS)",
+    source="arXiv 2509.25996",
+    state="2 x + 1 bit x hidden",
+    aliases=("cast_adams",),
+    required={"l1": 1e-7, "total_steps": 10_000},
+)
 class AdamS(RoleOptimizer):
     r"""Adam with a proportional L1 decay that drives a model to N:M sparsity (CAST's AdamS).
 
@@ -117,6 +125,7 @@ class AdamS(RoleOptimizer):
         foreach: bool | None = None,
         rounding: str = "nearest",
         seed: int = 0,
+        **options: Unpack[RoleOptions],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -137,11 +146,11 @@ class AdamS(RoleOptimizer):
             **REST_DEFAULTS,
         }
         _check_options(defaults)
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, **options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, and check its options and its hidden weights."""
-        group = copy_group(param_group)
+        group = self._with_role_options(copy_group(param_group))
         _check_options({**self.defaults, **group})
         super().add_param_group(group)
         try:
@@ -207,17 +216,21 @@ class AdamS(RoleOptimizer):
     def _update(self) -> None:
         first = self.first_index
         for group in self.param_groups:
-            masked, rest = self._init_group(group)
-            counters = self._count(group, first)
+            with dispatch.fused(group["fused"], local_params(group)):
+                self._update_group(group, first)
             first += len(group["params"])
-            masked = self._step_fused(group, masked, counters)
-            shared = {k: group[k] for k in ("betas", "eps", "weight_decay", "maximize", "foreach")}
-            shared["lr"] = scalar_lr(group)
-            own = {k: group[k] for k in ("l1", "total_steps", "decay")} | shared
-            own["counters"] = [counters.get(p) for p in masked]
-            adams(*self._lists(masked), masks=self._masks(masked), **own)
-            shared["counters"] = [counters.get(p) for p in rest]
-            adam(*self._lists(rest), capturable=False, **shared)
+
+    def _update_group(self, group: dict[str, Any], first: int) -> None:
+        masked, rest = self._init_group(group)
+        counters = self._count(group, first)
+        masked = self._step_fused(group, masked, counters)
+        shared = {k: group[k] for k in ("betas", "eps", "weight_decay", "maximize", "foreach")}
+        shared["lr"] = scalar_lr(group)
+        own = {k: group[k] for k in ("l1", "total_steps", "decay")} | shared
+        own["counters"] = [counters.get(p) for p in masked]
+        adams(*self._lists(masked), masks=self._masks(masked), **own)
+        shared["counters"] = [counters.get(p) for p in rest]
+        adam(*self._lists(rest), capturable=False, **shared)
 
     def _step_fused(
         self, group: dict[str, Any], params: list[Tensor], counters: dict[Tensor, Counter]

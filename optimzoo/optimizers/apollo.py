@@ -1,6 +1,6 @@
 """APOLLO and APOLLO-Mini: Adam's scaling, estimated in a random subspace (arXiv 2412.05270)."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -15,11 +15,21 @@ from optimzoo.core.matrix_optimizer import (
     bias_correction,
     count_step,
 )
-from optimzoo.core.optimizer import check_choice, scalar_lr
+from optimzoo.core.optimizer import scalar_lr
+from optimzoo.core.record import register
+from optimzoo.core.role_options import RoleOptions
+from optimzoo.core.validation import check_choice
 from optimzoo.distributed import Shards
 from optimzoo.subspace.projector import gaussian, resolve_side
 
 
+@register(
+    "apollo",
+    "Adam's channel scaling, estimated in a random subspace",
+    source="arXiv 2412.05270",
+    state="low rank: 2 r x longer side; 2 x rest",
+    toy={"rank": 4, "update_proj_gap": 5},
+)
 class APOLLO(HiddenRule):
     r"""Approximated Gradient Scaling (APOLLO).
 
@@ -88,6 +98,7 @@ class APOLLO(HiddenRule):
         foreach: bool | None = None,
         rounding: str = "nearest",
         state_bits: int | None = None,
+        **options: Unpack[RoleOptions],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -107,7 +118,7 @@ class APOLLO(HiddenRule):
             "state_bits": state_bits,
             **REST_DEFAULTS,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, **options)
 
     def _check_options(self, options: dict[str, Any]) -> None:
         for name in ("rank", "update_proj_gap"):
@@ -167,6 +178,13 @@ class APOLLO(HiddenRule):
         )
 
 
+@register(
+    "apollo_mini",
+    "APOLLO at rank 1 with one scale a tensor",
+    source="arXiv 2412.05270",
+    state="2 x longer side; 2 x rest",
+    toy={"update_proj_gap": 5},
+)
 class APOLLOMini(APOLLO):
     """APOLLO at rank 1, with one scale a tensor: state of SGD's size (arXiv 2412.05270).
 
@@ -192,6 +210,7 @@ class APOLLOMini(APOLLO):
         foreach: bool | None = None,
         rounding: str = "nearest",
         state_bits: int | None = None,
+        **options: Unpack[RoleOptions],
     ) -> None:
         super().__init__(
             params,
@@ -210,4 +229,5 @@ class APOLLOMini(APOLLO):
             foreach=foreach,
             rounding=rounding,
             state_bits=state_bits,
+            **options,
         )

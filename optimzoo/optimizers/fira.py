@@ -1,6 +1,6 @@
 """Fira: GaLore plus the scaled residual outside its subspace (arXiv 2410.01623)."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -21,12 +21,22 @@ from optimzoo.core.matrix_optimizer import (
     count_step,
     subtract_,
 )
-from optimzoo.core.optimizer import check_choice, scalar_lr
+from optimzoo.core.optimizer import scalar_lr
+from optimzoo.core.record import register
+from optimzoo.core.role_options import RoleOptions
+from optimzoo.core.validation import check_choice
 from optimzoo.distributed import Shards
 from optimzoo.optimizers.galore import Projected
 from optimzoo.subspace.projector import back, resolve_side, subtract_back_
 
 
+@register(
+    "fira",
+    "GaLore plus the scaled residual",
+    source="arXiv 2410.01623",
+    state="low rank: 2 r x longer side + r x shorter side; 2 x rest",
+    toy={"rank": 4, "update_proj_gap": 5},
+)
 class Fira(Projected):
     r"""Full-rank training under low-rank state (Fira).
 
@@ -94,6 +104,7 @@ class Fira(Projected):
         foreach: bool | None = None,
         rounding: str = "nearest",
         state_bits: int | None = None,
+        **options: Unpack[RoleOptions],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -115,7 +126,7 @@ class Fira(Projected):
             "state_bits": state_bits,
             **REST_DEFAULTS,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, **options)
 
     def _check_options(self, options: dict[str, Any]) -> None:
         super()._check_options(options)

@@ -1,6 +1,6 @@
 """GaLore: Adam in the leading low-rank subspace of each gradient (arXiv 2403.03507)."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -14,7 +14,10 @@ from optimzoo.core.matrix_optimizer import (
     bias_correction,
     count_step,
 )
-from optimzoo.core.optimizer import check_choice, scalar_lr
+from optimzoo.core.optimizer import scalar_lr
+from optimzoo.core.record import register
+from optimzoo.core.role_options import RoleOptions
+from optimzoo.core.validation import check_choice
 from optimzoo.distributed import Shards
 from optimzoo.subspace.bases import KINDS, has_direction
 from optimzoo.subspace.natural import rotate_history
@@ -86,6 +89,13 @@ class Projected(HiddenRule):
         return project(state, grad, shards)
 
 
+@register(
+    "galore",
+    "Adam in the gradient's leading subspace",
+    source="arXiv 2403.03507",
+    state="low rank: 2 r x longer side + r x shorter side; 2 x rest",
+    toy={"rank": 4, "update_proj_gap": 5},
+)
 class GaLore(Projected):
     r"""Gradient Low-Rank Projection (GaLore).
 
@@ -154,6 +164,7 @@ class GaLore(Projected):
         foreach: bool | None = None,
         rounding: str = "nearest",
         state_bits: int | None = None,
+        **options: Unpack[RoleOptions],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -173,7 +184,7 @@ class GaLore(Projected):
             "state_bits": state_bits,
             **REST_DEFAULTS,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, **options)
 
     def _step_hidden(
         self,

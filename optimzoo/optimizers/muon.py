@@ -4,11 +4,11 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import Optimizer, ParamsT
 
 from optimzoo.core.matrix_optimizer import (
     REST_DEFAULTS,
@@ -17,14 +17,10 @@ from optimzoo.core.matrix_optimizer import (
     oriented,
     subtract_,
 )
-from optimzoo.core.optimizer import (
-    check_betas,
-    check_choice,
-    check_lr,
-    check_nonnegative,
-    copy_group,
-    scalar_lr,
-)
+from optimzoo.core.optimizer import copy_group, scalar_lr
+from optimzoo.core.record import register
+from optimzoo.core.role_options import RoleRates, with_role_options
+from optimzoo.core.validation import check_betas, check_choice, check_nonnegative
 from optimzoo.distributed import Shards, by_owners, local_part
 from optimzoo.lowbit import LOW, Counter, moment_dtype, opened, stand_in
 from optimzoo.roles import ROLES, role_of
@@ -47,6 +43,12 @@ ADJUSTMENTS = {
 NS_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
+@register(
+    "muon",
+    "orthogonalised momentum on hidden weights, AdamW on the rest",
+    source="kellerjordan.github.io/posts/muon",
+    state="1 x hidden + 2 x rest",
+)
 class Muon(HiddenRule):
     r"""Momentum, orthogonalised by Newton–Schulz iteration (Muon), and AdamW on the rest.
 
@@ -129,17 +131,17 @@ class Muon(HiddenRule):
         rounding: str = "nearest",
         seed: int = 0,
         state_bits: int | None = None,
+        fused: bool | None = None,
+        **rates: Unpack[RoleRates],
     ) -> None:
-        check_lr(other_lr, "other_lr")
         check_betas(other_betas)
-        check_nonnegative(other_eps=other_eps, other_weight_decay=other_weight_decay)
+        check_nonnegative(other_eps=other_eps)
         unknown = set(roles) - set(ROLES)
         if unknown:
             raise ValueError(f"unknown role {unknown.pop()!r}; the roles are {', '.join(ROLES)}")
         self._own_roles = tuple(roles)  # type: ignore[misc]
         # In the groups alone: among the defaults, schedulers would cycle betas, not the momentum.
         self._adam = {"betas": other_betas, "eps": other_eps}
-        self._other = {"lr": other_lr, "weight_decay": other_weight_decay}
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -157,10 +159,17 @@ class Muon(HiddenRule):
             "state_bits": state_bits,
             **REST_DEFAULTS,
         }
-        super().__init__(params, defaults)
+        super().__init__(
+            params,
+            defaults,
+            other_lr=other_lr,
+            other_weight_decay=other_weight_decay,
+            fused=fused,
+            **rates,
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: getattr(self, key) for key in ("_own_roles", "_adam", "_other")}
+        own = {key: getattr(self, key) for key in ("_own_roles", "_adam")}
         return {**super().__getstate__(), **own}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -168,7 +177,7 @@ class Muon(HiddenRule):
         group = copy_group(param_group)
         params = group["params"]
         if isinstance(params, set):  # torch has the error for this
-            super().add_param_group({**self._adam, **group})
+            Optimizer.add_param_group(self, group)
         group["params"] = params = [params] if hasattr(params, "ndim") else list(params)
         self._check_group(group)
         names = group.pop("param_names", None)
@@ -184,7 +193,8 @@ class Muon(HiddenRule):
         before = len(self.param_groups)
         try:
             for (role, own), places in parts.items():
-                part = {**self._adam, **({} if own else self._other), **group, "role": role}
+                part = {**self._adam, **group, "role": role}
+                part = with_role_options(part, self._role_options, [role] if own else [])
                 part["params"] = [params[i] for i in places]
                 if names is not None:
                     part["param_names"] = [names[i] for i in places]

@@ -1,6 +1,6 @@
 """Natural GaLore: GaLore on natural gradients, by Woodbury's formula (arXiv 2410.16029)."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -13,7 +13,10 @@ from optimzoo.core.matrix_optimizer import (
     bias_correction,
     count_step,
 )
-from optimzoo.core.optimizer import check_choice, check_nonnegative, scalar_lr
+from optimzoo.core.optimizer import scalar_lr
+from optimzoo.core.record import register
+from optimzoo.core.role_options import RoleOptions
+from optimzoo.core.validation import check_choice, check_nonnegative
 from optimzoo.distributed import Shards
 from optimzoo.optimizers.galore import Projected, low_dimension
 from optimzoo.subspace.natural import natural_gradient
@@ -22,6 +25,13 @@ from optimzoo.subspace.projector import subtract_back_
 HISTORY_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
+@register(
+    "natural_galore",
+    "GaLore on natural gradients (Woodbury)",
+    source="arXiv 2410.16029",
+    state="low rank: (2 + s) r x longer side + r x shorter side; 2 x rest",
+    toy={"rank": 4, "update_proj_gap": 5},
+)
 class NaturalGaLore(Projected):
     r"""GaLore, with the low-rank gradient preconditioned by an empirical Fisher matrix.
 
@@ -101,6 +111,7 @@ class NaturalGaLore(Projected):
         foreach: bool | None = None,
         rounding: str = "nearest",
         state_bits: int | None = None,
+        **options: Unpack[RoleOptions],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -124,7 +135,7 @@ class NaturalGaLore(Projected):
             "state_bits": state_bits,
             **REST_DEFAULTS,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, **options)
 
     def _check_options(self, options: dict[str, Any]) -> None:
         super()._check_options(options)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from operator import itemgetter
-from typing import Any
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
@@ -16,19 +16,19 @@ from torch.optim.optimizer import (
 )
 
 from optimzoo.core.adam import adam_step, init_adam_state, step_as_tensor
-from optimzoo.core.optimizer import (
-    RoleOptimizer,
+from optimzoo.core.optimizer import RoleOptimizer, copy_group, scalar_lr
+from optimzoo.core.record import register
+from optimzoo.core.role_options import RoleRates
+from optimzoo.core.scale_fused import FusedSteps, has_momentum, local_average, may_fuse
+from optimzoo.core.scale_sharded import Part, cut_part, step_parts
+from optimzoo.core.validation import (
     check_betas,
     check_choice,
     check_lr,
     check_nonnegative,
     check_rounding,
     check_state_bits,
-    copy_group,
-    scalar_lr,
 )
-from optimzoo.core.scale_fused import FusedSteps, has_momentum, local_average, may_fuse
-from optimzoo.core.scale_sharded import Part, cut_part, step_parts
 from optimzoo.distributed import local_part
 from optimzoo.lowbit import Counter, one_by_one, opened
 from optimzoo.roles import input_dim, matrix_view, role_of
@@ -37,6 +37,12 @@ from optimzoo.subspace.newton_schulz import in_stacks, orthogonalize
 NORMALIZATIONS = ("column", "row", "sign", "spectral")
 
 
+@register(
+    "scale",
+    "column-normalised SGD, momentum on the output head alone",
+    source="arXiv 2506.16659",
+    state="1 x head",
+)
 class SCALE(RoleOptimizer):
     r"""Stochastic Column-normalised Last-layer momentum (SCALE).
 
@@ -45,7 +51,7 @@ class SCALE(RoleOptimizer):
         head:      m ← β m + (1 − β) g,   g ← m          (the only momentum)
         matrices:  s_j = max(√(mean_i g_ij²), eps)       (one per output neuron j)
                    W ← (1 − ηλ) W − η g / s
-        vectors:   Adam, with `vector_lr`, `vector_betas`, `vector_eps`
+        vectors:   Adam, with `vector_lr`, `other_betas`, `other_eps`
 
     The paper writes ``W`` as ``[d_in, d_out]`` and normalises its columns; here that reduces dim 1
     of an ``nn.Linear`` weight and of the head, dim 0 of an ``nn.Embedding`` weight. Weights above
@@ -65,10 +71,8 @@ class SCALE(RoleOptimizer):
         norm: `rms` divides by the root mean square (the authors' code, the unit of the published
             learning rates), `l2` by the norm (the paper's formula): `lr_l2 = lr · √n_reduced`.
         eps: floor of the divisor. A row whose gradient is zero is not moved.
-        vector_lr: `lr` of the vector groups, so that a scheduler scales both; default: `lr`.
-            Published runs: 2e-2 (60M to 350M), 1e-3 (1B, 7B).
-        vector_betas: Adam's betas for the vectors.
-        vector_eps: Adam's eps, added before the bias correction of the second moment.
+        other_betas: Adam's betas for the vectors.
+        other_eps: Adam's eps, added before the bias correction of the second moment.
         maximize: ascend instead of descend.
         foreach: use torch's multi-tensor operations; default: on CUDA. One gradient-sized
             temporary, as in torch.
@@ -102,6 +106,8 @@ class SCALE(RoleOptimizer):
     training goes on after a resume; weights above two dimensions; tied weights (the head's rule).
     """
 
+    _own_roles: ClassVar[tuple[str, ...]] = ("hidden", "embedding", "head")
+
     def __init__(
         self,
         params: ParamsT,
@@ -112,9 +118,10 @@ class SCALE(RoleOptimizer):
         normalize: str = "column",
         norm: str = "rms",
         eps: float = 1e-8,
-        vector_lr: float | Tensor | None = None,
-        vector_betas: tuple[float, float] = (0.9, 0.999),
-        vector_eps: float = 1e-8,
+        other_lr: float | Tensor | None = None,
+        other_betas: tuple[float, float] = (0.9, 0.999),
+        other_eps: float = 1e-8,
+        other_weight_decay: float | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
         capturable: bool = False,
@@ -123,12 +130,10 @@ class SCALE(RoleOptimizer):
         rounding: str = "nearest",
         seed: int = 0,
         state_bits: int | None = None,
+        **rates: Unpack[RoleRates],
     ) -> None:
         if foreach and differentiable:
             raise ValueError("foreach=True cannot be differentiable; choose one")
-        if vector_lr is not None:
-            check_lr(vector_lr, "vector_lr")
-        self._vector_lr = vector_lr
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -136,8 +141,8 @@ class SCALE(RoleOptimizer):
             "normalize": normalize,
             "norm": norm,
             "eps": eps,
-            "vector_betas": vector_betas,
-            "vector_eps": vector_eps,
+            "other_betas": other_betas,
+            "other_eps": other_eps,
             "maximize": maximize,
             "foreach": foreach,
             "capturable": capturable,
@@ -152,21 +157,19 @@ class SCALE(RoleOptimizer):
         }
         _check_options(defaults)
         self._fused = FusedSteps()
-        super().__init__(params, defaults)
+        super().__init__(
+            params,
+            defaults,
+            other_lr=other_lr,
+            other_weight_decay=other_weight_decay,
+            **rates,
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its role decides its `lr` (vectors) and whether it has momentum (head)."""
-        group = copy_group(param_group)
-        role = group.get("role")
-        if self._vector_lr is not None:
-            if role is None:
-                raise ValueError(
-                    "vector_lr needs groups that carry roles; pass optimzoo.param_groups(model)"
-                )
-            if role == "vector":
-                group.setdefault("lr", self._vector_lr)
+        group = self._with_role_options(copy_group(param_group))
         # Kept apart from `momentum`, which schedulers such as OneCycleLR write into every group.
-        group.setdefault("averaged", role == "head" or "momentum" in group)
+        group.setdefault("averaged", group.get("role") == "head" or "momentum" in group)
         _check_options({**self.defaults, **group})
         super().add_param_group(group)
 
@@ -181,9 +184,6 @@ class SCALE(RoleOptimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """Return whether `torch.amp.GradScaler` leaves unscaling and skipping to the kernels."""
         return all(group["fused"] for group in self.param_groups)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_vector_lr": self._vector_lr}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -284,8 +284,8 @@ class SCALE(RoleOptimizer):
             vectors,
             self.state,
             lr=lr,
-            betas=group["vector_betas"],
-            eps=group["vector_eps"],
+            betas=group["other_betas"],
+            eps=group["other_eps"],
             weight_decay=group["weight_decay"],
             maximize=group["maximize"],
             foreach=foreach,
@@ -300,10 +300,10 @@ def _check_options(options: dict[str, Any]) -> None:
     check_lr(options["lr"])
     if not 0.0 <= options["momentum"] < 1.0:
         raise ValueError(f"Invalid momentum value: {options['momentum']}; it must be in [0, 1)")
-    check_nonnegative(**{k: options[k] for k in ("weight_decay", "vector_eps")})
+    check_nonnegative(**{k: options[k] for k in ("weight_decay", "other_eps")})
     if not options["eps"] > 0:  # a zero gradient would be divided by it
         raise ValueError(f"Invalid eps value: {options['eps']}; it must be > 0")
-    check_betas(options["vector_betas"])
+    check_betas(options["other_betas"])
     check_choice("normalize", options["normalize"], NORMALIZATIONS)
     check_choice("norm", options["norm"], ("rms", "l2"))
     if options["fused"] and options["normalize"] == "spectral":

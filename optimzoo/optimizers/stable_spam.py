@@ -1,7 +1,7 @@
 """Stable-SPAM: Adam with adaptive clipping and momentum reset (arXiv 2502.17055)."""
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
@@ -15,13 +15,22 @@ from optimzoo.core.matrix_optimizer import (
     count_step,
     subtract_,
 )
-from optimzoo.core.optimizer import check_betas, check_choice, scalar_lr
+from optimzoo.core.optimizer import scalar_lr
+from optimzoo.core.record import register
+from optimzoo.core.role_options import RoleOptions
+from optimzoo.core.validation import check_betas, check_choice
 from optimzoo.distributed import WHOLE, Shards
 from optimzoo.kernels import dispatch
 from optimzoo.lowbit import moment_dtype, widened
 from optimzoo.roles import ROLES
 
 
+@register(
+    "stable_spam",
+    "Adam with adaptive clipping and momentum reset",
+    source="arXiv 2502.17055",
+    state="2 x",
+)
 class StableSPAM(HiddenRule):
     r"""Stable Spike-Aware Adam with Momentum Reset (Stable-SPAM).
 
@@ -88,6 +97,7 @@ class StableSPAM(HiddenRule):
         rounding: str = "nearest",
         seed: int = 0,
         state_bits: int | None = None,
+        **options: Unpack[RoleOptions],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -108,7 +118,7 @@ class StableSPAM(HiddenRule):
             "state_bits": state_bits,
             **REST_DEFAULTS,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, **options)
 
     def _check_options(self, options: dict[str, Any]) -> None:
         check_betas((options["gamma1"], options["gamma2"], options["gamma3"]), "gamma")

@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -10,12 +10,20 @@ from torch.optim.optimizer import ParamsT
 
 from optimzoo.core.matrix_optimizer import REST_DEFAULTS, HiddenRule, subtract_
 from optimzoo.core.optimizer import scalar_lr
+from optimzoo.core.record import register
+from optimzoo.core.role_options import RoleOptions
 from optimzoo.distributed import by_owners
 from optimzoo.kernels import dispatch
 from optimzoo.lowbit import Counter, stand_in
 from optimzoo.subspace.newton_schulz import in_stacks, whiten
 
 
+@register(
+    "swan",
+    "stateless row normalisation and whitening",
+    source="arXiv 2412.13148",
+    state="none; 2 x rest",
+)
 class SWAN(HiddenRule):
     r"""SGD with Whitening And Normalisation (SWAN).
 
@@ -76,6 +84,7 @@ class SWAN(HiddenRule):
         rounding: str = "nearest",
         seed: int = 0,
         state_bits: int | None = None,
+        **options: Unpack[RoleOptions],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -92,7 +101,7 @@ class SWAN(HiddenRule):
             "state_bits": state_bits,
             **REST_DEFAULTS,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, **options)
 
     def _check_options(self, options: dict[str, Any]) -> None:
         if options["steps"] < 1:

@@ -103,7 +103,7 @@ def packed_mask(
         type(weight) in dispatch.PLAIN and weight.device.type == "cpu" and weight.is_contiguous()
     )
     fits = not transposed and m in (2, 4, 8) and weight.dtype in dispatch.TYPES
-    if plain and fits and native.CPU.available():
+    if plain and fits and dispatch.backend("cpu") is not None:
         return native.CPU.nm_mask(weight, n, m)
     return pack(nm_mask(weight, n, m, transposed=transposed, stacked=stacked))
 

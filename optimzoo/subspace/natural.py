@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from optimzoo.distributed import WHOLE, Shards
-from optimzoo.kernels import native
+from optimzoo.kernels import dispatch, native
 
 State = MutableMapping[str, Any]
 _JITTERS = (0.0, 1e-10, 1e-8, 1e-6, 1e-4)
@@ -88,7 +88,7 @@ def _has_kernel(history: Tensor, other: Tensor) -> bool:
     """Return whether the CPU kernels take the history; all threads read it, in BLAS only one."""
     plain = history.device.type == "cpu" and history.ndim == 2 and history.is_contiguous()
     floats = history.dtype in (torch.float32, torch.bfloat16) and other.dtype == torch.float32
-    return plain and floats and native.CPU.available()
+    return plain and floats and dispatch.backend("cpu") is not None
 
 
 def _widened(history: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:

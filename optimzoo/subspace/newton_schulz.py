@@ -50,7 +50,7 @@ def orthogonalize(
 
 
 def _iterate_on_gram(x: Tensor, triples: Sequence[Triple]) -> Tensor:
-    """The same iterations, of which each run is one product with ``X``.
+    """Run the same iterations, with one product with ``X`` for several of them.
 
     With ``R = XXᵀ`` an iteration is ``P = aI + bR + cR²``, ``X ← P X`` and so ``R ← P R P``, for
     ``P`` and ``R`` commute. ``R`` holds the squares of the singular values, so rounding takes the
@@ -82,7 +82,7 @@ def _add(matrix: Tensor, left: Tensor, right: Tensor, *, beta: float, alpha: flo
 
 
 def fast_dtype(matrix: Tensor) -> torch.dtype:
-    """The dtype that the machine multiplies fastest: bfloat16 on CUDA and where a CPU has AMX.
+    """Return the dtype that is multiplied fastest: bfloat16 on CUDA and on a CPU with AMX.
 
     float64 stays, and so does float32 elsewhere.
     """
@@ -135,7 +135,7 @@ def in_stacks(
 
 
 def stacks(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
-    """The indices of matrices that are one stack, of bounded size; see :func:`in_stacks`."""
+    """Yield the indices of matrices of one stack, of bounded size; see :func:`in_stacks`."""
     alike: dict[tuple[object, ...], list[int]] = {}
     for i, x in enumerate(matrices):
         key = (x.shape, x.dtype, x.device) if _stackable(x) else (i,)

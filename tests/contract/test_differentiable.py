@@ -41,7 +41,7 @@ def inputs(shape):
 @pytest.mark.parametrize("normalize", ["column", "row"])
 @pytest.mark.parametrize("kind", GROUPS)
 def test_gradients_of_two_steps(kind, normalize):
-    options = {"lr": 0.3, "weight_decay": 0.1, "normalize": normalize, "vector_eps": 1e-3}
+    options = {"lr": 0.3, "weight_decay": 0.1, "normalize": normalize, "other_eps": 1e-3}
     assert gradcheck(steps(GROUPS[kind], options), inputs(SHAPES.get(kind, (3, 2))))
 
 
@@ -51,7 +51,7 @@ def test_second_derivatives_and_the_learning_rate(kind):
     lr = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
 
     def run(weight, grad, lr):
-        options = {"lr": lr, "maximize": True, "vector_eps": 1e-3}
+        options = {"lr": lr, "maximize": True, "other_eps": 1e-3}
         return steps(GROUPS[kind], options)(weight, grad)[0]
 
     assert gradcheck(run, (weight, grad, lr))

@@ -14,6 +14,7 @@ from torch.optim.optimizer import Optimizer
 
 from optimzoo import (
     SCALE,
+    GaLore,
     Muon,
     OptimInfo,
     create_optimizer,
@@ -24,7 +25,7 @@ from optimzoo import (
 )
 from optimzoo.roles import ROLES
 
-TORCH_NAMES = [name for name in NAMES if get_info(name).make.__module__.startswith("torch.")]
+LEAVING = [n for n in NAMES if getattr(get_info(n).make, "_own_roles", None) == ("hidden",)]
 
 
 def rates(optimizer):
@@ -48,7 +49,7 @@ def test_records_are_complete():
         assert issubclass(info.make, Optimizer)
         assert info.description and info.source and info.state
         assert "\n" not in info.description
-        assert info.main_roles and set(info.main_roles) <= set(ROLES)
+        assert set(getattr(info.make, "_own_roles", ROLES)) <= set(ROLES)
     assert get_info("scale").make is SCALE
     assert get_info("muon").make is Muon
     assert get_info("adamw").make is torch.optim.AdamW
@@ -60,7 +61,7 @@ def test_names_are_read_leniently():
 
 
 def test_aliases_lead_to_the_record(monkeypatch):
-    taken = list(registry._REGISTRY)
+    taken = list(registry.RECORDS)
     for alias, name in registry._ALIASES.items():
         assert alias not in taken
         assert get_info(alias).name == name
@@ -128,47 +129,116 @@ def test_lr_alone_is_everyones_but_for_the_rest_of_muon():
         assert {found[role] for role in ROLES if role != "hidden"} == rest, name
 
 
-def test_other_lr_is_that_of_the_roles_the_rule_leaves():
-    found = create_optimizer("scale", Tiny(), lr=0.5, other_lr=0.25, vector_lr=0.125)
-    assert rates(found) == {
-        "hidden": 0.5, "embedding": 0.25, "head": 0.25, "vector": 0.125,
-    }  # fmt: skip
+BY_ROLE = {"embedding_lr": 0.25, "head_lr": 0.125, "vector_lr": 0.0625}
+
+
+def test_each_role_has_a_rate_of_its_own():
     for name in NAMES:
+        assert rates(create(name, Tiny(), lr=0.5, **BY_ROLE)) == {
+            "hidden": 0.5, "embedding": 0.25, "head": 0.125, "vector": 0.0625,
+        }, name  # fmt: skip
+        assert rates(create(name, Tiny(), lr=0.5, head_lr=0.125))["head"] == 0.125, name
+
+
+def test_other_lr_is_that_of_the_roles_the_rule_leaves():
+    found = create_optimizer("scale", Tiny(), lr=0.5, other_lr=0.25)
+    assert rates(found) == {"hidden": 0.5, "embedding": 0.5, "head": 0.5, "vector": 0.25}
+    for name in LEAVING:
         assert rates(create(name, Tiny(), lr=0.5, other_lr=0.25)) == {
             "hidden": 0.5, "embedding": 0.25, "head": 0.25, "vector": 0.25,
         }, name  # fmt: skip
+        found = rates(create(name, Tiny(), lr=0.5, other_lr=0.25, head_lr=0.125))
+        assert found["head"] == 0.125 and found["vector"] == 0.25, name
 
 
-def test_other_lr_moves_its_weights_and_no_others():
+def test_a_roles_rate_moves_its_weights_and_no_others():
     for name in ("scale", "muon", "adamw", "sgd"):
-        runs = {}
-        for other_lr in (0.0, 2**-4):
-            model = Tiny()
-            train(model, create_optimizer(name, model, lr=0.0, other_lr=other_lr), 1)
-            runs[other_lr] = {n: p.detach().clone() for n, p in model.named_parameters()}
-        groups = param_groups(Tiny())
-        for group in groups:
-            for param in group["param_names"]:
-                moved = not torch.equal(runs[0.0][param], runs[2**-4][param])
-                assert moved == (group["role"] not in get_info(name).main_roles), (name, param)
+        for role in ("embedding", "head", "vector"):
+            runs = {}
+            for rate in (0.0, 2**-4):
+                model, zero = Tiny(), dict.fromkeys(BY_ROLE, 0.0)
+                rule = {**zero, f"{role}_lr": rate}
+                train(model, create_optimizer(name, model, lr=0.0, **rule), 1)
+                runs[rate] = {n: p.detach().clone() for n, p in model.named_parameters()}
+            for group in param_groups(Tiny()):
+                for param in group["param_names"]:
+                    moved = not torch.equal(runs[0.0][param], runs[2**-4][param])
+                    assert moved == (group["role"] == role), (name, param)
+
+
+def test_the_others_rule_is_theirs_alone():
+    rule = {"other_betas": (0.5, 0.25), "other_eps": 0.125, "other_weight_decay": 0.0625}
+    for name in LEAVING:
+        groups = param_groups(Tiny(), {"bias": {"weight_decay": 0.5}})
+        optimizer = create(name, groups, **rule)
+        for group in optimizer.param_groups:
+            values = group["betas"], group["eps"], group["weight_decay"]
+            other = group["role"] != "hidden"
+            assert (values[:2] == ((0.5, 0.25), 0.125)) == (other or name == "muon"), name
+            assert (values[2] == 0.0625) == (group["role"] in ("embedding", "head")), name
 
 
 def test_a_groups_own_lr_wins():
     for name in NAMES:
-        groups = param_groups(Tiny(), {"lm_head": {"lr": 0.125}, "bias": {"lr": 0.0625}})
+        groups = param_groups(Tiny(), {"lm_head": {"lr": 0.5}, "bias": {"lr": 0.75}})
         given = copy.deepcopy([{k: v for k, v in g.items() if k != "params"} for g in groups])
-        found = rates(create(name, groups, lr=0.5, other_lr=0.25))
-        expected = {"hidden": 0.5, "embedding": 0.25, "head": 0.125, "vector": 0.0625}
-        assert found == expected, name
+        found = rates(create(name, groups, lr=1.0, **BY_ROLE))
+        assert found == {"hidden": 1.0, "embedding": 0.25, "head": 0.5, "vector": 0.75}, name
         assert [{k: v for k, v in g.items() if k != "params"} for g in groups] == given
 
 
-@pytest.mark.parametrize("name", ["scale", *TORCH_NAMES])
-def test_other_lr_without_roles_is_refused(name):
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "muon"])
+def test_rates_by_role_need_roles(name):
     for params in (Tiny().parameters(), [{"params": list(Tiny().parameters())}]):
-        with pytest.raises(ValueError, match=r"(other_lr|vector_lr) needs .*roles; pass") as caught:
-            create_optimizer(name, params, other_lr=0.25)
+        with pytest.raises(ValueError, match=r"head_lr needs .*roles; pass") as caught:
+            create(name, params, head_lr=0.25)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("scale", {"vector_betas": (0.5, 0.5)}, r"vector_betas is other_betas now; write other_be"),
+        ("scale", {"vector_eps": 1e-6}, "vector_eps is other_eps now; write other_eps=1e-06"),
+        ("adamw", {"other_lr": 0.1}, "other_lr=0.1: the rule of adamw trains every role; give emb"),
+        (
+            "stable_spam",
+            {"other_lr": 0.1},
+            "other_lr=0.1: the rule of StableSPAM trains every",
+        ),
+        ("galore", {"head_lr": -1.0}, "Invalid head_lr: -1.0"),
+        ("galore", {"other_betas": (0.9, 1.0)}, "beta parameter at index 1: 1.0"),
+        ("galore", {"other_eps": -1.0}, "Invalid other_eps value: -1.0"),
+        ("sgd", {"head_lr": -1.0}, "Invalid head_lr: -1.0"),
+    ],
+)
+def test_role_options_that_do_not_fit_are_one_line(name, options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        create(name, Tiny(), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_option_is_one_of_python():
+    with pytest.raises(TypeError, match="GaLore has no option 'warmup'; beside its own: emb"):
+        GaLore(param_groups(Tiny()), warmup=3)
+
+
+def test_a_checkpoint_with_the_names_of_before_loads():
+    model = Tiny()
+    optimizer = create_optimizer("scale", model, other_betas=(0.5, 0.25), other_eps=0.125)
+    train(model, optimizer, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for group in saved["param_groups"]:
+        group["vector_betas"], group["vector_eps"] = (
+            group.pop("other_betas"),
+            group.pop("other_eps"),
+        )
+        del group["fused"]
+    again = create_optimizer("scale", model)
+    again.load_state_dict(saved)
+    for group in again.param_groups:
+        assert (group["other_betas"], group["other_eps"]) == ((0.5, 0.25), 0.125)
+        assert "vector_betas" not in group and group["fused"] is None
 
 
 def test_muon_splits_bare_parameters_by_shape():

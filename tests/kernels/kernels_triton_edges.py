@@ -219,13 +219,13 @@ def test_each_tensor_has_its_own_rate_and_decay():
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_kept_call_of_scale_gives_the_same_bits(change, monkeypatch):
-    dispatch.backend.cache_clear()
+    dispatch._backend.cache_clear()
     monkeypatch.setitem(dispatch.BACKENDS, DEVICE, (kernels,))
     try:
         kept, optimizer = run(change, DEVICE, keep=True)
         anew, _ = run(change, DEVICE, keep=False)
     finally:
-        dispatch.backend.cache_clear()
+        dispatch._backend.cache_clear()
     assert len(optimizer._fused._kept) == (3 if change is part_ways else 1)
     for call in optimizer._fused._kept:
         assert call.kernels is kernels

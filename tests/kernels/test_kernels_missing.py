@@ -38,13 +38,13 @@ exit 1
 def backends(monkeypatch):
     """Choose anew which kernels there are, within the test and after it."""
     monkeypatch.setenv("OPTIMZOO_NATIVE", "1")
-    dispatch.backend.cache_clear()
+    dispatch._backend.cache_clear()
     triton.why_not.cache_clear()
     yield lambda **devices: [
         monkeypatch.setitem(dispatch.BACKENDS, kind, found) for kind, found in devices.items()
     ]
     monkeypatch.undo()
-    dispatch.backend.cache_clear()
+    dispatch._backend.cache_clear()
     triton.why_not.cache_clear()
 
 
@@ -198,7 +198,7 @@ def test_rocm_never_meets_the_kernels_for_cuda(rocm, monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda path: pytest.fail(f"{path} was loaded"))
     assert not rocm.available() and "this torch is ROCm's" in rocm.why_not()
     for there in (True, False):
-        dispatch.backend.cache_clear()
+        dispatch._backend.cache_clear()
         triton.why_not.cache_clear()
         found = SimpleNamespace() if there else None
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, found=found: found)

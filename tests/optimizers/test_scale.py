@@ -128,7 +128,7 @@ FIDELITY = {
     "weight_decay": (llama, {"weight_decay": 0.1}),
     "l2-weight_decay": (llama, {"norm": "l2", "weight_decay": 0.1, "vector_lr": 0.02}),
     "vector_lr": (llama, {"vector_lr": 0.03}),
-    "vector_betas": (llama, {"vector_betas": (0.8, 0.95), "vector_eps": 1e-3}),
+    "other_betas": (llama, {"other_betas": (0.8, 0.95), "other_eps": 1e-3}),
     "maximize": (llama, {"maximize": True, "weight_decay": 0.1}),
     "row": (llama, {"normalize": "row"}),
     "row-l2": (llama, {"normalize": "row", "norm": "l2"}),

@@ -37,8 +37,8 @@ class ScaleReference:
         norm: str = "rms",
         eps: float = 1e-8,
         vector_lr: float | None = None,
-        vector_betas: tuple[float, float] = (0.9, 0.999),
-        vector_eps: float = 1e-8,
+        other_betas: tuple[float, float] = (0.9, 0.999),
+        other_eps: float = 1e-8,
         maximize: bool = False,
     ) -> None:
         if normalize not in ("column", "row", "sign"):
@@ -61,8 +61,8 @@ class ScaleReference:
         self.norm = norm
         self.eps = eps
         self.vector_lr = lr if vector_lr is None else vector_lr
-        self.vector_betas = vector_betas
-        self.vector_eps = vector_eps
+        self.other_betas = other_betas
+        self.other_eps = other_eps
         self.maximize = maximize
         self.steps = dict.fromkeys(self.params, 0)
         self.exp_avg = {name: np.zeros_like(p) for name, p in self.params.items()}
@@ -115,11 +115,11 @@ class ScaleReference:
         return max(float(np.sqrt(mean_or_sum)), self.eps)
 
     def adam(self, name: str, g: Array) -> Array:
-        beta1, beta2 = self.vector_betas
+        beta1, beta2 = self.other_betas
         self.exp_avg[name] = m = beta1 * self.exp_avg[name] + (1 - beta1) * g
         self.exp_avg_sq[name] = v = beta2 * self.exp_avg_sq[name] + (1 - beta2) * g**2
         correction1 = 1 - beta1 ** self.steps[name]
         correction2 = 1 - beta2 ** self.steps[name]
         # As in the authors' code, eps joins sqrt(v) before v is corrected; torch's Adam differs.
-        update: Array = np.sqrt(correction2) / correction1 * m / (np.sqrt(v) + self.vector_eps)
+        update: Array = np.sqrt(correction2) / correction1 * m / (np.sqrt(v) + self.other_eps)
         return update

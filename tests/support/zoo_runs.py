@@ -128,7 +128,7 @@ def compare(
     params = weights(dtype, names)
     start = {n: p.detach().double().numpy().copy() for n, p in params.items()}
     optimizer = make(groups(params, other_lr), lr=lr, **hyper)
-    ours = {"lr", "foreach", "seed", "history_dtype", "rounding", "state_bits"}
+    ours = {"fused", "lr", "foreach", "seed", "history_dtype", "rounding", "state_bits"}
     known = set(inspect.signature(make).parameters) - ours
     options = {k: v for k, v in {**optimizer.defaults, **hyper}.items() if k in known}
     kind = options.pop("projector", None)

@@ -1,0 +1,48 @@
+"""The record of an optimizer, written beside its class."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch.optim.optimizer import Optimizer
+
+Method = TypeVar("Method", bound=type[Optimizer])
+RECORDS: dict[str, "OptimInfo"] = {}
+
+
+@dataclass(frozen=True)
+class OptimInfo:
+    """One optimizer of the registry.
+
+    Attributes:
+        name: the name for :func:`create_optimizer`.
+        make: the class.
+        description: one line.
+        source: paper or documentation.
+        state: state, as text for the tables.
+        aliases: other names.
+        required: values for the hyperparameters that have no default; state and time do not depend
+            on them.
+        toy: hyperparameters that suit a model of a few thousand weights.
+    """
+
+    name: str
+    make: Callable[..., Optimizer]
+    description: str
+    source: str
+    state: str
+    aliases: tuple[str, ...] = ()
+    required: Mapping[str, Any] = field(default_factory=dict)
+    toy: Mapping[str, Any] = field(default_factory=dict)
+
+
+def register(
+    name: str, description: str, *, source: str, state: str, **more: Any
+) -> Callable[[Method], Method]:
+    """Register the class that it decorates under a name; see :class:`OptimInfo`."""
+
+    def add(make: Method) -> Method:
+        RECORDS[name] = OptimInfo(name, make, description, source, state, **more)
+        return make
+
+    return add

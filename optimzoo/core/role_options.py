@@ -1,0 +1,97 @@
+"""Options that every optimizer of the package takes: rates and rules by role, and `fused`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+from torch import Tensor
+
+from optimzoo.core.validation import check_betas, check_lr, check_nonnegative
+from optimzoo.roles import ROLES
+
+RENAMED = {"vector_betas": "other_betas", "vector_eps": "other_eps"}
+
+
+class RoleRates(TypedDict, total=False):
+    """Learning rates by role. A group's own `lr` comes first, then these, `other_lr`, `lr`."""
+
+    #: Learning rate of the embedding.
+    embedding_lr: float | Tensor | None
+    #: Learning rate of the output head.
+    head_lr: float | Tensor | None
+    #: Learning rate of vectors: norms and biases.
+    vector_lr: float | Tensor | None
+
+
+class RoleOptions(RoleRates, total=False):
+    """Rates and rules by role, and whether kernels step. None is as if it were not given.
+
+    A parameter group's own value comes first, then the option of its role, then `other_*`, then
+    the method's `lr`, `betas`, `eps` or `weight_decay`.
+    """
+
+    #: Learning rate of the roles that the method's own rule does not train.
+    other_lr: float | Tensor | None
+    #: Adam's betas for those roles.
+    other_betas: tuple[float, float] | None
+    #: Adam's eps for those roles.
+    other_eps: float | None
+    #: Weight decay of those roles; vectors of `param_groups` have none.
+    other_weight_decay: float | None
+    #: `None`: compiled kernels where there are any; `False`: the eager path; `True`: kernels, or an
+    #: error that names the weight they cannot step.
+    fused: bool | None
+
+
+def check_role_options(
+    method: str, options: Mapping[str, Any], own_roles: Sequence[str]
+) -> dict[str, Any]:
+    """Return the options that were given.
+
+    Raises:
+        TypeError: an unknown option.
+        ValueError: an option out of range, an old name, or `other_*` of a method whose own rule
+            trains every role.
+    """
+    known = [*RoleOptions.__annotations__]
+    given = {key: value for key, value in options.items() if value is not None}
+    for key, value in given.items():
+        if key in RENAMED:
+            raise ValueError(f"{key} is {RENAMED[key]} now; write {RENAMED[key]}={value}")
+        if key not in known:
+            raise TypeError(f"{method} has no option {key!r}; beside its own: {', '.join(known)}")
+        if key.startswith("other_") and set(own_roles) >= set(ROLES):
+            raise ValueError(
+                f"{key}={value}: the rule of {method} trains every role; give embedding_lr, "
+                "head_lr or vector_lr"
+            )
+        if key.endswith("_lr"):
+            check_lr(value, key)
+    check_betas(given.get("other_betas", ()))
+    names = ("other_eps", "other_weight_decay")
+    check_nonnegative(**{name: given[name] for name in names if name in given})
+    return given
+
+
+def with_role_options(
+    group: dict[str, Any], options: Mapping[str, Any], own_roles: Sequence[str]
+) -> dict[str, Any]:
+    """Return a group with what the options give its role; its own values stay.
+
+    Raises:
+        ValueError: the group has no role.
+    """
+    if not options:
+        return group
+    role = group.get("role")
+    if role is None:
+        raise ValueError(
+            f"{next(iter(options))} needs groups that carry roles; "
+            "pass optimzoo.param_groups(model)"
+        )
+    values = {}
+    if role not in own_roles:
+        others = {key: value for key, value in options.items() if key.startswith("other_")}
+        values = {key.removeprefix("other_"): value for key, value in others.items()}
+    if f"{role}_lr" in options:
+        values["lr"] = options[f"{role}_lr"]
+    return {**values, **group}
