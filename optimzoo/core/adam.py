@@ -202,10 +202,7 @@ def _multi_tensor_adam(
     torch._foreach_mul_(exp_avg_sqs, beta2)
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, value=1 - beta2)
     update = torch._foreach_sqrt(exp_avg_sqs)
-    if eps_before:
-        torch._foreach_add_(update, eps)
-    else:
-        torch._foreach_add_(update, [_eps(eps, step, beta2, False) for step in steps])
+    torch._foreach_add_(update, [_eps(eps, step, beta2, eps_before) for step in steps])
     torch._foreach_reciprocal_(update)
     torch._foreach_mul_(update, exp_avgs)
     corrections: Any = [_correction(step, betas, capturable) for step in steps]

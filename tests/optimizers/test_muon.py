@@ -10,6 +10,7 @@ import pytest
 import torch
 from optimizer_db import Tiny, train
 from reference.muon_numpy import JORDAN, MuonReference, iterated
+from sharded_runs import distance, shard, spawn
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -383,3 +384,38 @@ def test_planners_take_stacked_experts():
     for device in ("cpu", "cuda"):
         found = simulate(model, "muon", step=lambda m: m(torch.ones(2, 24)).sum(), device=device)
         assert found.peak.bytes > held.total
+
+
+class Blocks(nn.Module):
+    """What Muon takes beyond plain matrices; 3 rows a block, so that two processes cut one."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.Parameter(torch.randn(3, 6, 5))
+        self.qkv = nn.Linear(5, 9)
+        self.filters = nn.Conv1d(2, 7, 3)
+        self.depthwise = nn.Conv1d(7, 7, 3, groups=7)
+
+    def forward(self, x):
+        x = self.qkv(torch.einsum("bd,eod,bo->bd", x, self.experts, x[:, :1].expand(-1, 6)))
+        return self.depthwise(self.filters(x.view(2, 2, 9))).square().sum()
+
+
+def blocks(rank, world):
+    runs = []
+    for model in (Blocks().double(), shard(Blocks().double())):
+        optimizer = Muon(optimzoo.param_groups(model, {"qkv": {"heads": 3}}), lr=0.1)
+        for step in range(3):
+            optimizer.zero_grad()
+            model(drawn(4, 5) + step).backward()
+            optimizer.step()
+        runs.append(model)
+    assert distance(runs[1], runs[0])[0] < 1e-10
+    optimizer = Muon(optimzoo.param_groups(runs[1]), state_bits=8)
+    with pytest.raises(RuntimeError, match="leave state_bits=None for sharded weights"):
+        optimizer.step()
+
+
+def test_sharded_stacks_heads_and_convolutions(tmp_path):
+    spawn(blocks, 2, tmp_path)
