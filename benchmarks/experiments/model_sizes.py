@@ -76,8 +76,10 @@ SCALES = {
 
 def rescaled(options: dict[str, Any], scale: Scale) -> dict[str, Any]:
     """A method's options with the rank and the gap of another size."""
-    own = {"rank": scale.rank, "update_proj_gap": scale.gap, "every": scale.gap}
+    own: dict[str, Any] = {"rank": scale.rank, "update_proj_gap": scale.gap, "every": scale.gap}
     own |= {"recovery_steps": min(10, scale.gap // 2)}
+    if scale.sizes.get("precision") == "bf16":
+        own["ns_dtype"] = None  # the GPU's own
 
     def changed(key: str, value: Any) -> Any:
         if isinstance(value, dict):

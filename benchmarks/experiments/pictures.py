@@ -1,6 +1,7 @@
 """Pictures of a comparison: training losses, and perplexity against memory."""
 
 import io
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -83,6 +84,7 @@ def memory(plan: Plan, records: list[Row], **options: Any) -> bytes:
     points = [
         (r["label"] + f" ({r['protocol']})" * several, r["bytes_60m"] / 1e6, r["perplexity"])
         for r in records
+        if math.isfinite(r["perplexity"])
     ]
     _label(axes, sorted(points, key=lambda point: point[2]))
     return saved(made, **options)

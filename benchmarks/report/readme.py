@@ -240,12 +240,14 @@ def main(args: argparse.Namespace) -> int:
             print("README.md differs from the results; run python -m benchmarks report")
         return int(new != old)
     write_atomic(README, new)
-    write_atomic(README.parent / "docs" / "memory.svg", picture("nano"))
+    for kind, name in re.findall(r"<!-- (\w+): (\S+) -->", new):
+        if kind == "headline":
+            write_atomic(README.parent / "docs" / "memory.svg", picture(name))
     write_atomic(args.out / "index.html", results_page.render())
     for plan in Plan.stored():
         write_report(plan, read_rows(plan.results_path), args.out / plan.name)
     print(
-        f"written: {README.name}, docs/memory.svg, {args.out}/index.html, and loss.png, memory.png "
-        "by plan"
+        f"written: {README.name}, its picture, {args.out}/index.html, and loss.png, memory.png by "
+        "plan"
     )
     return 0

@@ -87,6 +87,8 @@ def resolve_precision(config: RunConfig) -> str:
 def fingerprint(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
     """What a checkpoint or a finished row must agree on to be continued or reused."""
     values = {**asdict(config), "precision": resolve_precision(config), "corpus": corpus.sha256}
+    # What rows from before it was an option were made with, on a CPU.
+    values["hyper"] = {k: v for k, v in config.hyper.items() if k != "ns_dtype" or v == "bfloat16"}
     for later in ("lowrank", "groups", "release"):
         if not values[later]:
             del values[later]  # rows from before it was there stay valid

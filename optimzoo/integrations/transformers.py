@@ -43,8 +43,8 @@ def trainer_optimizer(
         lr: learning rate of the hidden weights; ``TrainingArguments``' `learning_rate`, `optim`,
             `weight_decay` and `adam_*` are not read. Its schedule is followed.
         overrides: as in :func:`optimzoo.param_groups`.
-        **hyper: the method's other hyperparameters, `other_lr` and the like among them; `weight_decay` leaves out norms and biases, as
-            ``Trainer``'s own groups do.
+        **hyper: the method's other hyperparameters, `other_lr` and the like among them;
+            `weight_decay` leaves out norms and biases, as ``Trainer``'s own groups do.
 
     Raises:
         ValueError: an unknown name or hyperparameter.

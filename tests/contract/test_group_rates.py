@@ -7,12 +7,12 @@ import warnings
 import pytest
 import torch
 from optimizer_db import Tiny
-from registered import NAMES, create
+from registered import NAMES, create, others
 from torch.optim import lr_scheduler
 
 from optimzoo import SCALE, create_optimizer, param_groups, release
 
-HYPER = {"lr": 2**-8, "other_lr": 2**-6}
+HYPER = {"lr": 2**-8, **others(2**-6)}
 
 
 def make(name="scale", **hyper):
@@ -72,7 +72,7 @@ def test_a_loop_that_warms_up_from_nothing_is_told_at_the_first_rate():
 
 
 def test_rates_that_were_equal_from_the_start_may_stay_equal():
-    for hyper in ({"other_lr": None}, {"other_lr": HYPER["lr"]}):
+    for hyper in (others(None), others(HYPER["lr"])):
         model, optimizer = make(**hyper)
         for number in range(3):
             write(optimizer, 2**-9 / (1 + number))
@@ -186,7 +186,7 @@ def test_released_parameters_are_stepped_without_a_word():
 
 
 def test_a_group_that_is_added_counts_and_a_refused_one_does_not():
-    model, optimizer = make(other_lr=None)
+    model, optimizer = make(**others(None))
     with pytest.raises(ValueError, match="unknown role"):
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "role": "no"})
     extra = torch.nn.Parameter(torch.ones(3))
@@ -219,7 +219,7 @@ def test_the_warning_points_at_the_loop():
     with pytest.warns(UserWarning, match="parameter group") as caught:
         optimizer.step()
     assert caught[0].filename == __file__
-    made = create_optimizer("adamw", Tiny(), lr=1e-3, other_lr=1e-2)
+    made = create_optimizer("adamw", Tiny(), lr=1e-3, **others(1e-2))
     write(made, 1e-3)
     with pytest.warns(UserWarning, match="parameter group") as caught:
         made.step()

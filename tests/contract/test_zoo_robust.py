@@ -9,6 +9,7 @@ import copy
 
 import pytest
 import torch
+from registered import others
 from torch.testing import assert_close
 from zoo_models import METHODS, make, normal, one_weight, reloaded, train, values
 
@@ -171,7 +172,7 @@ def test_hyperparameters_reach_the_groups(name):
     if name == "muon":
         given |= {f"other_{key}": hyper[key] for key in ("betas", "eps", "weight_decay")}
         del given["betas"], given["eps"]
-    optimizer = create_optimizer(name, llama(), other_lr=0.125, **given)
+    optimizer = create_optimizer(name, llama(), **others(0.125), **given)
     assert type(optimizer) is cls
     for group in optimizer.param_groups:
         lr = hyper["lr"] if group["role"] == "hidden" else 0.125
