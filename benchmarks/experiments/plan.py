@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import files
-from benchmarks.experiments.model_sizes import SCALES, Scale, rescaled
+from benchmarks.experiments.model_sizes import MODEL_SIZES, ModelSize, rescaled
 from benchmarks.training.config import RunConfig
 
 PROTOCOLS = ("tuned", "paper")
@@ -49,7 +49,7 @@ class Plan:
     of its published scripts).
 
     A plan of another size is one of these with a size for `nano` in its name (`60m`,
-    `9m-ablation`, see `SCALES`): the same methods, and a grid around what is best on nano.
+    `9m-ablation`, see `MODEL_SIZES`): the same methods, and a grid around what is best on nano.
 
     A plan may take the tuned values of another, `tuned_by`, of each method those of the method that
     it names, `tuned_as`; a method's `run` has other options of `RunConfig`.
@@ -57,12 +57,12 @@ class Plan:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.scale, file = _scale_of(name)
+        self.size, file = _size_of(name)
         self.values: Row = json.loads(file.read_text(encoding="utf-8"))
         self.methods: Row = self.values["methods"]
-        self.base = Plan(file.stem) if self.scale else self
-        if self.scale:
-            self.values |= self.scale.sizes
+        self.base = Plan(file.stem) if self.size else self
+        if self.size:
+            self.values |= self.size.sizes
         self.tune_path = _RESULTS / f"{self.values.get('tuned_by', name)}-tune.json"
         self.results_path = _RESULTS / f"{name}-compare.json"
 
@@ -107,8 +107,8 @@ class Plan:
             values["other_lr"] = values["lr"]
         sizes = {k: v for k, v in self.values.items() if k not in _NO_SIZES}
         hyper = {**record.get("hyper", {}), **rules.get("hyper", {})}
-        if self.scale:
-            hyper, record = rescaled(hyper, self.scale), rescaled(record, self.scale)
+        if self.size:
+            hyper, record = rescaled(hyper, self.size), rescaled(record, self.size)
         name = record.get("optimizer", method)
         options: Row = {"hyper": hyper, "seed": seed}
         options |= {name: record.get(name, {}) for name in ("lowrank", "groups")}
@@ -123,10 +123,10 @@ class Plan:
         Raises:
             ValueError: another plan has the grids.
         """
-        if self.scale:
+        if self.size:
             best = self.base.centre(method, protocol)
-            steps = min(self.scale.grid_steps, self.values["steps"])
-            points = [_times(best, self.scale.centre, factor) for factor in self.scale.factors]
+            steps = min(self.size.grid_steps, self.values["steps"])
+            points = [_times(best, self.size.centre, factor) for factor in self.size.factors]
             return [self.entry(method, protocol, 0, **point, steps=steps) for point in points]
         rules = self.methods[method][protocol]
         if "grid" not in rules:
@@ -143,7 +143,7 @@ class Plan:
         """
         points = self.grid(method, protocol)
         mine = [r for r in rows if (r["method"], r["protocol"]) == (method, protocol)]
-        if not self.scale or len(points) == 1 or len(mine) >= len(points) + GROWTH:
+        if not self.size or len(points) == 1 or len(mine) >= len(points) + GROWTH:
             return []
         best = settings(choose(mine, method, protocol))
         tried = [settings(row)["lr"] for row in mine]
@@ -154,7 +154,7 @@ class Plan:
 
     def second(self, method: str, protocol: str, rows: list[Row]) -> list[Entry]:
         """The second stage: what the plan varies at the best point of the first."""
-        rules = self.methods[method][protocol] if not self.scale else {}
+        rules = self.methods[method][protocol] if not self.size else {}
         best = settings(choose(rows, method, protocol))
         return [
             self.entry(method, protocol, 0, **{**best, name: value})
@@ -194,15 +194,15 @@ class Plan:
         return self.entry(method, protocol, seed, **self.best(method, protocol))
 
 
-def _scale_of(name: str) -> tuple[Scale | None, Path]:
+def _size_of(name: str) -> tuple[ModelSize | None, Path]:
     """The size in a plan's name, if it is another than the file's, and the file."""
     names = sorted(path.stem for path in _CONFIGS.glob("*.json"))
     if name in names:
         return None, _CONFIGS / f"{name}.json"
-    for size in sorted(SCALES, key=len, reverse=True):
+    for size in sorted(MODEL_SIZES, key=len, reverse=True):
         base = "full" if size.endswith("-full") else name.replace(size, "nano", 1)
         if name.startswith(size) and base in names:
-            return SCALES[size], _CONFIGS / f"{base}.json"
+            return MODEL_SIZES[size], _CONFIGS / f"{base}.json"
     raise ValueError(f"unknown plan {name!r}: {near(name, names)}there are {', '.join(names)}")
 
 
@@ -256,7 +256,7 @@ def choose(rows: list[Row], method: str, protocol: str) -> Row:
 def on_edge(rows: list[Row], plan: Plan, method: str, protocol: str) -> list[str]:
     """The axes along which the best point lies on the edge of its grid."""
     best = settings(choose(rows, method, protocol))
-    if plan.scale:
+    if plan.size:
         tried = {settings(row)["lr"] for row in rows if row["method"] == method}
         return ["lr"] if best["lr"] in (min(tried), max(tried)) else []
     axes = plan.methods[method][protocol]["grid"]

@@ -14,7 +14,7 @@ from benchmarks.common.files import write_atomic
 from benchmarks.common.provenance import made_on
 from benchmarks.common.tables import Table
 from benchmarks.experiments import pictures
-from benchmarks.experiments.model_sizes import SCALES, rescaled
+from benchmarks.experiments.model_sizes import MODEL_SIZES, rescaled
 from benchmarks.experiments.plan import Plan, Row, choose, settings
 from benchmarks.training.low_rank_model import on_meta
 from benchmarks.training.metrics import perplexity
@@ -74,7 +74,7 @@ def summarise(plan: Plan, rows: list[Row]) -> list[Row]:
                     "60m",
                     first["optimizer"],
                     *(
-                        json.dumps(rescaled(first.get(name, {}), SCALES["60m"]))
+                        json.dumps(rescaled(first.get(name, {}), MODEL_SIZES["60m"]))
                         for name in ("hyper", "lowrank", "groups")
                     ),
                 ),

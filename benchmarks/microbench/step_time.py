@@ -43,7 +43,7 @@ FLOOR = {
 }
 FUSED = ("sgd", "adamw", "adam")
 # `scale-loop` and so on: options of a method that is called in another way.
-HOW: dict[str, dict[str, Any]] = {
+EXECUTION_MODES: dict[str, dict[str, Any]] = {
     "loop": {"fused": False, "foreach": False},
     "captured": {"capturable": True},
     "compiled": {},
@@ -55,7 +55,7 @@ Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 def ours(name: str, rank: int, gap: int) -> Make:
     """A method of the registry, at the given rank, fused where it is torch's."""
     name, _, how = name.partition("-")
-    name, options = VARIANTS.get(name, (name, HOW.get(how, {})))
+    name, options = VARIANTS.get(name, (name, EXECUTION_MODES.get(how, {})))
     options = {"fused": True} if name in FUSED else dict(options)
     if name == "adams":
         options |= {"l1": 1e-7, "total_steps": 10_000}
@@ -64,7 +64,7 @@ def ours(name: str, rank: int, gap: int) -> Make:
     return lambda groups: optimzoo.create_optimizer(name, groups, lr=1e-4, **options)
 
 
-class Subject:
+class TimedOptimizer:
     """One method with weights of its own, and the gradients that all share."""
 
     def __init__(
@@ -87,7 +87,7 @@ class Subject:
             for p, original in zip(group["params"], source["params"], strict=True)
         }
         method, _, how = name.partition("-")
-        tensors = FLOOR.get(method) if how in ("", *HOW) else None
+        tensors = FLOOR.get(method) if how in ("", *EXECUTION_MODES) else None
         self.floor_bytes = tensors and sum(
             tensors[g["role"]] * p.numel() * p.element_size() for g in groups for p in g["params"]
         )
@@ -112,7 +112,7 @@ class Subject:
             p.grad = grad
 
 
-class Streams:
+class BandwidthProbe:
     """What the memory gives: the better of a copy and of a sum in place, on at most 256 MB each.
 
     A copy counts two tensors, but on a CPU the target is read too before it is written; a sum in
@@ -161,34 +161,34 @@ def measure_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
     makers = {name: ours(name, args.rank, args.gap) for name in args.optimizers}
     makers |= {} if args.no_peers else peers(args.rank, args.gap)
     with RunProgress(len(makers) + args.repeats) as bar:
-        subjects = []
+        timed_optimizers = []
         for name, make in makers.items():
             bar.start(f"first step of {name}", 1)
-            subjects.append(Subject(name, make, model, grads, args.roles))
+            timed_optimizers.append(TimedOptimizer(name, make, model, grads, args.roles))
         gc.collect()
-        streams = Streams(grads)
+        bandwidth = BandwidthProbe(grads)
         for turn in range(args.repeats):
             bar.start(f"steps in turn, {turn + 1} of {args.repeats}", 1)
-            streams.measure()
-            for subject in subjects:
+            bandwidth.measure()
+            for method in timed_optimizers:
                 # One slow method must not keep the others waiting: its median is of fewer steps.
-                if sum(subject.times) < 1000 * args.seconds:
-                    subject.times.append(subject.timed())
+                if sum(method.times) < 1000 * args.seconds:
+                    method.times.append(method.timed())
     rows = []
-    for subject in subjects:
-        plain = statistics.median(subject.times)
-        floor = subject.floor_bytes
+    for method in timed_optimizers:
+        plain = statistics.median(method.times)
+        floor = method.floor_bytes
         rate = floor / plain / 1e6 if floor else None
         rows.append(
             {
-                "method": subject.name,
+                "method": method.name,
                 "step_ms": plain,
-                "steps": len(subject.times),
+                "steps": len(method.times),
                 "floor_gb_per_s": rate,
-                "share_of_stream": rate and rate / streams.best(),
-                "first_ms": subject.first,
+                "share_of_stream": rate and rate / bandwidth.best(),
+                "first_ms": method.first,
                 # a refresh every `gap` steps, counted at the cost of the first step
-                "amortised_ms": (subject.first + (args.gap - 1) * plain) / args.gap,
+                "amortised_ms": (method.first + (args.gap - 1) * plain) / args.gap,
             }
         )
     return rows

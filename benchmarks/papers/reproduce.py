@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from benchmarks.experiments.model_sizes import SCALES
+from benchmarks.experiments.model_sizes import MODEL_SIZES
 from benchmarks.experiments.run_queue import add_jobs_argument, settle_counts
 from benchmarks.papers import cast, memory_columns, perplexity_tables
 from benchmarks.papers.memory_columns import print_memory
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = f"of {', '.join(names)}"
     parser.add_argument("table", nargs="+", choices=names, metavar="TABLE", help=text)
     parser.add_argument("--memory-only", action="store_true", help="the memory column, in seconds")
-    parser.add_argument("--scale", default="nano", choices=("nano", *SCALES), metavar="SIZE")
+    parser.add_argument("--scale", default="nano", choices=("nano", *MODEL_SIZES), metavar="SIZE")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="some of the table's methods")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1")
     parser.add_argument(

@@ -28,7 +28,7 @@ class TableRuns:
     def __init__(self, args: argparse.Namespace, table: PaperComparison) -> None:
         self.args, self.table = args, table
         self.pairs = perplexity_tables.methods_of(
-            table, perplexity_tables.plans_at(table, args.scale)
+            table, perplexity_tables.plans_at(table, args.size)
         )
         if args.methods:
             self.pairs = [(plan, m) for plan, m in self.pairs if m in args.methods]
@@ -147,7 +147,7 @@ def _refuse_early(args: argparse.Namespace) -> None:
         has[name] = [
             m
             for _, m in perplexity_tables.methods_of(
-                table, perplexity_tables.plans_at(table, args.scale)
+                table, perplexity_tables.plans_at(table, args.size)
             )
         ]
     known = list(dict.fromkeys(m for methods in has.values() for m in methods))
@@ -168,7 +168,7 @@ def _refuse_early(args: argparse.Namespace) -> None:
 
 
 def _folder(out: Path, name: str, args: argparse.Namespace) -> Path:
-    return out / f"{name}-{args.scale}"
+    return out / f"{name}-{args.size}"
 
 
 def run_tables(args: argparse.Namespace) -> int:
@@ -190,7 +190,7 @@ def run_tables(args: argparse.Namespace) -> int:
             if args.store:
                 cut.append("The rows that are stored have them as they were measured.")
         perplexity_tables.show(
-            name, perplexity_tables.records(table, args.scale, rows), args.out, cut
+            name, perplexity_tables.records(table, args.size, rows), args.out, cut
         )
         print(f"written: {args.out}/{name}.md and .json\ncurves: tensorboard --logdir {args.out}")
     args.out = out

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.experiments import summary
-from benchmarks.experiments.model_sizes import SCALES
+from benchmarks.experiments.model_sizes import MODEL_SIZES
 from benchmarks.experiments.plan import Plan, Row
 from benchmarks.papers import cast, perplexity_tables
 from benchmarks.papers.memory_columns import published_value
@@ -26,7 +26,7 @@ LEAD = (
 def sections() -> list[Row]:
     """What the page shows: one record a table that has rows."""
     found, stored = [], {plan.name: plan for plan in Plan.stored()}
-    for scale in ("nano", *SCALES):
+    for scale in ("nano", *MODEL_SIZES):
         for name, table in perplexity_tables.TABLES.items():
             full = table.plans == ("full",)
             names = {scale} if full else {p.replace("nano", scale, 1) for p in table.plans}

@@ -11,7 +11,7 @@ import tiny_benchmarks
 from benchmarks.__main__ import main
 from benchmarks.experiments import plan as plan_module
 from benchmarks.experiments import time_budget as budget
-from benchmarks.experiments.model_sizes import SCALES
+from benchmarks.experiments.model_sizes import MODEL_SIZES
 from benchmarks.experiments.plan import Plan
 from benchmarks.papers import cast as cast_beside
 from benchmarks.papers import perplexity_tables, table_runs
@@ -129,7 +129,7 @@ def test_a_grid_grows_where_its_best_is_at_an_end():
     assert Plan("60m-full").beyond("galore", "paper", rows(0)) == []
 
 
-@pytest.mark.parametrize("size", [s for s in SCALES if s.endswith("-full")])
+@pytest.mark.parametrize("size", [s for s in MODEL_SIZES if s.endswith("-full")])
 def test_the_published_protocol_is_the_published_one(size):
     plan = Plan(size)
     tokens = {"60m": 1.44e9, "130m": 2.62e9, "350m": 7.86e9}[size.removesuffix("-full")]
