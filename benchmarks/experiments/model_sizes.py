@@ -1,4 +1,4 @@
-"""A plan at another size: model, batch and length, and what follows from them."""
+"""Model sizes: the settings of a plan at each of them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,16 +6,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What a size changes in a plan made for nano.
+    """Settings that a model size changes in a plan for nano.
 
     Attributes:
         sizes: fields of `RunConfig` for every run.
         rank: of the low-rank methods.
         gap: steps between two refreshes of a subspace, and between two restarts.
-        grid_steps: length of a run of the grid.
-        centre: the middle of the grid, as multiples of the two rates that are best on nano.
-        factors: the grid: both learning rates, times each of these; it grows where the best is at
-            an end (`Plan.beyond`).
+        grid_steps: steps of a grid run.
+        centre: middle of the grid, as multiples of the two learning rates that are best on nano.
+        factors: grid of multiples of both learning rates; it is extended where the best is at an
+            edge (`Plan.beyond`).
     """
 
     sizes: dict[str, Any]
@@ -27,7 +27,7 @@ class ModelSize:
 
 
 def _pico(batch: int) -> ModelSize:
-    """A very small model at one of three batches: where the paper's order of norms begins."""
+    """Return the settings of pico at a batch size; the paper's order of norms depends on it."""
     sizes = {"model": "pico", "steps": 100, "batch_size": batch, "seq_len": 64}
     return ModelSize({**sizes, "eval_tokens": 65536}, 16, 50, grid_steps=100, centre=(4.0, 0.5))
 
@@ -39,7 +39,7 @@ _FULL = {**_GPU, "batch_size": 64, "accumulate": 8, "eval_tokens": 10_000_000}
 
 
 def _full(model: str, steps: int, rank: int) -> ModelSize:
-    """The published protocol: 512 sequences of 256 tokens a step, the published rates alone."""
+    """Return the published protocol: 512 sequences of 256 tokens per step, published rates."""
     return ModelSize({"model": model, "steps": steps, **_FULL}, rank, 200, steps, factors=(1.0,))
 
 
@@ -57,7 +57,7 @@ MODEL_SIZES = {
     "pico-1k": _pico(16),
     "pico-4k": _pico(64),
     "pico-16k": _pico(256),
-    # What two cores do in two hours: half a million tokens a method, and four rates of an eighth.
+    # Two hours on two cores: half a million tokens per method, four rates of an eighth each.
     "9m": ModelSize(
         {"model": "9m", "steps": 500, "batch_size": 8, "seq_len": 128, "eval_tokens": 65536},
         rank=64,
@@ -74,14 +74,14 @@ MODEL_SIZES = {
 }
 
 
-def rescaled(options: dict[str, Any], scale: ModelSize) -> dict[str, Any]:
-    """A method's options with the rank and the gap of another size."""
-    own = {"rank": scale.rank, "update_proj_gap": scale.gap, "every": scale.gap}
-    own |= {"recovery_steps": min(10, scale.gap // 2)}
+def rescaled(options: dict[str, Any], size: ModelSize) -> dict[str, Any]:
+    """Return a method's options with the rank and the gap of another model size."""
+    values = {"rank": size.rank, "update_proj_gap": size.gap, "every": size.gap}
+    values |= {"recovery_steps": min(10, size.gap // 2)}
 
     def changed(key: str, value: Any) -> Any:
         if isinstance(value, dict):
-            return rescaled(value, scale)
-        return own[key] if value and key in own else value  # no recovery stays none
+            return rescaled(value, size)
+        return values[key] if value and key in values else value  # no recovery stays none
 
     return {key: changed(key, value) for key, value in options.items()}

@@ -39,7 +39,7 @@ class DeferredInterrupt:
             self.check()
 
     def check(self, agreed: Callable[[bool], bool] = bool) -> None:
-        """Raise KeyboardInterrupt after a signal: on this rank, or on all that ``agreed`` reduces."""
+        """Raise KeyboardInterrupt if a signal has arrived, here or (by ``agreed``) on any rank."""
         if agreed(self._held):
             raise KeyboardInterrupt
 

@@ -178,7 +178,7 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self, split: str) -> float:
-        """Return the mean loss per token over ``eval_tokens`` of a split (``valid`` or ``test``)."""
+        """Return the mean loss per token over ``eval_tokens`` of a split, "valid" or "test"."""
         total, count = 0.0, 0
         for x, y in self._windows(split):
             rows, weight = self.parallel.rows(len(x))
