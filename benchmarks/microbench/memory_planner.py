@@ -34,7 +34,7 @@ _CHECKS_OF = {
 }
 PLAN: dict[str, Any] = {"batch": 1, "seq": 256, "checkpointing": True, "release": True}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Required hyperparameters; bytes do not depend on them.
+# It has no defaults for these; bytes do not depend on them.
 REQUIRED: dict[str, dict[str, Any]] = {"adams": {"l1": 1e-4, "total_steps": 1000}}
 PROJECTED = "update_proj_gap"
 

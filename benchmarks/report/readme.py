@@ -1,4 +1,4 @@
-"""Report of the committed results: the README's and the docs' tables, and an HTML page."""
+"""`python -m benchmarks report`: tables, pictures and an HTML page of the committed rows."""
 
 import argparse
 import json

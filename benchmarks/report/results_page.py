@@ -115,9 +115,9 @@ def _section(
 def how_made(rows: list[Row]) -> str:
     """Format commit, device, versions, seeds and text of a record's rows."""
     places = dict.fromkeys(
-        f"{made['commit']}, {made['device']}, {made['threads']} thread"
-        f"{'s' * (made['threads'] > 1)}, torch {made['torch']}"
-        for made in (row["provenance"] for row in rows)
+        f"{host['commit']}, {host['device']}, {host['threads']} thread"
+        f"{'s' * (host['threads'] > 1)}, torch {host['torch']}"
+        for host in (row["provenance"] for row in rows)
     )
     seeds = ", ".join(str(seed) for seed in sorted({row["config"]["seed"] for row in rows}))
     text = rows[0]["corpus"]
