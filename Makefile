@@ -108,11 +108,11 @@ JOBS ?= 1
 TABLES ?= scale-main scale-ablation natural-galore low-rank
 gpu-tables:
 	@test -n "$(TEXT)" || { echo "say which text: make gpu-tables TEXT='train.jsonl.xz ...'"; exit 1; }
-	$(PYTHON) -m benchmarks reproduce $(TABLES) --scale 60m --seeds 1 --data $(TEXT) \
+	$(PYTHON) -m benchmarks reproduce $(TABLES) --size 60m --seeds 1 --data $(TEXT) \
 	  --stop-after $(MINUTES) --jobs $(JOBS) --out runs/gpu-tables --store
 
 gpu-tables-dry-run: $(VENV)/.bench
-	$(BIN)/python -m benchmarks reproduce $(TABLES) --scale dry --seeds 1 --data stdlib \
+	$(BIN)/python -m benchmarks reproduce $(TABLES) --size dry --seeds 1 --data stdlib \
 	  --max-chars 200000 --out runs/gpu-tables-dry-run
 
 # The kernel tests on a build with the address and undefined-behaviour sanitizers.

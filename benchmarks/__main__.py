@@ -40,17 +40,17 @@ COMMANDS = {
 def _given(
     parser: argparse.ArgumentParser, args: argparse.Namespace, words: list[str]
 ) -> list[str]:
-    """The options that are on the command line, those at their defaults too, but for no others.
+    """Return the names of the options on the command line, those at their defaults included.
 
-    A value that is there already keeps argparse from setting a default.
+    A value that is set before parsing keeps argparse from setting the default.
     """
     unset = argparse.Namespace(**dict.fromkeys(vars(args)))
-    found = parser.parse_args(words[words.index(args.command) + 1 :], unset)
-    return [name for name, value in vars(found).items() if value is not None]
+    parsed = parser.parse_args(words[words.index(args.command) + 1 :], unset)
+    return [name for name, value in vars(parsed).items() if value is not None]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; bad input is one line on stderr and exit status 2."""
+    """Run one command and return its exit status: 2, with one line on stderr, for bad input."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (module, text) in COMMANDS.items():
@@ -61,8 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return COMMANDS[args.command][0].main(args)
     except KeyboardInterrupt:
-        kept = getattr(args, "out", None) is not None
-        text = "the same command goes on from here" if kept else "nothing is saved without --out"
+        saved = getattr(args, "out", None) is not None
+        text = "the same command goes on from here" if saved else "nothing is saved without --out"
         if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun one says it
             print(f"stopped; {text}", file=sys.stderr)
         return 130

@@ -1,1 +1,1 @@
-"""What every room uses: files, provenance, progress, tables, timing."""
+"""Shared helpers: files, provenance, progress, tables, timing."""

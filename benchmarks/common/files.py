@@ -1,4 +1,4 @@
-"""Write files whole or not at all."""
+"""Atomic writes of files and folders."""
 
 import json
 import os
@@ -10,7 +10,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write a whole file or nothing: a temporary beside it, synced, then renamed over it."""
+    """Write a file atomically: write and sync a temporary file, then rename it to ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -25,10 +25,10 @@ def write_atomic(path: Path, data: str | bytes) -> None:
 
 
 def make_folder(path: Path, option: str) -> None:
-    """Make the folder that an option names.
+    """Create the folder that a command-line option names.
 
     Raises:
-        ValueError: it cannot be made.
+        ValueError: the folder cannot be created.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def make_folder(path: Path, option: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put on disk which files a folder has."""
+    """Flush a folder's directory entries to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,8 +1,7 @@
-"""The progress of training runs: a bar with loss, speed and time left; else a line a run."""
+"""Progress of training runs: a bar with loss, speed and time left, or one line per run."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -19,7 +18,7 @@ from rich.text import Text
 
 
 class RunProgress:
-    """One bar over the steps of all runs; it also says which run, its loss and its speed."""
+    """One progress bar over the steps of all runs, with the current run's name, loss and speed."""
 
     def __init__(self, total_steps: int) -> None:
         self.console = Console(stderr=True)
@@ -39,16 +38,11 @@ class RunProgress:
         self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
     def start(self, name: str, steps: int) -> Callable[[int, float, float], None]:
-        """Begin a run; what it returns is to be called with (step, loss, tokens per second)."""
+        """Begin a run. Return the callback to call with (step, loss, tokens per second)."""
         base = self._base
         self._base += steps
         self._bar.update(self._task, description=name, completed=base, status="")
@@ -60,19 +54,19 @@ class RunProgress:
         return report
 
     def finish(self, text: str) -> None:
-        """A line for a finished run."""
+        """Print the line of a finished run."""
         self.console.print(text, highlight=False)
 
 
 class SideBySide(RunProgress):
-    """One bar over runs at the same time: the range of their losses, their speed together."""
+    """One progress bar over concurrent runs: the range of their losses and their total speed."""
 
     def __init__(self, total_steps: int) -> None:
         super().__init__(total_steps)
         self._running: dict[str, tuple[str, int, float, float]] = {}
 
     def report(self, key: str, name: str, step: int, loss: float, speed: float) -> None:
-        """The run of this key is at a step."""
+        """Update the step, loss and speed of the run ``key``."""
         self._running[key] = (name, step, loss, speed)
         (first, *others), steps, losses, speeds = zip(*self._running.values(), strict=True)
         between = " to ".join(f"{loss:.3f}" for loss in sorted({min(losses), max(losses)}))
@@ -84,7 +78,7 @@ class SideBySide(RunProgress):
         )
 
     def end(self, key: str, steps: int) -> None:
-        """A run of so many steps has ended."""
+        """Remove a finished run of ``steps`` steps from the running ones."""
         self._running.pop(key, None)
         self._base += steps
 
@@ -96,7 +90,7 @@ class _Amount(ProgressColumn):
 
 
 class Bars:
-    """Progress bars on stderr that fit in 80 columns, or nothing at all."""
+    """Progress bars on stderr that fit in 80 columns, or no output if not ``shown``."""
 
     def __init__(self, shown: bool) -> None:
         self._progress = Progress(
@@ -120,7 +114,7 @@ class Bars:
     def bar(
         self, description: str, total: int | None, unit: str
     ) -> Iterator[Callable[[int], None]]:
-        """One bar; yields a function that advances it. Without a total it only counts."""
+        """Show one bar and yield the function that advances it; without a total it only counts."""
         task = self._progress.add_task(description, total=total, unit=unit)
         yield lambda amount: self._progress.advance(task, amount)
         done = self._progress.tasks[task].completed or 1

@@ -1,4 +1,4 @@
-"""What a number needs beside it: commit, device, versions; and writing files whole."""
+"""Provenance of a measured figure: commit, device and versions."""
 
 import platform
 import subprocess
@@ -12,7 +12,7 @@ from benchmarks.common.files import ROOT
 
 
 def provenance() -> dict[str, Any]:
-    """Commit, device and versions of this process, for a results row."""
+    """Return commit, device and versions of this process, for a results row."""
     return {
         "commit": _commit(),
         "device": device_name(),
@@ -24,7 +24,7 @@ def provenance() -> dict[str, Any]:
 
 
 def made_on(made: dict[str, Any]) -> str:
-    """Return device, threads, torch and commit of a provenance, as text."""
+    """Format device, threads, torch version and commit of a provenance as text."""
     return (
         f"{made['device']}, {made['threads']} threads, torch {made['torch']}, commit "
         f"{made['commit']}"
@@ -32,7 +32,7 @@ def made_on(made: dict[str, Any]) -> str:
 
 
 def device_name() -> str:
-    """The GPU's name, or the processor's with its architecture."""
+    """Return the GPU's name, or the processor's with its architecture."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     try:
@@ -45,7 +45,7 @@ def device_name() -> str:
 
 def _commit() -> str:
     try:
-        commit = subprocess.run(
+        return subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=10"],
             cwd=ROOT,
             capture_output=True,
@@ -54,4 +54,3 @@ def _commit() -> str:
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return commit

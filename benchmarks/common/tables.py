@@ -10,14 +10,14 @@ from rich.table import Table as Grid
 
 @dataclass(frozen=True)
 class Table:
-    """A table: headers, rows of text, and the lines that stand below it.
+    """A table of text cells with a title above and notes below.
 
     Attributes:
-        headers: one a column; on a terminal they wrap at spaces.
-        rows: cells, one list for each row.
+        headers: one per column; on a terminal they wrap at spaces.
+        rows: one list of cells per row.
         title: printed above the table.
-        notes: printed below it, a paragraph each.
-        left: how many columns are aligned to the left; the first of them may wrap.
+        notes: printed below the table, one paragraph each.
+        left: number of left-aligned columns; the first of them may wrap.
         gap: spaces between two columns on a terminal.
     """
 
@@ -44,7 +44,7 @@ class Table:
             console.print(note, highlight=False)
 
     def markdown(self) -> str:
-        """Return the table in Markdown, without title and notes."""
+        """Return the table as Markdown, without title and notes."""
         sides = ["---" if i < self.left else "--:" for i in range(len(self.headers))]
         lines = [" | ".join(cells) for cells in (self.headers, *self.rows)]
         return "\n".join(

@@ -1,4 +1,4 @@
-"""Timing calls: device work is waited for, and what is compared takes turns."""
+"""Timing of calls, with device synchronization and interleaved comparisons."""
 
 import statistics
 import time
@@ -9,13 +9,13 @@ import torch
 
 
 def synchronize() -> None:
-    """Wait for the GPU, where there is one."""
+    """Wait until the GPU is idle, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 class Spans:
-    """Times from `start` to `stop`, any number of them; a GPU marks them and is not waited for."""
+    """Timer of any number of spans from `start` to `stop`; CUDA events avoid synchronization."""
 
     def __init__(self) -> None:
         self._marks: list[Any] = []
@@ -31,7 +31,7 @@ class Spans:
     start = stop = _mark
 
     def milliseconds(self) -> list[float]:
-        """Of each span, all work waited for."""
+        """Synchronize, and return the duration of each span in milliseconds."""
         synchronize()
         pairs = zip(self._marks[::2], self._marks[1::2], strict=False)
         if torch.cuda.is_available():
@@ -40,7 +40,7 @@ class Spans:
 
 
 def step_spans(optimizer: torch.optim.Optimizer) -> Spans:
-    """The times of the optimizer's steps from now on."""
+    """Register hooks that time every later step of the optimizer, and return the timer."""
     spans = Spans()
     optimizer.register_step_pre_hook(spans.start)
     optimizer.register_step_post_hook(spans.stop)
@@ -48,7 +48,7 @@ def step_spans(optimizer: torch.optim.Optimizer) -> Spans:
 
 
 def timed(call: Callable[[], Any]) -> float:
-    """Milliseconds of one call to its end, on a GPU by the GPU's clock."""
+    """Return the milliseconds of one call, device work included; on a GPU by CUDA events."""
     synchronize()
     spans = Spans()
     spans.start()
@@ -58,11 +58,11 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 def in_turn(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each call, taken in turn after one that warms up."""
+    """Time the calls in turn after one warm-up round; return the median milliseconds of each."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, call in calls.items():
-            took = timed(call)
+            elapsed = timed(call)
             if turn:
-                times[name].append(took)
+                times[name].append(elapsed)
     return {name: statistics.median(values) for name, values in times.items()}

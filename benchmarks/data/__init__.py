@@ -1,1 +1,1 @@
-"""From text to batches of tokens."""
+"""Corpora, tokenizers and batches of tokens."""

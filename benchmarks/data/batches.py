@@ -1,4 +1,4 @@
-"""Batches of a split by step, and the windows of an evaluation."""
+"""Training batches by step, and evaluation windows."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Batches:
-    """Training batches by step: the same step is the same batch, so a resumed run needs no state.
+    """Training batches indexed by step; a batch depends on its step alone, so there is no state.
 
     Windows of `seq_len` inputs and the label after each do not overlap in their inputs. Each epoch
     has its own order, drawn from (seed, epoch), and drops the last windows that fill no batch.
@@ -31,11 +31,11 @@ class Batches:
         self._order: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
+        """Return the number of batches in an epoch."""
         return self._windows // self.batch_size
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and labels [batch_size, seq_len] of a step; later epochs follow the first."""
+        """Return inputs and labels [batch_size, seq_len] of a step, counted over all epochs."""
         if step < 0:
             raise IndexError(f"step must be at least 0, got {step}")
         epoch, batch = divmod(step, len(self))
@@ -46,17 +46,17 @@ class Batches:
         return _gather(self._tokens, rows, self.seq_len)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The first epoch."""
+        """Iterate over the first epoch."""
         return (self[step] for step in range(len(self)))
 
 
 def iterate_eval(
     tokens: np.ndarray, batch_size: int, seq_len: int, max_tokens: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every window in order; the last batch may have fewer rows.
+    """Return batches of all windows of a split in order; the last batch may have fewer rows.
 
-    With `max_tokens`, as many windows as that allows, spread evenly over the split, since its first
-    documents need not be like the rest. A last window that the split cannot fill is dropped.
+    `max_tokens` limits the number of windows; they are spread evenly over the split, since its
+    first documents need not be representative. An incomplete last window is dropped.
     """
     windows = _windows(tokens, batch_size, seq_len)
     if max_tokens is not None and max_tokens < seq_len:

@@ -1,6 +1,6 @@
-"""Tokens to train on: a byte-level BPE over local text, or C4, cached as memory-mapped files.
+"""Corpora of tokens: a byte-level BPE over local text, or C4, cached as memory-mapped files.
 
-A cached folder is complete by itself: copied to a machine without the text, it is a source there.
+A cached folder is self-contained: copied to a machine without the text, it is a source there.
 
 Documents are packed: each is followed by an end-of-text token and the next begins at once, with no
 padding and no truncation, and a window may hold parts of several. (The published C4 runs pad or cut
@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Corpus:
-    """The tokens of a source; `sha256` is that of its documents and their splits."""
+    """Tokens of a source by split; `sha256` is that of its documents and their splits."""
 
     name: str
     sha256: str
@@ -70,7 +70,7 @@ def load_corpus(
     c4_dataset: str = "allenai/c4",
     tokenizer: str = "t5-base",
 ) -> Corpus:
-    """The tokens of a source, from the cache if they are there.
+    """Load the tokens of a source from the cache, or tokenize the source and cache them.
 
     Args:
         source: "stdlib" (the running Python's standard library), "c4", .txt and .jsonl files, or
@@ -78,8 +78,8 @@ def load_corpus(
         vocab_size: of the tokenizer that is trained on the train split; for "c4" that of the model.
         cache_dir: holds one folder for each source, vocabulary size and version.
         progress: draw progress bars on stderr.
-        max_chars: take no more of the train split; valid and test stay whole. Only for text.
-        max_tokens: how much of C4's train split to take. Only for "c4", and needed there.
+        max_chars: limit of the train split; valid and test stay whole. Only for text.
+        max_tokens: limit of C4's train split. Only for "c4", and required there.
         c4_dataset: a dataset on the Hugging Face hub, or a local folder laid out like it
             (which must not change: a cache is found by the name of the dataset alone).
         tokenizer: a tokenizer on the hub, or a local folder. Only for "c4".
@@ -109,7 +109,7 @@ def load_corpus(
 
 @dataclass(frozen=True)
 class _Recipe:
-    """What names a cached folder, and how to fill it."""
+    """Identity of a cached folder, and the function that fills it."""
 
     name: str
     identity: dict[str, Any]
@@ -157,32 +157,32 @@ def _text_recipe(source: Source, vocab_size: int, bars: Bars) -> _Recipe:
     import tokenizers
 
     with bars.bar("reading", None, "characters") as advance:
-        found = survey(source, advance)
+        surveyed = survey(source, advance)
     identity = {
         "format": FORMAT,
-        "sha256": found.sha256,
+        "sha256": surveyed.sha256,
         "vocab_size": vocab_size,
         "tokenizers": tokenizers.__version__,
     }
 
     def fill(folder: Path) -> None:
-        tokenizer = train_tokenizer(source, found, vocab_size, bars)
+        tokenizer = train_tokenizer(source, surveyed, vocab_size, bars)
         writer = TokenWriter(folder, _dtype(vocab_size))
-        total = sum(found.characters.values())
+        total = sum(surveyed.characters.values())
         try:
             with bars.bar("encoding", total, "characters") as advance:
                 sha256 = encode(
                     source.documents(),
-                    found.owns,
+                    surveyed.owns,
                     tokenizer,
                     tokenizer.token_to_id(END_OF_TEXT),
                     vocab_size,
                     writer,
                     lambda document, _: advance(len(document.text)),
                 )
-            if sha256 != found.sha256:
+            if sha256 != surveyed.sha256:
                 raise ValueError(f"{source.name} has changed while it was read; run again")
-            facts = {"characters": found.characters, "documents": found.documents}
+            facts = {"characters": surveyed.characters, "documents": surveyed.documents}
             writer.finish(tokenizer.to_str(), identity, source=source.name, **facts)
         finally:
             writer.close()

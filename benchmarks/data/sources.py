@@ -1,4 +1,4 @@
-"""Text as documents that know their split: of the standard library, of C4, of any source.
+"""Sources of documents with their splits: the standard library and C4.
 
 A source can be read any number of times and never holds more than one document in memory.
 """
@@ -21,7 +21,7 @@ EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_tes
 
 
 class Document(NamedTuple):
-    """One text of one split."""
+    """One document of a split."""
 
     split: str
     text: str
@@ -30,7 +30,7 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """A name, and a function that starts a new reading of the documents."""
+    """A name, and a function that returns a new iterator over the documents."""
 
     name: str
     documents: Callable[[], Iterator[Document]]
@@ -38,7 +38,7 @@ class Source:
 
 @dataclass
 class Survey:
-    """What one reading of a source found: its sha256, its sizes, the owner of a held-out text."""
+    """Statistics of a source: its sha256, its sizes, and the split of each held-out text."""
 
     sha256: str = ""
     characters: Counter[str] = field(default_factory=Counter)
@@ -46,7 +46,7 @@ class Survey:
     owner: dict[bytes, str] = field(default_factory=dict)
 
     def owns(self, document: Document) -> bool:
-        """False where the same text is held out by another split, so no text is in two of them."""
+        """Return False if another split has the same held-out text: no text is in two splits."""
         if not self.owner:
             return True
         digest = hashlib.sha256(document.text.encode()).digest()
@@ -54,7 +54,7 @@ class Survey:
 
 
 class Fingerprint:
-    """The sha256 of a sequence of documents: path, split and text of each, with their lengths."""
+    """Running sha256 over documents: path, split and text of each, with their lengths."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
@@ -70,30 +70,30 @@ class Fingerprint:
 
 
 def survey(source: Source, advance: Callable[[int], None]) -> Survey:
-    """Read the source once; `advance` is told the characters of each document."""
-    found, fingerprint = Survey(), Fingerprint()
+    """Read the source once and return its statistics; `advance` gets each document's length."""
+    result, fingerprint = Survey(), Fingerprint()
     for document in source.documents():
         fingerprint.add(document)
-        found.characters[document.split] += len(document.text)
-        found.documents[document.split] += 1
+        result.characters[document.split] += len(document.text)
+        result.documents[document.split] += 1
         if document.split != "train":
             digest = hashlib.sha256(document.text.encode()).digest()
-            if found.owner.get(digest) != "test":
-                found.owner[digest] = document.split
+            if result.owner.get(digest) != "test":
+                result.owner[digest] = document.split
         advance(len(document.text))
-    found.sha256 = fingerprint.hexdigest()
-    if not found.characters["train"]:
-        held = found.documents["valid"] + found.documents["test"]
+    result.sha256 = fingerprint.hexdigest()
+    if not result.characters["train"]:
+        count = result.documents["valid"] + result.documents["test"]
         raise ValueError(
-            f"{source.name} has no training text ({held} documents, all held out); give more text"
-            if held
+            f"{source.name} has no training text ({count} documents, all held out); give more text"
+            if count
             else f"{source.name} has no text; give files that hold some"
         )
-    return found
+    return result
 
 
 def split_of(key: str) -> str:
-    """Train, valid or test (90/5/5) by the sha256 of a key, the same on every machine."""
+    """Map a key to train, valid or test (90/5/5) by its sha256, the same on every machine."""
     bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 100
     if bucket < HELD_OUT_PERCENT:
         return "valid"
@@ -101,26 +101,26 @@ def split_of(key: str) -> str:
 
 
 def limited(source: Source, max_chars: int | None) -> Source:
-    """At most `max_chars` characters of train; valid and test stay whole, so losses compare."""
+    """Limit the train split to `max_chars` characters; valid and test stay, so losses compare."""
     if max_chars is None:
         return source
     if max_chars < 1:
         raise ValueError(f"max_chars must be at least 1, got {max_chars}")
 
     def documents() -> Iterator[Document]:
-        left = max_chars
+        remaining = max_chars
         for document in source.documents():
             if document.split != "train":
                 yield document
-            elif left > 0:
-                yield document._replace(text=document.text[:left])
-                left -= len(document.text)
+            elif remaining > 0:
+                yield document._replace(text=document.text[:remaining])
+                remaining -= len(document.text)
 
     return replace(source, documents=documents)
 
 
 def stdlib_source(root: Path | None = None) -> Source:
-    """The .py files of the running Python's standard library, tests left out, split by path."""
+    """Return the running Python's standard library: .py files except tests, split by path."""
     folder = Path(sysconfig.get_path("stdlib")) if root is None else root
 
     def documents() -> Iterator[Document]:
@@ -145,7 +145,7 @@ def stdlib_source(root: Path | None = None) -> Source:
 
 
 def c4_source(dataset: str, full: Callable[[str], bool]) -> Source:
-    """C4 'en' streamed from the Hugging Face hub, each split until `full(split)` says stop.
+    """Stream C4 'en' from the Hugging Face hub, each split until `full(split)` is true.
 
     C4 has no test split: its validation split is halved by the sha256 of each document's text.
     """
@@ -168,7 +168,7 @@ def c4_source(dataset: str, full: Callable[[str], bool]) -> Source:
 
 
 def hub_error(what: str, error: Exception) -> OSError:
-    """One line for any of the many ways in which the hub, or its libraries, can fail."""
+    """Convert any error of the hub or its libraries into an OSError of one line."""
     if isinstance(error, ImportError):
         return OSError(f"{what} needs a package ({error}): pip install datasets transformers")
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]

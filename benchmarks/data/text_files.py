@@ -1,4 +1,4 @@
-"""Documents read from .txt and .jsonl files, plain or compressed."""
+"""Reader of .txt and .jsonl files, plain or compressed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAMED_SPLITS = {"valid": "valid", "val": "valid", "validation": "valid", "test":
 
 
 def file_source(paths: Sequence[str | Path]) -> Source:
-    """Documents of .txt and .jsonl files (key `text`), plain or .gz, .xz or .zst.
+    """Return the documents of .txt and .jsonl files (key `text`), plain or .gz, .xz or .zst.
 
     A file with `valid`, `val` or `test` as a part of its name is that split. A split that no file
     is named for is drawn from the other files by the sha256 of each document's text.
@@ -67,7 +67,7 @@ def _named_split(path: Path) -> str | None:
 
 
 def _read_texts(path: Path) -> Iterator[str]:
-    """The non-empty documents of one file; whatever is wrong with it is one line with its name."""
+    """Yield the non-empty documents of one file; an error is one line that names the file."""
     number = 0
     try:
         with _open_binary(path) as binary:
@@ -89,7 +89,7 @@ def _read_texts(path: Path) -> Iterator[str]:
 
 
 class _BadLineError(Exception):
-    """What is wrong with a line; the reader adds the file and the line number."""
+    """Error in a line; the reader adds the file and the line number."""
 
 
 def _parse_line(line: str) -> str:
@@ -108,7 +108,7 @@ def _parse_line(line: str) -> str:
 
 
 def _blocks(handle: IO[str]) -> Iterator[str]:
-    """Documents of BLOCK_CHARS or a little more, cut at line ends (or inside a longer line)."""
+    """Yield documents of at least BLOCK_CHARS, cut at line ends (or inside a longer line)."""
     lines: list[str] = []
     size = 0
     while line := handle.readline(BLOCK_CHARS):
@@ -132,7 +132,7 @@ def _open_binary(path: Path) -> IO[bytes]:
 
 
 class _ZstdReader(io.RawIOBase):
-    """Reads .zst frames and, unlike zstandard's own stream reader, refuses a truncated file."""
+    """Reader of .zst frames that, unlike zstandard's stream reader, refuses a truncated file."""
 
     def __init__(self, path: Path) -> None:
         try:

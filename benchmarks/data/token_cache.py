@@ -1,8 +1,8 @@
-"""A folder of token files that is complete or absent, whatever kills the process that writes it.
+"""Crash-safe cache of token files: a folder is complete or absent.
 
 A folder is built under another name, synced, and renamed into place. Its builder holds a lock that
-the kernel drops with the process, so a later run can tell a dead folder from one in the making.
-Needs a POSIX system (`flock`, and a rename that never replaces a folder with files in it).
+the kernel releases with the process, so a later run can tell an abandoned folder from one that is
+being written. Needs POSIX (`flock`, and a rename that never replaces a folder with files in it).
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ UNFINISHED = ".unfinished-"
 
 
 class StaleCacheError(Exception):
-    """Why a folder cannot be used as it is."""
+    """Reason why a cached folder cannot be used."""
 
 
 class TokenWriter:
-    """Writes train.bin, valid.bin and test.bin, each up to its limit, if it has one."""
+    """Writer of train.bin, valid.bin and test.bin, each up to its limit, if it has one."""
 
     def __init__(self, folder: Path, dtype: str, limits: Mapping[str, int] | None = None) -> None:
         self.counts: Counter[str] = Counter()
@@ -49,11 +49,11 @@ class TokenWriter:
         self._hashes = {split: hashlib.sha256() for split in SPLITS}
 
     def full(self, split: str) -> bool:
-        """Whether the split has all the tokens that it may have."""
+        """Return whether the split has reached its limit."""
         return split in self._limits and self.counts[split] >= self._limits[split]
 
     def write(self, split: str, ids: Sequence[int]) -> int:
-        """Append tokens; returns how many there was room for."""
+        """Append tokens up to the limit, and return how many were written."""
         room = self._limits.get(split, len(ids) + self.counts[split]) - self.counts[split]
         data = np.asarray(ids[:room], dtype=self._dtype)
         self._files[split].write(data)
@@ -62,7 +62,7 @@ class TokenWriter:
         return len(data)
 
     def finish(self, tokenizer: str, identity: Mapping[str, Any], **facts: Any) -> None:
-        """Sync the tokens, then write the tokenizer, then the description of all of them."""
+        """Sync the tokens, then write tokenizer.json and, last, meta.json."""
         for file in self._files.values():
             _sync(file)
         self.close()
@@ -80,17 +80,20 @@ class TokenWriter:
         _write_synced(self._folder / "meta.json", json.dumps(meta, indent=2) + "\n")
 
     def close(self) -> None:
-        """Close the files; the folder is then the caller's to keep or to remove."""
+        """Close the files; the caller keeps or removes the folder."""
         self._stack.close()
 
 
 def open_tokens(
     folder: Path, identity: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The description and the memory-mapped tokens of a folder, or a StaleCacheError.
+    """Return the meta data and the memory-mapped tokens of a folder.
 
     Sizes, the tokenizer's sha256 and the identity are compared with meta.json every time; the
-    tokens' own sha256 is in meta.json but not checked here, as that would read all of them.
+    tokens' sha256 is not, as that would read all of them.
+
+    Raises:
+        StaleCacheError: the folder cannot be used.
     """
     meta = _description(folder, identity)
     with _reasons():
@@ -114,9 +117,9 @@ def open_tokens(
 def open_copied(
     folder: Path, identity: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """`open_tokens` for a folder that was made elsewhere: the tokens' sha256 is checked too.
+    """Open a folder that was built elsewhere, and check the tokens' sha256 too.
 
-    Where it has NAME.bin.xz and no NAME.bin, that is unpacked first, to stay.
+    NAME.bin.xz without NAME.bin is unpacked first, and NAME.bin stays.
     """
     meta = _description(folder, identity)  # to refuse a wrong folder before it is unpacked
     if missing := sorted({"source", "sha256"} - meta.keys()):
@@ -142,7 +145,7 @@ def _description(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _reasons() -> Iterator[None]:
-    """Whatever goes wrong with the files of a folder is a reason not to use it."""
+    """Convert any error in the files of a folder into a StaleCacheError."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -173,7 +176,7 @@ def _unpack(path: Path) -> None:
 
 
 def build(folder: Path, fill: Callable[[Path], None], identity: Mapping[str, Any]) -> None:
-    """Fill a new folder and move it into place, unless another process has done so meanwhile."""
+    """Fill a new folder and rename it to ``folder``, unless another process has built that."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _unfinished(folder) as built:
         fill(built)
@@ -189,7 +192,7 @@ def build(folder: Path, fill: Callable[[Path], None], identity: Mapping[str, Any
 
 
 def sweep(cache_dir: Path) -> None:
-    """Remove what dead processes left behind, and nothing that a living one is writing."""
+    """Remove the unfinished folders of dead processes; a folder that is being written stays."""
     for folder in cache_dir.glob(UNFINISHED + "*"):
         # No permission, no locks on this file system, or a living owner: it stays.
         with suppress(OSError), _locked(folder):

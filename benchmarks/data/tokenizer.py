@@ -1,4 +1,4 @@
-"""From documents to tokens: a byte-level BPE, its training, and encoding with any tokenizer."""
+"""Training of a byte-level BPE, and encoding with any tokenizer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GROUP_CHARS = 2_000_000  # encoded at once: bounds the memory
 
 
 def train_tokenizer(source: Source, found: Survey, vocab_size: int, bars: Bars) -> Any:
-    """A byte-level BPE of exactly `vocab_size` tokens, of the train split alone."""
+    """Train a byte-level BPE of exactly `vocab_size` tokens on the train split."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -59,7 +59,7 @@ def encode(
     writer: TokenWriter,
     advance: Callable[[Document, int], None],
 ) -> str:
-    """Write the tokens of every document that is kept; returns the sha256 of all documents."""
+    """Write the tokens of the documents that `keep` selects. Return the sha256 of all documents."""
     # Without a setting of its own, the library warns whenever a process forks after this.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # Text that happens to spell a special token must stay text.
@@ -68,11 +68,11 @@ def encode(
     for group in _groups(documents):
         for document in group:
             fingerprint.add(document)
-        kept = [document for document in group if keep(document)]
+        selected = [document for document in group if keep(document)]
         encodings = tokenizer.encode_batch_fast(
-            [document.text for document in kept], add_special_tokens=False
+            [document.text for document in selected], add_special_tokens=False
         )
-        for document, encoding in zip(kept, encodings, strict=True):
+        for document, encoding in zip(selected, encodings, strict=True):
             ids = [*encoding.ids, end]
             if (largest := max(ids)) >= vocab_size:
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""CAST from a dense model to 2:4, beside other ways there with the same further steps."""
+"""Comparison of CAST with other methods from a dense model to 2:4, with equal steps."""
 
 import argparse
 import contextlib
@@ -59,10 +59,10 @@ def train_or_read(
     bar: RunProgress,
     make_run: Callable[..., Run],
 ) -> Row:
-    """Return the row of a run: train it, or read it if it is finished and has its weights.
+    """Train a run, or read it if it is finished and its weights are saved. Return its row.
 
     Raises:
-        ValueError: its loss was not finite.
+        ValueError: its loss is not finite.
     """
     out = args.out / name
     if not (out / "weights.pt").exists():
@@ -75,7 +75,7 @@ def train_or_read(
 
 
 def train_dense(args: argparse.Namespace, corpus: Corpus, bar: RunProgress) -> dict[str, Tensor]:
-    """Return the dense model's weights, trained or read."""
+    """Train the dense model, or read it if it is finished. Return its weights."""
     rates = {"lr": args.dense_lr, "other_lr": args.dense_other_lr}
     hyper = {"weight_decay": 0.0}
     config = RunConfig("adamw", hyper=hyper, steps=args.dense_steps, **rates, **_sizes(args))
@@ -92,7 +92,7 @@ def _sizes(args: argparse.Namespace) -> Row:
 def run_method(
     name: str, args: argparse.Namespace, corpus: Corpus, dense: dict[str, Tensor], bar: RunProgress
 ) -> Row:
-    """Return the row of one way from the dense weights to the end."""
+    """Train one method from the dense weights. Return its row."""
     method = METHODS[name]
     changes = {k: getattr(args, k) for k in ("lr", "l1") if getattr(args, k) is not None}
     method = replace(method, **changes)
@@ -116,7 +116,7 @@ def run_method(
 
 
 def cells(row: Row) -> list[str]:
-    """A row of the table."""
+    """Format a row as table cells, in the order of `HEADERS`."""
     largest = row.get("masked_max")
     return [
         row["label"],
@@ -141,12 +141,12 @@ LEGEND = (
 def write_report(rows: list[Row], out: Path) -> None:
     """Print the table, and write table.md, masked.png and flips.png."""
     config = rows[0]["config"]
-    made = (
+    origin = (
         f"{config['model']}, {rows[0]['corpus']['name']} text, seed {config['seed']}, "
         f"{rows[0]['precision']}; {made_on(rows[0]['provenance'])}"
     )
-    table = Table(HEADERS, [cells(row) for row in rows], notes=[made, LEGEND], gap=2)
-    write_atomic(out / "table.md", "\n\n".join([table.markdown(), made, LEGEND]) + "\n")
+    table = Table(HEADERS, [cells(row) for row in rows], notes=[origin, LEGEND], gap=2)
+    write_atomic(out / "table.md", "\n\n".join([table.markdown(), origin, LEGEND]) + "\n")
     # The first report has no older mask to compare with.
     columns = {"masked": (1, "masked mean / kept median", 0)}
     columns["flips"] = (3, "share of mask bits flipped in 10 steps", 1)
@@ -162,7 +162,7 @@ def write_report(rows: list[Row], out: Path) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m benchmarks cast`."""
+    """Add the options of `python -m benchmarks cast`."""
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--model", default="nano")
     parser.add_argument("--dense-steps", type=int, default=400, help="of the dense model")
@@ -184,7 +184,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _refuse_dropped(args: argparse.Namespace) -> None:
-    """Refuse an option that none of the methods has; say which have none."""
+    """Refuse an option that no method has, and print a note if only some have it."""
     for name, takes in _TAKERS.items():
         without = [m for m in args.methods if not takes(METHODS[m])]
         if len(without) == len(args.methods):
@@ -198,7 +198,7 @@ def _refuse_dropped(args: argparse.Namespace) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run what is missing, print the table, write results.json, table.md and the pictures."""
+    """Run what is missing; print the table and write results.json, table.md and the pictures."""
     _refuse_dropped(args)
     if args.fresh:
         with contextlib.suppress(FileNotFoundError):

@@ -1,4 +1,4 @@
-"""Train the same model with several optimizers on the same batches; print and write the table."""
+"""Comparison of optimizers on the same model and batches, and tuning of their rates."""
 
 import argparse
 import contextlib
@@ -7,18 +7,14 @@ from pathlib import Path
 
 from benchmarks.common.files import make_folder, write_json
 from benchmarks.experiments import summary
-from benchmarks.experiments.plan import (
-    PROTOCOLS,
-    Plan,
-    on_edge,
-)
+from benchmarks.experiments.plan import PROTOCOLS, Plan, on_edge
 from benchmarks.experiments.run_queue import Session, add_jobs_argument, merged, settle_counts
 from benchmarks.training.cli import add_corpus_arguments, corpus_from, refuse_cache
 from optimzoo.options import refuse
 
 
 def tune(session: Session, methods: list[str], protocols: list[str]) -> int:
-    """Run the grids; write every row, and with them the values that `compare` trains at."""
+    """Run the grids and write their rows, from which `compare` takes its hyperparameters."""
     plan = session.plan
     pairs = plan.pairs(methods, protocols)
     session.run([e for pair in pairs for e in plan.grid(*pair)], test=False)
@@ -35,7 +31,7 @@ def tune(session: Session, methods: list[str], protocols: list[str]) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m benchmarks compare`."""
+    """Add the options of `python -m benchmarks compare`."""
     parser.add_argument("--plan", default="nano", help="a file of experiments/configs, by name")
     parser.add_argument(
         "--optimizers", nargs="+", metavar="NAME", help="of the plan, or all; default: its four"
@@ -54,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run what is missing, print the table, write results.json, table.md and the pictures."""
+    """Run what is missing; print the table and write results.json, table.md and the pictures."""
     if args.tune:
         refuse(args, ["seeds"], args.given, "--tune runs seed 0 alone; leave {option} out")
         refuse(args, ["store"], args.given, "--tune always stores its rows; leave {option} out")

@@ -1,21 +1,21 @@
-"""A plan at another size: model, batch and length, and what follows from them."""
+"""Model sizes: the settings of a plan at each of them."""
 
 from dataclasses import dataclass
 from typing import Any
 
 
 @dataclass(frozen=True)
-class Scale:
-    """What a size changes in a plan made for nano.
+class ModelSize:
+    """Settings that a model size changes in a plan for nano.
 
     Attributes:
         sizes: fields of `RunConfig` for every run.
         rank: of the low-rank methods.
         gap: steps between two refreshes of a subspace, and between two restarts.
-        grid_steps: length of a run of the grid.
-        centre: the middle of the grid, as multiples of the two rates that are best on nano.
-        factors: the grid: both learning rates, times each of these; it grows where the best is at
-            an end (`Plan.beyond`).
+        grid_steps: steps of a grid run.
+        centre: middle of the grid, as multiples of the two learning rates that are best on nano.
+        factors: grid of multiples of both learning rates; it is extended where the best is at an
+            edge (`Plan.beyond`).
     """
 
     sizes: dict[str, Any]
@@ -26,10 +26,10 @@ class Scale:
     factors: tuple[float, ...] = (0.5, 1.0, 2.0)
 
 
-def _pico(batch: int) -> Scale:
-    """A very small model at one of three batches: where the paper's order of norms begins."""
+def _pico(batch: int) -> ModelSize:
+    """Return the settings of pico at a batch size; the paper's order of norms depends on it."""
     sizes = {"model": "pico", "steps": 100, "batch_size": batch, "seq_len": 64}
-    return Scale({**sizes, "eval_tokens": 65536}, 16, 50, grid_steps=100, centre=(4.0, 0.5))
+    return ModelSize({**sizes, "eval_tokens": 65536}, 16, 50, grid_steps=100, centre=(4.0, 0.5))
 
 
 # 60m: 16,384 tokens a step, the grid 10 M tokens a run, the final runs 60 M. bf16 throughout, as
@@ -38,17 +38,17 @@ _GPU = {"seq_len": 256, "eval_tokens": 1_048_576, "precision": "bf16", "compile"
 _FULL = {**_GPU, "batch_size": 64, "accumulate": 8, "eval_tokens": 10_000_000}
 
 
-def _full(model: str, steps: int, rank: int) -> Scale:
-    """The published protocol: 512 sequences of 256 tokens a step, the published rates alone."""
-    return Scale({"model": model, "steps": steps, **_FULL}, rank, 200, steps, factors=(1.0,))
+def _full(model: str, steps: int, rank: int) -> ModelSize:
+    """Return the published protocol: 512 sequences of 256 tokens per step, published rates."""
+    return ModelSize({"model": model, "steps": steps, **_FULL}, rank, 200, steps, factors=(1.0,))
 
 
-SCALES = {
+MODEL_SIZES = {
     "60m-full": _full("60m", 11_000, 128),
     "130m-full": _full("130m", 20_000, 256),
     "350m-full": _full("350m", 60_000, 256),
     # A run of every part on a CPU, in seconds.
-    "dry": Scale(
+    "dry": ModelSize(
         {"model": "pico", "steps": 4, "batch_size": 2, "seq_len": 32, "eval_tokens": 256},
         rank=4,
         gap=2,
@@ -57,8 +57,8 @@ SCALES = {
     "pico-1k": _pico(16),
     "pico-4k": _pico(64),
     "pico-16k": _pico(256),
-    # What two cores do in two hours: half a million tokens a method, and four rates of an eighth.
-    "9m": Scale(
+    # Two hours on two cores: half a million tokens per method, four rates of an eighth each.
+    "9m": ModelSize(
         {"model": "9m", "steps": 500, "batch_size": 8, "seq_len": 128, "eval_tokens": 65536},
         rank=64,
         gap=100,
@@ -66,24 +66,24 @@ SCALES = {
         factors=(0.25, 0.5, 1.0, 2.0),
     ),
     # Of half, once and twice nano's rates the lowest were best by far (60m-first-tune.json).
-    "60m": Scale(
+    "60m": ModelSize(
         {"model": "60m", "steps": 3664, "batch_size": 64, **_GPU}, 128, 200, 612, (0.25, 0.25)
     ),
-    "130m": Scale({"model": "130m", "steps": 7328, "batch_size": 64, **_GPU}, 256, 200, 1224),
-    "350m": Scale({"model": "350m", "steps": 14656, "batch_size": 64, **_GPU}, 256, 200, 2448),
+    "130m": ModelSize({"model": "130m", "steps": 7328, "batch_size": 64, **_GPU}, 256, 200, 1224),
+    "350m": ModelSize({"model": "350m", "steps": 14656, "batch_size": 64, **_GPU}, 256, 200, 2448),
 }
 
 
-def rescaled(options: dict[str, Any], scale: Scale) -> dict[str, Any]:
-    """A method's options with the rank and the gap of another size."""
-    own: dict[str, Any] = {"rank": scale.rank, "update_proj_gap": scale.gap, "every": scale.gap}
-    own |= {"recovery_steps": min(10, scale.gap // 2)}
-    if scale.sizes.get("precision") == "bf16":
-        own["ns_dtype"] = None  # the GPU's own
+def rescaled(options: dict[str, Any], size: ModelSize) -> dict[str, Any]:
+    """Return a method's options with the rank and the gap of another model size."""
+    values: dict[str, Any] = {"rank": size.rank, "update_proj_gap": size.gap, "every": size.gap}
+    values |= {"recovery_steps": min(10, size.gap // 2)}
+    if size.sizes.get("precision") == "bf16":
+        values["ns_dtype"] = None  # the GPU's own
 
     def changed(key: str, value: Any) -> Any:
         if isinstance(value, dict):
-            return rescaled(value, scale)
-        return own[key] if value and key in own else value  # no recovery stays none
+            return rescaled(value, size)
+        return values[key] if value and key in values else value  # no recovery stays none
 
     return {key: changed(key, value) for key, value in options.items()}

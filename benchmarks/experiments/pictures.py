@@ -14,23 +14,23 @@ def figure() -> tuple[Any, Any]:
     """Return an empty figure and its axes."""
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(7.5, 4.8), dpi=144, layout="constrained")
-    axes = made.subplots()
+    canvas = Figure(figsize=(7.5, 4.8), dpi=144, layout="constrained")
+    axes = canvas.subplots()
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    return made, axes
+    return canvas, axes
 
 
 def saved(made: Any, **options: Any) -> bytes:
-    """Return a figure as the bytes of a file, PNG unless ``options`` say another format."""
+    """Encode a figure as the bytes of an image, PNG unless ``options`` has a ``format``."""
     buffer = io.BytesIO()
     made.savefig(buffer, **{"format": "png", **options})
     return buffer.getvalue()
 
 
 def lines(curves: dict[str, list[Point]], label: str, *, log: bool = False) -> bytes:
-    """Draw a value over the steps, one line for each name."""
-    made, axes = figure()
+    """Draw a value over the steps, one line per name."""
+    canvas, axes = figure()
     for name, points in curves.items():
         axes.plot(*zip(*points, strict=True), label=name)
     if log:
@@ -39,7 +39,7 @@ def lines(curves: dict[str, list[Point]], label: str, *, log: bool = False) -> b
     axes.set_ylabel(label)
     if axes.has_data():
         axes.legend()
-    return saved(made)
+    return saved(canvas)
 
 
 def _colors(methods: Iterable[str]) -> dict[str, str]:
@@ -47,8 +47,8 @@ def _colors(methods: Iterable[str]) -> dict[str, str]:
 
 
 def losses(plan: Plan, rows: list[Row], records: list[Row]) -> bytes:
-    """Draw the training loss of seed 0, in the order of the records."""
-    made, axes = figure()
+    """Draw the training losses of seed 0, in the order of the records."""
+    canvas, axes = figure()
     colors = _colors(record["method"] for record in records)
     for row in rows:
         if row["config"]["seed"] == 0 and row["curve"]:
@@ -60,12 +60,12 @@ def losses(plan: Plan, rows: list[Row], records: list[Row]) -> bytes:
     axes.set_ylabel("training loss (nats a token)")
     axes.set_title("Training loss, seed 0")
     axes.legend()
-    return saved(made)
+    return saved(canvas)
 
 
 def memory(plan: Plan, records: list[Row], **options: Any) -> bytes:
     """Draw perplexity against the bytes of parameters and optimizer state at 60M."""
-    made, axes = figure()
+    canvas, axes = figure()
     colors = _colors(record["method"] for record in records)
     for record in records:
         marker = "o" if record["protocol"] == "tuned" else "x"
@@ -79,7 +79,7 @@ def memory(plan: Plan, records: list[Row], **options: Any) -> bytes:
     axes.set_xlabel("parameters + optimizer state of the 60M Llama, bf16 (MB)")
     axes.set_ylabel(f"test perplexity, {plan.values['model']}")
     axes.set_title("Perplexity against memory (lower left is better)")
-    made.draw_without_rendering()  # the axes have their limits now
+    canvas.draw_without_rendering()  # the axes have their limits now
     several = len({record["protocol"] for record in records}) > 1
     points = [
         (r["label"] + f" ({r['protocol']})" * several, r["bytes_60m"] / 1e6, r["perplexity"])
@@ -87,7 +87,7 @@ def memory(plan: Plan, records: list[Row], **options: Any) -> bytes:
         if math.isfinite(r["perplexity"])
     ]
     _label(axes, sorted(points, key=lambda point: point[2]))
-    return saved(made, **options)
+    return saved(canvas, **options)
 
 
 def _label(axes: Any, points: list[tuple[str, float, float]]) -> None:

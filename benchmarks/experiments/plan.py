@@ -1,4 +1,4 @@
-"""What a comparison runs: methods, protocols, grids of hyperparameters, and the values chosen."""
+"""Plans of comparisons: methods, protocols, grids and tuned hyperparameters."""
 
 import difflib
 import itertools
@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import files
-from benchmarks.experiments.model_sizes import SCALES, Scale, rescaled
+from benchmarks.experiments.model_sizes import MODEL_SIZES, ModelSize, rescaled
 from benchmarks.training.config import RunConfig
 
 PROTOCOLS = ("tuned", "paper")
 _CONFIGS = Path(__file__).with_name("configs")
 _RESULTS = files.RESULTS
-GROWTH = 2  # points by which a grid grows whose best is at its end
+GROWTH = 2  # points by which a grid is extended whose best is at its edge
 _NO_SIZES = ("methods", "default", "tuned_by")
 Row = dict[str, Any]
 
@@ -31,7 +31,7 @@ class Entry:
 
     @property
     def key(self) -> str:
-        """A folder name that is this run's own."""
+        """Return a folder name that identifies this run."""
         c = self.config
         other = "" if c.other_lr is None else f"-other{c.other_lr:g}"
         return (
@@ -40,7 +40,7 @@ class Entry:
 
 
 class Plan:
-    """A comparison as a JSON file describes it.
+    """Comparison of methods that a JSON file describes.
 
     The file names the model, the steps and the batch, and for each method the optimizer's fixed
     hyperparameters (`lowrank` and `groups` too, see `RunConfig`) and, for each protocol, a grid.
@@ -49,39 +49,39 @@ class Plan:
     of its published scripts).
 
     A plan of another size is one of these with a size for `nano` in its name (`60m`,
-    `9m-ablation`, see `SCALES`): the same methods, and a grid around what is best on nano.
+    `9m-ablation`, see `MODEL_SIZES`): the same methods, and a grid around what is best on nano.
 
-    A plan may take the tuned values of another, `tuned_by`, of each method those of the method that
-    it names, `tuned_as`; a method's `run` has other options of `RunConfig`.
+    A plan may take the tuned values of another, `tuned_by`, for each method those of the method
+    `tuned_as`; a method's `run` has further options of `RunConfig`.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.scale, file = _scale_of(name)
+        self.size, file = _size_of(name)
         self.values: Row = json.loads(file.read_text(encoding="utf-8"))
         self.methods: Row = self.values["methods"]
-        self.base = Plan(file.stem) if self.scale else self
-        if self.scale:
-            self.values |= self.scale.sizes
+        self.base = Plan(file.stem) if self.size else self
+        if self.size:
+            self.values |= self.size.sizes
         self.tune_path = _RESULTS / f"{self.values.get('tuned_by', name)}-tune.json"
         self.results_path = _RESULTS / f"{name}-compare.json"
 
     @classmethod
     def stored(cls) -> "list[Plan]":
-        """The plans that have committed rows."""
+        """Return the plans that have committed rows."""
         return [
             cls(p.stem.removesuffix("-compare")) for p in sorted(_RESULTS.glob("*-compare.json"))
         ]
 
     def label(self, method: str) -> str:
-        """The method's name in tables."""
+        """Return the method's name in tables."""
         return str(self.methods[method]["label"])
 
     def select(self, methods: Iterable[str] | None) -> list[str]:
-        """The methods asked for (`all`: every one), or the plan's default ones.
+        """Return the requested methods (`all`: every one), or the plan's defaults.
 
         Raises:
-            ValueError: a method that the plan does not have, with the nearest names.
+            ValueError: the plan does not have a method; the message has the nearest names.
         """
         chosen = list(methods or self.values.get("default", self.methods))
         if chosen == ["all"]:
@@ -95,20 +95,20 @@ class Plan:
         return chosen
 
     def pairs(self, methods: Iterable[str], protocols: Iterable[str]) -> list[tuple[str, str]]:
-        """The methods with those of the protocols that the plan has for them."""
+        """Return the pairs of method and protocol that the plan has."""
         protocols = list(protocols)
         return [(m, p) for p in protocols for m in methods if p in self.methods[m]]
 
     def entry(self, method: str, protocol: str, seed: int, **values: Any) -> Entry:
-        """One run; ``values`` are its learning rates and clipping."""
+        """Return one run; ``values`` are its learning rates and clipping."""
         record = self.methods[method]
         rules = record[protocol]
         if rules.get("same_lr"):
             values["other_lr"] = values["lr"]
         sizes = {k: v for k, v in self.values.items() if k not in _NO_SIZES}
         hyper = {**record.get("hyper", {}), **rules.get("hyper", {})}
-        if self.scale:
-            hyper, record = rescaled(hyper, self.scale), rescaled(record, self.scale)
+        if self.size:
+            hyper, record = rescaled(hyper, self.size), rescaled(record, self.size)
         name = record.get("optimizer", method)
         options: Row = {"hyper": hyper, "seed": seed}
         options |= {name: record.get(name, {}) for name in ("lowrank", "groups")}
@@ -118,15 +118,15 @@ class Plan:
         return Entry(method, protocol, config, tag)
 
     def grid(self, method: str, protocol: str) -> list[Entry]:
-        """The first stage of tuning: the product of the grid; at another size, along one line.
+        """Return the first stage of tuning: the grid's product, or a line at another size.
 
         Raises:
             ValueError: another plan has the grids.
         """
-        if self.scale:
+        if self.size:
             best = self.base.centre(method, protocol)
-            steps = min(self.scale.grid_steps, self.values["steps"])
-            points = [_times(best, self.scale.centre, factor) for factor in self.scale.factors]
+            steps = min(self.size.grid_steps, self.values["steps"])
+            points = [_times(best, self.size.centre, factor) for factor in self.size.factors]
             return [self.entry(method, protocol, 0, **point, steps=steps) for point in points]
         rules = self.methods[method][protocol]
         if "grid" not in rules:
@@ -137,13 +137,13 @@ class Plan:
         return [self.entry(method, protocol, 0, **point, **rules["fixed"]) for point in points]
 
     def beyond(self, method: str, protocol: str, rows: list[Row]) -> list[Entry]:
-        """The next point of another size's grid past the end where the best one lies, if it does.
+        """If the best learning rate is at the edge of another size's grid, return one point beyond.
 
-        A grid grows by `GROWTH` points at most.
+        A grid is extended by `GROWTH` points at most.
         """
         points = self.grid(method, protocol)
         mine = [r for r in rows if (r["method"], r["protocol"]) == (method, protocol)]
-        if not self.scale or len(points) == 1 or len(mine) >= len(points) + GROWTH:
+        if not self.size or len(points) == 1 or len(mine) >= len(points) + GROWTH:
             return []
         best = settings(choose(mine, method, protocol))
         tried = [settings(row)["lr"] for row in mine]
@@ -153,8 +153,8 @@ class Plan:
         return [self.entry(method, protocol, 0, **point, steps=points[0].config.steps)]
 
     def second(self, method: str, protocol: str, rows: list[Row]) -> list[Entry]:
-        """The second stage: what the plan varies at the best point of the first."""
-        rules = self.methods[method][protocol] if not self.scale else {}
+        """Return the second stage of tuning: variations of the first stage's best point."""
+        rules = self.methods[method][protocol] if not self.size else {}
         best = settings(choose(rows, method, protocol))
         return [
             self.entry(method, protocol, 0, **{**best, name: value})
@@ -163,7 +163,7 @@ class Plan:
         ]
 
     def best(self, method: str, protocol: str) -> Row:
-        """The committed values: those of the best validation loss of the tuning rows.
+        """Return the tuned values: those of the committed row with the lowest validation loss.
 
         A grid of one point needs no tuning.
 
@@ -181,7 +181,7 @@ class Plan:
         return settings(choose(rows, tuned, protocol))
 
     def centre(self, method: str, protocol: str) -> Row:
-        """Where a grid of another size lies: at the committed values, or this grid's middle."""
+        """Return the centre of other sizes' grids: the tuned values, or this grid's middle."""
         if self.tune_path.exists():
             rows = json.loads(self.tune_path.read_text(encoding="utf-8"))["rows"]
             if any((r["method"], r["protocol"]) == (method, protocol) for r in rows):
@@ -190,42 +190,42 @@ class Plan:
         return settings({"config": asdict(points[len(points) // 2].config)})
 
     def chosen(self, method: str, protocol: str, seed: int) -> Entry:
-        """The run at the committed values."""
+        """Return the run at the tuned values."""
         return self.entry(method, protocol, seed, **self.best(method, protocol))
 
 
-def _scale_of(name: str) -> tuple[Scale | None, Path]:
-    """The size in a plan's name, if it is another than the file's, and the file."""
+def _size_of(name: str) -> tuple[ModelSize | None, Path]:
+    """Split a plan's name into its model size, None if it is the file's, and its file."""
     names = sorted(path.stem for path in _CONFIGS.glob("*.json"))
     if name in names:
         return None, _CONFIGS / f"{name}.json"
-    for size in sorted(SCALES, key=len, reverse=True):
+    for size in sorted(MODEL_SIZES, key=len, reverse=True):
         base = "full" if size.endswith("-full") else name.replace(size, "nano", 1)
         if name.startswith(size) and base in names:
-            return SCALES[size], _CONFIGS / f"{base}.json"
+            return MODEL_SIZES[size], _CONFIGS / f"{base}.json"
     raise ValueError(f"unknown plan {name!r}: {near(name, names)}there are {', '.join(names)}")
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """The question whether a name like it was meant; empty if none is."""
+    """Return a "did you mean" question with similar names, or an empty string."""
     names = difflib.get_close_matches(name, list(known), n=3, cutoff=0.3)
     return f"did you mean {' or '.join(names)}? " if names else ""
 
 
 def _times(values: Row, centre: tuple[float, float], factor: float) -> Row:
-    """Tuned values with their learning rates times the size's multiples and a factor."""
+    """Multiply the learning rates of tuned values by the size's multiples and a factor."""
     pairs = zip(("lr", "other_lr"), centre, strict=True)
     rates = {k: values[k] * c * factor for k, c in pairs if values[k] is not None}
     return {**values, **rates}
 
 
 def same_run(fingerprint: Row) -> str:
-    """A fingerprint as a key: equal for runs of equal settings on the same text."""
+    """Return a fingerprint as a key, equal for equal settings on the same text."""
     return json.dumps(fingerprint, sort_keys=True)
 
 
 def committed_rows() -> dict[str, Row]:
-    """The committed rows by `same_run`; of two alike the one that was tested."""
+    """Return the committed rows by `same_run`; a tested row replaces an untested one."""
     rows: dict[str, Row] = {}
     for pattern in ("*-tune.json", "*-compare.json"):
         for path in sorted(_RESULTS.glob(pattern)):
@@ -235,15 +235,15 @@ def committed_rows() -> dict[str, Row]:
 
 
 def settings(row: Row) -> Row:
-    """A row's tuned values."""
+    """Return a row's tuned values: learning rates and clipping."""
     return {name: row["config"][name] for name in ("lr", "other_lr", "clip")}
 
 
 def choose(rows: list[Row], method: str, protocol: str) -> Row:
-    """The row of a method and protocol with the lowest validation loss.
+    """Return the row of a method and protocol with the lowest validation loss.
 
     Raises:
-        ValueError: there is none, or all diverged.
+        ValueError: there is no row, or all diverged.
     """
     mine = [r for r in rows if r["method"] == method and r["protocol"] == protocol]
     finite = [r for r in mine if r["valid_loss"] is not None]
@@ -254,9 +254,9 @@ def choose(rows: list[Row], method: str, protocol: str) -> Row:
 
 
 def on_edge(rows: list[Row], plan: Plan, method: str, protocol: str) -> list[str]:
-    """The axes along which the best point lies on the edge of its grid."""
+    """Return the axes along which the best point is at the edge of its grid."""
     best = settings(choose(rows, method, protocol))
-    if plan.scale:
+    if plan.size:
         tried = {settings(row)["lr"] for row in rows if row["method"] == method}
         return ["lr"] if best["lr"] in (min(tried), max(tried)) else []
     axes = plan.methods[method][protocol]["grid"]

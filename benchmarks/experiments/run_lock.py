@@ -1,4 +1,4 @@
-"""Runs that several processes share, on one machine or on several with a common folder."""
+"""Locks of runs that several processes or machines share through a common folder."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from filelock import FileLock, Timeout
 
 
 def lock_run(folder: Path) -> FileLock | None:
-    """Lock the run of a folder until `release`. Return None while another process has it.
+    """Lock the run of a folder until `release`. Return None if another process holds it.
 
     The kernel releases the lock of a process that ends, however it ends; on a network file system
     its server does.

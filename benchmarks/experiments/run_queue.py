@@ -1,4 +1,4 @@
-"""Runs of a plan, one after the other or in several processes, shared with other processes."""
+"""Queue of a plan's runs, in one or several processes, shared with other processes."""
 
 import argparse
 import itertools
@@ -31,7 +31,7 @@ Pairs = Iterator[tuple[Entry, Row]]
 
 
 class Session:
-    """Runs entries, one after the other or in several processes, and collects their rows."""
+    """Queue that trains entries in one or several processes and collects their rows."""
 
     def __init__(self, args: argparse.Namespace, plan: Plan, corpus: Corpus) -> None:
         self.args, self.plan, self.corpus = args, plan, corpus
@@ -39,18 +39,18 @@ class Session:
         self.known = committed_rows() if args.committed else {}
 
     def run(self, entries: list[Entry], *, test: bool) -> list[Row]:
-        """The rows of ``entries``; finished ones are read, unfinished ones go on."""
+        """Train ``entries`` and return all rows; read finished ones, resume unfinished ones."""
         steps = sum(entry.config.steps for entry in entries)
         together = min(self.args.jobs, len(entries))
         bar = SideBySide(steps)
         with bar:
             known = [(entry, self._known(entry, test)) for entry in entries]
             ready = [(entry, row) for entry, row in known if row is not None]
-            rest = [entry for entry, row in known if row is None]
+            pending = [entry for entry, row in known if row is None]
             if together > 1:
-                runs = self._many(rest, together, bar, test)
+                runs = self._many(pending, together, bar, test)
             else:
-                runs = self._each(rest, bar, test)
+                runs = self._each(pending, bar, test)
             pairs = itertools.chain(ready, runs)
             for done, (entry, row) in enumerate(pairs, start=1):
                 bar.end(entry.key, entry.config.steps)
@@ -66,7 +66,7 @@ class Session:
         return self.rows
 
     def _known(self, entry: Entry, test: bool) -> Row | None:
-        """A committed row of the same settings on the same text, if there is one."""
+        """Return a committed row with the same settings and text, or None."""
         row = self.known.get(same_run(fingerprint(entry.config, self.corpus)))
         tested = row is not None and (not test or row["diverged"] or row["test_loss"] is not None)
         return row if tested else None
@@ -78,24 +78,24 @@ class Session:
         return Path(self.args.out) / "runs" / entry.key
 
     def _next(self, pending: list[Entry], test: bool) -> tuple[Entry, Row | FileLock] | None:
-        """Take the first run off the list that is finished (its row) or free (its lock)."""
+        """Remove and return the first finished entry with its row, or free one with its lock."""
         for entry in pending:
             folder = self._folder(entry)
-            found: Row | FileLock | None = finished(entry.config, self.corpus, folder, test=test)
-            found = found or lock_run(folder)
-            if found:
+            result: Row | FileLock | None = finished(entry.config, self.corpus, folder, test=test)
+            result = result or lock_run(folder)
+            if result:
                 pending.remove(entry)
-                return entry, found
+                return entry, result
         return None
 
     def _each(self, entries: list[Entry], bar: SideBySide, test: bool) -> Pairs:
         pending = list(entries)
         while pending:
-            found = self._next(pending, test)
-            if found is None:  # other processes have them
+            available = self._next(pending, test)
+            if available is None:  # other processes train the pending ones
                 time.sleep(WAIT)
                 continue
-            entry, row = found
+            entry, row = available
             if isinstance(row, FileLock):
                 try:
                     yield entry, self._train(entry, bar, test)
@@ -105,11 +105,9 @@ class Session:
                 yield entry, row
 
     def _train(self, entry: Entry, bar: SideBySide, test: bool) -> Row:
-        report = partial(bar.report, entry.key, self._name(entry))
-        return train(entry.config, self.corpus, progress=report, **self._options(entry, test))
-
-    def _options(self, entry: Entry, test: bool) -> dict[str, Any]:
-        return {"out": self._folder(entry), "save_every": _save_every(entry), "test": test}
+        progress = partial(bar.report, entry.key, self._name(entry))
+        options: Any = {"save_every": _save_every(entry), "test": test, "progress": progress}
+        return train(entry.config, self.corpus, out=self._folder(entry), **options)
 
     def _many(self, entries: list[Entry], jobs: int, bar: SideBySide, test: bool) -> Pairs:
         threads = threads_each(jobs)
@@ -120,8 +118,8 @@ class Session:
         with ProcessPoolExecutor(jobs, context, _start_worker, (threads, reports)) as pool:
             try:
                 while pending or running:
-                    while len(running) < jobs and (found := self._next(pending, test)):
-                        entry, row = found
+                    while len(running) < jobs and (available := self._next(pending, test)):
+                        entry, row = available
                         if isinstance(row, FileLock):
                             job = (self.args, entry, self._name(entry), self._folder(entry), test)
                             running[pool.submit(_train_in_worker, *job)] = entry, row
@@ -146,21 +144,21 @@ class Session:
 
 
 def _save_every(entry: Entry) -> int:
-    """Steps between two checkpoints: a killed run loses a fifth of itself at most."""
+    """Return the steps between two checkpoints: a fifth of the run, at least 100."""
     return max(100, entry.config.steps // 5)
 
 
 def default_jobs() -> int:
-    """One on a GPU. On a CPU one for each thread, to eight: a small model gains little by two."""
+    """Return 1 on a GPU, else the number of threads up to 8: small models scale badly."""
     return 1 if torch.cuda.is_available() else min(8, torch.get_num_threads())
 
 
 def threads_each(jobs: int) -> int:
-    """Threads of each of so many runs side by side."""
+    """Return the number of threads of each of ``jobs`` concurrent runs."""
     return max(1, torch.get_num_threads() // jobs)
 
 
-# Of a worker: where it says how far it is, and the text of its last run, by model.
+# Of a worker: the queue of its progress reports, and the corpus of its last run, by model.
 _reports: Any = None
 _corpus: dict[str, Corpus] = {}
 
@@ -198,14 +196,14 @@ def _train_in_worker(
 
 
 def merged(path: Path, rows: list[Row]) -> list[Row]:
-    """The rows of a results file, those of the same methods and protocols replaced by ``rows``."""
+    """Return a results file's rows with those of the same methods and protocols replaced."""
     ours = {(row["method"], row["protocol"]) for row in rows}
-    kept = read_rows(path) if path.exists() else []
-    return [row for row in kept if (row["method"], row["protocol"]) not in ours] + rows
+    stored = read_rows(path) if path.exists() else []
+    return [row for row in stored if (row["method"], row["protocol"]) not in ours] + rows
 
 
 def add_jobs_argument(parser: argparse.ArgumentParser) -> None:
-    """`--jobs`."""
+    """Add the option `--jobs`."""
     parser.add_argument(
         "--jobs",
         type=int,
@@ -214,10 +212,10 @@ def add_jobs_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def settle_counts(args: argparse.Namespace) -> None:
-    """Jobs where none were given.
+    """Set the default of `--jobs`, and check the counts.
 
     Raises:
-        ValueError: there are none of them, or no seeds.
+        ValueError: the number of jobs or seeds is below 1.
     """
     args.jobs = default_jobs() if args.jobs is None else args.jobs
     if args.seeds < 1 or args.jobs < 1:

@@ -1,4 +1,4 @@
-"""One run of the CAST recipe: a dense model trained further on its way to N:M sparsity."""
+"""Runs that train a dense model further to N:M sparsity: CAST and other methods."""
 
 import copy
 import hashlib
@@ -35,18 +35,18 @@ N, M = 2, 4
 
 @dataclass(frozen=True)
 class Method:
-    """How a dense model becomes sparse.
+    """Method by which a dense model becomes sparse.
 
     Attributes:
         label: in tables.
         lr: learning rate of the hidden weights.
-        decay: AdamS's (`l1`, `l2`); None: AdamW.
-        l1: the decay's strength.
-        prune: the mask is that of the dense weights, from the first step on.
-        masked_forward: the forward sees the pruned weights, the gradient passes to all (SR-STE).
-        scale_blocks: of CAST's weight scaling.
-        distill: with the dense model as teacher.
-        trained: False: no further steps at all.
+        decay: of AdamS (`l1`, `l2`), or None for AdamW.
+        l1: strength of the decay.
+        prune: fix the dense weights' mask from the first step on.
+        masked_forward: prune the weights in the forward, with a straight-through gradient (SR-STE).
+        scale_blocks: blocks of CAST's weight scaling.
+        distill: train with the dense model as teacher.
+        trained: False for no further steps.
     """
 
     label: str
@@ -61,24 +61,24 @@ class Method:
 
     @property
     def dense(self) -> bool:
-        """Whether the model stays dense."""
+        """Return whether the model stays dense."""
         return self.decay is None and not self.prune
 
 
 class MaskedForward(nn.Module):
-    """A parametrization: the weight without what the mask leaves out; its gradient goes to all."""
+    """Parametrization that masks a weight in the forward, with a straight-through gradient."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.mask = nn.Buffer(nm_mask(weight, N, M), persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The pruned weight, with the identity's gradient (straight-through)."""
+        """Return the pruned weight, with the identity's gradient (straight-through)."""
         return weight + (weight * self.mask - weight).detach()
 
 
 def save_weights(run: Run) -> None:
-    """Write the weights of a trained model into weights.pt of the run's folder."""
+    """Write a run's trained weights to weights.pt in its folder."""
     assert run.out is not None
     buffer = io.BytesIO()
     torch.save({k: v.cpu() for k, v in run.model.state_dict().items()}, buffer)
@@ -86,10 +86,10 @@ def save_weights(run: Run) -> None:
 
 
 class DenseRun(Run):
-    """The training run of the dense model that all methods start from."""
+    """Training run of the dense model from which all methods start."""
 
     def results(self, test: bool) -> dict[str, Any]:
-        """Return the losses, and keep the weights."""
+        """Save the weights, and return the losses."""
         save_weights(self)
         return {"label": "start", **super().results(test)}
 
@@ -97,7 +97,7 @@ class DenseRun(Run):
 def sparse_config(
     config: RunConfig, method: Method, dense: dict[str, Tensor], eta: float
 ) -> RunConfig:
-    """Return the configuration whose ``hyper`` records the method and the weights it starts from.
+    """Return a configuration with the method and the dense weights' hash as ``hyper``.
 
     They are part of the run's fingerprint.
     """
@@ -109,13 +109,13 @@ def sparse_config(
 
 
 class SparseRun(Run):
-    """A training run that starts from dense weights and ends with a sparse model.
+    """Training run from dense weights to a sparse model.
 
     Args:
         config: from `sparse_config`.
         corpus: the text.
         out: the folder of its results and checkpoints.
-        method: the way to a sparse model.
+        method: how the model becomes sparse.
         dense: the weights to start from.
         eta: the teacher's share of the loss.
         options: of `Run`.
@@ -172,7 +172,7 @@ class SparseRun(Run):
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
 
     def accumulate_gradients(self) -> Tensor:
-        """Forward and backward over one step's batch, with the teacher where there is one."""
+        """Run forward and backward over one step's batch, with the teacher if there is one."""
         if not self.eta:
             return super().accumulate_gradients()
         inputs, labels = self.batches[self.step]
@@ -188,7 +188,7 @@ class SparseRun(Run):
         return total
 
     def train_step(self, log: bool, *, read: bool = True) -> tuple[float, dict[str, float]]:
-        """One optimizer step; the loss, and with ``log`` the scalars, those of the masks too."""
+        """Take one optimizer step; return the loss and, with ``log``, scalars with mask shares."""
         loss, scalars = super().train_step(log, read=read)
         self._apply_fixed()
         self._refresh_forward()
@@ -213,11 +213,11 @@ class SparseRun(Run):
                 parts.weight[0].mask = unpack(self.optimizer.state[weight]["mask"], weight.shape)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the run goes on from."""
+        """Return the state that the run resumes from."""
         return {**super().state_dict(), "masked": json.dumps(self.masked_curve)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there, with its masks."""
+        """Load a state and restore the masks."""
         super().load_state_dict(state)
         self.masked_curve = [tuple(x) for x in json.loads(state["masked"])]
         if self.method.decay and self.step:
@@ -225,7 +225,7 @@ class SparseRun(Run):
             self.last = report(self.model, self.optimizer)
 
     def results(self, test: bool) -> dict[str, Any]:
-        """Prune for good, keep the weights, and return losses and shares of zeros."""
+        """Prune for good, save the weights, and return losses and shares of zeros."""
         facts: dict[str, Any] = {"label": self.method.label, "masked_curve": self.masked_curve}
         facts["tokens"] = self.method.trained * self.step * self.config.tokens_per_step
         facts["valid_before"] = self.evaluate("valid")

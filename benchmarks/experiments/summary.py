@@ -1,4 +1,4 @@
-"""Rows of a comparison as one record for each method and protocol, and as a table."""
+"""Summaries of a comparison's rows: one record per method and protocol, and a table."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from benchmarks.common.files import write_atomic
 from benchmarks.common.provenance import made_on
 from benchmarks.common.tables import Table
 from benchmarks.experiments import pictures
-from benchmarks.experiments.model_sizes import SCALES, rescaled
+from benchmarks.experiments.model_sizes import MODEL_SIZES, rescaled
 from benchmarks.experiments.plan import Plan, Row, choose, settings
 from benchmarks.training.low_rank_model import on_meta
 from benchmarks.training.metrics import perplexity
@@ -26,15 +26,15 @@ MIB = 1024**2
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a results file."""
+    """Return the rows of a results file."""
     return json.loads(path.read_text(encoding="utf-8"))["rows"]
 
 
 @cache
 def bytes_at(size: str, optimizer: str, hyper: str, lowrank: str = "{}", groups: str = "{}") -> int:
-    """Parameters and state in bfloat16 at a published size, from shapes.
+    """Return the bytes of parameters and state in bfloat16 at a published size, from shapes.
 
-    ``hyper``, ``lowrank`` and ``groups`` are JSON. The positions of sparse parts count as
+    ``hyper``, ``lowrank`` and ``groups`` are JSON. The indices of sparse weights count as
     parameters.
     """
     model = on_meta(size, json.loads(lowrank))
@@ -51,7 +51,7 @@ def bytes_at(size: str, optimizer: str, hyper: str, lowrank: str = "{}", groups:
 
 
 def summarise(plan: Plan, rows: list[Row]) -> list[Row]:
-    """One record a method and protocol: mean and spread over seeds, and the other columns."""
+    """Return one record per method and protocol: mean and spread over seeds, and all columns."""
     records = []
     pairs = dict.fromkeys((r["method"], r["protocol"]) for r in rows)
     for method, protocol in pairs:
@@ -74,7 +74,7 @@ def summarise(plan: Plan, rows: list[Row]) -> list[Row]:
                     "60m",
                     first["optimizer"],
                     *(
-                        json.dumps(rescaled(first.get(name, {}), SCALES["60m"]))
+                        json.dumps(rescaled(first.get(name, {}), MODEL_SIZES["60m"]))
                         for name in ("hyper", "lowrank", "groups")
                     ),
                 ),
@@ -93,7 +93,7 @@ HEADERS = (
 
 
 def cells(record: Row) -> list[str]:
-    """A record as text, in the order of `HEADERS`."""
+    """Format a record as table cells, in the order of `HEADERS`."""
     other = "=" if record["other_lr"] is None else f"{record['other_lr']:g}"
     spread = f" ±{record['spread']:.2f}" if record["spread"] is not None else ""
     return [
@@ -121,7 +121,7 @@ LEGEND = (
 
 
 def caption(rows: list[Row]) -> str:
-    """How the rows were made, in one line."""
+    """Format model, text, precision, seeds and provenance of the rows in one line."""
     row = rows[0]
     config = row["config"]
     places = [made_on(r["provenance"]) for r in rows]
@@ -134,13 +134,13 @@ def caption(rows: list[Row]) -> str:
 
 
 def comparison(plan: Plan, rows: list[Row]) -> Table:
-    """Return the table of a comparison, with how it was made and how to read it."""
+    """Return the table of a comparison, with its caption and legend as notes."""
     lines = [cells(record) for record in summarise(plan, rows)]
     return Table(HEADERS, lines, notes=[caption(rows), LEGEND], left=3, gap=0)
 
 
 def tuning_text(plan: Plan, rows: list[Row]) -> str:
-    """Return the chosen point of each method and protocol, as lines."""
+    """Format the chosen point of each method and protocol, one line each."""
     lines = []
     for method, protocol in dict.fromkeys((r["method"], r["protocol"]) for r in rows):
         best = choose(rows, method, protocol)
@@ -154,7 +154,7 @@ def tuning_text(plan: Plan, rows: list[Row]) -> str:
 
 
 def write_report(plan: Plan, rows: list[Row], out: Path) -> None:
-    """Write table.md, loss.png and memory.png into ``out``."""
+    """Write table.md, loss.png and memory.png to ``out``."""
     table = comparison(plan, rows)
     text = "\n\n".join([f"# {plan.name}", table.markdown(), *table.notes])
     write_atomic(out / "table.md", f"{text}\n")

@@ -1,4 +1,4 @@
-"""What a time budget allows: seeds, a grid, steps; decided once, kept in the folder of the runs."""
+"""Reduction of seeds, grids and steps to a time budget, decided once per folder of runs."""
 
 import json
 import os
@@ -22,7 +22,7 @@ FEWEST_STEPS = 20
 
 @dataclass(frozen=True)
 class Cut:
-    """How much of a table is run, and what was left out for it, in words."""
+    """Part of a table's runs that fits a budget, with notes on what was left out."""
 
     seeds: int
     tune: bool
@@ -31,7 +31,7 @@ class Cut:
 
 
 def seconds_of(entry: Entry, step_seconds: float) -> float:
-    """A run's time from that of a step."""
+    """Estimate the seconds of a run from those of a step."""
     config = entry.config
     evaluated = 2 * config.eval_tokens * EVALUATION / config.tokens_per_step
     return step_seconds * (config.steps + evaluated)
@@ -40,7 +40,7 @@ def seconds_of(entry: Entry, step_seconds: float) -> float:
 def measure(
     entries: list[Entry], corpus: Corpus, *, threads: int, steps: int = 3
 ) -> dict[str, float]:
-    """Seconds of one step of each method (the quickest of a few, after a first one)."""
+    """Return each method's seconds per step: the fastest of ``steps``, after a warm-up step."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -71,13 +71,13 @@ def fit(
     seeds: int,
     workers: int = 1,
 ) -> Cut:
-    """The most that fits: all; one seed; no grid; then fewer steps for every run.
+    """Return the largest cut that fits: all runs; one seed; no grid; then fewer steps per run.
 
-    ``final`` is one run a method, ``grid`` the runs that choose its rates (none, if they are
+    ``final`` has one run per method, ``grid`` the runs that choose its rates (empty, if they are
     committed).
 
     Raises:
-        ValueError: not even a few steps of each fit.
+        ValueError: not even `FEWEST_STEPS` steps of each run fit.
     """
     available = 60 * minutes * workers
     once = sum(seconds_of(e, seconds[e.method]) for e in final)
@@ -105,10 +105,10 @@ def fit(
 
 
 def refuse_other(path: Path, asked: dict[str, Any]) -> None:
-    """Refuse options that the decision in ``path``, if there is one, was not made for.
+    """Refuse options that differ from those of the decision in ``path``, if there is one.
 
     Raises:
-        ValueError: one of them, with the value that it was made for.
+        ValueError: names the option, its value and that of the decision.
     """
     if not path.exists():
         return
@@ -121,20 +121,20 @@ def refuse_other(path: Path, asked: dict[str, Any]) -> None:
             )
 
 
-def kept(path: Path, asked: dict[str, Any], decide: Callable[[], Cut]) -> Cut:
-    """The decision in ``path``; made and kept there, with its options, by the first that asks.
+def load_or_decide(path: Path, asked: dict[str, Any], decide: Callable[[], Cut]) -> Cut:
+    """Return the decision in ``path``; the first process to call this decides and writes it.
 
-    All processes that share the runs, and a run that goes on, need the same one.
+    All processes that share the runs, and a resumed run, need the same one.
     """
     if not path.exists():
-        mine = path.with_name(f"{path.name}.{os.getpid()}.new")
-        write_json(mine, {**asdict(decide()), "asked": asked})
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
+        write_json(temporary, {**asdict(decide()), "asked": asked})
         try:
-            os.link(mine, path)
+            os.link(temporary, path)
         except FileExistsError:
             pass
         finally:
-            mine.unlink()
+            temporary.unlink()
     values = json.loads(path.read_text(encoding="utf-8"))
-    values.pop("asked", None)  # a file of before it was kept has none
+    values.pop("asked", None)  # older files have none
     return Cut(**{**values, "notes": tuple(values["notes"])})

@@ -1,1 +1,1 @@
-"""What single steps, layers and plans cost in time and memory."""
+"""Time and memory of single steps, layers and plans."""

@@ -1,10 +1,10 @@
-"""What needs a GPU, in one command of under nine minutes: build, test, sanitize, measure.
+"""GPU suite in one command of under nine minutes: build, test, sanitize, measure.
 
-``make gpu`` writes, into ``--out``, ``gpu.json`` (how each stage ended, and the rows of the step
-times) and ``gpu.log`` (all output). After the build the tests and the sanitizers run side by side,
-then the measurements, each alone. A stage that fails or runs out of its time does not stop the
-next, and what the whole has no time left for is named, to be run with ``--only``. Without a GPU it
-refuses, but for ``--dry-run``, which runs what a CPU can, at small sizes.
+``make gpu`` writes ``gpu.json`` (status of each stage, and the rows of the step times) and
+``gpu.log`` (all output) to ``--out``. After the build, tests and sanitizers run concurrently, then
+the measurements one at a time. A stage that fails or times out does not stop the next; stages for
+which no time is left are named, to be run with ``--only``. Without a GPU only ``--dry-run`` works,
+which runs what a CPU can, at small sizes.
 """
 
 import argparse
@@ -41,25 +41,25 @@ TRITON = ("tests/kernels/kernels_triton_rules.py", "tests/kernels/kernels_triton
 
 @dataclass(frozen=True)
 class Stage:
-    """One command, how long it may take, and the JSON file that it writes, if any."""
+    """One command, its time limit in seconds, and the JSON file that it writes, if any."""
 
     name: str
     command: list[str]
     seconds: int
     rows: Path | None = None
     environment: dict[str, str] = field(default_factory=dict)
-    beside: bool = False  # may run while others do
+    beside: bool = False  # may run concurrently with others
 
 
 def step_time(out: Path, model: str, dtype: str, *more: str) -> Stage:
-    """Step times of a model's shapes, in a file of their own."""
+    """Return the stage that times steps on a model's shapes."""
     rows = out / f"step-{model}-{dtype}.json"
     command = [PYTHON, "-m", "benchmarks", "step-time", "--model", model, "--dtype", dtype]
     return Stage(f"steps {model} {dtype}", [*command, "--out", str(rows), *more], 90, rows)
 
 
 def shapes(out: Path, model: str, *more: str, native: bool = True) -> Stage:
-    """SCALE in bfloat16 by CUDA kernels, or by Triton's, beside its loop, its graph and torch's."""
+    """Return the stage that times SCALE in bfloat16 with CUDA or Triton kernels, and others."""
     kernels = "cuda" if native else "triton"
     rows = out / f"step-{model}-{kernels}.json"
     methods = ["sgd", "adamw", "scale"]
@@ -72,21 +72,21 @@ def shapes(out: Path, model: str, *more: str, native: bool = True) -> Stage:
 
 
 def measured(out: Path, command: str, *more: str, seconds: int = 60) -> Stage:
-    """Another command of `python -m benchmarks` that writes its rows to a file."""
+    """Return the stage of another command of `python -m benchmarks` that writes rows."""
     rows = out / f"{command}.json"
     words = [PYTHON, "-m", "benchmarks", command, "--out", str(rows), *more]
     return Stage(command, words, seconds, rows)
 
 
 def memory(out: Path, *more: str) -> Stage:
-    """Simulated peaks beside the allocator's, and a 7B step for real."""
+    """Return the stage that compares simulated peaks with the allocator's, and steps a 7B model."""
     rows = out / "memory.json"
     command = [PYTHON, "-m", "benchmarks", "memory", "--checks", "simulate", "plan"]
     return Stage("memory", [*command, "--out", str(rows), *more], 150, rows)
 
 
 def tests(name: str, *words: str) -> Stage:
-    """Some tests, in a few processes if pytest can."""
+    """Return a stage of tests, in three processes if xdist is installed."""
     pytest = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     if importlib.util.find_spec("xdist"):
         pytest += ["-n", "3"]
@@ -95,7 +95,7 @@ def tests(name: str, *words: str) -> Stage:
 
 
 def sanitizers() -> list[Stage]:
-    """Every CUDA kernel under compute-sanitizer, where there is one."""
+    """Return the stages of all CUDA kernels under compute-sanitizer, if it is installed."""
     tool = shutil.which("compute-sanitizer")
     options = ["--error-exitcode", "9", PYTHON, "csrc/cuda/sanitize.py"]
     return [
@@ -106,7 +106,7 @@ def sanitizers() -> list[Stage]:
 
 
 def stages(out: Path, dry: bool) -> list[Stage]:
-    """What is run, in order."""
+    """Return all stages in order, or the small ones of a dry run."""
     if dry:
         few = ["--optimizers", "sgd", "scale", "scale-loop", "--repeats", "3"]
         few += ["--no-refresh", "--no-peers"]
@@ -115,7 +115,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
             tests("kernels", "tests/kernels/test_kernels.py", "-k", "zeros or chosen"),
             step_time(out, "nano", "float32", *few),
             measured(out, "sparse-time", "--model", "nano", "--repeats", "3"),
-            measured(out, "utilisation", "--scales", "dry", "--steps", "3"),
+            measured(out, "utilisation", "--sizes", "dry", "--steps", "3"),
             memory(out, "--models", "nano", "--optimizers", "scale", "--plan-model", "9m"),
         ]
     contract = ("tests/contract/test_torch_contract.py", "tests/contract/test_torch_state.py")
@@ -141,7 +141,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
 
 
 def run(stage: Stage, log: Path, end: float) -> dict[str, Any]:
-    """Run one stage, at the latest to ``end``; how it ended, and its rows."""
+    """Run one stage until ``end`` at the latest. Return its status, seconds and rows."""
     start = time.perf_counter()
     limit = min(stage.seconds, end - start)
     if end - start < 2:
@@ -172,7 +172,7 @@ def run(stage: Stage, log: Path, end: float) -> dict[str, Any]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m benchmarks gpu`."""
+    """Add the options of `python -m benchmarks gpu`."""
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--minutes", type=float, default=8.8, help="of the whole, at most")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="run these alone")
@@ -180,7 +180,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run all stages; 1 if one did not end well."""
+    """Run all stages. Return 1 if one failed or was not run."""
     if not args.dry_run and not torch.cuda.is_available():
         raise ValueError("torch finds no GPU here; --dry-run runs what a CPU can")
     out = args.out.resolve()

@@ -1,4 +1,4 @@
-"""What optimizer-in-backward frees: gradients alive at once; on a GPU, the step's peak too."""
+"""Memory of optimizer-in-backward: the peak of live gradients and, on a GPU, of the step."""
 
 import argparse
 import gc
@@ -20,7 +20,7 @@ STEPS = 3
 
 
 class LiveGradients:
-    """The most bytes of accumulated gradients that were alive at once."""
+    """Tracker of the peak bytes of live accumulated gradients."""
 
     def __init__(self, model: nn.Module) -> None:
         self.peak = 0
@@ -36,7 +36,7 @@ class LiveGradients:
 
 
 def measure(args: argparse.Namespace, mode: str) -> dict[str, Any]:
-    """Some steps of one mode: bytes, those of the last step's peak among them."""
+    """Train a few steps in one mode. Return bytes of parameters, gradients and the step's peak."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = get_config(args.model)
     model = Llama(config).to(device, getattr(torch, args.dtype))
@@ -61,7 +61,7 @@ def measure(args: argparse.Namespace, mode: str) -> dict[str, Any]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m benchmarks release-memory`."""
+    """Add the options of `python -m benchmarks release-memory`."""
     parser.add_argument("--model", default="60m", choices=CONFIGS)
     parser.add_argument("--optimizer", default="scale")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print each mode's bytes, and write them where asked to."""
+    """Print each mode's bytes, and write the rows to `--out`."""
     rows = []
     for mode in MODES:
         try:

@@ -1,6 +1,6 @@
-"""What low-rank weights cost: refactorization beside the SVD it replaces, SLTrain beside autograd.
+"""Cost of low-rank weights: refactorization against SVD, SLTrain against autograd.
 
-As in `step_time`, all takes turns in one process, and the ratios are what counts.
+As in `step_time`, calls are timed in turn in one process; read the ratios.
 """
 
 import argparse
@@ -24,18 +24,18 @@ MIB = 1024**2
 
 
 def measure_refactorization(shape: list[int], rank: int, repeats: int) -> dict[str, Any]:
-    """`balanced_factors` and the SVD of the product (one, it is long), with their difference."""
+    """Time `balanced_factors` against one SVD of the product. Return also their difference."""
     rows, columns = shape
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
     B = torch.randn(rows, rank, generator=generator).to(device)
     A = torch.randn(rank, columns, generator=generator).to(device)
-    found: list[Tensor] = []
+    factors: list[Tensor] = []
     timed(lambda: balanced_factors(B, A))
-    ours = [timed(lambda: found.extend(balanced_factors(B, A))) for _ in range(repeats)]
+    ours = [timed(lambda: factors.extend(balanced_factors(B, A))) for _ in range(repeats)]
     svd = timed(lambda: torch.linalg.svd(B @ A, full_matrices=False))
     product = B @ A
-    difference = (found[0] @ found[1] - product).norm() / product.norm()
+    difference = (factors[0] @ factors[1] - product).norm() / product.norm()
     return {
         "shape": shape,
         "rank": rank,
@@ -46,7 +46,7 @@ def measure_refactorization(shape: list[int], rank: int, repeats: int) -> dict[s
 
 
 def measure_sparse(shape: list[int], rank: int, tokens: int, repeats: int) -> dict[str, Any]:
-    """Forward and backward of one layer: ours, autograd on the dense sum, and other layers."""
+    """Time forward and backward of SLTrain's layer, of autograd's on the dense sum, and others."""
     rows, columns = shape
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
@@ -72,12 +72,12 @@ def measure_sparse(shape: list[int], rank: int, tokens: int, repeats: int) -> di
 
 
 def backward(call: Callable[[], Tensor], grad: Tensor) -> None:
-    """A layer's forward and backward."""
+    """Run a layer's forward and backward."""
     call().backward(grad)
 
 
 def kept_bytes(call: Callable[[], Tensor]) -> int:
-    """Bytes that autograd keeps for the backward, each storage once."""
+    """Return the bytes that autograd saves for the backward, each storage counted once."""
     sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -85,13 +85,13 @@ def kept_bytes(call: Callable[[], Tensor]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = call()
-    del kept
+        output = call()
+    del output
     return sum(sizes.values())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m benchmarks lowrank-time`."""
+    """Add the options of `python -m benchmarks lowrank-time`."""
     parser.add_argument("--shape", type=int, nargs=2, default=[4096, 11008], help="out in")
     parser.add_argument("--layer", type=int, nargs=2, default=[2048, 2048], help="out in")
     parser.add_argument("--rank", type=int, default=128)
@@ -101,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print both comparisons, and write them where asked to."""
+    """Print both comparisons, and write them to `--out`."""
     balance = measure_refactorization(args.shape, args.rank, args.repeats)
     sparse = measure_sparse(args.layer, args.rank, args.tokens, args.repeats)
     console = Console()
@@ -117,9 +117,9 @@ def main(args: argparse.Namespace) -> int:
         f"forward and backward of {rows} x {columns}, rank {args.rank}, {args.tokens} tokens:",
         highlight=False,
     )
-    for name, took in sparse["ms"].items():
+    for name, ms in sparse["ms"].items():
         console.print(
-            f"  {name:<9}{took:8.1f} ms {took / sparse['ms']['naive']:6.2f} of naive, "
+            f"  {name:<9}{ms:8.1f} ms {ms / sparse['ms']['naive']:6.2f} of naive, "
             f"{sparse['kept_bytes'][name] / MIB:6.1f} MiB kept for the backward",
             highlight=False,
         )

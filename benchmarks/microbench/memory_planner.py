@@ -1,4 +1,4 @@
-"""The memory planner against what torch really holds: account, simulated peaks, the 7B plan.
+"""Checks of the memory planner against torch: account, simulated peaks, the 7B plan.
 
 On a CPU a peak is that of all tensors; on a GPU that of CUDA's allocator.
 """
@@ -38,7 +38,7 @@ PROJECTED = "update_proj_gap"
 
 
 def real(name: str, dtype: torch.dtype, device: str) -> Llama:
-    """A model with weights, drawn where they are: on a CPU 7B would take minutes."""
+    """Return a model with weights drawn on ``device``: on a CPU 7B would take minutes."""
     model = on_meta(name).to(dtype).to_empty(device=device)
     for p in model.parameters():
         nn.init.ones_(p) if p.ndim == 1 else nn.init.normal_(p, std=0.02)
@@ -47,7 +47,7 @@ def real(name: str, dtype: torch.dtype, device: str) -> Llama:
 
 
 def account_rows(models: list[str], names: list[str]) -> Iterator[dict[str, Any]]:
-    """Bytes counted from shapes beside those held after a real step, gradients drawn."""
+    """Yield bytes counted from shapes, and those held after a real step on random gradients."""
     for model in models:
         for dtype in DTYPES:
             for name in names:
@@ -61,14 +61,15 @@ def account_rows(models: list[str], names: list[str]) -> Iterator[dict[str, Any]
                     yield {**row, "method": name, "refused": str(error)}
                     continue
                 parts = (counted.params, counted.grads, counted.state_total)
-                held = held_after_a_step(model, DTYPES[dtype], name, hyper)
-                yield {**row, "method": name, "counted": parts, "held": held, "same": parts == held}
+                actual = held_after_a_step(model, DTYPES[dtype], name, hyper)
+                row |= {"method": name, "counted": parts, "held": actual}
+                yield {**row, "same": parts == actual}
 
 
 def held_after_a_step(
     model: str, dtype: torch.dtype, name: str, hyper: dict[str, Any]
 ) -> tuple[int, int, int]:
-    """Bytes of parameters, gradients and state of a real model that has stepped."""
+    """Return the bytes of parameters, gradients and state of a real model after one step."""
     weights = real(model, dtype, "cpu")
     optimizer = optimzoo.create_optimizer(name, weights, lr=1e-4, **hyper)
     for p in weights.parameters():
@@ -86,7 +87,7 @@ def held_after_a_step(
 def simulate_rows(
     models: list[str], names: list[str], dtype: str, batch: int, seq: int, device: str
 ) -> Iterator[dict[str, Any]]:
-    """Simulated peaks beside real ones, with and without checkpointing, a refresh included."""
+    """Yield simulated and measured peaks with and without checkpointing, a refresh included."""
     for model in models:
         for name in names:
             for checkpointing in (False, True):
@@ -97,7 +98,7 @@ def simulate_rows(
 def one_peak(
     model: str, name: str, dtype: str, device: str, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """One simulated peak beside the real one; on a CPU 7B is simulated only."""
+    """Return a simulated and the measured peak; on a CPU 7B is only simulated."""
     hyper: dict[str, Any] = dict(optimzoo.get_info(name).required)
     if PROJECTED in inspect.signature(optimzoo.get_info(name).make).parameters:
         hyper[PROJECTED] = 2  # the third step refreshes, as the third simulated one does
@@ -113,9 +114,9 @@ def one_peak(
     workspaces = cuda_workspaces() if device == "cuda" else 0
     weights = real(model, DTYPES[dtype], device)
     optimizer = optimzoo.create_optimizer(name, weights, lr=1e-4, **hyper)
-    found = measure(training_step(weights, optimizer, settings), steps=3)
-    peak = found.cuda_allocated if device == "cuda" else found.tensors.bytes
-    row |= {"measured": peak, "workspaces": workspaces, "tensors": found.tensors.bytes}
+    measured = measure(training_step(weights, optimizer, settings), steps=3)
+    peak = measured.cuda_allocated if device == "cuda" else measured.tensors.bytes
+    row |= {"measured": peak, "workspaces": workspaces, "tensors": measured.tensors.bytes}
     row["difference"] = simulated.peak.bytes / peak - 1 if peak else None
     del weights, optimizer
     gc.collect()
@@ -125,7 +126,7 @@ def one_peak(
 def training_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
 ) -> Callable[[], None]:
-    """A plain training step with these settings."""
+    """Return a function that takes a training step with these settings."""
     if settings["checkpointing"]:
         checkpoint_blocks(model)
     if settings["release"]:
@@ -141,7 +142,7 @@ def training_step(
 
 
 def cuda_workspaces() -> int:
-    """What cuBLAS keeps once both threads, forward's and backward's, have used it."""
+    """Return the bytes of cuBLAS workspaces after a forward and a backward."""
     weight = torch.ones(64, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     (weight @ weight).sum().backward()
     del weight
@@ -150,7 +151,7 @@ def cuda_workspaces() -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m benchmarks memory`."""
+    """Add the options of `python -m benchmarks memory`."""
     parser.add_argument("--checks", nargs="+", choices=CHECKS, default=list(CHECKS))
     text = "of account and simulate"
     parser.add_argument("--models", nargs="+", default=["nano", "9m", "60m"], help=text)
@@ -166,7 +167,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print a row a check; 1 if one is off: a byte for accounts, 2 % for peaks."""
+    """Print all rows. Return 1 if an account differs by a byte, or a peak by 2 %."""
     for option, checks in _CHECKS_OF.items():
         if not set(checks) & set(args.checks):
             text = " or ".join(checks)
@@ -196,7 +197,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row in words."""
+    """Format a row as a line of text."""
     head = f"{row['model']:<5} {row['method']:<15} {row['dtype']:<9}"
     if "refused" in row:
         return f"{head} refused"

@@ -1,7 +1,7 @@
-"""How much of a GPU a training run uses, and how much of its step is the optimizer's.
+"""Model-flops utilisation of a GPU in training, and the optimizer's share of the step.
 
-`python -m benchmarks utilisation` trains on random tokens, as the tables do: bf16, compiled, 64
-sequences of 256 tokens. Operations are counted without what the causal mask leaves out.
+`python -m benchmarks utilisation` trains on random tokens with the tables' settings: bf16,
+compiled, 64 sequences of 256 tokens. Operations that the causal mask skips are not counted.
 """
 
 import argparse
@@ -23,41 +23,42 @@ from optimzoo.models.llama import get_config
 
 
 def measure(size: str, method: str, steps: int) -> dict[str, Any]:
-    """Median times of a step and of its optimizer, in the plan of this size."""
+    """Train the plan of a size. Return the median milliseconds of a step and of its optimizer."""
     config = Plan(size).entry(method, "tuned", 0, lr=1e-3, other_lr=1e-3, clip=1.0).config
     vocabulary, tokens = get_config(config.model).vocab_size, 2 * config.tokens_per_step
     random = np.random.default_rng(0).integers(0, vocabulary, tokens, dtype=np.uint16)
     run = Run(config, Corpus("random", "", vocabulary, random, random, random))
-    optimizer, whole = step_spans(run.optimizer), Spans()
+    optimizer, whole_step = step_spans(run.optimizer), Spans()
     run.train_step(log=False)  # compiles
     with RunProgress(steps) as bar:
         for step in range(steps):
             bar.start(f"{method} at {size}, step {step + 1}", 1)
-            whole.start()
+            whole_step.start()
             run.train_step(log=False, read=step + 1 == steps)
-            whole.stop()
+            whole_step.stop()
     return {
         "model": config.model,
         "method": method,
         "config": {k: getattr(config, k) for k in ("batch_size", "accumulate", "seq_len")},
-        "step_ms": statistics.median(whole.milliseconds()),
+        "step_ms": statistics.median(whole_step.milliseconds()),
         "optimizer_ms": statistics.median(optimizer.milliseconds()),
         "provenance": provenance(),
     }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m benchmarks utilisation`."""
-    parser.add_argument("--scales", nargs="+", default=["60m", "130m", "350m"], metavar="SIZE")
+    """Add the options of `python -m benchmarks utilisation`."""
+    sizes = ["60m", "130m", "350m"]  # --scales: the option's earlier name
+    parser.add_argument("--sizes", "--scales", nargs="+", default=sizes, metavar="SIZE")
     parser.add_argument("--optimizers", nargs="+", default=["scale", "adamw"], metavar="NAME")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--out", type=Path, help="a JSON file for the rows")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print a line a model and method, and write the rows where asked to."""
+    """Print one line per model and method, and write the rows to `--out`."""
     rows = []
-    for size in args.scales:
+    for size in args.sizes:
         for method in args.optimizers:
             rows.append(measure(size, method, args.steps))
             print(f"{size}, {method}: {speed_text(rows[-1], get_config(rows[-1]['model']))}")

@@ -1,4 +1,4 @@
-"""What a refresh of a subspace costs, beside an SVD."""
+"""Cost of a subspace refresh against an SVD."""
 
 import statistics
 import time
@@ -9,11 +9,11 @@ import torch
 from optimzoo.subspace import leading_basis
 
 REFRESH_SHAPES = ((1376, 512), (4096, 1376))
-REFRESHES = 5  # of each kind, at most: an SVD takes seconds
+REFRESHES = 5  # per method, at most: an SVD takes seconds
 
 
 def measure_refresh(rank: int, repeats: int) -> list[dict[str, Any]]:
-    """A projector refresh against ``torch.linalg.svd``, in turn, and the energy it captures."""
+    """Time a projector refresh against ``torch.linalg.svd``. Return also its captured energy."""
     rows = []
     for m, n in REFRESH_SHAPES:
         generator = torch.Generator().manual_seed(0)

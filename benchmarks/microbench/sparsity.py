@@ -1,6 +1,6 @@
-"""What N:M sparsity costs and gives: masks beside plain passes, 2:4 layers beside dense ones.
+"""Cost and gain of N:M sparsity: masks against copies, 2:4 layers against dense ones.
 
-As in `step_time`, all takes turns in one process, and the ratios are what counts.
+As in `step_time`, calls are timed in turn in one process; read the ratios.
 """
 
 import argparse
@@ -24,7 +24,7 @@ LAYERS = ((4096, 4096), (11008, 4096), (4096, 11008))  # of a 7B Llama, [out, in
 
 
 def measure_mask(model: str, dtype: torch.dtype, repeats: int) -> dict[str, float]:
-    """2:4 masks of a model's hidden weights beside one read of them, and one read and write."""
+    """Time 2:4 masks of a model's hidden weights against one read and one copy of them."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device("meta"):
         groups = optimzoo.param_groups(Llama(get_config(model)))
@@ -42,7 +42,7 @@ def measure_mask(model: str, dtype: torch.dtype, repeats: int) -> dict[str, floa
 
 @torch.no_grad()
 def measure_layer(shape: tuple[int, int], tokens: int, repeats: int) -> dict[str, Any]:
-    """A pruned bfloat16 layer through hardware sparsity beside the dense product of its weight."""
+    """Time a pruned bfloat16 layer with hardware sparsity against its dense product."""
     torch.manual_seed(0)
     dense = nn.Linear(shape[1], shape[0], bias=False, device="cuda", dtype=torch.bfloat16)
     dense.weight.mul_(nm_mask(dense.weight, 2, 4))
@@ -56,7 +56,7 @@ def measure_layer(shape: tuple[int, int], tokens: int, repeats: int) -> dict[str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m benchmarks sparse-time`."""
+    """Add the options of `python -m benchmarks sparse-time`."""
     parser.add_argument("--model", default="60m", help="whose hidden weights are masked")
     parser.add_argument("--tokens", type=int, default=4096, help="of the layers on a GPU")
     parser.add_argument("--repeats", type=int, default=15)
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print both comparisons, the layers on a GPU alone, and write them where asked to."""
+    """Print the comparisons, layers on a GPU alone, and write them to `--out`."""
     if not torch.cuda.is_available():
         reason = "it is of 2:4 layers, which are not measured on a CPU; leave {option} out"
         refuse(args, ["tokens"], args.given, reason)

@@ -1,7 +1,7 @@
-"""What one optimizer step costs: all methods in one process, taking turns, as ratios.
+"""Step times of optimizers, timed in turn in one process, as ratios.
 
-Machines drift, so absolute times mean little: every repeat times each method once, one after the
-other, and the table gives medians and their ratios to the first method.
+Machines drift, so absolute times mean little: every repeat times each method once, and the table
+gives medians and their ratios to the first method.
 """
 
 import argparse
@@ -35,15 +35,15 @@ DEFAULT = (
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "scale_spectral": ("scale", {"normalize": "spectral"})
 }
-# Tensors of the weight's size that a step has to read or write, by role: the floor of its time.
+# Tensors of the weight's size that a step must read or write, by role: the floor of its time.
 FLOOR = {
     "sgd": {"hidden": 3, "embedding": 3, "head": 3, "vector": 3},
     "adamw": {"hidden": 7, "embedding": 7, "head": 7, "vector": 7},
     "scale": {"hidden": 3, "embedding": 4, "head": 5, "vector": 7},
 }
 FUSED = ("sgd", "adamw", "adam")
-# `scale-loop` and so on: options of a method that is called in another way.
-HOW: dict[str, dict[str, Any]] = {
+# Suffixes of a method, as in `scale-loop`, and the options of that execution mode.
+EXECUTION_MODES: dict[str, dict[str, Any]] = {
     "loop": {"fused": False, "foreach": False},
     "captured": {"capturable": True},
     "compiled": {},
@@ -53,9 +53,9 @@ Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 
 def ours(name: str, rank: int, gap: int) -> Make:
-    """A method of the registry, at the given rank, fused where it is torch's."""
-    name, _, how = name.partition("-")
-    name, options = VARIANTS.get(name, (name, HOW.get(how, {})))
+    """Return a registry method at ``rank``, fused if it is torch's."""
+    name, _, mode = name.partition("-")
+    name, options = VARIANTS.get(name, (name, EXECUTION_MODES.get(mode, {})))
     options = {"fused": True} if name in FUSED else dict(options)
     options |= optimzoo.get_info(name).required
     if name in LOW_RANK:
@@ -63,8 +63,8 @@ def ours(name: str, rank: int, gap: int) -> Make:
     return lambda groups: optimzoo.create_optimizer(name, groups, lr=1e-4, **options)
 
 
-class Subject:
-    """One method with weights of its own, and the gradients that all share."""
+class TimedOptimizer:
+    """One method with its copy of the weights, and the gradients that all methods share."""
 
     def __init__(
         self,
@@ -85,37 +85,37 @@ class Subject:
             for group, source in zip(groups, sources, strict=True)
             for p, original in zip(group["params"], source["params"], strict=True)
         }
-        method, _, how = name.partition("-")
-        tensors = FLOOR.get(method) if how in ("", *HOW) else None
+        method, _, mode = name.partition("-")
+        tensors = FLOOR.get(method) if mode in ("", *EXECUTION_MODES) else None
         self.floor_bytes = tensors and sum(
             tensors[g["role"]] * p.numel() * p.element_size() for g in groups for p in g["params"]
         )
         optimizer = make(groups)
         self.give_grads()
         self.step: Callable[[], Any] = optimizer.step
-        if how == "captured":
+        if mode == "captured":
             self.step = captured(optimizer)
-        elif how == "compiled":
+        elif mode == "compiled":
             self.step = torch.compile(optimizer.step, fullgraph=True)
         self.first = self.timed()  # makes the state and, for projected methods, the first subspace
         self.times: list[float] = []
 
     def timed(self) -> float:
-        """Milliseconds of one step."""
+        """Return the milliseconds of one step."""
         self.give_grads()
         return timed(self.step)
 
     def give_grads(self) -> None:
-        """Before each step: heavyball takes gradients away when it has used them."""
+        """Set the gradients before each step: heavyball removes those that it has used."""
         for p, grad in self.grads.items():
             p.grad = grad
 
 
-class Streams:
-    """What the memory gives: the better of a copy and of a sum in place, on at most 256 MB each.
+class BandwidthProbe:
+    """Memory bandwidth: the better of a copy and an in-place sum on tensors of at most 256 MB.
 
-    A copy counts two tensors, but on a CPU the target is read too before it is written; a sum in
-    place counts three and moves three, as a step without state does.
+    A copy counts two tensors, but a CPU also reads the target before it writes it; an in-place sum
+    counts and moves three, as a step without state does.
     """
 
     def __init__(self, grads: list[torch.Tensor]) -> None:
@@ -125,22 +125,22 @@ class Streams:
         self.rates: dict[str, list[float]] = {"copy": [], "add": []}
 
     def measure(self) -> None:
-        """One pass of each."""
+        """Time one copy and one in-place sum."""
         calls: dict[str, tuple[Callable[..., Any], int]] = {
             "copy": (self.target.copy_, 2),
             "add": (self.target.add_, 3),
         }
         for name, (call, tensors) in calls.items():
-            took = timed(partial(call, self.source))
-            self.rates[name].append(tensors * 4 * self.source.numel() / took / 1e6)
+            ms = timed(partial(call, self.source))
+            self.rates[name].append(tensors * 4 * self.source.numel() / ms / 1e6)
 
     def best(self) -> float:
-        """Gigabytes a second: the better median."""
+        """Return the higher median in gigabytes per second."""
         return max(statistics.median(rates) for rates in self.rates.values())
 
 
 def captured(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
-    """The step as a CUDA graph, after one that made the state."""
+    """Capture the step as a CUDA graph after one that creates the state. Return its replay."""
     optimizer.step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -149,7 +149,7 @@ def captured(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
 
 
 def measure_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of median milliseconds: a plain step, the first step, and both amortised."""
+    """Return rows of milliseconds: the median step, the first step, and both amortised."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = get_config(args.model)
     if args.layers is not None:
@@ -160,41 +160,41 @@ def measure_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
     makers = {name: ours(name, args.rank, args.gap) for name in args.optimizers}
     makers |= {} if args.no_peers else peers(args.rank, args.gap)
     with RunProgress(len(makers) + args.repeats) as bar:
-        subjects = []
+        candidates = []
         for name, make in makers.items():
             bar.start(f"first step of {name}", 1)
-            subjects.append(Subject(name, make, model, grads, args.roles))
+            candidates.append(TimedOptimizer(name, make, model, grads, args.roles))
         gc.collect()
-        streams = Streams(grads)
+        bandwidth = BandwidthProbe(grads)
         for turn in range(args.repeats):
             bar.start(f"steps in turn, {turn + 1} of {args.repeats}", 1)
-            streams.measure()
-            for subject in subjects:
+            bandwidth.measure()
+            for candidate in candidates:
                 # One slow method must not keep the others waiting: its median is of fewer steps.
-                if sum(subject.times) < 1000 * args.seconds:
-                    subject.times.append(subject.timed())
+                if sum(candidate.times) < 1000 * args.seconds:
+                    candidate.times.append(candidate.timed())
     rows = []
-    for subject in subjects:
-        plain = statistics.median(subject.times)
-        floor = subject.floor_bytes
+    for candidate in candidates:
+        plain = statistics.median(candidate.times)
+        floor = candidate.floor_bytes
         rate = floor / plain / 1e6 if floor else None
         rows.append(
             {
-                "method": subject.name,
+                "method": candidate.name,
                 "step_ms": plain,
-                "steps": len(subject.times),
+                "steps": len(candidate.times),
                 "floor_gb_per_s": rate,
-                "share_of_stream": rate and rate / streams.best(),
-                "first_ms": subject.first,
+                "share_of_stream": rate and rate / bandwidth.best(),
+                "first_ms": candidate.first,
                 # a refresh every `gap` steps, counted at the cost of the first step
-                "amortised_ms": (subject.first + (args.gap - 1) * plain) / args.gap,
+                "amortised_ms": (candidate.first + (args.gap - 1) * plain) / args.gap,
             }
         )
     return rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m benchmarks step-time`."""
+    """Add the options of `python -m benchmarks step-time`."""
     parser.add_argument("--model", default="60m")
     parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -214,7 +214,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print both tables, and write the rows where asked to."""
+    """Print step times and refresh times, and write the rows to `--out`."""
     layers = get_config(args.model).num_hidden_layers
     if args.layers is not None and args.layers < 1:
         raise ValueError(

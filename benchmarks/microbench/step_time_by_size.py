@@ -1,4 +1,4 @@
-"""How one step's cost grows with the number of weights: 1 M to 1 G of hidden ones, in turn."""
+"""Step time by number of hidden weights, from 1 M to 1 G."""
 
 import argparse
 from pathlib import Path
@@ -19,7 +19,7 @@ SIDE = 4096  # of the largest matrix
 
 
 def matrices(size: int, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
-    """Matrices of at most 4096 rows and columns that have ``size`` elements together."""
+    """Return square matrices of at most 4096 rows with ``size`` elements in total."""
     side = SIDE
     while side * side > size:
         side //= 2
@@ -27,7 +27,7 @@ def matrices(size: int, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
 
 
 def measure(size: int, names: list[str], dtype: torch.dtype, repeats: int) -> dict[str, float]:
-    """Median milliseconds of one step of each method on ``size`` hidden weights."""
+    """Return the median milliseconds of a step of each method on ``size`` hidden weights."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     grads = [torch.randn_like(w) for w in matrices(size, dtype, device)]
     steps = {}
@@ -40,7 +40,7 @@ def measure(size: int, names: list[str], dtype: torch.dtype, repeats: int) -> di
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m benchmarks growth`."""
+    """Add the options of `python -m benchmarks growth`."""
     parser.add_argument("--optimizers", nargs="+", default=["sgd", "adamw", "scale"])
     parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, metavar="WEIGHTS")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print milliseconds, and picoseconds a weight, by size, and write the rows where asked to."""
+    """Print milliseconds and picoseconds per weight by size, and write the rows to `--out`."""
     for size in args.sizes:
         if size < 1:
             raise ValueError(f"--sizes {size}: a model has at least one weight")

@@ -1,4 +1,4 @@
-"""Other packages' optimizers, for step times side by side; those that are installed here."""
+"""Installed optimizers of other packages, for comparison of step times."""
 
 import importlib
 from collections.abc import Callable
@@ -11,10 +11,10 @@ Make = Callable[[Groups], torch.optim.Optimizer]
 
 
 def peers(rank: int, gap: int) -> dict[str, Make]:
-    """Name of the package and method -> what makes it from parameter groups with roles.
+    """Map the names of installed methods to functions that create them from groups with roles.
 
-    Low-rank methods get the hidden weights at ``rank``, refreshed every ``gap`` steps, and their
-    own Adam the rest, as their authors use them; the others get all parameters.
+    Low-rank methods get the hidden weights at ``rank``, refreshed every ``gap`` steps, and use
+    their Adam for the others, as their authors do; all other methods get all parameters.
     """
     low_rank = {"rank": rank, "update_proj_gap": gap, "scale": 0.25, "proj_type": "std"}
     apollo = {**low_rank, "scale": 1, "proj": "random", "scale_type": "channel"}
@@ -33,14 +33,14 @@ def peers(rank: int, gap: int) -> dict[str, Make]:
         ("bitsandbytes AdamW8bit", "bitsandbytes.optim", "AdamW8bit", None, {}),
         ("torchao AdamW8bit", "torchao.optim", "AdamW8bit", None, {}),
     ]
-    found: dict[str, Make] = {}
+    makers: dict[str, Make] = {}
     for name, module, cls, extra, options in known:
         try:
-            made = getattr(importlib.import_module(module), cls)
+            optimizer_class = getattr(importlib.import_module(module), cls)
         except (ImportError, AttributeError, OSError):
             continue
-        found[name] = _maker(made, extra, options)
-    return found
+        makers[name] = _maker(optimizer_class, extra, options)
+    return makers
 
 
 def _maker(cls: Any, extra: dict[str, Any] | None, options: dict[str, Any]) -> Make:
@@ -49,8 +49,8 @@ def _maker(cls: Any, extra: dict[str, Any] | None, options: dict[str, Any]) -> M
             params: Groups = [{"params": g["params"]} for g in groups]
         else:
             params = [{"params": g["params"], **extra} for g in groups if g["role"] == "hidden"]
-            rest = [p for g in groups if g["role"] != "hidden" for p in g["params"]]
-            params += [{"params": rest}] if rest else []
+            others = [p for g in groups if g["role"] != "hidden" for p in g["params"]]
+            params += [{"params": others}] if others else []
         return cls(params, lr=1e-4, **options)
 
     return make

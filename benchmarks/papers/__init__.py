@@ -1,1 +1,1 @@
-"""The papers' tables beside ours."""
+"""Comparison of the papers' tables with ours."""

@@ -1,4 +1,4 @@
-"""CAST beside its published run: how much perplexity 2:4 weights cost."""
+"""Comparison with CAST's published run: the perplexity cost of 2:4 weights."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ NOTE = (
 
 
 def records(path: Path = ROWS) -> list[Row]:
-    """A record a way: the published figure where there is one, and ours."""
+    """Return one record per method: our figures, and the published one if there is one."""
     rows = {row["method"]: row for row in read_rows(path)}
     dense = perplexity(rows["continued"]["test_loss"])
     paper = {r["metric"]: r["values"] for r in reversed(published()) if r["paper"][:4] == "CAST"}
@@ -43,7 +43,7 @@ def records(path: Path = ROWS) -> list[Row]:
 
 
 def cells(record: Row) -> list[str]:
-    """A record as text, in the order of `HEADERS`."""
+    """Format a record as table cells, in the order of `HEADERS`."""
     paper = record["paper"]
     return [
         record["label"],
@@ -58,8 +58,8 @@ def cells(record: Row) -> list[str]:
 
 def show(out: Path) -> None:
     """Print the table, and write it as Markdown and as JSON."""
-    made = records()
-    table = Table(HEADERS, [cells(record) for record in made], title="CAST", notes=[NOTE])
+    compared = records()
+    table = Table(HEADERS, [cells(record) for record in compared], title="CAST", notes=[NOTE])
     table.print()
     write_atomic(out / "cast.md", f"# CAST\n\n{table.markdown()}\n\n{NOTE}\n")
-    write_json(out / "cast.json", {"records": made})
+    write_json(out / "cast.json", {"records": compared})

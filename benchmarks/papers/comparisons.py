@@ -1,21 +1,21 @@
-"""The published tables of perplexities, and which of our runs stand beside each row."""
+"""Published perplexity tables, and our methods for each of their rows."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class PaperComparison:
-    """A published table and the plans whose methods stand in it.
+    """A published table and the plans of the methods in it.
 
     Attributes:
-        title: the table, and where it is from.
-        paper, metric: what to look up in the published figures; `log`: they are log-perplexities.
+        title: name and source of the table.
+        paper, metric: keys of the published figures; `log`: they are log-perplexities.
         size: the published size that is shown; tau is computed at every one.
-        plans: plans by their names at nano, the first that has a method gives it.
-        methods: our method and its name in the paper, or None.
-        reference: the method that ratios are to.
+        plans: names of plans at nano; the first one that has a method provides it.
+        methods: maps our method to its name in the paper, or None.
+        reference: the method that ratios refer to.
         protocol: of the plans.
-        notes: what must be known to read it.
+        notes: printed below the table.
     """
 
     title: str

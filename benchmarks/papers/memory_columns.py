@@ -1,4 +1,4 @@
-"""Published memory columns beside ours, counted from shapes."""
+"""Comparison of published memory columns with ours, counted from shapes."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,17 +20,17 @@ Rule = tuple[str, dict[str, Any]]
 
 
 def low_rank(name: str) -> dict[str, Rule]:
-    """A method at the published rank of each size."""
+    """Return a low-rank method at the published rank of each size."""
     return {size: (name, {"rank": rank}) for size, rank in RANKS.items()}
 
 
 def low_rank_weights(kind: str) -> dict[str, Rule]:
-    """Adam on low-rank weights of the published rank of each size."""
+    """Return Adam on low-rank weights of the published rank of each size."""
     return {s: ("adam", {"lowrank": {"rank": r, "kind": kind}}) for s, r in RANKS.items()}
 
 
 def at_all_sizes(name: str, **hyper: Any) -> dict[str, Rule]:
-    """A method with the same hyperparameters at every size."""
+    """Return a method with the same hyperparameters at every size."""
     return dict.fromkeys(SIZES, (name, hyper))
 
 
@@ -74,7 +74,7 @@ LOW_RANK: dict[str, dict[str, Rule]] = {
 
 @dataclass(frozen=True)
 class PaperTable:
-    """A published memory column: where it stands, how we count it, and what cannot be matched."""
+    """A published memory column: its source, our count of it, and the cells that differ."""
 
     paper: str
     metric: str
@@ -143,7 +143,7 @@ TABLES = {
 
 
 def published_value(paper: str, metric: str, method: str, size: str) -> float | None:
-    """The first published figure of a metric (matched by its beginning), or None."""
+    """Return the first published figure of a metric, matched by its prefix, or None."""
     for record in published():
         if record["paper"].startswith(paper) and record["metric"].startswith(metric):
             value = record["values"].get(method, {}).get(size)
@@ -153,7 +153,7 @@ def published_value(paper: str, metric: str, method: str, size: str) -> float | 
 
 
 def memory_gigabytes(method: str, hyper: dict[str, Any], size: str) -> tuple[float, float]:
-    """Parameters and optimizer state in bfloat16, in units of 1e9 bytes, from shapes.
+    """Return parameters and optimizer state in bfloat16, in units of 1e9 bytes, from shapes.
 
     ``hyper`` may have ``lowrank``, as a `RunConfig` has it.
     """
@@ -164,13 +164,13 @@ def memory_gigabytes(method: str, hyper: dict[str, Any], size: str) -> tuple[flo
 
 
 def low_rank_saving() -> tuple[str, bool]:
-    """What low-rank weights hold less than GaLore and Fira at 1B, beside the published figure."""
-    held = {name: sum(memory_gigabytes(*LOW_RANK[name]["1B"], "1B")) for name in LOW_RANK}
-    savings = [100 * (1 - held["Low-Rank"] / held[name]) for name in ("GaLore", "Fira")]
+    """Compare the saving of low-rank weights over GaLore and Fira at 1B with the published one."""
+    total = {name: sum(memory_gigabytes(*LOW_RANK[name]["1B"], "1B")) for name in LOW_RANK}
+    savings = [100 * (1 - total["Low-Rank"] / total[name]) for name in ("GaLore", "Fira")]
     name = "Low-rank + tricks vs GaLore/Fira"
     paper = published_value("Scalable", "memory saving", name, "1B") or 0.0
     text = (
-        f"1B, rank {RANKS['1B']}: Low-Rank holds {held['Low-Rank']:.2f} GB, {savings[0]:.1f} % "
+        f"1B, rank {RANKS['1B']}: Low-Rank holds {total['Low-Rank']:.2f} GB, {savings[0]:.1f} % "
         f"less than GaLore and {savings[1]:.1f} % less than Fira; published: about {paper:.0f} %."
     )
     return text, all(5 * round(saving / 5) == paper for saving in savings)  # "about": to 5 %
@@ -179,7 +179,7 @@ def low_rank_saving() -> tuple[str, bool]:
 def memory_cell(
     params: float, state: float, paper: float | None, *, explained: bool = False
 ) -> tuple[str, bool]:
-    """Our figure with its mark, and whether it is the paper's or the difference is explained."""
+    """Return our figure with its mark, and whether it equals the paper's or is explained."""
     ours = f"{params + state:.2f}"
     if paper is None or ours == f"{paper:.2f}":
         return ours, True
@@ -189,7 +189,7 @@ def memory_cell(
 
 
 def memory_table(name: str) -> tuple[Table, bool]:
-    """Return paper beside ours, and whether every cell that can be computed is the paper's."""
+    """Return the comparison, and whether every computed cell equals the paper's."""
     source = TABLES[name]
     rows, matches = [], True
     for method, by_size in source.rows.items():
@@ -218,7 +218,7 @@ def memory_table(name: str) -> tuple[Table, bool]:
 
 
 def print_memory(name: str) -> int:
-    """Print a table's memory column; 1 if a cell that can be computed differs from the paper's."""
+    """Print a table's memory column. Return 1 if a computed cell differs from the paper's."""
     if name not in TABLES:
         raise ValueError(f"{name} has no published memory column")
     table, matches = memory_table(name)

@@ -1,4 +1,4 @@
-"""A paper's perplexities beside ours: ratios to Adam, ranks, Kendall's tau of the two orders."""
+"""Comparison of published perplexities with ours: ratios to Adam, ranks, Kendall's tau."""
 
 import math
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ WARNING = (
 def paper_values(
     table: PaperComparison, names: dict[str, str | None]
 ) -> dict[str, dict[str, float]]:
-    """Published perplexities by size and by our method; a first record of a size counts."""
+    """Return published perplexities by size and our method; the first record of a size counts."""
     values: dict[str, dict[str, float]] = {}
     for record in published():
         if record["paper"].startswith(table.paper) and record["metric"].startswith(table.metric):
@@ -34,15 +34,15 @@ def paper_values(
     return values
 
 
-def plans_at(table: PaperComparison, scale: str) -> list[Plan]:
-    """The table's plans at a size."""
+def plans_at(table: PaperComparison, size: str) -> list[Plan]:
+    """Return the table's plans at a model size."""
     if table.plans == ("full",):
-        return [Plan(f"{scale}-full")]
-    return [Plan(name.replace("nano", scale, 1)) for name in table.plans]
+        return [Plan(f"{size}-full")]
+    return [Plan(name.replace("nano", size, 1)) for name in table.plans]
 
 
 def methods_of(table: PaperComparison, plans: list[Plan]) -> list[tuple[Plan, str]]:
-    """Each method of the table with the plan that has it."""
+    """Return each method of the table with the first plan that has it."""
     pairs = []
     for method in table.methods:
         plan = next((p for p in plans if table.protocol in p.methods.get(method, {})), None)
@@ -51,30 +51,30 @@ def methods_of(table: PaperComparison, plans: list[Plan]) -> list[tuple[Plan, st
     return pairs
 
 
-def stored_rows(table: PaperComparison, scale: str) -> dict[str, list[Row]]:
-    """The committed rows of a table, by method."""
-    found: dict[str, list[Row]] = {}
-    for plan, method in methods_of(table, plans_at(table, scale)):
+def stored_rows(table: PaperComparison, size: str) -> dict[str, list[Row]]:
+    """Return the committed rows of a table by method."""
+    by_method: dict[str, list[Row]] = {}
+    for plan, method in methods_of(table, plans_at(table, size)):
         rows = read_rows(plan.results_path) if plan.results_path.exists() else []
         mine = [r for r in rows if (r["method"], r["protocol"]) == (method, table.protocol)]
         if mine:
-            found[method] = mine
-    return found
+            by_method[method] = mine
+    return by_method
 
 
-def records(table: PaperComparison, scale: str, rows: dict[str, list[Row]]) -> list[Row]:
-    """A record a method: the paper's figure and ours, each with its ratio and its rank."""
-    plans = dict[str, Plan]((m, plan) for plan, m in methods_of(table, plans_at(table, scale)))
+def records(table: PaperComparison, size: str, rows: dict[str, list[Row]]) -> list[Row]:
+    """Return one record per method: the paper's figure and ours, with their ratios and ranks."""
+    plans = dict[str, Plan]((m, plan) for plan, m in methods_of(table, plans_at(table, size)))
     ours = {m: summarise(plans[m], mine)[0] for m, mine in rows.items()}
     by_size = paper_values(table, table.methods)
-    size = scale.upper() if scale.upper() in by_size else table.size
-    paper = by_size.get(size, {})
-    made = []
+    paper_size = size.upper() if size.upper() in by_size else table.size
+    paper = by_size.get(paper_size, {})
+    compared = []
     for method, record in ours.items():
-        made.append(
+        compared.append(
             {
                 **record,
-                "size": size,
+                "size": paper_size,
                 "tokens": rows[method][0]["tokens"],
                 "tried": _tried(plans[method], method, table.protocol),
                 "paper": paper.get(method),
@@ -84,15 +84,15 @@ def records(table: PaperComparison, scale: str, rows: dict[str, list[Row]]) -> l
                 ),
             }
         )
-    both = [r for r in made if r["paper"] is not None]
+    both = [r for r in compared if r["paper"] is not None]
     for key, name in (("paper", "paper_rank"), ("perplexity", "rank")):
         for place, record in enumerate(sorted(both, key=lambda r: r[key]), start=1):
             record[name] = place
-    return sorted(made, key=lambda r: r["perplexity"])
+    return sorted(compared, key=lambda r: r["perplexity"])
 
 
 def _tried(plan: Plan, method: str, protocol: str) -> int:
-    """How many points of its grid a method's rates were chosen from, as committed."""
+    """Return the number of committed grid points from which a method's rates were chosen."""
     rows = read_rows(plan.tune_path) if plan.tune_path.exists() else []
     return sum((row["method"], row["protocol"]) == (method, protocol) for row in rows)
 
@@ -104,23 +104,23 @@ def _ratio(values: dict[str, float], method: str, reference: str) -> float | Non
 
 
 def taus(table: PaperComparison, made: list[Row]) -> list[Row]:
-    """Kendall's tau of our order with the paper's, at every published size."""
+    """Return Kendall's tau of our order with the paper's at every published size."""
     from scipy.stats import kendalltau
 
-    found = []
+    results = []
     for size, values in paper_values(table, table.methods).items():
         pairs = [(values[r["method"]], r["perplexity"]) for r in made if r["method"] in values]
         if len(pairs) > 2:
             tau, p = kendalltau(*zip(*pairs, strict=True))
-            found.append({"size": size, "tau": float(tau), "p": float(p), "methods": len(pairs)})
-    return found
+            results.append({"size": size, "tau": float(tau), "p": float(p), "methods": len(pairs)})
+    return results
 
 
 HEADERS = ("method", "paper", "ratio", "rank", "ours", "ratio", "rank", "MiB", "step ms", "tokens")
 
 
 def cells(record: Row) -> list[str]:
-    """A record as text, in the order of `HEADERS`."""
+    """Format a record as table cells, in the order of `HEADERS`."""
 
     def number(key: str, form: str) -> str:
         value = record.get(key)
@@ -142,7 +142,7 @@ def cells(record: Row) -> list[str]:
 
 
 def lines_below(table: PaperComparison, made: list[Row]) -> list[str]:
-    """What stands under a table: tau, how to read it, what was cut."""
+    """Return the notes below a table: tau, how to read it, seeds, grid points."""
     lines = (
         [
             "Kendall's tau with the paper's order: "
@@ -169,15 +169,15 @@ def lines_below(table: PaperComparison, made: list[Row]) -> list[str]:
 
 
 def grid(table: PaperComparison, made: list[Row], more: Iterable[str] = ()) -> Table:
-    """Return the table with the lines below it."""
+    """Return the table with its notes."""
     rows = [cells(record) for record in made]
     return Table(HEADERS, rows, title=table.title, notes=[*lines_below(table, made), *more])
 
 
 def markdown(table: PaperComparison, made: list[Row], more: Iterable[str] = ()) -> str:
-    """Return the table in Markdown, with the lines below it."""
-    whole = grid(table, made, more)
-    return f"{whole.markdown()}\n\n" + " ".join(whole.notes)
+    """Return the table as Markdown with its notes."""
+    result = grid(table, made, more)
+    return f"{result.markdown()}\n\n" + " ".join(result.notes)
 
 
 def show(name: str, made: list[Row], out: Path, more: list[str]) -> None:
@@ -195,7 +195,7 @@ def _plain(record: Row) -> Row:
 
 
 def as_galore(row: Row) -> Row:
-    """A row whose test loss is what GaLore's evaluation gives.
+    """Return a row with the test loss that GaLore's evaluation would give.
 
     That code starts its count of batches at 1: its loss is the sum over n batches divided by
     n + 1.

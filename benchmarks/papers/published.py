@@ -1,4 +1,4 @@
-"""The published figures, each with its provenance."""
+"""Published figures, each with its provenance."""
 
 import json
 from functools import cache
@@ -8,6 +8,6 @@ from typing import Any
 
 @cache
 def published() -> list[dict[str, Any]]:
-    """One record a table and metric; ``values`` is by method and size."""
+    """Return one record per table and metric; ``values`` is by method and size."""
     path = Path(__file__).with_name("published.json")
     return json.loads(path.read_text(encoding="utf-8"))

@@ -1,9 +1,9 @@
-"""A paper's table beside ours: the memory columns here, the perplexities in `beside`."""
+"""`python -m benchmarks reproduce`: a paper's table beside ours."""
 
 import argparse
 from pathlib import Path
 
-from benchmarks.experiments.model_sizes import SCALES
+from benchmarks.experiments.model_sizes import MODEL_SIZES
 from benchmarks.experiments.run_queue import add_jobs_argument, settle_counts
 from benchmarks.papers import cast, memory_columns, perplexity_tables
 from benchmarks.papers.memory_columns import print_memory
@@ -13,12 +13,13 @@ from optimzoo.options import refuse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m benchmarks reproduce`."""
+    """Add the options of `python -m benchmarks reproduce`."""
     names = sorted({*memory_columns.TABLES, *perplexity_tables.TABLES, "cast"})
     text = f"of {', '.join(names)}"
     parser.add_argument("table", nargs="+", choices=names, metavar="TABLE", help=text)
     parser.add_argument("--memory-only", action="store_true", help="the memory column, in seconds")
-    parser.add_argument("--scale", default="nano", choices=("nano", *SCALES), metavar="SIZE")
+    sizes = ("nano", *MODEL_SIZES)  # --scale: the option's earlier name
+    parser.add_argument("--size", "--scale", default="nano", choices=sizes, metavar="SIZE")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="some of the table's methods")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1")
     parser.add_argument(
@@ -42,12 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print the tables; 1 if a memory cell that can be computed differs from the paper's."""
+    """Print the tables. Return 1 if a computed memory cell differs from the paper's."""
     _refuse_dropped(args)
     settle_counts(args)
     args.committed = not args.fresh
-    given = {"budget-minutes": args.budget_minutes, "stop-after": args.stop_after}
-    for option, minutes in given.items():
+    limits = {"budget-minutes": args.budget_minutes, "stop-after": args.stop_after}
+    for option, minutes in limits.items():
         if minutes is not None and not minutes > 0:
             raise ValueError(f"--{option} is {minutes:g}; it must be more than 0")
     if args.memory_only:
@@ -62,7 +63,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _refuse_dropped(args: argparse.Namespace) -> None:
-    """Refuse options that a table which runs nothing would drop."""
+    """Refuse options without effect on tables that train nothing."""
     names = [name for name in args.given if name not in ("table", "memory_only")]
     if args.memory_only:
         reason = "--memory-only counts bytes and runs nothing; leave {option} out"

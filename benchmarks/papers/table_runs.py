@@ -1,4 +1,4 @@
-"""Run what a table needs: rates from a grid or from the committed ones, then a run a seed."""
+"""Runs of a published table: a grid where no rates are committed, then one run per seed."""
 
 import argparse
 import os
@@ -23,12 +23,12 @@ from benchmarks.training.cli import corpus_from
 
 
 class TableRuns:
-    """The runs of one table at one size, resumable, shared with the processes beside this one."""
+    """Runs of one table at one model size, resumable and shared with other processes."""
 
     def __init__(self, args: argparse.Namespace, table: PaperComparison) -> None:
         self.args, self.table = args, table
         self.pairs = perplexity_tables.methods_of(
-            table, perplexity_tables.plans_at(table, args.scale)
+            table, perplexity_tables.plans_at(table, args.size)
         )
         if args.methods:
             self.pairs = [(plan, m) for plan, m in self.pairs if m in args.methods]
@@ -37,15 +37,15 @@ class TableRuns:
         self.corpus: Corpus = corpus_from(args, model)
 
     def grid(self) -> list[Entry]:
-        """The runs that choose rates, of the methods whose rates are not committed."""
+        """Return the grid runs of the methods whose rates are not committed."""
         return [e for p, m in self.pairs if not self._committed(p, m) for e in self._grid(p, m)]
 
     def final(self) -> list[Entry]:
-        """One run a method; where a grid has yet to choose, its middle stands for it."""
+        """Return one run per method, at the middle of its grid if its rates are not committed."""
         return [self._final(p, m, 0, None) for p, m in self.pairs]
 
     def run(self) -> tuple[dict[str, list[Row]], list[str]]:
-        """The rows of each method, and what was cut."""
+        """Train all runs. Return each method's rows, and notes on what was cut."""
         cut = self._cut()
         tuned: list[Row] = []
         tune = [(p, m) for p, m in self.pairs if cut.tune and not self._committed(p, m)]
@@ -83,20 +83,20 @@ class TableRuns:
                 args.budget_minutes, final, grid, seconds, seeds=args.seeds, workers=workers
             )
 
-        return budget.kept(Path(args.out) / "budget.json", _asked(args), decide)
+        return budget.load_or_decide(Path(args.out) / "budget.json", _asked(args), decide)
 
     def _committed(self, plan: Plan, method: str) -> bool:
-        """Whether its rates are: a grid that was stopped has rows for some of its points alone."""
+        """Return whether the method's rates are committed; those of a partial grid are not."""
         points = len(self._grid(plan, method))
         if points == 1 or not plan.tune_path.exists():
             return points == 1
         rows = read_rows(plan.tune_path)
         tried = sum((r["method"], r["protocol"]) == (method, self.table.protocol) for r in rows)
-        whole = tried >= points and not self._beyond(plan, [method], rows)
-        return whole or "tuned_by" in plan.values
+        complete = tried >= points and not self._beyond(plan, [method], rows)
+        return complete or "tuned_by" in plan.values
 
     def _beyond(self, plan: Plan, methods: list[str], rows: list[Row]) -> list[Entry]:
-        """Where grids must grow; a budget has no time for it."""
+        """Return the runs that extend grids; with a budget, none."""
         if self.args.budget_minutes is not None:
             return []
         return [e for m in methods for e in plan.beyond(m, self.table.protocol, rows)]
@@ -116,7 +116,7 @@ class TableRuns:
 
     @contextmanager
     def _stored(self, path: Path, session: Session, more: Row) -> Iterator[None]:
-        """Keep the session's rows in the repository, if asked to; those of one stopped too."""
+        """Store the session's rows with `--store` when the context ends, also if it is stopped."""
         try:
             yield
         finally:
@@ -130,7 +130,7 @@ def _by_plan(pairs: list[tuple[Plan, str]]) -> list[tuple[Plan, list[str]]]:
 
 
 def _asked(args: argparse.Namespace) -> dict[str, str]:
-    """The options that a budget is decided for."""
+    """Return the options for which a budget is decided, with their values."""
     return {
         "--budget-minutes": f"{args.budget_minutes:g}",
         "--seeds": str(args.seeds),
@@ -140,14 +140,14 @@ def _asked(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _refuse_early(args: argparse.Namespace) -> None:
-    """Refuse, before the first of the tables is run, methods or another budget than a table has."""
+    """Refuse unknown methods and a changed budget before the first table is run."""
     has = {}
     for name in args.table:
         table = perplexity_tables.TABLES[name]
         has[name] = [
             m
             for _, m in perplexity_tables.methods_of(
-                table, perplexity_tables.plans_at(table, args.scale)
+                table, perplexity_tables.plans_at(table, args.size)
             )
         ]
     known = list(dict.fromkeys(m for methods in has.values() for m in methods))
@@ -158,8 +158,8 @@ def _refuse_early(args: argparse.Namespace) -> None:
             )
     for name, methods in has.items():
         if args.methods and not set(args.methods) & set(methods):
-            given = " ".join(args.methods)
-            raise ValueError(f"--methods {given}: none is in {name}; it has {', '.join(methods)}")
+            names = " ".join(args.methods)
+            raise ValueError(f"--methods {names}: none is in {name}; it has {', '.join(methods)}")
         if args.budget_minutes is not None:
             asked = _asked(args)
             if "jobs" not in args.given:
@@ -168,11 +168,11 @@ def _refuse_early(args: argparse.Namespace) -> None:
 
 
 def _folder(out: Path, name: str, args: argparse.Namespace) -> Path:
-    return out / f"{name}-{args.scale}"
+    return out / f"{name}-{args.size}"
 
 
 def run_tables(args: argparse.Namespace) -> int:
-    """Run the tables one after the other, and print, write and perhaps store each."""
+    """Run the tables in order; print and write each, and store its rows with `--store`."""
     _refuse_early(args)
     _own_device()
     if args.stop_after is not None:
@@ -190,7 +190,7 @@ def run_tables(args: argparse.Namespace) -> int:
             if args.store:
                 cut.append("The rows that are stored have them as they were measured.")
         perplexity_tables.show(
-            name, perplexity_tables.records(table, args.scale, rows), args.out, cut
+            name, perplexity_tables.records(table, args.size, rows), args.out, cut
         )
         print(f"written: {args.out}/{name}.md and .json\ncurves: tensorboard --logdir {args.out}")
     args.out = out
@@ -198,13 +198,13 @@ def run_tables(args: argparse.Namespace) -> int:
 
 
 def _own_device() -> None:
-    """Under torchrun each rank trains on a GPU of its own."""
+    """Select one GPU per rank under torchrun."""
     if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
 
 
 def _stop_after(minutes: float) -> None:
-    """Stop as Ctrl-C does after a while: what is unfinished is saved, and goes on next time."""
+    """Send SIGTERM to this process after ``minutes``: unfinished runs are saved."""
     timer = threading.Timer(60 * minutes, os.kill, (os.getpid(), signal.SIGTERM))
     timer.daemon = True
     timer.start()

@@ -1,4 +1,4 @@
-"""Write the committed results into the README, and as a page: no figure is typed by hand."""
+"""`python -m benchmarks report`: tables, pictures and an HTML page of the committed rows."""
 
 import argparse
 import json
@@ -32,7 +32,7 @@ _PLACE = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def filled(text: str) -> str:
-    """``text`` with every table between its marks made anew from the committed rows."""
+    """Replace every table between marks in ``text`` by one from the committed rows."""
 
     def fill(match: re.Match[str]) -> str:
         return f"{match[1]}{_MADE[match[2]](match[3])}\n{match[4]}"
@@ -49,15 +49,14 @@ def _comparison(name: str) -> str:
 
 
 def _beside(name: str, *, notes: bool = True) -> str:
-    """A paper's table beside ours, as `scale-main@nano`; without notes, how it was made."""
-    table, scale = name.split("@")
-    rows = perplexity_tables.stored_rows(perplexity_tables.TABLES[table], scale)
-    made = perplexity_tables.records(perplexity_tables.TABLES[table], scale, rows)
+    """Return a paper's table beside ours, by TABLE@SIZE, with its notes or else its caption."""
+    table, size = perplexity_tables.TABLES[name.split("@")[0]], name.split("@")[1]
+    rows = perplexity_tables.stored_rows(table, size)
+    compared = perplexity_tables.records(table, size, rows)
     if notes:
-        return perplexity_tables.markdown(perplexity_tables.TABLES[table], made)
+        return perplexity_tables.markdown(table, compared)
     every = [row for mine in rows.values() for row in mine]
-    grid = perplexity_tables.grid(perplexity_tables.TABLES[table], made)
-    return f"{grid.markdown()}\n\n{caption(every)}."
+    return f"{perplexity_tables.grid(table, compared).markdown()}\n\n{caption(every)}."
 
 
 def _tuned(name: str) -> dict[str, dict[str, Any]]:
@@ -68,7 +67,7 @@ def _tuned(name: str) -> dict[str, dict[str, Any]]:
 
 
 def _headline(name: str) -> str:
-    """Return the sentence on SCALE and AdamW: memory, perplexity, and whether seeds tell them."""
+    """Return the sentence on SCALE and AdamW: memory, and perplexity within the seeds' spread."""
     records = _tuned(name)
     scale, adamw = records["scale"], records["adamw"]
     share = scale["bytes_60m"] / adamw["bytes_60m"]
@@ -83,7 +82,7 @@ def _headline(name: str) -> str:
 
 
 def _methods(name: str) -> str:
-    """Return the methods of the registry, with the rates that were best in a plan."""
+    """Return the table of the registry's methods, with the best rates of a plan."""
     plan, rows = Plan(name), []
     for method in optimzoo.list_optimizers():
         info = optimzoo.get_info(method)
@@ -113,7 +112,7 @@ def _size(name: str) -> str:
 
 
 def _results(name: str) -> str:
-    """Return a plan's tuned runs in five columns, and how they were made, in a line."""
+    """Return a plan's tuned runs in five columns, with a caption of one line."""
     records = _tuned(name)
     best = records["adamw"]["perplexity"]
     rows = [
@@ -136,7 +135,7 @@ def _results(name: str) -> str:
 
 
 def picture(name: str) -> bytes:
-    """Draw the tuned runs of a plan: perplexity against memory, as SVG, the same each time."""
+    """Draw perplexity against memory of a plan's tuned runs, as reproducible SVG."""
     import matplotlib
 
     records = list(_tuned(name).values())
@@ -145,15 +144,15 @@ def picture(name: str) -> bytes:
 
 
 def _gradients(name: str) -> str:
-    """Gradients alive at once by way of stepping, of ``release-memory-NAME.json``."""
-    rows = json.loads((RESULTS / f"release-memory-{name}.json").read_text(encoding="utf-8"))["rows"]
+    """Return the peak of live gradients by mode, from ``release-memory-NAME.json``."""
+    rows = read_rows(RESULTS / f"release-memory-{name}.json")
     return ", ".join(f"{row['gradient_bytes'] / 1e6:.0f} MB {row['mode']}" for row in rows) + "."
 
 
 def _steps(name: str) -> str:
-    """One step's time by method, of ``step-time-NAME.json``."""
+    """Return the step times by method, from ``step-time-NAME.json``."""
     record = json.loads((RESULTS / f"step-time-{name}.json").read_text(encoding="utf-8"))
-    rows, made = record["rows"], record["provenance"]
+    rows, host = record["rows"], record["provenance"]
     times = {row["method"]: row["amortised_ms"] for row in rows}
     headers = ("method", "step", "to fused SGD", "to fused AdamW")
     lines = [
@@ -163,8 +162,8 @@ def _steps(name: str) -> str:
     settings = record["args"]
     return Table(headers, lines).markdown() + (
         f"\n\n{settings['model']}, {settings['dtype']}, rank {settings['rank']}, refreshes every "
-        f"{settings['gap']} steps included; {made['device']}, {made['threads']} threads, torch "
-        f"{made['torch']}."
+        f"{settings['gap']} steps included; {host['device']}, {host['threads']} threads, torch "
+        f"{host['torch']}."
     )
 
 
@@ -180,7 +179,7 @@ _ON_GPU = {
 
 
 def _on_gpu(name: str) -> str:
-    """A step's time by shape, of the rows that `make gpu` wrote on a GPU."""
+    """Return the step times by model shape, from the rows of `make gpu`."""
     lines = []
     for key, (kernels, label) in _ON_GPU.items():
         cells = []
@@ -191,18 +190,17 @@ def _on_gpu(name: str) -> str:
             share = f" ({row['share_of_stream']:.0%})" if "scale" in key else ""
             cells.append(f"{row['step_ms']:.2f} ms{share}")
         lines.append([label, *cells])
-    made = record["provenance"]
+    host = record["provenance"]
     return Table(("step", *_SHAPES.values()), lines).markdown() + (
-        f"\n\nbfloat16; {made['device']}, torch {made['torch']}. In brackets: the bytes that the "
+        f"\n\nbfloat16; {host['device']}, torch {host['torch']}. In brackets: the bytes that the "
         "step must move, a second, as a share of what a copy or a sum in place moves in that run; "
         "above 100 %, part of the embedding's second reading came from the cache."
     )
 
 
 def _utilisation(name: str) -> str:
-    """What training uses of a GPU, of ``utilisation-NAME.json``."""
-    path = RESULTS / f"utilisation-{name}.json"
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    """Return the GPU utilisation of training, from ``utilisation-NAME.json``."""
+    rows = read_rows(RESULTS / f"utilisation-{name}.json")
     return "\n".join(
         f"- {row['model'].upper()}, {row['method']}: {speed_text(row, get_config(row['model']))}"
         for row in rows
@@ -224,13 +222,13 @@ _MADE: dict[str, Callable[[str], str]] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m benchmarks report`."""
+    """Add the options of `python -m benchmarks report`."""
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if it would differ")
     parser.add_argument("--out", type=Path, default=Path("runs/report"))
 
 
 def main(args: argparse.Namespace) -> int:
-    """Write the README's tables, the page and the pictures; or check the README's tables."""
+    """Write the README's tables, the page and the pictures, or check the README's tables."""
     if args.check:
         refuse(args, ["out"], args.given, "--check writes nothing; leave {option} out")
     old = README.read_text(encoding="utf-8")

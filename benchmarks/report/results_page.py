@@ -1,4 +1,4 @@
-"""The results as one HTML page that needs nothing else: tables to sort, curves, memory."""
+"""Self-contained HTML page of the results: sortable tables, curves, memory."""
 
 import html
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.experiments import summary
-from benchmarks.experiments.model_sizes import SCALES
+from benchmarks.experiments.model_sizes import MODEL_SIZES
 from benchmarks.experiments.plan import Plan, Row
 from benchmarks.papers import cast, perplexity_tables
 from benchmarks.papers.memory_columns import published_value
@@ -24,28 +24,28 @@ LEAD = (
 
 
 def sections() -> list[Row]:
-    """What the page shows: one record a table that has rows."""
-    found, stored = [], {plan.name: plan for plan in Plan.stored()}
-    for scale in ("nano", *SCALES):
+    """Return the sections of the page: one per table that has rows."""
+    result, stored = [], {plan.name: plan for plan in Plan.stored()}
+    for size in ("nano", *MODEL_SIZES):
         for name, table in perplexity_tables.TABLES.items():
             full = table.plans == ("full",)
-            names = {scale} if full else {p.replace("nano", scale, 1) for p in table.plans}
-            if full != scale.endswith("-full") or not names & stored.keys():
+            names = {size} if full else {p.replace("nano", size, 1) for p in table.plans}
+            if full != size.endswith("-full") or not names & stored.keys():
                 continue
-            rows = perplexity_tables.stored_rows(table, scale.removesuffix("-full"))
+            rows = perplexity_tables.stored_rows(table, size.removesuffix("-full"))
             if len(rows) > 1:
-                found.append(_beside_section(name, table, scale, rows))
+                result.append(_beside_section(name, table, size, rows))
     if plan := stored.get("nano"):
-        found.append(_protocols(plan, summary.read_rows(plan.results_path)))
+        result.append(_protocols(plan, summary.read_rows(plan.results_path)))
     if cast.ROWS.exists():
-        found.append(_cast())
-    return found
+        result.append(_cast())
+    return result
 
 
 def _beside_section(
-    name: str, table: PaperComparison, scale: str, rows: dict[str, list[Row]]
+    name: str, table: PaperComparison, size: str, rows: dict[str, list[Row]]
 ) -> Row:
-    made = perplexity_tables.records(table, scale, rows)
+    compared = perplexity_tables.records(table, size, rows)
     flat = [row for mine in rows.values() for row in mine]
     numbers = ["paper", "paper_ratio", "paper_rank", "perplexity", "ratio", "rank", "held_bytes"]
     numbers += ["optimizer_ms", "tokens"]
@@ -56,15 +56,15 @@ def _beside_section(
             "values": [None, *(record.get(key) for key in numbers)],
             "made": how_made(rows[record["method"]]),
         }
-        for record in made
+        for record in compared
     ]
-    notes = perplexity_tables.lines_below(table, made)
+    notes = perplexity_tables.lines_below(table, compared)
     section = _section(
-        f"{name}-{scale}", table.title, _where(flat), perplexity_tables.HEADERS, body, notes
+        f"{name}-{size}", table.title, _where(flat), perplexity_tables.HEADERS, body, notes
     )
-    labels = {record["method"]: record["label"] for record in made}
+    labels = {record["method"]: record["label"] for record in compared}
     section["curves"] = _curves(flat, labels)
-    section["front"] = _front(table, made)
+    section["front"] = _front(table, compared)
     return section
 
 
@@ -113,11 +113,11 @@ def _section(
 
 
 def how_made(rows: list[Row]) -> str:
-    """Commit, device, versions, seeds and text of a record's rows."""
+    """Format commit, device, versions, seeds and text of a record's rows."""
     places = dict.fromkeys(
-        f"{made['commit']}, {made['device']}, {made['threads']} thread"
-        f"{'s' * (made['threads'] > 1)}, torch {made['torch']}"
-        for made in (row["provenance"] for row in rows)
+        f"{host['commit']}, {host['device']}, {host['threads']} thread"
+        f"{'s' * (host['threads'] > 1)}, torch {host['torch']}"
+        for host in (row["provenance"] for row in rows)
     )
     seeds = ", ".join(str(seed) for seed in sorted({row["config"]["seed"] for row in rows}))
     text = rows[0]["corpus"]
@@ -134,7 +134,7 @@ def _where(rows: list[Row]) -> str:
 
 
 def _curves(rows: list[Row], labels: dict[str, str]) -> list[Row]:
-    """The curve of the lowest seed of each method."""
+    """Return the curve of each method's lowest seed."""
     chosen: dict[tuple[str, str], Row] = {}
     for row in sorted(rows, key=lambda r: r["config"]["seed"]):
         if row.get("curve") and row["method"] in labels:
@@ -151,7 +151,7 @@ def _curves(rows: list[Row], labels: dict[str, str]) -> list[Row]:
 
 
 def _front(table: PaperComparison, made: list[Row]) -> list[Row]:
-    """Ratio to Adam against memory at 60M: our points, and the paper's beside them."""
+    """Return the points of ratio to Adam against memory at 60M, ours and the paper's."""
     points = []
     reference = next((r["perplexity"] for r in made if r["method"] == table.reference), None)
     if reference is None or table.log or table.size != "60M":
@@ -223,21 +223,21 @@ def _html(section: Row) -> str:
 
 
 def render() -> str:
-    """The page."""
-    made = sections()
+    """Return the page as HTML."""
+    parts = sections()
     style = (PARTS / "page.css").read_text(encoding="utf-8")
     script = (PARTS / "page.js").read_text(encoding="utf-8")
     keys = ("id", "methods", "curves", "front")
-    data = json.dumps([{key: section[key] for key in keys} for section in made])
+    data = json.dumps([{key: section[key] for key in keys} for section in parts])
     data = data.replace("<", "\\u003c")  # no text of a row can end the script
-    links = "".join(f'<a href="#{s["id"]}">{html.escape(s["title"])}</a>' for s in made)
+    links = "".join(f'<a href="#{s["id"]}">{html.escape(s["title"])}</a>' for s in parts)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<link rel="icon" href="data:,">'
         f"<title>{TITLE}</title>\n<style>\n{style}</style></head>\n<body><header><h1>{TITLE}</h1>"
         f'<p class="lead">{LEAD}</p><nav>{links}</nav></header>\n<main>\n'
-        + "\n".join(map(_html, made))
+        + "\n".join(map(_html, parts))
         + "\n</main><footer><p>Made by <code>python -m benchmarks report</code>.</p></footer>\n"
         f'<script type="application/json" id="data">{data}</script>\n'
         f"<script>\n{script}</script></body></html>\n"

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, checked before they are believed, the last few kept.
+"""Checkpoints, written atomically and verified before they are loaded; the last few are kept.
 
 ::
 
@@ -28,15 +28,15 @@ _NAMED = 4  # differences that a message names
 
 
 class DamagedError(ValueError):
-    """What is wrong with a checkpoint's files."""
+    """Damage of a checkpoint's files."""
 
 
 class Checkpoints:
     """The checkpoints of one run, by step.
 
     Args:
-        folder: holds them, and nothing else.
-        keep: how many; older ones go when a new one is complete.
+        folder: holds the checkpoints, and nothing else.
+        keep: number of checkpoints to keep; older ones are removed after a new one is complete.
     """
 
     def __init__(self, folder: Path, keep: int = 3) -> None:
@@ -45,24 +45,24 @@ class Checkpoints:
         self.folder, self.keep = folder, keep
 
     def path(self, step: int) -> Path:
-        """The folder of a step."""
+        """Return the folder of a step."""
         return self.folder / f"step-{step:08d}"
 
     def steps(self) -> list[int]:
-        """The steps there are, oldest first."""
+        """Return the saved steps in ascending order."""
         names = [path.name.removeprefix("step-") for path in self.folder.glob("step-*")]
         return sorted(int(name) for name in names if name.isdecimal())
 
     def save(self, step: int, state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-        """Write one, announce it as the latest, and remove what is beyond ``keep``.
+        """Write a checkpoint, mark it as the latest, and remove those beyond ``keep``.
 
         Args:
-            step: names it. One that is there already stays: the run that writes has read it.
+            step: of the checkpoint. An existing one stays: the run has resumed from it.
             state: tensors, numbers, text, and dicts and lists of them.
-            identity: what a run must agree on to load it; values that JSON has.
+            identity: settings that a run must share to load it, as JSON values.
 
         Raises:
-            OSError: it cannot be written, with what is left to go on from.
+            OSError: it cannot be written; the message names the checkpoint to resume from.
         """
         final = self.path(step)
         unfinished = self.folder / f".{final.name}.{os.getpid()}"
@@ -80,17 +80,17 @@ class Checkpoints:
             if not isinstance(error, OSError):
                 raise
             others = [n for n in self.steps() if n != step]
-            left = f"{self.path(others[-1])} is whole" if others else "there is none before it"
+            last = f"{self.path(others[-1])} is whole" if others else "there is none before it"
             reason = error.strerror or error
-            raise OSError(f"checkpoint {final} was not written ({reason}); {left}") from error
+            raise OSError(f"checkpoint {final} was not written ({reason}); {last}") from error
         for old in self.steps()[: -self.keep]:
             self._remove(self.path(old))
 
     def load(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The state and the identity of a step, every byte checked; tensors are mapped files.
+        """Return state and identity of a step after verifying every byte; tensors are mmapped.
 
         Raises:
-            DamagedError: a file is not what was written.
+            DamagedError: a file differs from what was written.
         """
         identity = self.check(step)
         try:
@@ -101,10 +101,10 @@ class Checkpoints:
             raise DamagedError(f"state.pt cannot be read: {reason}") from None
 
     def check(self, step: int) -> dict[str, Any]:
-        """The identity of a step whose files have the bytes that were written.
+        """Verify the files of a step against its manifest, and return its identity.
 
         Raises:
-            DamagedError: they have not, or it is of another format.
+            DamagedError: a file is missing or differs, or the manifest has another format.
         """
         try:
             manifest = json.loads((self.path(step) / "manifest.json").read_bytes())
@@ -112,10 +112,10 @@ class Checkpoints:
             if sealed != _seal(manifest) or manifest["step"] != step:
                 raise DamagedError("manifest.json is not as it was written")
             for name, written in manifest["files"].items():
-                found = _describe(self.path(step) / name)
+                actual = _describe(self.path(step) / name)
                 for fact in written:
-                    if found[fact] != written[fact]:
-                        raise DamagedError(f"{name} has {fact} {found[fact]}, not {written[fact]}")
+                    if actual[fact] != written[fact]:
+                        raise DamagedError(f"{name} has {fact} {actual[fact]}, not {written[fact]}")
             return dict(manifest["identity"])
         except FileNotFoundError as error:
             raise DamagedError(f"{Path(error.filename).name} is missing") from None
@@ -127,16 +127,16 @@ class Checkpoints:
     def newest(
         self, identity: Mapping[str, Any], *, skip_damaged: bool = False
     ) -> tuple[int, dict[str, Any]] | None:
-        """Step and state of the newest one; None where there is none.
+        """Return step and state of the newest checkpoint, or None if there is none.
 
-        Every process of a run may call it: it only reads.
+        It only reads, so every process of a run may call it.
 
         Args:
-            identity: of the run that asks.
-            skip_damaged: pass over damaged ones.
+            identity: of the run that resumes.
+            skip_damaged: skip damaged checkpoints.
 
         Raises:
-            ValueError: it is damaged, or of another run; with the way out.
+            ValueError: the checkpoint is damaged, or belongs to another run.
         """
         steps = self.steps()
         while steps:
@@ -155,11 +155,11 @@ class Checkpoints:
             return step, state
         return None
 
-    def settle(self, step: int | None) -> None:
-        """Make ``step``, from which a run goes on, the latest; for one process, when all have read.
+    def prune_after_resume(self, step: int | None) -> None:
+        """Mark the resumed ``step`` as the latest, and remove unfinished files of dead processes.
 
-        Damaged ones that were passed over are kept as ``damaged-step-...``; what killed processes
-        have left unfinished goes.
+        Newer checkpoints, which are damaged, are kept as ``damaged-step-...``. One process must
+        call this, after all have loaded.
         """
         for path in self.folder.glob(".*"):
             shutil.rmtree(path, ignore_errors=True)
@@ -174,7 +174,7 @@ class Checkpoints:
             write_atomic(self.folder / "latest", f"{self.path(step).name}\n")
 
     def clear(self) -> None:
-        """Remove all of them; a finished run needs none."""
+        """Remove all checkpoints."""
         if self.folder.exists():
             self._remove(self.folder)
 
@@ -186,16 +186,16 @@ class Checkpoints:
         return "no whole one is before it: delete it to start over"
 
     def _remove(self, path: Path) -> None:
-        """Remove a folder whose name promises that it is complete: first the name."""
+        """Rename a complete folder before removing it, so that no partial one has its name."""
         dead = path.with_name(f".{path.name}.{os.getpid()}")
         os.rename(path, dead)
         shutil.rmtree(dead)
 
 
 class _Sink:
-    """A file for torch.save, which does not survive an error in the middle: it is kept for after.
+    """File for torch.save that counts and hashes what is written.
 
-    Counts and hashes what is written, so that nothing needs to be read again.
+    An error is stored in ``error`` and raised later: torch.save does not survive one midway.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -214,7 +214,7 @@ class _Sink:
         return size
 
     def flush(self) -> None:
-        """At the end, by `_write_state`."""
+        """Do nothing; `_write_state` flushes at the end."""
 
 
 def _write_state(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:

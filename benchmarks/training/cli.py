@@ -1,4 +1,4 @@
-"""`python -m benchmarks train`, and the options of text that other commands have too."""
+"""`python -m benchmarks train`, and the corpus options of all commands."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ _OF_OUT = ("eval_every", "save_every", "keep", "skip_damaged")
 
 
 def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that choose the text, or its tokens."""
+    """Add the options that choose the text, or its tokens."""
     parser.add_argument(
         "--data",
         nargs="+",
@@ -40,7 +40,7 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def refuse_cache(args: argparse.Namespace) -> None:
-    """Refuse a `--cache-dir` that is not read, before anything is done.
+    """Refuse a `--cache-dir` that would have no effect.
 
     Raises:
         ValueError: it was given with a folder of tokens.
@@ -52,7 +52,7 @@ def refuse_cache(args: argparse.Namespace) -> None:
 
 
 def corpus_from(args: argparse.Namespace, model: str, *, progress: bool = True) -> Corpus:
-    """The corpus that the options ask for, tokenised for a model."""
+    """Load the corpus that the options choose, tokenized for a model."""
     source = args.data[0] if args.data in (["stdlib"], ["c4"]) else args.data
     return load_corpus(
         source,
@@ -65,7 +65,7 @@ def corpus_from(args: argparse.Namespace, model: str, *, progress: bool = True) 
 
 
 def as_json(text: str) -> Any:
-    """JSON, of an option whose help has an example."""
+    """Parse the JSON value of an option."""
     try:
         return json.loads(text)
     except ValueError as error:
@@ -73,7 +73,7 @@ def as_json(text: str) -> Any:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m benchmarks train`: those of `RunConfig`, and where to write."""
+    """Add the options of `python -m benchmarks train`: `RunConfig`'s fields, and the output."""
     parser.add_argument("--optimizer", required=True, help="a name of optimzoo.list_optimizers()")
     parser.add_argument("--lr", type=float, required=True, help="of the method's own weights")
     parser.add_argument("--hyper", type=as_json, default={}, help="JSON, e.g. '{\"eps\": 1e-6}'")
@@ -112,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Train with a progress bar, and print the result."""
+    """Train with a progress bar and print the result. Return 1 if the run diverged."""
     if args.out is None:
         reason = "it is of what --out keeps; add --out FOLDER, or leave {option} out"
         refuse(args, _OF_OUT, args.given, reason)

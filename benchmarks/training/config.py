@@ -16,7 +16,7 @@ PRECISIONS = ("auto", "fp32", "bf16-autocast", "bf16")
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides a run's numbers, beside the corpus.
+    """All settings that determine a run's results, except the corpus.
 
     `lr` trains the weights of the method's own rule, `other_lr` the rest (see
     `optimzoo.create_optimizer`); `clip` bounds the gradient's global norm, 0 leaves it alone.
@@ -73,19 +73,19 @@ class RunConfig:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of one optimizer step."""
+        """Return the number of tokens of one optimizer step."""
         return self.batch_size * self.accumulate * self.seq_len
 
 
 def resolve_precision(config: RunConfig) -> str:
-    """The precision a run uses on this machine."""
+    """Return the precision of a run on this machine."""
     if config.precision != "auto":
         return config.precision
     return "bf16-autocast" if torch.cuda.is_available() else "fp32"
 
 
 def fingerprint(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
-    """What a checkpoint or a finished row must agree on to be continued or reused."""
+    """Return the settings that a checkpoint or a row must share with a run to be reused."""
     values = {**asdict(config), "precision": resolve_precision(config), "corpus": corpus.sha256}
     # What rows from before it was an option were made with, on a CPU.
     values["hyper"] = {k: v for k, v in config.hyper.items() if k != "ns_dtype" or v == "bfloat16"}
@@ -96,7 +96,7 @@ def fingerprint(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
 
 
 def lr_factor(step: int, config: RunConfig) -> float:
-    """The share of the peak learning rate at ``step``: linear warm-up, cosine to the floor."""
+    """Return the factor of the peak learning rate at ``step``: linear warmup, then cosine decay."""
     warmup = round(config.warmup * config.steps)
     if step < warmup:
         return (step + 1) / warmup

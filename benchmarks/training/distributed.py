@@ -1,8 +1,8 @@
-"""Several processes that train one model: what each of them sees, and what they agree on.
+"""Data-parallel training of one model with torch.distributed.
 
-``torchrun --nproc-per-node N -m benchmarks train ... --parallel ddp`` starts them; the engine is
-torch.distributed. All see the same batches, each takes its rows of them, and the gradients are
-averaged: the run is that of one process, up to rounding.
+``torchrun --nproc-per-node N -m benchmarks train ... --parallel ddp`` starts the processes. Each
+takes its rows of the same batches, and gradients are averaged: the run equals that of one process,
+up to rounding.
 """
 
 import os
@@ -23,12 +23,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Parallel:
-    """One process of those that train a model together; by default the only one.
+    """Process group of a run as one rank sees it; by default a single process.
 
     Attributes:
-        kind: ``none``; ``ddp``, every process has the whole model; ``fsdp``, rows of each weight.
-        rank: which one.
-        size: of how many.
+        kind: ``none``; ``ddp``, every rank has the whole model; ``fsdp``, rows of each weight.
+        rank: of this process.
+        size: number of ranks.
     """
 
     kind: str = "none"
@@ -37,11 +37,11 @@ class Parallel:
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes the files and shows the progress."""
+        """Return whether this rank writes files and shows progress."""
         return self.rank == 0
 
     def wrap(self, model: Any) -> Callable[..., Any]:
-        """The forward to call; a model that is to be sharded is sharded in place."""
+        """Return the forward to call: DDP's, or that of the model, sharded in place by FSDP."""
         if self.kind == "ddp":
             with warnings.catch_warnings():  # newer torch has another name for broadcast_buffers
                 warnings.simplefilter("ignore", FutureWarning)
@@ -61,41 +61,41 @@ class Parallel:
         return forward
 
     def rows(self, count: int) -> tuple[slice, float]:
-        """Which of ``count`` rows are this process's, and the weight of their mean in `mean`.
+        """Return this rank's slice of ``count`` rows, and the weight of their mean in `mean`.
 
-        One that has none takes the first, with weight 0, since a forward is everybody's affair.
+        A rank without rows takes the first with weight 0, since all ranks must call the forward.
         """
-        here = len(range(self.rank, count, self.size))
-        rows = slice(self.rank, None, self.size) if here else slice(0, 1)
-        return rows, here * self.size / count
+        local_count = len(range(self.rank, count, self.size))
+        rows = slice(self.rank, None, self.size) if local_count else slice(0, 1)
+        return rows, local_count * self.size / count
 
     def local_gradients(self, forward: Any, last: bool) -> AbstractContextManager[Any]:
-        """For the backward of a part of a batch: gradients are averaged after the last one only."""
+        """Return the context of a micro-batch's backward: only the last averages gradients."""
         wait = self.kind == "ddp" and not last
         return forward.no_sync() if wait else nullcontext()
 
     def mean(self, value: float) -> float:
-        """Of the values that the processes hand in."""
+        """Return the mean of ``value`` over all ranks."""
         if self.size == 1:
             return value
         return self._sum(value) / self.size
 
     def any(self, flag: bool) -> bool:
-        """Whether one of the processes says so."""
+        """Return whether ``flag`` is true on any rank."""
         return flag if self.size == 1 else self._sum(float(flag)) > 0
 
     def barrier(self) -> None:
-        """Wait for the others."""
+        """Wait until all ranks have reached this call."""
         self.any(False)
 
     def first(self, make: Callable[[], T]) -> T:
-        """What ``make`` returns, called by the leader first: the others then find its cache."""
+        """Call ``make`` on rank 0, then on the others, which use its cache. Return its result."""
         if not self.leads:
             self.barrier()
-        made = make()
+        result = make()
         if self.leads:
             self.barrier()
-        return made
+        return result
 
     def _sum(self, value: float) -> float:
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -104,7 +104,7 @@ class Parallel:
         return float(total)
 
     def gather(self, state: Any) -> Any:
-        """A state with its sharded tensors whole, one after the other; every process must call."""
+        """Return ``state`` with sharded tensors gathered to rank 0; every rank must call this."""
         if isinstance(state, Mapping):
             return {key: self.gather(value) for key, value in state.items()}
         if isinstance(state, list | tuple):
@@ -115,21 +115,21 @@ class Parallel:
         return full.cpu() if self.leads else None
 
     def load(self, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-        """Load the ``model`` and ``optimizer`` of a state that is whole; each takes its part."""
-        weights, saved, held = state["model"], state["optimizer"], dict[Any, Any]()
+        """Load an unsharded state into ``model`` and ``optimizer``; each rank takes its shards."""
+        weights, saved, sharded = state["model"], state["optimizer"], dict[Any, Any]()
         if self.kind == "fsdp":
             from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
             # Takes a step without gradients, if none was taken: how the state is cut is known then.
             get_optimizer_state_dict(model, optimizer)
-            held = optimizer.state_dict()["state"]
-            own = model.state_dict()
-            weights = {name: _placed(value, own[name]) for name, value in weights.items()}
+            sharded = optimizer.state_dict()["state"]
+            params = model.state_dict()
+            weights = {name: _placed(value, params[name]) for name, value in weights.items()}
         values = {
             index: {
-                key: _placed(value, held.get(index, {}).get(key)) for key, value in kept.items()
+                key: _placed(value, sharded.get(index, {}).get(key)) for key, value in full.items()
             }
-            for index, kept in saved["state"].items()
+            for index, full in saved["state"].items()
         }
         optimizer.load_state_dict({**saved, "state": values})
         model.load_state_dict(weights)  # last: that step may have touched them
@@ -139,7 +139,7 @@ ALONE = Parallel()
 
 
 def _placed(value: Any, like: Any) -> Any:
-    """A copy of what a file has, cut as ``like`` is."""
+    """Copy ``value``, a loaded tensor or number, and shard it as ``like`` is."""
     if not isinstance(value, Tensor):
         return value
     if not hasattr(like, "device_mesh"):
@@ -150,16 +150,16 @@ def _placed(value: Any, like: Any) -> Any:
 
 
 def whole(tensor: Any) -> Any:
-    """A sharded tensor in one piece; others as they are."""
+    """Gather a sharded tensor; return others unchanged."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 @contextmanager
 def start(kind: str) -> Iterator[Parallel]:
-    """Join the processes that ``torchrun`` has started.
+    """Join the process group of ``torchrun`` for the duration of the context.
 
     Raises:
-        ValueError: it has started none, or several that would all do the same.
+        ValueError: torchrun has started no process, or several for ``kind`` none.
     """
     started = int(os.environ.get("WORLD_SIZE", "0"))
     if kind == "none":
@@ -181,15 +181,15 @@ def start(kind: str) -> Iterator[Parallel]:
 
 
 def _meet(backend: str) -> None:
-    """Form the process group, out of the processes of this start alone.
+    """Create the process group from the processes of this start alone.
 
-    torchrun keeps one store for all its starts (pytorch issue 135712): those that are started again
-    would find the addresses of killed ones there, and wait for them.
+    torchrun keeps one store for all its starts (pytorch issue 135712): restarted processes would
+    find the addresses of killed ones there, and wait for them.
     """
     if os.environ.get("GROUP_WORLD_SIZE") != "1":  # machines count their starts each by itself
         dist.init_process_group(backend)
         return
     store, rank, size = next(dist.rendezvous("env://"))
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    own = dist.PrefixStore(f"start-{start}", store)
-    dist.init_process_group(backend, store=own, rank=rank, world_size=size)
+    prefixed = dist.PrefixStore(f"start-{start}", store)
+    dist.init_process_group(backend, store=prefixed, rank=rank, world_size=size)

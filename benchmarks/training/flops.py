@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step, and the share of a GPU's peak that they use."""
+"""Floating-point operations of a training step, and model-flops utilisation (MFU)."""
 
 from typing import Any
 
@@ -20,12 +20,12 @@ PEAK = {
 
 
 def peak_flops(device: str) -> float | None:
-    """Operations a second of a GPU by its name; None if it is not in the table."""
+    """Return a GPU's peak in operations per second by its name, or None if it is unknown."""
     return next((1e12 * value for name, value in PEAK.items() if name in device), None)
 
 
 def speed_text(row: dict[str, Any], config: LlamaConfig) -> str:
-    """The optimizer's share of the median step, and the model-flops utilisation."""
+    """Format a row's median step, the optimizer's share of it, and model-flops utilisation."""
     run = row["config"]
     tokens = run["batch_size"] * run["accumulate"] * run["seq_len"]
     seconds = row["step_ms"] / 1000
@@ -38,7 +38,7 @@ def speed_text(row: dict[str, Any], config: LlamaConfig) -> str:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Return the number of parameters, frozen ones included, a tied weight counted once."""
+    """Return the number of parameters, including frozen ones; a tied weight counts once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 

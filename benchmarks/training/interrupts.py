@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during training: stop between two steps, never inside one."""
+"""Deferred Ctrl-C and SIGTERM: training stops between two steps, never inside one."""
 
 import signal
 import threading
@@ -7,12 +7,12 @@ from types import TracebackType
 from typing import Any
 
 
-class HeldSignals:
-    """Holds Ctrl-C and SIGTERM back until `check`, and raises them there as KeyboardInterrupt.
+class DeferredInterrupt:
+    """Context that defers Ctrl-C and SIGTERM to `check`, which raises KeyboardInterrupt.
 
-    A step that is cut in two leaves weights from which no run can go on to the same bits. A second
-    Ctrl-C is raised at once, and makes `urgent` true: what there is then is not worth saving. A
-    second SIGTERM is held too: a pool of processes that ends sends one more to each.
+    A step interrupted halfway leaves weights from which no run can resume to the same bits. A
+    second Ctrl-C is raised at once and sets `urgent`: the state is then not worth saving. A second
+    SIGTERM is deferred too: a process pool that shuts down sends one more to each worker.
     """
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class HeldSignals:
         self._held = False
         self.urgent = False
 
-    def __enter__(self) -> "HeldSignals":
+    def __enter__(self) -> "DeferredInterrupt":
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 if signal.getsignal(number) is not signal.SIG_IGN:
@@ -39,7 +39,7 @@ class HeldSignals:
             self.check()
 
     def check(self, agreed: Callable[[bool], bool] = bool) -> None:
-        """Raise KeyboardInterrupt if a signal has come, or as processes have ``agreed``."""
+        """Raise KeyboardInterrupt if a signal has arrived, here or (by ``agreed``) on any rank."""
         if agreed(self._held):
             raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""The training loop: every run of every command goes through `train`."""
+"""The training loop of all commands."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from benchmarks.common.timing import Spans, step_spans
 from benchmarks.data.corpus import Corpus
 from benchmarks.training.config import RunConfig, fingerprint
 from benchmarks.training.distributed import ALONE, Parallel
-from benchmarks.training.interrupts import HeldSignals
+from benchmarks.training.interrupts import DeferredInterrupt
 from benchmarks.training.metrics import Scalars, peak_memory, perplexity, reset_peak_memory
 from benchmarks.training.run import Run
 
@@ -40,9 +40,9 @@ def train(
     """Train, and return the run's row: configuration, losses, bytes, times, provenance.
 
     With ``out`` the run writes ``checkpoints`` (the last ``keep``), TensorBoard events and
-    ``row.json`` there; a finished run is not run again, an unfinished one goes on where it was
-    saved, to the same bits, on as many processes as ``parallel`` now has. A run whose loss is not
-    finite stops there, with ``diverged`` in its row.
+    ``row.json`` there; a finished run is not repeated, an unfinished one resumes from its newest
+    checkpoint, to the same bits, on as many processes as ``parallel`` has. A run stops at the first
+    loss that is not finite, with ``diverged`` in its row.
     """
     if row := finished(config, corpus, out, test=test):
         return row
@@ -51,7 +51,7 @@ def train(
     scalars = Scalars(out if parallel.leads else None, first_step=run.step)
     reset_peak_memory()
     optimizer, steps = step_spans(run.optimizer), Spans()
-    with HeldSignals() as signals:
+    with DeferredInterrupt() as signals:
         try:
             finite = _take_steps(run, scalars, signals, progress, save_every, eval_every, steps)
             results = run.results(test) if finite else {"valid_loss": None, "test_loss": None}
@@ -72,15 +72,15 @@ def train(
 def _take_steps(
     run: Run,
     scalars: Scalars,
-    signals: HeldSignals,
+    signals: DeferredInterrupt,
     progress: Progress | None,
     save_every: int,
     eval_every: int,
     steps: Spans,
 ) -> bool:
-    """Train to the last step. Return False at a loss that is not finite, and stop there.
+    """Train to the last step. Stop and return False at a loss that is not finite.
 
-    A GPU is asked for the loss where it is logged: waiting in every step would leave it idle.
+    The loss is read from a GPU only where it is logged: waiting in every step would leave it idle.
     """
     config = run.config
     while run.step < config.steps:
@@ -140,7 +140,7 @@ def _row(run: Run, results: dict[str, Any], optimizer: Spans, steps: Spans) -> d
 def finished(
     config: RunConfig, corpus: Corpus, out: Path | None, *, test: bool = True
 ) -> dict[str, Any]:
-    """Return the row of a finished run of these settings in ``out``, or an empty one.
+    """Return the row of a finished run with these settings in ``out``, or an empty dict.
 
     Raises:
         ValueError: row.json cannot be read.

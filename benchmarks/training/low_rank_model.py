@@ -1,4 +1,4 @@
-"""Low-rank weights in a run: what `RunConfig.lowrank` says, made with `optimzoo.lowrank`."""
+"""Low-rank weights of a run, from `RunConfig.lowrank` and `optimzoo.lowrank`."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ _CLOCKS: dict[str, type[Restarts] | type[ReLoRA]] = {"restarts": Restarts, "relo
 
 
 def check(lowrank: Any) -> None:
-    """Refuse a `lowrank` that is none.
+    """Validate a value of `RunConfig.lowrank`.
 
     Raises:
         ValueError: not an object, an unknown key, no rank, or two kinds of restarts.
@@ -32,7 +32,7 @@ def check(lowrank: Any) -> None:
 
 
 def convert_model(model: nn.Module, lowrank: dict[str, Any], seed: int) -> None:
-    """Make a model low-rank as `lowrank` says; an empty one changes nothing."""
+    """Convert a model's hidden weights as `lowrank` says; an empty one changes nothing."""
     if lowrank:
         options = {key: lowrank[key] for key in _CONVERSION if key in lowrank}
         convert(model, **options, seed=seed)
@@ -49,7 +49,7 @@ def on_meta(size: str, lowrank: dict[str, Any] | None = None) -> Llama:
 def make_restarts(
     model: nn.Module, optimizer: Optimizer, lowrank: dict[str, Any]
 ) -> Restarts | ReLoRA | None:
-    """The restarts that `lowrank` asks for, or None."""
+    """Create the restarts that `lowrank` asks for, or return None."""
     for key, cls in _CLOCKS.items():
         if key in lowrank:
             try:

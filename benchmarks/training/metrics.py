@@ -1,4 +1,4 @@
-"""What a training run shows and records beside its loss: TensorBoard scalars and peak memory."""
+"""Metrics of a training run beside its loss: TensorBoard scalars and peak memory."""
 
 import math
 import resource
@@ -17,7 +17,7 @@ from optimzoo.roles import role_of
 
 
 class UpdateRatios:
-    """‖Δw‖ / ‖w‖ of one optimizer step, by role. Holds a copy of the weights during that step."""
+    """‖Δw‖ / ‖w‖ of one optimizer step by role; copies the weights during that step."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
@@ -25,7 +25,7 @@ class UpdateRatios:
 
     @contextmanager
     def around_step(self) -> Iterator[None]:
-        """Measure the step taken inside."""
+        """Measure the optimizer step taken inside the context."""
         before = [(p, role_of(p, g), p.detach().clone()) for p, g in self._params()]
         yield
         sums: dict[str, list[Tensor]] = {}
@@ -41,7 +41,7 @@ class UpdateRatios:
 
 
 def reset_peak_memory() -> None:
-    """Start a new peak: of the CUDA allocator, or of this process's resident memory on Linux."""
+    """Reset the peak of the CUDA allocator, or of this process's resident memory on Linux."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -51,7 +51,7 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory() -> int:
-    """Bytes at the peak since the last reset (allocated on CUDA, resident on CPU)."""
+    """Return the peak in bytes since the last reset (allocated on CUDA, resident on CPU)."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     try:
@@ -63,7 +63,7 @@ def peak_memory() -> int:
 
 
 class Scalars:
-    """TensorBoard scalars of one run; without a folder, nothing."""
+    """TensorBoard writer of one run; without a folder it does nothing."""
 
     def __init__(self, folder: Path | None, *, first_step: int = 0) -> None:
         self._writer: Any = None
@@ -80,12 +80,12 @@ class Scalars:
                 self._writer.add_scalar(name, value, step)
 
     def flush(self) -> None:
-        """Put on disk what was recorded so far."""
+        """Write the recorded scalars to disk."""
         if self._writer is not None:
             self._writer.flush()
 
     def close(self, hparams: dict[str, Any] | None = None, **metrics: float) -> None:
-        """Record the hyperparameters with their final metrics, and close."""
+        """Record the hyperparameters with the final metrics, and close the writer."""
         if self._writer is not None:
             if hparams is not None:
                 simple = (bool, int, float, str)
@@ -95,5 +95,5 @@ class Scalars:
 
 
 def perplexity(loss: float | None) -> float:
-    """exp of a mean loss; infinite for a run that diverged, or nearly did."""
+    """Return exp(loss), or infinity for a run that diverged or whose loss exceeds 700."""
     return math.inf if loss is None or loss > 700 else math.exp(loss)

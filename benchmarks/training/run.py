@@ -1,4 +1,4 @@
-"""One training run: its configuration, its step, its evaluation, its state."""
+"""One training run: model, optimizer, step, evaluation and state."""
 
 import json
 import math
@@ -27,7 +27,7 @@ from optimzoo.roles import ROLES, role_of
 
 
 def make_optimizer(config: RunConfig, model: Llama) -> Optimizer:
-    """The run's optimizer on a model's weights."""
+    """Create the run's optimizer on a model's weights."""
     groups = optimzoo.param_groups(model)
     for group in groups:
         group.update(config.groups.get(group["role"], {}))
@@ -42,14 +42,14 @@ def make_optimizer(config: RunConfig, model: Llama) -> Optimizer:
 
 
 def refuse_early(config: RunConfig) -> None:
-    """Raise what a run would raise of its model and optimizer, before minutes of reading text."""
+    """Create model and optimizer on the meta device, to raise their errors before text is read."""
     make_optimizer(config, on_meta(config.model, config.lowrank))
 
 
 class Run:
-    """One training run: model, optimizer, schedule, data, and how far it is.
+    """One training run: model, optimizer, schedule, data and progress.
 
-    With ``out`` it has ``checkpoints`` there; ``parallel`` says with whom it is run.
+    ``out`` is the folder of its ``checkpoints``, if any; ``parallel`` its process group.
     """
 
     def __init__(
@@ -104,23 +104,23 @@ class Run:
         self.valid_curve: list[tuple[int, float]] = []
 
     def autocast(self) -> Any:
-        """The autocast context of this run's precision."""
+        """Return the autocast context of this run's precision."""
         if self.precision != "bf16-autocast":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def accumulate_gradients(self) -> Tensor:
-        """Forward and backward over this process's rows of a step's batch; their mean loss."""
+        """Run forward and backward over this rank's rows of the batch; return the mean loss."""
         inputs, labels = self.batches[self.step]
         total = torch.zeros((), device=self.device)
         parts = self.config.accumulate
         batches = zip(inputs.chunk(parts), labels.chunk(parts), strict=True)
         for part, (x, y) in enumerate(batches, 1):
             rows, weight = self.parallel.rows(len(x))
-            held: Any = self.parallel.local_gradients(self.replica, part == parts)
+            context: Any = self.parallel.local_gradients(self.replica, part == parts)
             if self.released is not None and part < parts:
-                held = self.released.paused()
-            with held:
+                context = self.released.paused()
+            with context:
                 with self.autocast():
                     loss = self._loss(x[rows], y[rows]) * weight / parts
                 loss.backward()
@@ -128,9 +128,9 @@ class Run:
         return total
 
     def train_step(self, log: bool, *, read: bool = True) -> tuple[float, dict[str, float]]:
-        """One optimizer step; the loss, and the scalars to log where ``log`` asks for them.
+        """Take one optimizer step; return the loss and, with ``log``, the scalars to log.
 
-        Without ``read`` the loss may be that of an earlier step: a GPU is then not waited for.
+        Without ``read`` the loss may be that of an earlier step, to avoid waiting for a GPU.
         """
         ratios = UpdateRatios(self.optimizer)
         with ExitStack() as around:
@@ -165,13 +165,13 @@ class Run:
         return loss
 
     def _moved(self, tokens: Tensor) -> Tensor:
-        """On the device, without waiting for what it is at."""
+        """Copy tokens to the device without synchronizing."""
         if self.device.type == "cpu":
             return tokens
         return tokens.pin_memory().to(self.device, non_blocking=True)
 
     def _clip(self, log: bool) -> Tensor | None:
-        """Clip the gradients; their norm, where it is asked for. None where they are released."""
+        """Clip the gradients and return their norm; None if it is not needed, or released."""
         if self.released is not None:
             return None
         if self.config.clip > 0:
@@ -181,7 +181,7 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self, split: str) -> float:
-        """Mean loss a token over ``eval_tokens`` of a split (``valid`` or ``test``)."""
+        """Return the mean loss per token over ``eval_tokens`` of a split, "valid" or "test"."""
         total, count = 0.0, 0
         for x, y in self._windows(split):
             rows, weight = self.parallel.rows(len(x))
@@ -192,7 +192,7 @@ class Run:
         return self.parallel.mean(total) / count
 
     def results(self, test: bool) -> dict[str, Any]:
-        """Return what the run's row has of the trained model: its losses; None: not finite."""
+        """Return the trained model's losses for the run's row; None for one that is not finite."""
         valid = self.evaluate("valid")
         tested = self.evaluate("test") if test and math.isfinite(valid) else math.nan
         losses = {"valid_loss": valid, "test_loss": tested}
@@ -203,9 +203,9 @@ class Run:
         return iterate_eval(tokens, config.batch_size, config.seq_len, config.eval_tokens)
 
     def state_bytes(self) -> tuple[int, int]:
-        """Bytes of the parameters and of the optimizer's state tensors, as they are held.
+        """Return the bytes of the parameters and of the optimizer's state tensors.
 
-        With the parameters count the positions of sparse parts.
+        The indices of sparse weights count as parameters.
         """
         params = sum(p.numel() * p.element_size() for p in self.model.parameters())
         params += support_bytes(self.model)
@@ -214,7 +214,7 @@ class Run:
         return params, state
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree on: formats, settings, text, every parameter's role."""
+        """Return what a checkpoint must share with this run: format, settings, text, all roles."""
         names = {p: name for name, p in self.model.named_parameters()}
         roles = {
             names[p]: f"{role_of(p, group)} {list(p.shape)}"
@@ -225,7 +225,7 @@ class Run:
         return {**versions, **fingerprint(self.config, self.corpus), **roles}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the run goes on from."""
+        """Return the state that the run resumes from."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -235,7 +235,7 @@ class Run:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there; the state is whole, however many processes share the run."""
+        """Load an unsharded state, whatever the number of ranks."""
         self.parallel.load(self.model, self.optimizer, state)
         self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
         if self.restarts is not None:
@@ -244,7 +244,7 @@ class Run:
         self.curve, self.valid_curve = [tuple(x) for x in curve], [tuple(x) for x in valid]
 
     def save(self) -> None:
-        """Write a checkpoint, if this run has a folder."""
+        """Write a checkpoint if the run has a folder."""
         if self.checkpoints is None:
             return
         state = self.parallel.gather(self.state_dict())
@@ -252,17 +252,17 @@ class Run:
             self.checkpoints.save(self.step, state, self.identity())
 
     def resume(self, *, skip_damaged: bool = False) -> bool:
-        """Continue from the folder's newest checkpoint, if there is one.
+        """Load the folder's newest checkpoint. Return False if there is none.
 
         Raises:
-            ValueError: it is damaged (and not to be passed over), or of a run with other settings.
+            ValueError: it is damaged (and not to be skipped), or of a run with other settings.
         """
         if self.checkpoints is None:
             return False
-        found = self.checkpoints.newest(self.identity(), skip_damaged=skip_damaged)
-        if found is not None:
-            self.load_state_dict(found[1])
+        newest = self.checkpoints.newest(self.identity(), skip_damaged=skip_damaged)
+        if newest is not None:
+            self.load_state_dict(newest[1])
         self.parallel.barrier()  # all have read
         if self.parallel.leads:
-            self.checkpoints.settle(found[0] if found is not None else None)
-        return found is not None
+            self.checkpoints.prune_after_resume(None if newest is None else newest[0])
+        return newest is not None

@@ -43,7 +43,7 @@ REFUSED = {
             f"{words}: {MEMORY_ONLY} {words.split()[0]} out"
         )
         for words in (
-            "--scale nano",
+            "--size nano",
             "--methods adamw scale",
             "--seeds 3",
             "--budget-minutes 2.0",
@@ -106,8 +106,8 @@ HEEDED = [
     "compare --plan tiny --tune --committed --out a",
     "reproduce scale-main --memory-only",
     "reproduce cast --out a",
-    "reproduce cast scale-main --scale dry --seeds 1 --store --fresh --out a",
-    "reproduce scale-main low-rank --scale dry --methods galore apollo --out a",
+    "reproduce cast scale-main --size dry --seeds 1 --store --fresh --out a",
+    "reproduce scale-main low-rank --size dry --methods galore apollo --out a",
     "cast --fresh --out a --lr 0.1 --other-lr 0.1 --l1 0.1 --eta 0.5 --steps 9",
     "memory --dtype float32 --batch 1 --seq 9 --optimizers sgd --models nano --plan-model 9m",
     "memory --checks plan --plan-model 9m",
@@ -213,7 +213,7 @@ def test_rows_are_stored_as_measured_and_that_is_said(folder, monkeypatch):
     monkeypatch.setattr(table_runs.TableRuns, "__init__", lambda *_: None)
     monkeypatch.setattr(table_runs.TableRuns, "run", lambda _: ({}, []))
     monkeypatch.setattr(table_runs.perplexity_tables, "show", lambda *how: shown.append(how[-1]))
-    words = "reproduce scale-main --scale dry --out a"
+    words = "reproduce scale-main --size dry --out a"
     galore = "Test losses as GaLore's evaluation counts them: times n / (n + 1)."
     measured = "The rows that are stored have them as they were measured."
     for more in ("", "--store", "--galore-eval", "--galore-eval --store"):
@@ -223,12 +223,12 @@ def test_rows_are_stored_as_measured_and_that_is_said(folder, monkeypatch):
 
 def test_a_budget_is_not_taken_for_another(folder, capsys):
     """Decided for three minutes and the machine's own --jobs."""
-    words = "reproduce scale-main --scale dry --methods scale adamw --seeds 2 --out a"
+    words = "reproduce scale-main --size dry --methods scale adamw --seeds 2 --out a"
     path = folder / "a" / "scale-main-dry" / "budget.json"
     path.parent.mkdir(parents=True)
     asked = {"--budget-minutes": "3", "--seeds": "2", "--methods": "adamw scale", "--jobs": "99"}
-    kept = budget.kept(path, asked, lambda: budget.Cut(1, False, 0.5))
-    assert budget.kept(path, asked, begun) == kept
+    kept = budget.load_or_decide(path, asked, lambda: budget.Cut(1, False, 0.5))
+    assert budget.load_or_decide(path, asked, begun) == kept
     for more, option in {
         "--budget-minutes 4": "--budget-minutes 4: {} was decided for --budget-minutes 3",
         "--budget-minutes 3 --seeds 1": "--seeds 1: {} was decided for --seeds 2",
@@ -247,6 +247,6 @@ def test_a_budget_is_not_taken_for_another(folder, capsys):
     values = json.loads(path.read_text())
     del values["asked"]  # of before it was kept
     path.write_text(json.dumps(values))
-    assert budget.kept(path, asked, begun) == kept
+    assert budget.load_or_decide(path, asked, begun) == kept
     assert main(f"{words} --budget-minutes 4".split()) == 2
     assert capsys.readouterr().err == f"error: {BEGUN}\n"

@@ -50,7 +50,7 @@ def test_what_train_prints_on_a_gpu():
 
 
 def test_the_command_measures_whole_steps_and_the_optimizer_in_them(tmp_path, capsys):
-    words = ["--scales", "dry", "--optimizers", "scale", "--steps", "3"]
+    words = ["--sizes", "dry", "--optimizers", "scale", "--steps", "3"]
     assert main(["utilisation", *words, "--out", str(tmp_path / "rows.json")]) == 0
     (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert 0 < row["optimizer_ms"] < row["step_ms"]

@@ -11,7 +11,7 @@ import tiny_benchmarks
 from benchmarks.__main__ import main
 from benchmarks.experiments import plan as plan_module
 from benchmarks.experiments import time_budget as budget
-from benchmarks.experiments.model_sizes import SCALES
+from benchmarks.experiments.model_sizes import MODEL_SIZES
 from benchmarks.experiments.plan import Plan
 from benchmarks.papers import cast as cast_beside
 from benchmarks.papers import perplexity_tables, table_runs
@@ -129,7 +129,7 @@ def test_a_grid_grows_where_its_best_is_at_an_end():
     assert Plan("60m-full").beyond("galore", "paper", rows(0)) == []
 
 
-@pytest.mark.parametrize("size", [s for s in SCALES if s.endswith("-full")])
+@pytest.mark.parametrize("size", [s for s in MODEL_SIZES if s.endswith("-full")])
 def test_the_published_protocol_is_the_published_one(size):
     plan = Plan(size)
     tokens = {"60m": 1.44e9, "130m": 2.62e9, "350m": 7.86e9}[size.removesuffix("-full")]
@@ -176,8 +176,8 @@ def test_a_budget_cuts_seeds_then_the_grid_then_steps():
 def test_the_first_decision_is_everyones(tmp_path):
     path = tmp_path / "budget.json"
     asked = {"--budget-minutes": "3", "--seeds": "3"}
-    first = budget.kept(path, asked, lambda: budget.Cut(1, False, 0.25, ("cut",)))
-    assert budget.kept(path, asked, lambda: budget.Cut(3, True, 1.0)) == first
+    first = budget.load_or_decide(path, asked, lambda: budget.Cut(1, False, 0.25, ("cut",)))
+    assert budget.load_or_decide(path, asked, lambda: budget.Cut(3, True, 1.0)) == first
     assert [p.name for p in tmp_path.iterdir()] == ["budget.json"]
 
 
@@ -191,7 +191,7 @@ def words(tmp_path, monkeypatch):
 
 
 def test_the_command_tunes_trains_and_writes(words, tmp_path, capsys, monkeypatch):
-    assert main(["reproduce", "scale-main", "--scale", "dry", *words]) == 0
+    assert main(["reproduce", "scale-main", "--size", "dry", *words]) == 0
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80 and "…" not in printed
     made = json.loads((tmp_path / "out" / "scale-main-dry" / "scale-main.json").read_text())
@@ -204,7 +204,7 @@ def test_the_command_tunes_trains_and_writes(words, tmp_path, capsys, monkeypatc
     assert "| GaLore | 34.58 | 1.151 |" in markdown and "do not compare" in markdown
     # Again: nothing is trained.
     monkeypatch.setattr(table_runs.Session, "_train", None)
-    assert main(["reproduce", "scale-main", "--scale", "dry", *words]) == 0
+    assert main(["reproduce", "scale-main", "--size", "dry", *words]) == 0
     assert json.loads((tmp_path / "out" / "scale-main-dry" / "scale-main.json").read_text()) == made
 
 
@@ -238,7 +238,7 @@ def test_what_a_stopped_table_has_is_stored_and_not_run_again(words, tmp_path, m
 
 
 def test_refusals_are_one_line(words, capsys):
-    assert main(["reproduce", "scale-main", "--scale", "dry", *words, "--methods", "x"]) == 2
+    assert main(["reproduce", "scale-main", "--size", "dry", *words, "--methods", "x"]) == 2
     error = capsys.readouterr().err.splitlines()
     assert error == [f"error: --methods x: unknown; there are {', '.join(SCALE.methods)}"]
     for option in ("--budget-minutes", "--stop-after"):

@@ -70,7 +70,7 @@ def test_what_killed_processes_left_goes_when_a_run_goes_on(tmp_path):
     (tmp_path / ".latest.17").touch()
     (tmp_path / "latest").write_text("step-00000001\n")  # killed before it was announced
     step, _ = checkpoints.newest(IDENTITY)
-    checkpoints.settle(step)
+    checkpoints.prune_after_resume(step)
     assert names(checkpoints) == ["latest", "step-00000001", "step-00000002"]
     assert (tmp_path / "latest").read_text() == "step-00000002\n"
 

@@ -22,7 +22,7 @@ from parallel_runs import arm, weights_kept
 from tiny_benchmarks import TINY
 
 from benchmarks.training.checkpoint import Checkpoints
-from benchmarks.training.interrupts import HeldSignals
+from benchmarks.training.interrupts import DeferredInterrupt
 from benchmarks.training.run import Run
 from optimzoo.models import llama
 
@@ -73,7 +73,7 @@ def arm_on_resume(out: Path, fault: list[Any]) -> None:
 
 def leave_at(step: int) -> None:
     """Have torchrun end the run before a step, which begins when the signal is here."""
-    take, receive, arrived = Run.train_step, HeldSignals._receive, []
+    take, receive, arrived = Run.train_step, DeferredInterrupt._receive, []
 
     def taken(self: Run, log: bool, **how: Any) -> Any:
         if self.step == step:
@@ -82,12 +82,12 @@ def leave_at(step: int) -> None:
                 time.sleep(0.01)
         return take(self, log, **how)
 
-    def received(self: HeldSignals, number: int, frame: Any) -> None:
+    def received(self: DeferredInterrupt, number: int, frame: Any) -> None:
         arrived.append(number)
         receive(self, number, frame)
 
     Run.train_step = taken  # type: ignore[method-assign]
-    HeldSignals._receive = received  # type: ignore[method-assign]
+    DeferredInterrupt._receive = received  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
