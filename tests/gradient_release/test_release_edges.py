@@ -227,11 +227,12 @@ def test_replicas_are_refused(one_process):
     replica = nn.parallel.DistributedDataParallel(early)
     with pytest.raises(RuntimeError, match=r"DistributedDataParallel averages.*fully_shard"):
         release(make("scale", early))
-    release(make("scale", late))
+    released = release(make("scale", late))
     replica = nn.parallel.DistributedDataParallel(late)
     start = values(late)
     with pytest.raises(RuntimeError, match=r"DistributedDataParallel averages.*fully_shard"):
         loss_of(replica, 0).backward()
+    released.remove()
     assert all(torch.equal(p, old) for p, old in zip(late.parameters(), start, strict=True))
 
 

@@ -88,8 +88,8 @@ def test_randomized_is_exact_where_the_spectrum_ends():
 
 @pytest.fixture(scope="module")
 def real_gradients():
-    """Of a small Llama that learns the bytes of its own source: name -> one gradient a step."""
-    text = torch.tensor(list(Path(llama.__file__).read_bytes()))
+    """Of a small Llama that learns the bytes of the licence: name -> one gradient a step."""
+    text = torch.tensor(list((Path(__file__).resolve().parents[2] / "LICENSE").read_bytes()))
     model = llama.Llama(llama.LlamaConfig(256, 96, 256, 2, 4), seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     kept = {name: [] for name, p in model.named_parameters() if "proj" in name}
