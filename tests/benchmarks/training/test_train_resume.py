@@ -7,6 +7,7 @@ import signal
 import time
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import tiny_benchmarks
@@ -215,3 +216,15 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
         assert path.read_bytes() == b"first" and list(path.parent.iterdir()) == [path]
     write_atomic(path, b"second")
     assert path.read_bytes() == b"second" and list(path.parent.iterdir()) == [path]
+
+
+def test_a_run_saved_by_3effa33_goes_on(corpus, tmp_path):
+    """Its checkpoint has `vector_betas` in the groups; its straight end is known."""
+    shutil.copytree(Path(__file__).with_name("run_3effa33"), tmp_path / "run")
+    rates = {"lr": 0.01, "other_lr": 0.02, "hyper": {"vector_lr": 0.005}}
+    config = replace(SGD, optimizer="scale", steps=6, **rates)
+    steps = []
+    row = train(config, corpus, out=tmp_path / "run", progress=lambda step, *_: steps.append(step))
+    assert steps == [5, 6]
+    losses = [row["valid_loss"], row["test_loss"], row["curve"][-1][1]]
+    assert losses == pytest.approx([4.977958083, 4.973698378, 5.058541298], rel=1e-5)
