@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any, ClassVar, Unpack
 
@@ -273,6 +273,15 @@ class RoleOptimizer(Optimizer):
                 f"{type(self).__name__} does not support sparse gradients; "
                 "build the embedding with sparse=False"
             )
+
+
+def options_of(values: Mapping[str, Any], without: Iterable[str] = ()) -> dict[str, Any]:
+    """Return the hyperparameters among the local variables of a constructor.
+
+    So the signature alone lists them.
+    """
+    others = ("self", "params", "options", "rates", "__class__", *without)
+    return {name: value for name, value in values.items() if name not in others}
 
 
 def copy_group(param_group: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT, _default_to_fused_or_foreach
 
 from optimzoo.core.adam import adam, init_adam_state, step_as_tensor
 from optimzoo.core.matrix_optimizer import REST_DEFAULTS, local_params
-from optimzoo.core.optimizer import RoleOptimizer, copy_group, scalar_lr
+from optimzoo.core.optimizer import RoleOptimizer, copy_group, options_of, scalar_lr
 from optimzoo.core.record import register
 from optimzoo.core.role_options import RoleOptions
 from optimzoo.core.validation import (
@@ -127,24 +127,7 @@ class AdamS(RoleOptimizer):
         seed: int = 0,
         **options: Unpack[RoleOptions],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "l1": l1,
-            "total_steps": total_steps,
-            "n": n,
-            "m": m,
-            "mask_every": mask_every,
-            "decay": decay,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-            "foreach": foreach,
-            "rounding": rounding,
-            "seed": seed,
-            "sparse": True,
-            **REST_DEFAULTS,
-        }
+        defaults = options_of(locals()) | REST_DEFAULTS | {"sparse": True}
         _check_options(defaults)
         super().__init__(params, defaults, **options)
 

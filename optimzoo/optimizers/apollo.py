@@ -15,7 +15,7 @@ from optimzoo.core.matrix_optimizer import (
     bias_correction,
     count_step,
 )
-from optimzoo.core.optimizer import scalar_lr
+from optimzoo.core.optimizer import options_of, scalar_lr
 from optimzoo.core.record import register
 from optimzoo.core.role_options import RoleOptions
 from optimzoo.core.validation import check_choice
@@ -100,25 +100,7 @@ class APOLLO(HiddenRule):
         state_bits: int | None = None,
         **options: Unpack[RoleOptions],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "rank": rank,
-            "update_proj_gap": update_proj_gap,
-            "scale": scale,
-            "scale_type": scale_type,
-            "scale_front": scale_front,
-            "limiter": limiter,
-            "seed": seed,
-            "maximize": maximize,
-            "foreach": foreach,
-            "rounding": rounding,
-            "state_bits": state_bits,
-            **REST_DEFAULTS,
-        }
-        super().__init__(params, defaults, **options)
+        super().__init__(params, options_of(locals()) | REST_DEFAULTS, **options)
 
     def _check_options(self, options: dict[str, Any]) -> None:
         for name in ("rank", "update_proj_gap"):
@@ -212,22 +194,4 @@ class APOLLOMini(APOLLO):
         state_bits: int | None = None,
         **options: Unpack[RoleOptions],
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            rank=rank,
-            update_proj_gap=update_proj_gap,
-            scale=scale,
-            scale_type=scale_type,
-            scale_front=scale_front,
-            limiter=limiter,
-            seed=seed,
-            maximize=maximize,
-            foreach=foreach,
-            rounding=rounding,
-            state_bits=state_bits,
-            **options,
-        )
+        super().__init__(params, **options_of(locals()), **options)

@@ -21,7 +21,7 @@ from optimzoo.core.matrix_optimizer import (
     count_step,
     subtract_,
 )
-from optimzoo.core.optimizer import scalar_lr
+from optimzoo.core.optimizer import options_of, scalar_lr
 from optimzoo.core.record import register
 from optimzoo.core.role_options import RoleOptions
 from optimzoo.core.validation import check_choice
@@ -106,27 +106,7 @@ class Fira(Projected):
         state_bits: int | None = None,
         **options: Unpack[RoleOptions],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "rank": rank,
-            "update_proj_gap": update_proj_gap,
-            "scale": scale,
-            "limiter": limiter,
-            "residual_scale": residual_scale,
-            "projector": projector,
-            "side": side,
-            "rotate": rotate,
-            "seed": seed,
-            "maximize": maximize,
-            "foreach": foreach,
-            "rounding": rounding,
-            "state_bits": state_bits,
-            **REST_DEFAULTS,
-        }
-        super().__init__(params, defaults, **options)
+        super().__init__(params, options_of(locals()) | REST_DEFAULTS, **options)
 
     def _check_options(self, options: dict[str, Any]) -> None:
         super()._check_options(options)

@@ -17,7 +17,7 @@ from optimzoo.core.matrix_optimizer import (
     oriented,
     subtract_,
 )
-from optimzoo.core.optimizer import copy_group, scalar_lr
+from optimzoo.core.optimizer import copy_group, options_of, scalar_lr
 from optimzoo.core.record import register
 from optimzoo.core.role_options import RoleRates, with_role_options
 from optimzoo.core.validation import check_betas, check_choice, check_nonnegative
@@ -134,6 +134,8 @@ class Muon(HiddenRule):
         fused: bool | None = None,
         **rates: Unpack[RoleRates],
     ) -> None:
+        others = ("other_lr", "other_betas", "other_eps", "other_weight_decay", "roles")
+        defaults = options_of(locals(), without=("others", *others)) | REST_DEFAULTS | {"heads": 1}
         check_betas(other_betas)
         check_nonnegative(other_eps=other_eps)
         unknown = set(roles) - set(ROLES)
@@ -142,29 +144,11 @@ class Muon(HiddenRule):
         self._own_roles = tuple(roles)  # type: ignore[misc]
         # In the groups alone: among the defaults, schedulers would cycle betas, not the momentum.
         self._adam = {"betas": other_betas, "eps": other_eps}
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "ns_steps": ns_steps,
-            "ns_coefficients": ns_coefficients,
-            "ns_dtype": ns_dtype,
-            "adjust_lr_fn": adjust_lr_fn,
-            "heads": 1,
-            "maximize": maximize,
-            "foreach": foreach,
-            "rounding": rounding,
-            "seed": seed,
-            "state_bits": state_bits,
-            **REST_DEFAULTS,
-        }
         super().__init__(
             params,
             defaults,
             other_lr=other_lr,
             other_weight_decay=other_weight_decay,
-            fused=fused,
             **rates,
         )
 

@@ -13,7 +13,7 @@ from optimzoo.core.matrix_optimizer import (
     bias_correction,
     count_step,
 )
-from optimzoo.core.optimizer import scalar_lr
+from optimzoo.core.optimizer import options_of, scalar_lr
 from optimzoo.core.record import register
 from optimzoo.core.role_options import RoleOptions
 from optimzoo.core.validation import check_choice, check_nonnegative
@@ -113,29 +113,7 @@ class NaturalGaLore(Projected):
         state_bits: int | None = None,
         **options: Unpack[RoleOptions],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "rank": rank,
-            "update_proj_gap": update_proj_gap,
-            "scale": scale,
-            "history": history,
-            "damping": damping,
-            "relative_damping": relative_damping,
-            "history_dtype": history_dtype,
-            "projector": projector,
-            "side": side,
-            "rotate": rotate,
-            "seed": seed,
-            "maximize": maximize,
-            "foreach": foreach,
-            "rounding": rounding,
-            "state_bits": state_bits,
-            **REST_DEFAULTS,
-        }
-        super().__init__(params, defaults, **options)
+        super().__init__(params, options_of(locals()) | REST_DEFAULTS, **options)
 
     def _check_options(self, options: dict[str, Any]) -> None:
         super()._check_options(options)

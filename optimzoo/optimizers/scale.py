@@ -16,7 +16,7 @@ from torch.optim.optimizer import (
 )
 
 from optimzoo.core.adam import adam_step, init_adam_state, step_as_tensor
-from optimzoo.core.optimizer import RoleOptimizer, copy_group, scalar_lr
+from optimzoo.core.optimizer import RoleOptimizer, copy_group, options_of, scalar_lr
 from optimzoo.core.record import register
 from optimzoo.core.role_options import RoleRates
 from optimzoo.core.scale_fused import FusedSteps, has_momentum, local_average, may_fuse
@@ -134,27 +134,8 @@ class SCALE(RoleOptimizer):
     ) -> None:
         if foreach and differentiable:
             raise ValueError("foreach=True cannot be differentiable; choose one")
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "normalize": normalize,
-            "norm": norm,
-            "eps": eps,
-            "other_betas": other_betas,
-            "other_eps": other_eps,
-            "maximize": maximize,
-            "foreach": foreach,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-            "rounding": rounding,
-            "seed": seed,
-            "state_bits": state_bits,
-            "role": None,
-            "transposed": False,
-            "stacked": False,
-        }
+        defaults = options_of(locals(), without=("other_lr", "other_weight_decay"))
+        defaults |= {"role": None, "transposed": False, "stacked": False}
         _check_options(defaults)
         self._fused = FusedSteps()
         super().__init__(

@@ -15,7 +15,7 @@ from optimzoo.core.matrix_optimizer import (
     count_step,
     subtract_,
 )
-from optimzoo.core.optimizer import scalar_lr
+from optimzoo.core.optimizer import options_of, scalar_lr
 from optimzoo.core.record import register
 from optimzoo.core.role_options import RoleOptions
 from optimzoo.core.validation import check_betas, check_choice
@@ -99,25 +99,7 @@ class StableSPAM(HiddenRule):
         state_bits: int | None = None,
         **options: Unpack[RoleOptions],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "gamma1": gamma1,
-            "gamma2": gamma2,
-            "gamma3": gamma3,
-            "update_proj_gap": update_proj_gap,
-            "total_steps": total_steps,
-            "eta_min": eta_min,
-            "reset_step": reset_step,
-            "maximize": maximize,
-            "foreach": None,
-            "rounding": rounding,
-            "seed": seed,
-            "state_bits": state_bits,
-            **REST_DEFAULTS,
-        }
+        defaults = options_of(locals()) | REST_DEFAULTS | {"foreach": None}
         super().__init__(params, defaults, **options)
 
     def _check_options(self, options: dict[str, Any]) -> None:

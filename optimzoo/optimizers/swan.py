@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from optimzoo.core.matrix_optimizer import REST_DEFAULTS, HiddenRule, subtract_
-from optimzoo.core.optimizer import scalar_lr
+from optimzoo.core.optimizer import options_of, scalar_lr
 from optimzoo.core.record import register
 from optimzoo.core.role_options import RoleOptions
 from optimzoo.distributed import by_owners
@@ -86,22 +86,7 @@ class SWAN(HiddenRule):
         state_bits: int | None = None,
         **options: Unpack[RoleOptions],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "steps": steps,
-            "beta": beta,
-            "rescale": rescale,
-            "maximize": maximize,
-            "foreach": foreach,
-            "rounding": rounding,
-            "seed": seed,
-            "state_bits": state_bits,
-            **REST_DEFAULTS,
-        }
-        super().__init__(params, defaults, **options)
+        super().__init__(params, options_of(locals()) | REST_DEFAULTS, **options)
 
     def _check_options(self, options: dict[str, Any]) -> None:
         if options["steps"] < 1:
