@@ -14,7 +14,6 @@ from optimzoo.core.optimizer import RoleOptimizer
 from optimzoo.core.record import RECORDS, OptimInfo, register
 from optimzoo.core.role_options import (
     RENAMED,
-    RoleOptions,
     RoleRates,
     check_role_options,
     with_role_options,
@@ -71,8 +70,7 @@ def hyperparameters(info: OptimInfo) -> list[str]:
         for p in inspect.signature(info.make).parameters.values()
         if p.name != "params" and p.kind is not p.VAR_KEYWORD
     ]
-    ours = isinstance(info.make, type) and issubclass(info.make, RoleOptimizer)
-    shared = RoleOptions.__annotations__ if ours else RoleRates.__annotations__
+    shared = getattr(info.make, "_options", RoleRates).__annotations__
     accepted += [name for name in shared if name not in accepted]
     return accepted + _rounding_of_torch(accepted)
 

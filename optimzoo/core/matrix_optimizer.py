@@ -3,10 +3,11 @@
 import math
 from collections.abc import MutableMapping
 from contextlib import ExitStack
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from optimzoo.core.adam import (
     adam_step,
@@ -16,6 +17,7 @@ from optimzoo.core.adam import (
     step_as_tensor,
 )
 from optimzoo.core.optimizer import RoleOptimizer, scalar_lr
+from optimzoo.core.role_options import SharedOptions
 from optimzoo.core.validation import (
     check_betas,
     check_lr,
@@ -47,6 +49,18 @@ class HiddenRule(RoleOptimizer):
     """
 
     _eps_before: ClassVar[bool] = True  # the others' Adam adds eps before the bias correction
+
+    _options: ClassVar[type] = SharedOptions
+
+    def __init__(
+        self, params: ParamsT, defaults: dict[str, Any], **options: Unpack[SharedOptions]
+    ) -> None:
+        shared: dict[str, Any] = {"maximize": False, "foreach": None, "rounding": "nearest"}
+        shared |= {"seed": 0, "state_bits": None}
+        others: dict[str, Any] = dict(options)
+        given = {name: others.pop(name, None) for name in shared}
+        shared |= {name: value for name, value in given.items() if value is not None}
+        super().__init__(params, {**shared, **REST_DEFAULTS, **defaults}, **others)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, its options checked."""

@@ -42,6 +42,8 @@ class RoleOptimizer(Optimizer):
     #: The roles that the method's own rule trains; the others take Adam.
     _own_roles: ClassVar[tuple[str, ...]] = ("hidden",)
     _role_options: dict[str, Any]
+    #: What the constructor takes by `**options`.
+    _options: ClassVar[type] = RoleOptions
     _warned_bare = False
     _looked_for_flat = False
     _rates: GroupRates

@@ -12,34 +12,62 @@ RENAMED = {"vector_betas": "other_betas", "vector_eps": "other_eps"}
 
 
 class RoleRates(TypedDict, total=False):
-    """Learning rates by role. A group's own `lr` comes first, then these, `other_lr`, `lr`."""
+    """Learning rates by role.
 
-    #: Learning rate of the embedding.
+    A parameter group's own `lr` comes first, then these, `other_lr`, `lr`. None: not given.
+
+    Attributes:
+        embedding_lr: learning rate of the embedding.
+        head_lr: learning rate of the output head.
+        vector_lr: learning rate of vectors: norms and biases.
+    """
+
     embedding_lr: float | Tensor | None
-    #: Learning rate of the output head.
     head_lr: float | Tensor | None
-    #: Learning rate of vectors: norms and biases.
     vector_lr: float | Tensor | None
 
 
 class RoleOptions(RoleRates, total=False):
-    """Rates and rules by role, and whether kernels step. None is as if it were not given.
+    """Rules by role, and whether kernels step.
 
     A parameter group's own value comes first, then the option of its role, then `other_*`, then
     the method's `lr`, `betas`, `eps` or `weight_decay`.
+
+    Attributes:
+        other_lr: learning rate of the roles that the method's own rule does not train.
+        other_betas: Adam's betas for those roles.
+        other_eps: Adam's eps for those roles.
+        other_weight_decay: weight decay of those roles; vectors of `param_groups` have none.
+        fused: `None`, compiled kernels where there are any; `False`, the eager path; `True`,
+            kernels, or an error that names the weight they cannot step.
     """
 
-    #: Learning rate of the roles that the method's own rule does not train.
     other_lr: float | Tensor | None
-    #: Adam's betas for those roles.
     other_betas: tuple[float, float] | None
-    #: Adam's eps for those roles.
     other_eps: float | None
-    #: Weight decay of those roles; vectors of `param_groups` have none.
     other_weight_decay: float | None
-    #: `None`: compiled kernels where there are any; `False`: the eager path; `True`: kernels, or an
-    #: error that names the weight they cannot step.
     fused: bool | None
+
+
+class SharedOptions(RoleOptions, total=False):
+    """Options of all methods with a rule for hidden weights.
+
+    Attributes:
+        maximize: ascend instead of descend.
+        foreach: multi-tensor operations for the other roles' Adam; default: torch's choice.
+        rounding: how a step rounds 16-bit weights: `nearest` (default), or `stochastic`, which has
+            the unrounded result as its expectation and keeps Adam's moments in float32.
+        seed: seed of stochastic rounding, and of the sketches of methods that draw; default: 0.
+        state_bits: 8 keeps Adam's moments of 4,096 elements and up as 8-bit codes, with a float32
+            scale for each 256, rounded as `rounding` says; they are float32 temporaries while their
+            weight is stepped. Not for sharded weights.
+    """
+
+    maximize: bool | None
+    foreach: bool | None
+    rounding: str | None
+    seed: int | None
+    state_bits: int | None
 
 
 def check_role_options(

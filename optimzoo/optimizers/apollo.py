@@ -8,7 +8,6 @@ from torch.optim.optimizer import ParamsT
 
 from optimzoo.core.channel_rule import channel_ratio, check_limiter, subtract_scaled_
 from optimzoo.core.matrix_optimizer import (
-    REST_DEFAULTS,
     HiddenRule,
     State,
     adam_direction,
@@ -17,7 +16,7 @@ from optimzoo.core.matrix_optimizer import (
 )
 from optimzoo.core.optimizer import options_of, scalar_lr
 from optimzoo.core.record import register
-from optimzoo.core.role_options import RoleOptions
+from optimzoo.core.role_options import SharedOptions
 from optimzoo.core.validation import check_choice
 from optimzoo.distributed import Shards
 from optimzoo.subspace.projector import gaussian, resolve_side
@@ -60,14 +59,7 @@ class APOLLO(HiddenRule):
         scale_type: `channel`, or `tensor` for one number a weight (APOLLO-Mini).
         scale_front: scale before the limiter instead of after it.
         limiter: the largest growth of the update's norm from one step to the next.
-        seed: seed of Ω and of stochastic rounding.
-        maximize: ascend instead of descend.
-        foreach: use multi-tensor operations for the rest; `None` chooses.
-        rounding: how a step rounds 16-bit weights: `nearest`, or `stochastic`, which has the
-            unrounded result as its expectation and keeps Adam's moments in float32.
-        state_bits: 8 keeps Adam's moments of 4,096 elements and up as 8-bit codes, with a float32
-            scale for each 256, rounded as `rounding` says; they are float32 temporaries while their
-            weight is stepped. Not for sharded weights.
+        options: shared options, :class:`~optimzoo.core.role_options.SharedOptions`.
 
     Raises:
         ValueError: a hyperparameter out of range.
@@ -93,14 +85,9 @@ class APOLLO(HiddenRule):
         scale_type: str = "channel",
         scale_front: bool = False,
         limiter: float = 1.01,
-        seed: int = 0,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        rounding: str = "nearest",
-        state_bits: int | None = None,
-        **options: Unpack[RoleOptions],
+        **options: Unpack[SharedOptions],
     ) -> None:
-        super().__init__(params, options_of(locals()) | REST_DEFAULTS, **options)
+        super().__init__(params, options_of(locals()), **options)
 
     def _check_options(self, options: dict[str, Any]) -> None:
         for name in ("rank", "update_proj_gap"):
@@ -187,11 +174,6 @@ class APOLLOMini(APOLLO):
         scale_type: str = "tensor",
         scale_front: bool = False,
         limiter: float = 1.01,
-        seed: int = 0,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        rounding: str = "nearest",
-        state_bits: int | None = None,
-        **options: Unpack[RoleOptions],
+        **options: Unpack[SharedOptions],
     ) -> None:
         super().__init__(params, **options_of(locals()), **options)

@@ -14,7 +14,6 @@ from optimzoo.core.channel_rule import (
     limited,
 )
 from optimzoo.core.matrix_optimizer import (
-    REST_DEFAULTS,
     State,
     adam_direction,
     bias_correction,
@@ -23,7 +22,7 @@ from optimzoo.core.matrix_optimizer import (
 )
 from optimzoo.core.optimizer import options_of, scalar_lr
 from optimzoo.core.record import register
-from optimzoo.core.role_options import RoleOptions
+from optimzoo.core.role_options import SharedOptions
 from optimzoo.core.validation import check_choice
 from optimzoo.distributed import Shards
 from optimzoo.optimizers.galore import Projected
@@ -67,14 +66,7 @@ class Fira(Projected):
         projector: `randomized` (ours), `svd` (published) or `power`.
         side: `auto` (published), `left` or `right`.
         rotate: at a refresh, rotate the moments (ours); `False` is the published behaviour.
-        seed: seed of the range finder and of stochastic rounding.
-        maximize: ascend instead of descend.
-        foreach: use multi-tensor operations for the rest; `None` chooses.
-        rounding: how a step rounds 16-bit weights: `nearest`, or `stochastic`, which has the
-            unrounded result as its expectation and keeps Adam's moments in float32.
-        state_bits: 8 keeps Adam's moments of 4,096 elements and up as 8-bit codes, with a float32
-            scale for each 256, rounded as `rounding` says; they are float32 temporaries while their
-            weight is stepped. Not for sharded weights.
+        options: shared options, :class:`~optimzoo.core.role_options.SharedOptions`.
 
     Raises:
         ValueError: a hyperparameter out of range; `side="both"`.
@@ -99,14 +91,9 @@ class Fira(Projected):
         projector: str = "randomized",
         side: str = "auto",
         rotate: bool = True,
-        seed: int = 0,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        rounding: str = "nearest",
-        state_bits: int | None = None,
-        **options: Unpack[RoleOptions],
+        **options: Unpack[SharedOptions],
     ) -> None:
-        super().__init__(params, options_of(locals()) | REST_DEFAULTS, **options)
+        super().__init__(params, options_of(locals()), **options)
 
     def _check_options(self, options: dict[str, Any]) -> None:
         super()._check_options(options)

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from optimzoo.core.matrix_optimizer import (
-    REST_DEFAULTS,
     HiddenRule,
     as_matrix,
     oriented,
@@ -135,7 +134,7 @@ class Muon(HiddenRule):
         **rates: Unpack[RoleRates],
     ) -> None:
         others = ("other_lr", "other_betas", "other_eps", "other_weight_decay", "roles")
-        defaults = options_of(locals(), without=("others", *others)) | REST_DEFAULTS | {"heads": 1}
+        defaults = options_of(locals(), without=("others", *others)) | {"heads": 1}
         check_betas(other_betas)
         check_nonnegative(other_eps=other_eps)
         unknown = set(roles) - set(ROLES)

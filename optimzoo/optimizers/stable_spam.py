@@ -9,7 +9,6 @@ from torch.optim.optimizer import ParamsT
 
 from optimzoo.core.adam import bias_correction, max_direction
 from optimzoo.core.matrix_optimizer import (
-    REST_DEFAULTS,
     HiddenRule,
     State,
     count_step,
@@ -17,7 +16,7 @@ from optimzoo.core.matrix_optimizer import (
 )
 from optimzoo.core.optimizer import options_of, scalar_lr
 from optimzoo.core.record import register
-from optimzoo.core.role_options import RoleOptions
+from optimzoo.core.role_options import SharedOptions
 from optimzoo.core.validation import check_betas, check_choice
 from optimzoo.distributed import WHOLE, Shards
 from optimzoo.kernels import dispatch
@@ -61,13 +60,7 @@ class StableSPAM(HiddenRule):
         eta_min: the cosine's end.
         reset_step: `authors`, as in their code, makes the step of a reset with the old moments
             under a fresh bias correction; `clean` (ours) starts the moments anew before it.
-        maximize: ascend instead of descend.
-        rounding: how a step rounds 16-bit weights: `nearest`, or `stochastic`, which has the
-            unrounded result as its expectation and keeps Adam's moments in float32.
-        seed: seed of stochastic rounding.
-        state_bits: 8 keeps Adam's moments of 4,096 elements and up as 8-bit codes, with a float32
-            scale for each 256, rounded as `rounding` says; they are float32 temporaries while their
-            weight is stepped. Not for sharded weights.
+        options: shared options, :class:`~optimzoo.core.role_options.SharedOptions`.
 
     Raises:
         ValueError: a hyperparameter out of range.
@@ -93,14 +86,11 @@ class StableSPAM(HiddenRule):
         total_steps: int | None = None,
         eta_min: float = 0.5,
         reset_step: str = "authors",
-        maximize: bool = False,
-        rounding: str = "nearest",
-        seed: int = 0,
-        state_bits: int | None = None,
-        **options: Unpack[RoleOptions],
+        **options: Unpack[SharedOptions],
     ) -> None:
-        defaults = options_of(locals()) | REST_DEFAULTS | {"foreach": None}
-        super().__init__(params, defaults, **options)
+        if options.get("foreach"):
+            raise ValueError("foreach=True: Stable-SPAM steps weight by weight; leave foreach=None")
+        super().__init__(params, options_of(locals()), **options)
 
     def _check_options(self, options: dict[str, Any]) -> None:
         check_betas((options["gamma1"], options["gamma2"], options["gamma3"]), "gamma")

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optimzoo.core.matrix_optimizer import REST_DEFAULTS, HiddenRule, subtract_
+from optimzoo.core.matrix_optimizer import HiddenRule, subtract_
 from optimzoo.core.optimizer import options_of, scalar_lr
 from optimzoo.core.record import register
-from optimzoo.core.role_options import RoleOptions
+from optimzoo.core.role_options import SharedOptions
 from optimzoo.distributed import by_owners
 from optimzoo.kernels import dispatch
 from optimzoo.lowbit import Counter, stand_in
@@ -51,14 +51,7 @@ class SWAN(HiddenRule):
         beta: the iteration's factor. 0.5 is Newton–Schulz and converges to the whitening; another
             value in use, 0.8, does not.
         rescale: give U the norm of Ĝ.
-        maximize: ascend instead of descend.
-        foreach: use multi-tensor operations for the rest; `None` chooses.
-        rounding: how a step rounds 16-bit weights: `nearest`, or `stochastic`, which has the
-            unrounded result as its expectation and keeps Adam's moments in float32.
-        seed: seed of stochastic rounding.
-        state_bits: 8 keeps Adam's moments of 4,096 elements and up as 8-bit codes, with a float32
-            scale for each 256, rounded as `rounding` says; they are float32 temporaries while their
-            weight is stepped. Not for sharded weights.
+        options: shared options, :class:`~optimzoo.core.role_options.SharedOptions`.
 
     Raises:
         ValueError: a hyperparameter out of range.
@@ -79,14 +72,9 @@ class SWAN(HiddenRule):
         steps: int = 10,
         beta: float = 0.5,
         rescale: bool = True,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        rounding: str = "nearest",
-        seed: int = 0,
-        state_bits: int | None = None,
-        **options: Unpack[RoleOptions],
+        **options: Unpack[SharedOptions],
     ) -> None:
-        super().__init__(params, options_of(locals()) | REST_DEFAULTS, **options)
+        super().__init__(params, options_of(locals()), **options)
 
     def _check_options(self, options: dict[str, Any]) -> None:
         if options["steps"] < 1:
