@@ -40,6 +40,8 @@ _torch("rmsprop", "RMSprop", "running average of squared gradients", "1 x")
 _torch("asgd", "ASGD", "averaged SGD", "1 x")
 _torch("rprop", "Rprop", "sign-based steps, for full batches", "2 x")
 _torch("adafactor", "Adafactor", "factored second moment", "rows + columns")
+# What torch's own optimizers take beside their hyperparameters.
+_ROUNDING = ("rounding", "seed")
 _ALIASES = {alias: info.name for info in RECORDS.values() for alias in info.aliases}
 
 
@@ -72,11 +74,11 @@ def hyperparameters(info: OptimInfo) -> list[str]:
     ]
     shared = getattr(info.make, "_options", RoleRates).__annotations__
     accepted += [name for name in shared if name not in accepted]
-    return accepted + _rounding_of_torch(accepted)
+    return accepted if _is_ours(info) else [*accepted, *_ROUNDING]
 
 
-def _rounding_of_torch(accepted: list[str]) -> list[str]:
-    return [] if "rounding" in accepted else ["rounding", "seed"]
+def _is_ours(info: OptimInfo) -> bool:
+    return isinstance(info.make, type) and issubclass(info.make, RoleOptimizer)
 
 
 def create_optimizer(
@@ -130,20 +132,19 @@ def create_optimizer(
         groups = [dict(g) if isinstance(g, dict) else g for g in groups]
     if isinstance(groups, list):
         _refuse_flattened(groups)
-    if not issubclass(info.make, RoleOptimizer):  # type: ignore[arg-type]
-        rates = {key: hyper.pop(key, None) for key in RoleRates.__annotations__}
-        rates = check_role_options(info.name, rates, ROLES)
-        if rates:
-            groups = [g if isinstance(g, dict) else {"params": [g]} for g in groups]
-            groups = [with_role_options(group, rates, ROLES) for group in groups]
-    rounds = _rounding_of_torch(list(inspect.signature(info.make).parameters))
-    rounding = {key: hyper.pop(key) for key in rounds if key in hyper}
+    if _is_ours(info):
+        return info.make(groups, **hyper)
+    rates = {key: hyper.pop(key, None) for key in RoleRates.__annotations__}
+    rates = check_role_options(info.name, rates, ROLES)
+    if rates:
+        groups = [g if isinstance(g, dict) else {"params": [g]} for g in groups]
+        groups = [with_role_options(group, rates, ROLES) for group in groups]
+    rounding = {key: hyper.pop(key) for key in _ROUNDING if key in hyper}
+    make: Any = info.make
     if rounding.get("rounding", "nearest") != "nearest":
-        make: Any = info.make
         return Rounded(groups, make, hyper, **rounding)
-    optimizer = info.make(groups, **hyper)
-    if not isinstance(optimizer, RoleOptimizer):
-        watch(optimizer)
+    optimizer: Optimizer = make(groups, **hyper)
+    watch(optimizer)
     return optimizer
 
 

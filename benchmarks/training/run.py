@@ -31,12 +31,12 @@ def make_optimizer(config: RunConfig, model: Llama) -> Optimizer:
     groups = optimzoo.param_groups(model)
     for group in groups:
         group.update(config.groups.get(group["role"], {}))
-    rates = {f"{role}_lr": config.other_lr for role in ROLES if role != "hidden"}
-    if config.other_lr is None:
-        rates = {}  # the method's own
-    hyper = {"lr": config.lr, **rates, **config.hyper}
+    rates: dict[str, Any] = {"lr": config.lr}
+    if config.other_lr is not None:  # else the method's own
+        names = [f"{role}_lr" for role in ROLES if role != "hidden"]
+        rates |= {name: config.other_lr for name in names if name not in config.hyper}
     try:
-        return optimzoo.create_optimizer(config.optimizer, groups, **hyper)
+        return optimzoo.create_optimizer(config.optimizer, groups, **rates, **config.hyper)
     except TypeError as error:
         raise ValueError(f"hyper {config.hyper} does not fit: {error}") from error
 
