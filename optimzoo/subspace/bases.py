@@ -146,7 +146,8 @@ def _randomized(
     gram = left.mT @ left
     # At 1e-13 the float32 solver may not converge. A power of two changes no digit.
     exponent = torch.frexp(gram.diagonal(dim1=-2, dim2=-1).amax(-1))[1][..., None, None]
-    vectors = torch.linalg.eigh(torch.ldexp(gram, -exponent))[1].flip(-1)[..., :rank]
+    scaled = torch.ldexp(gram, -exponent).to(gram.dtype)  # torch 2.9 gives the default dtype
+    vectors = torch.linalg.eigh(scaled)[1].flip(-1)[..., :rank]
     basis = left @ vectors
     # Orthogonal but for rounding: of unit columns, the Gram matrix is nearly the identity.
     norms = torch.linalg.vector_norm(basis, dim=-2, keepdim=True)
