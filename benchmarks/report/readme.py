@@ -96,11 +96,13 @@ def _methods(name: str) -> str:
             rates = f"{best['lr']:g} / {best['other_lr']:g}"
         source = source if info.source.startswith("arXiv") else info.source
         rows.append([f"`{method}`", info.description, source, info.state, rates])
-    table = Table(("name", "method", "source", "state", f"lr / other_lr on {name}"), rows, left=5)
+    table = Table(("name", "method", "source", "state", f"lr / others on {name}"), rows, left=5)
     note = (
         "`adamw`, `sgd`, `adafactor` and torch's others have the same names as in torch. state: in "
         "weights of that role; rest: embedding, head and vectors; r: the rank, s: the history. "
-        f"lr / other_lr: the best of the same grid, on {name} ({_size(name)})."
+        f"lr / others: the best of the same grid, on {name} ({_size(name)}); others: `embedding_lr`, "
+        "`head_lr` and `vector_lr` (SCALE's vectors: "
+        f"{plan.methods['scale']['hyper']['vector_lr']:g})."
     )
     return f"{table.markdown()}\n\n{note}"
 
