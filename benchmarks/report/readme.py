@@ -100,8 +100,8 @@ def _methods(name: str) -> str:
     note = (
         "`adamw`, `sgd`, `adafactor` and torch's others have the same names as in torch. state: in "
         "weights of that role; rest: embedding, head and vectors; r: the rank, s: the history. "
-        f"lr / others: the best of the same grid, on {name} ({_size(name)}); others: `embedding_lr`, "
-        "`head_lr` and `vector_lr` (SCALE's vectors: "
+        f"lr / others: the best of the same grid, on {name} ({_size(name)}); others: "
+        "`embedding_lr`, `head_lr` and `vector_lr` (SCALE's vectors: "
         f"{plan.methods['scale']['hyper']['vector_lr']:g})."
     )
     return f"{table.markdown()}\n\n{note}"
