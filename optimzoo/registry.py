@@ -14,6 +14,7 @@ from optimzoo.core.optimizer import RoleOptimizer
 from optimzoo.core.record import RECORDS, OptimInfo, register
 from optimzoo.core.role_options import (
     RENAMED,
+    RoleOptions,
     RoleRates,
     check_role_options,
     with_role_options,
@@ -111,7 +112,7 @@ def create_optimizer(
     accepted = hyperparameters(info)
     for key in hyper:
         if key not in accepted:
-            if key in RENAMED or key.startswith("other_"):
+            if key in RENAMED or key in RoleOptions.__annotations__:
                 check_role_options(info.name, {key: hyper[key]}, ROLES)
             raise ValueError(
                 f"{info.name} has no hyperparameter {key!r}; it takes {', '.join(accepted)}"

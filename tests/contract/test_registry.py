@@ -187,7 +187,7 @@ def test_a_groups_own_lr_wins():
         assert [{k: v for k, v in g.items() if k != "params"} for g in groups] == given
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "muon"])
+@pytest.mark.parametrize("name", NAMES)
 def test_rates_by_role_need_roles(name):
     for params in (Tiny().parameters(), [{"params": list(Tiny().parameters())}]):
         with pytest.raises(ValueError, match=r"head_lr needs .*roles; pass") as caught:
@@ -207,6 +207,7 @@ def test_rates_by_role_need_roles(name):
             "other_lr=0.1: the rule of StableSPAM trains every",
         ),
         ("galore", {"head_lr": -1.0}, "Invalid head_lr: -1.0"),
+        ("galore", {"other_lrs": 0.1}, "galore has no hyperparameter 'other_lrs'; it takes lr, "),
         ("galore", {"other_betas": (0.9, 1.0)}, "beta parameter at index 1: 1.0"),
         ("galore", {"other_eps": -1.0}, "Invalid other_eps value: -1.0"),
         ("sgd", {"head_lr": -1.0}, "Invalid head_lr: -1.0"),
