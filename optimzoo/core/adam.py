@@ -70,7 +70,7 @@ def max_direction(step: int, betas: tuple[float, float]) -> float:
 
 
 def adam_step(params: list[Tensor], states: Mapping[Tensor, dict[str, Any]], **rule: Any) -> None:
-    """:func:`adam` on parameters that have a gradient and, in ``states``, their Adam state.
+    """Step parameters that have a gradient by :func:`adam`; ``states`` has their Adam state.
 
     Of sharded ones on what this process has.
     """
@@ -98,7 +98,7 @@ def adam(
     max_update: float | None = None,
     eps_before: bool = True,
 ) -> None:
-    """One step of Adam with decoupled weight decay, in place.
+    """Take one step of Adam with decoupled weight decay, in place.
 
     With step count ``t`` from 1 and everything element-wise::
 

@@ -92,7 +92,7 @@ class HiddenRule(RoleOptimizer):
         index: int,
         shards: Shards,
     ) -> None:
-        """One step of the method on a hidden weight; ``grad`` is a matrix ``[..., m, n]``.
+        """Step one hidden weight by the method's rule; ``grad`` is a matrix ``[..., m, n]``.
 
         Of a sharded weight they are what this process has; ``shards`` knows the rest.
         """
@@ -104,7 +104,7 @@ class HiddenRule(RoleOptimizer):
         group: dict[str, Any],
         counters: dict[Tensor, Counter],
     ) -> None:
-        """:meth:`_step_hidden` on each, or on the part of it that this process has."""
+        """Call :meth:`_step_hidden` on each weight, or on this process's part of it."""
         for index, p in params:
             weight, grad, shards = self._matrix(p, group)
             letters = self._letters(group, shards.shape(grad.shape))
@@ -169,7 +169,7 @@ class HiddenRule(RoleOptimizer):
         self._step_rest(rest, group, counters)
 
     def _is_own(self, p: Tensor, group: dict[str, Any]) -> bool:
-        """Whether the method's own rule steps a parameter, and not Adam."""
+        """Return whether the method's own rule steps a parameter, and not Adam."""
         return role_of(p, group) in self._own_roles
 
     def _init_rest(self, p: Tensor, group: dict[str, Any]) -> None:
@@ -227,7 +227,7 @@ def count_step(state: State, param: Tensor) -> int:
 
 
 def adam_direction(state: State, grad: Tensor, group: dict[str, Any]) -> Tensor:
-    """``m / (√v + eps)`` after the moments in ``state`` have taken ``grad`` in."""
+    """Update the moments in ``state`` with ``grad`` and return ``m / (√v + eps)``."""
     beta1, beta2 = group["betas"]
     if "exp_avg" not in state:
         dtype = moment_dtype(grad, group)
@@ -266,7 +266,7 @@ def _fused_direction(
 
 
 def subtract_(weight: Tensor, update: Tensor, *, size: float, keep: float) -> None:
-    """``W ← keep · W − size · U``, rounded once where the weight is of low precision."""
+    """Set ``W ← keep · W − size · U``, rounded once where the weight is of low precision."""
     update = update.reshape(weight.shape)
     if keep != 1.0:
         wide = torch.promote_types(weight.dtype, torch.float32)

@@ -261,7 +261,7 @@ class Muon(HiddenRule):
         group: dict[str, Any],
         counters: dict[Tensor, Counter],
     ) -> None:
-        """``W ← (1 − ηλ) W − η s U`` for weights of one shape and dtype."""
+        """Set ``W ← (1 − ηλ) W − η s U`` for weights of one shape and dtype."""
         weights = [oriented(local_part(p), group) for p in params]
         updates = [u.reshape(w.shape) for u, w in zip(updates, weights, strict=True)]
         lr = float(scalar_lr(group))
@@ -279,7 +279,7 @@ class Muon(HiddenRule):
 
 
 def is_matrix(p: Tensor, group: dict[str, Any]) -> bool:
-    """Whether a parameter has rows and columns, and each row has several inputs."""
+    """Return whether a parameter has rows and columns, and each row has several inputs."""
     if p.ndim > 2 and not group.get("stacked"):
         return p.shape[0] > 1 and p.shape[1] > 1
     return p.ndim > 1 and min(p.shape[-2:]) > 1
@@ -300,7 +300,7 @@ def _name(dtype: str | torch.dtype) -> str:
 
 
 def orthogonal(update: Tensor, group: dict[str, Any]) -> Tensor:
-    """Each matrix, or each block of its rows, orthogonalised; in at least float32."""
+    """Orthogonalise each matrix, or each block of its rows; return at least float32."""
     blocks = update.unflatten(-2, (group["heads"], -1)) if group["heads"] > 1 else update
     name = group["ns_dtype"]
     dtype = fast_dtype(update) if name is None else getattr(torch, _name(name))

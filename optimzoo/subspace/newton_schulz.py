@@ -22,7 +22,7 @@ def orthogonalize(
     coefficients: Triple | Sequence[Triple] = COEFFICIENTS,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Approximately ``U Vᵀ`` of ``matrix = U S Vᵀ``, for ``[..., m, n]``.
+    """Return approximately ``U Vᵀ`` of ``matrix = U S Vᵀ``, for ``[..., m, n]``.
 
     ``X ← X/‖X‖_F``, then ``steps`` times ``X ← aX + b(XXᵀ)X + c(XXᵀ)²X``, on the shorter side, or
     once with each triple ``(a, b, c)`` of a sequence. In ``dtype``; by default in bfloat16 on CUDA
@@ -74,7 +74,7 @@ def _iterate_on_gram(x: Tensor, triples: Sequence[Triple]) -> Tensor:
 
 
 def _add(matrix: Tensor, left: Tensor, right: Tensor, *, beta: float, alpha: float = 1) -> Tensor:
-    """``beta · matrix + alpha · left @ right``, for ``[..., m, n]``, without a temporary."""
+    """Return ``beta · matrix + alpha · left @ right`` of ``[..., m, n]`` without a temporary."""
     if matrix.ndim == 2:
         return torch.addmm(matrix, left, right, beta=beta, alpha=alpha)
     flat = [x.reshape(-1, *x.shape[-2:]) for x in (matrix, left, right)]
@@ -93,12 +93,12 @@ def fast_dtype(matrix: Tensor) -> torch.dtype:
 
 
 def on_gpu(matrix: Tensor) -> bool:
-    """Whether products of small matrices are shorter than their launches."""
+    """Return whether products of small matrices are shorter than their launches."""
     return matrix.is_cuda
 
 
 def whiten(matrix: Tensor, *, steps: int, beta: float = 0.5) -> Tensor:
-    """``(X Xᵀ)^(−1/2) X`` on the shorter side of ``X`` ``[..., m, n]``, by Newton–Schulz.
+    """Return ``(X Xᵀ)^(−1/2) X`` on the shorter side of ``[..., m, n]``, by Newton–Schulz.
 
     With ``A = X Xᵀ / ‖X Xᵀ‖_F``, ``Y = A``, ``Z = I``, ``steps`` times::
 
@@ -121,7 +121,7 @@ def whiten(matrix: Tensor, *, steps: int, beta: float = 0.5) -> Tensor:
 def in_stacks(
     rule: Callable[[Tensor], Tensor], matrices: Sequence[Tensor]
 ) -> Iterator[tuple[int, Tensor]]:
-    """``rule`` of each matrix, with its index; on a GPU those of one shape together.
+    """Yield ``rule`` of each matrix with its index; on a GPU, take those of one shape together.
 
     Small matrices' products are shorter there than their launches. Stacks are of bounded size, and
     one is held at a time. ``rule`` takes ``[..., m, n]``.
@@ -146,7 +146,7 @@ def stacks(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
 
 
 def in_chunks(rule: Callable[[Tensor], Tensor], matrices: Tensor) -> Tensor:
-    """``rule`` of matrices ``[..., m, n]``, of as many at a time as a stack may have."""
+    """Return ``rule`` of ``[..., m, n]``, of as many matrices at a time as a stack may have."""
     flat = matrices.reshape(-1, *matrices.shape[-2:])
     if len(flat) <= (most := _most(flat[:1])):
         return rule(matrices)
