@@ -69,7 +69,7 @@ def account_rows(models: list[str], names: list[str]) -> Iterator[dict[str, Any]
 def held_after_a_step(
     model: str, dtype: torch.dtype, name: str, hyper: dict[str, Any]
 ) -> tuple[int, int, int]:
-    """Return the bytes of parameters, gradients and state of a real model after one step."""
+    """Return the bytes of parameters, gradients and state after a CPU step on random gradients."""
     weights = real(model, dtype, "cpu")
     optimizer = optimzoo.create_optimizer(name, weights, lr=1e-4, **hyper)
     for p in weights.parameters():

@@ -37,7 +37,7 @@ class TableRuns:
         self.corpus: Corpus = corpus_from(args, model)
 
     def grid(self) -> list[Entry]:
-        """Return the grid runs of the methods whose rates are not committed."""
+        """Return the tuning runs still needed: the grid of each method without committed rates."""
         return [e for p, m in self.pairs if not self._committed(p, m) for e in self._grid(p, m)]
 
     def final(self) -> list[Entry]:

@@ -104,7 +104,7 @@ class HiddenRule(RoleOptimizer):
         group: dict[str, Any],
         counters: dict[Tensor, Counter],
     ) -> None:
-        """Call :meth:`_step_hidden` on each weight, or on this process's part of it."""
+        """Step each weight, or this process's shard of it, by :meth:`_step_hidden`."""
         for index, p in params:
             weight, grad, shards = self._matrix(p, group)
             letters = self._letters(group, shards.shape(grad.shape))

@@ -77,7 +77,7 @@ def _explained(path: str) -> Iterator[None]:
 
 
 def _brief(error: BaseException) -> str:
-    """Return an error in one line, without the list of all models that transformers knows."""
+    """Return an error as ``Type: message`` on one line, the message cut to 200 characters."""
     text = textwrap.shorten(str(error), 200, placeholder=" …")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 

@@ -67,7 +67,7 @@ def natural_gradient(
 
 
 def _products(history: Tensor, g: Tensor, gram: Tensor) -> Tensor:
-    """Return ``H g`` in the dtype of ``gram``."""
+    """Return the product of each gradient of ``history`` with ``g``, in the dtype of ``gram``."""
     if _has_kernel(history, gram):
         return native.CPU.history_dot(history, g)
     row = torch.zeros_like(gram[..., 0, :])

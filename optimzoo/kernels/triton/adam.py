@@ -33,7 +33,7 @@ from optimzoo.kernels.triton.table import Record, block, number, owner, pointer,
 
 @triton.jit
 def _correction(step, log_beta):
-    """Return 1 - beta^step, in float64 as it is a small difference of large numbers."""
+    """Return 1 - beta^step as float32, subtracted in float64: at first the two are nearly equal."""
     return (1.0 - tl.exp((step * log_beta).to(tl.float64))).to(tl.float32)
 
 

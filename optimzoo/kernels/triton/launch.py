@@ -41,7 +41,7 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def row_tile(record: Record) -> Tile:
-    """Tile whole rows, several if they are short; one beyond 16,384 is read twice, in parts."""
+    """Return the tile of a kernel on rows: whole up to 16,384 columns, longer ones in parts."""
     width = pow2(record.cols)
     loop = width > 16384
     if loop:
