@@ -26,13 +26,14 @@ HIDDEN = {
     "odd_tall": (129, 5),
     "odd_wide": (5, 129),
     "conv": (6, 2, 3, 2),
-    "depthwise": (6, 1, 4),
     "tall_stack": (3, 8, 5),
     "wide_stack": (2, 5, 8),
 }
 REST = {"embedding": (13, 6), "head": (13, 6), "vector": (7,), "scalar": ()}
 ROLES = {"embedding": "embedding", "head": "head", "vector": "vector", "scalar": "vector"}
-SHAPES = {**HIDDEN, **REST}
+# Last, so that what is drawn for the others by their places stays.
+SHAPES = {**HIDDEN, **REST, "depthwise": (6, 1, 4)}
+HIDDEN["depthwise"] = SHAPES["depthwise"]
 STACKS = frozenset({"tall_stack", "wide_stack"})
 
 REFERENCES = {
