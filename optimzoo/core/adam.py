@@ -172,8 +172,8 @@ def _single_tensor_adam(
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         # With `differentiable` autograd keeps m for the backward, and the next step changes it.
         mean = m.clone() if m.requires_grad else m
-        denominator = v.sqrt() + _eps(eps, step, beta2, eps_before)
-        update = mean / denominator * _correction(step, betas, capturable)
+        update = mean / (v.sqrt() + _eps(eps, step, beta2, eps_before))
+        update = update * _correction(step, betas, capturable)
         if max_update is not None:
             update = update.clamp(-max_update, max_update)
         if weight_decay != 0:
