@@ -202,7 +202,8 @@ def _multi_tensor_adam(
     torch._foreach_mul_(exp_avg_sqs, beta2)
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, value=1 - beta2)
     update = torch._foreach_sqrt(exp_avg_sqs)
-    torch._foreach_add_(update, [_eps(eps, step, beta2, eps_before) for step in steps])
+    floors: Any = eps if eps_before else [_eps(eps, step, beta2, eps_before) for step in steps]
+    torch._foreach_add_(update, floors)
     torch._foreach_reciprocal_(update)
     torch._foreach_mul_(update, exp_avgs)
     corrections: Any = [_correction(step, betas, capturable) for step in steps]

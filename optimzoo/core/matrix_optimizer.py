@@ -1,7 +1,7 @@
 """Optimizers with a rule of their own for the hidden weights; Adam trains the rest."""
 
 import math
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from contextlib import ExitStack
 from typing import Any, ClassVar, Unpack
 
@@ -200,9 +200,9 @@ class HiddenRule(RoleOptimizer):
         )
 
 
-def local_params(group: dict[str, Any]) -> list[Tensor]:
-    """Return this process's parts of the group's parameters that have a gradient."""
-    return [local_part(p) for p in group["params"] if p.grad is not None and p.numel() > 0]
+def local_params(group: dict[str, Any]) -> Iterator[Tensor]:
+    """Yield this process's parts of the group's parameters that have a gradient."""
+    return (local_part(p) for p in group["params"] if p.grad is not None and p.numel() > 0)
 
 
 def oriented(tensor: Tensor, group: dict[str, Any]) -> Tensor:

@@ -23,7 +23,6 @@ class OptimInfo:
         aliases: other names.
         required: values for the hyperparameters that have no default; state and time do not depend
             on them.
-        toy: hyperparameters that suit a model of a few thousand weights.
     """
 
     name: str
@@ -33,7 +32,6 @@ class OptimInfo:
     state: str
     aliases: tuple[str, ...] = ()
     required: Mapping[str, Any] = field(default_factory=dict)
-    toy: Mapping[str, Any] = field(default_factory=dict)
 
 
 def register(

@@ -27,7 +27,6 @@ from optimzoo.subspace.projector import gaussian, resolve_side
     "Adam's channel scaling, estimated in a random subspace",
     source="arXiv 2412.05270",
     state="low rank: 2 r x longer side; 2 x rest",
-    toy={"rank": 4, "update_proj_gap": 5},
 )
 class APOLLO(HiddenRule):
     r"""Approximated Gradient Scaling (APOLLO).
@@ -152,7 +151,6 @@ class APOLLO(HiddenRule):
     "APOLLO at rank 1 with one scale a tensor",
     source="arXiv 2412.05270",
     state="2 x longer side; 2 x rest",
-    toy={"update_proj_gap": 5},
 )
 class APOLLOMini(APOLLO):
     """APOLLO at rank 1, with one scale a tensor: state of SGD's size (arXiv 2412.05270).

@@ -34,7 +34,6 @@ from optimzoo.subspace.projector import back, resolve_side, subtract_back_
     "GaLore plus the scaled residual",
     source="arXiv 2410.01623",
     state="low rank: 2 r x longer side + r x shorter side; 2 x rest",
-    toy={"rank": 4, "update_proj_gap": 5},
 )
 class Fira(Projected):
     r"""Full-rank training under low-rank state (Fira).

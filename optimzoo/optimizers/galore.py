@@ -93,7 +93,6 @@ class Projected(HiddenRule):
     "Adam in the gradient's leading subspace",
     source="arXiv 2403.03507",
     state="low rank: 2 r x longer side + r x shorter side; 2 x rest",
-    toy={"rank": 4, "update_proj_gap": 5},
 )
 class GaLore(Projected):
     r"""Gradient Low-Rank Projection (GaLore).

@@ -163,11 +163,11 @@ class Muon(HiddenRule):
             Optimizer.add_param_group(self, group)
         group["params"] = params = [params] if hasattr(params, "ndim") else list(params)
         self._check_group(group)
-        for name in ("embedding_lr", "head_lr"):
-            if group.get("role") is None and name in self._role_options:
-                raise ValueError(
-                    f"{name} needs groups that carry roles; pass optimzoo.param_groups(model)"
-                )
+        if group.get("role") is None:  # split by shape: none becomes an embedding or a head
+            rates = {
+                k: v for k, v in self._role_options.items() if k in ("embedding_lr", "head_lr")
+            }
+            with_role_options(group, rates, ())
         names = group.pop("param_names", None)
         parts: dict[tuple[str, bool], list[int]] = {}
         for i, item in enumerate(params):

@@ -29,7 +29,6 @@ HISTORY_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
     "GaLore on natural gradients (Woodbury)",
     source="arXiv 2410.16029",
     state="low rank: (2 + s) r x longer side + r x shorter side; 2 x rest",
-    toy={"rank": 4, "update_proj_gap": 5},
 )
 class NaturalGaLore(Projected):
     r"""GaLore, with the low-rank gradient preconditioned by an empirical Fisher matrix.
