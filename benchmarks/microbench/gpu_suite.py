@@ -25,6 +25,7 @@ import torch
 
 from benchmarks.common.files import ROOT, write_json
 from benchmarks.common.provenance import provenance
+from benchmarks.microbench.step_time import DEFAULT
 
 PYTHON = sys.executable
 # Without the cache an access behind a tensor is one behind an allocation.
@@ -56,6 +57,21 @@ def step_time(out: Path, model: str, dtype: str, *more: str) -> Stage:
     rows = out / f"step-{model}-{dtype}.json"
     command = [PYTHON, "-m", "benchmarks", "step-time", "--model", model, "--dtype", dtype]
     return Stage(f"steps {model} {dtype}", [*command, "--out", str(rows), *more], 90, rows)
+
+
+def methods(dtype: str) -> list[str]:
+    """Return the methods that are timed; AdamS takes no bfloat16 weights rounded to nearest."""
+    return [name for name in DEFAULT if (name, dtype) != ("adams", "bfloat16")]
+
+
+def captured(out: Path, dtype: str) -> Stage:
+    """Return the stage that times every method's step as a replayed CUDA graph."""
+    stage = step_time(out, "60m", dtype, "--no-refresh", "--no-peers", "--optimizers", "adamw")
+    rows = out / f"step-60m-{dtype}-captured.json"
+    command = [str(rows) if word == str(stage.rows) else word for word in stage.command]
+    names = [f"{name}-captured" for name in methods(dtype) if name not in ("sgd", "adamw")]
+    name = f"steps 60m {dtype} captured"
+    return Stage(name, [*command, *names, "--repeats", "50"], 60, rows)
 
 
 def shapes(out: Path, model: str, *more: str, native: bool = True) -> Stage:
@@ -128,11 +144,15 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         tests("contract", *contract, "-m", "not distributed", "-k", "CUDA or cuda"),
         tests("release", "tests/gradient_release"),
         tests("compiled", "tests/contract/test_compile.py"),
+        tests("stacks", "tests/contract/test_stacks.py", "-k", "cuda"),
         tests("sparsity", "tests/sparsity/test_sparsity.py", "-k", "semi_structured"),
         *sanitizers(),
         *(shapes(out, m, *few) for m, *few in SHAPES),
         *(shapes(out, m, *few, native=False) for m, *few in SHAPES),
         step_time(out, "60m", "float32"),
+        step_time(out, "60m", "bfloat16", "--no-refresh", "--optimizers", *methods("bfloat16")),
+        captured(out, "float32"),
+        captured(out, "bfloat16"),
         measured(out, "utilisation", "--steps", "30", seconds=150),
         measured(out, "sparse-time"),
         Stage("released bytes", [*released, "--out", str(rows)], 60, rows),

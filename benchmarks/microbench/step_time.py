@@ -23,6 +23,7 @@ from benchmarks.common.progress import RunProgress
 from benchmarks.common.provenance import provenance
 from benchmarks.common.tables import Table
 from benchmarks.common.timing import timed
+from benchmarks.microbench.operations import operations
 from benchmarks.microbench.refresh import REFRESHES, measure_refresh
 from benchmarks.microbench.third_party import peers
 from optimzoo.models.llama import Llama, get_config
@@ -55,8 +56,8 @@ Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 def ours(name: str, rank: int, gap: int) -> Make:
     """Return a registry method at ``rank``, fused if it is torch's."""
     name, _, mode = name.partition("-")
-    name, options = VARIANTS.get(name, (name, EXECUTION_MODES.get(mode, {})))
-    options = {"fused": True} if name in FUSED else dict(options)
+    name, options = VARIANTS.get(name, (name, {}))
+    options = {"fused": True} if name in FUSED else options | EXECUTION_MODES.get(mode, {})
     options |= optimzoo.get_info(name).required
     if name in LOW_RANK:
         options |= {"rank": rank, "update_proj_gap": gap}
@@ -98,6 +99,8 @@ class TimedOptimizer:
         elif mode == "compiled":
             self.step = torch.compile(optimizer.step, fullgraph=True)
         self.first = self.timed()  # makes the state and, for projected methods, the first subspace
+        self.give_grads()
+        self.operations = None if mode in ("captured", "compiled") else operations(self.step)
         self.times: list[float] = []
 
     def timed(self) -> float:
@@ -183,6 +186,7 @@ def measure_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "method": candidate.name,
                 "step_ms": plain,
                 "steps": len(candidate.times),
+                "operations": candidate.operations,
                 "floor_gb_per_s": rate,
                 "share_of_stream": rate and rate / bandwidth.best(),
                 "first_ms": candidate.first,
@@ -235,6 +239,7 @@ def main(args: argparse.Namespace) -> int:
             row["method"],
             f"{row['step_ms']:.1f}",
             f"{row['step_ms'] / base['step_ms']:.2f}",
+            str(row["operations"] or ""),
             f"{100 * row['share_of_stream']:.0f} %" if row["share_of_stream"] else "",
             f"{row['first_ms']:.0f}",
             f"{row['amortised_ms']:.1f}",
@@ -242,7 +247,16 @@ def main(args: argparse.Namespace) -> int:
         ]
         for row in steps
     ]
-    headers = ("method", "step ms", "ratio", "of stream", "first ms", "amortised ms", "ratio")
+    headers = (
+        "method",
+        "step ms",
+        "ratio",
+        "operations",
+        "of stream",
+        "first ms",
+        "amortised ms",
+        "ratio",
+    )
     Table(headers, cells, title=f"{args.model}, {args.dtype}, rank {args.rank}", gap=2).print()
     refreshes = (
         measure_refresh(args.rank, min(args.repeats, REFRESHES)) if not args.no_refresh else []

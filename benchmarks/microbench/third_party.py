@@ -34,6 +34,8 @@ def peers(rank: int, gap: int) -> dict[str, Make]:
         ("torchao AdamW8bit", "torchao.optim", "AdamW8bit", None, {}),
     ]
     makers: dict[str, Make] = {}
+    if hasattr(torch.optim, "Muon"):
+        makers["torch Muon"] = TorchMuon
     for name, module, cls, extra, options in known:
         try:
             optimizer_class = getattr(importlib.import_module(module), cls)
@@ -41,6 +43,22 @@ def peers(rank: int, gap: int) -> dict[str, Make]:
             continue
         makers[name] = _maker(optimizer_class, extra, options)
     return makers
+
+
+class TorchMuon(torch.optim.Optimizer):
+    """``torch.optim.Muon`` of the hidden weights, which are all that it takes, and AdamW."""
+
+    def __init__(self, groups: Groups) -> None:
+        hidden = [p for g in groups if g["role"] == "hidden" for p in g["params"]]
+        others = [p for g in groups if g["role"] != "hidden" for p in g["params"]]
+        self.parts: list[torch.optim.Optimizer] = [torch.optim.Muon(hidden, lr=1e-4)]
+        self.parts += [torch.optim.AdamW(others, lr=1e-4, fused=True)] if others else []
+        super().__init__([*hidden, *others], {})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Step both."""
+        for part in self.parts:
+            part.step()
 
 
 def _maker(cls: Any, extra: dict[str, Any] | None, options: dict[str, Any]) -> Make:

@@ -14,6 +14,7 @@ from torch.optim.optimizer import _default_to_fused_or_foreach, _get_scalar_dtyp
 
 from optimzoo.distributed import local_part
 from optimzoo.kernels import dispatch
+from optimzoo.kernels.table import Rate
 from optimzoo.lowbit import LOW, Counter, one_by_one, widened
 
 
@@ -35,12 +36,14 @@ def step_as_tensor(state: MutableMapping[str, Any], param: Tensor, *, capturable
         state["step"] = torch.tensor(state["step"], dtype=_get_scalar_dtype(), device=device)
 
 
-def bias_correction(step: float, betas: tuple[float, float]) -> float:
-    """Return ``√(1 − β₂ᵗ) / (1 − β₁ᵗ)``."""
-    return float(math.sqrt(1 - betas[1] ** step) / (1 - betas[0] ** step))
+def bias_correction(step: float | Tensor, betas: tuple[float, float]) -> Any:
+    """Return ``√(1 − β₂ᵗ) / (1 − β₁ᵗ)``, for a number or on the device of a tensor of counts."""
+    if isinstance(step, Tensor):
+        return (1 - betas[1] ** step).sqrt() / (1 - betas[0] ** step)
+    return math.sqrt(1 - betas[1] ** step) / (1 - betas[0] ** step)
 
 
-def max_direction(step: int, betas: tuple[float, float]) -> float:
+def max_direction(step: int | Tensor, betas: tuple[float, float]) -> Any:
     r"""Return the largest ``|m| / √v`` that ``step`` gradients can give, whatever they are.
 
     With ``m = Σ (1 − β₁) β₁ⁱ gᵢ`` and ``v = Σ (1 − β₂) β₂ⁱ gᵢ²`` over the ages ``i < t``,
@@ -60,6 +63,9 @@ def max_direction(step: int, betas: tuple[float, float]) -> float:
     if beta2 == 0.0:
         return math.inf if beta1 > 0 else 1.0
     ratio = beta1 * beta1 / beta2
+    if isinstance(step, Tensor):
+        terms = step if ratio == 1.0 else (1.0 - ratio**step) / (1.0 - ratio)
+        return (1.0 - beta1) * (terms / (1.0 - beta2)).sqrt()
     if ratio == 1.0:
         total = float(step)
     elif step * math.log(max(ratio, 1e-300)) > 700.0:
@@ -86,7 +92,7 @@ def adam(
     exp_avg_sqs: list[Tensor],
     steps: list[Tensor],
     *,
-    lr: float | Tensor,
+    lr: Rate | list[Rate],
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
@@ -95,7 +101,7 @@ def adam(
     capturable: bool,
     differentiable: bool = False,
     counters: Sequence[Counter | None] | None = None,
-    max_update: float | None = None,
+    max_update: float | Tensor | None = None,
     eps_before: bool = True,
 ) -> None:
     """Take one step of Adam with decoupled weight decay, in place.
@@ -109,46 +115,50 @@ def adam(
     Computed in float32 where parameters or moments have 16 bits. Parameters of 16 bits that have a
     counter are rounded stochastically. What `lr` multiplies, but for the decay, is clamped to
     ``[-max_update, max_update]``. Without `eps_before`, ``eps`` is added after the bias correction,
-    as in ``torch.optim.AdamW``: it is ``eps · √(1 − β₂ᵗ)`` above.
+    as in ``torch.optim.AdamW``: it is ``eps · √(1 − β₂ᵗ)`` above. ``lr`` may be a list with one for
+    each parameter.
     """
     if not params:
         return
     counters = counters or [None] * len(params)
-    if foreach is None and not differentiable:
+    lrs = lr if isinstance(lr, list) else [lr] * len(params)
+    on_device = isinstance(max_update, Tensor)  # kernels take a number
+    if foreach is None and not differentiable and not on_device:
         rest = _fused_adam(
-            *(params, grads, exp_avgs, exp_avg_sqs, steps, counters),
-            *(lr, betas, eps, weight_decay, maximize, max_update),
+            *(params, grads, exp_avgs, exp_avg_sqs, steps, counters, lrs),
+            *(betas, eps, weight_decay, maximize, max_update),
             eps_before=eps_before,
         )
         if not rest:
             return
+        left = {id(item.param) for item in rest}
+        lrs = [rate for p, rate in zip(params, lrs, strict=True) if id(p) in left]
         fields = list(map(list, zip(*rest, strict=True)))
         params, grads, exp_avgs, exp_avg_sqs, steps = fields[:5]
         counters = fields[-1]
         foreach = _default_to_fused_or_foreach(params, differentiable)[1]
-    rule = _multi_tensor_adam if foreach else _single_tensor_adam
+    rule = _multi_tensor_adam if foreach and not on_device else _single_tensor_adam
 
-    options = (lr, betas, eps, weight_decay, capturable, max_update, eps_before)
+    options = (betas, eps, weight_decay, capturable, max_update, eps_before)
 
-    def step(params: Any, grads: Any, means: Any, squares: Any, steps: Any) -> None:
+    def step(params: Any, grads: Any, means: Any, squares: Any, steps: Any, lrs: Any) -> None:
         with widened(means, squares) as (means, squares):
             grads = [g.to(m.dtype) for g, m in zip(grads, means, strict=True)]
             if maximize:
                 grads = [-g for g in grads]
-            rule(params, grads, means, squares, steps, *options)
+            rule(params, grads, means, squares, steps, lrs, *options)
 
-    lists = (params, grads, exp_avgs, exp_avg_sqs, steps)
+    lists = (params, grads, exp_avgs, exp_avg_sqs, steps, lrs)
     one_by_one(step, counters, *lists, alone=any(m.dtype in LOW for m in exp_avgs))
 
 
-def _correction(step: Tensor, betas: tuple[float, float], capturable: bool) -> float | Tensor:
-    if capturable:
-        return (1 - betas[1] ** step).sqrt() / (1 - betas[0] ** step)
-    return bias_correction(step.item(), betas)
+def update_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype in which a tensor's update is computed, float32 at least."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _eps(eps: float, step: Tensor, beta2: float, eps_before: bool) -> float:
-    return eps if eps_before else eps * math.sqrt(1 - beta2 ** step.item())
+def _eps(eps: float, step: Any, beta2: float, eps_before: bool) -> Any:
+    return eps if eps_before else eps * (1 - beta2**step) ** 0.5
 
 
 def _single_tensor_adam(
@@ -157,23 +167,24 @@ def _single_tensor_adam(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     steps: list[Tensor],
-    lr: float | Tensor,
+    lrs: list[Rate],
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
     capturable: bool,
-    max_update: float | None,
+    max_update: Any,
     eps_before: bool,
 ) -> None:
     beta1, beta2 = betas
-    for p, g, m, v, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+    lists = (params, grads, exp_avgs, exp_avg_sqs, steps, lrs)
+    for p, g, m, v, step, lr in zip(*lists, strict=True):
         step += 1
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         # With `differentiable` autograd keeps m for the backward, and the next step changes it.
         mean = m.clone() if m.requires_grad else m
-        update = mean / (v.sqrt() + _eps(eps, step, beta2, eps_before))
-        update = update * _correction(step, betas, capturable)
+        t = step.to(update_dtype(m)) if capturable else step.item()
+        update = mean / (v.sqrt() + _eps(eps, t, beta2, eps_before)) * bias_correction(t, betas)
         if max_update is not None:
             update = update.clamp(-max_update, max_update)
         if weight_decay != 0:
@@ -188,12 +199,12 @@ def _multi_tensor_adam(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     steps: list[Tensor],
-    lr: float | Tensor,
+    lrs: list[Rate],
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
     capturable: bool,
-    max_update: float | None,
+    max_update: Any,
     eps_before: bool,
 ) -> None:
     beta1, beta2 = betas
@@ -202,18 +213,28 @@ def _multi_tensor_adam(
     torch._foreach_mul_(exp_avg_sqs, beta2)
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, value=1 - beta2)
     update = torch._foreach_sqrt(exp_avg_sqs)
-    floors: Any = eps if eps_before else [_eps(eps, step, beta2, eps_before) for step in steps]
+    counts: Any = torch.stack(steps)
+    if capturable:
+        counts = counts.to(update_dtype(exp_avgs[0]))
+        corrections: Any = list(bias_correction(counts, betas).unbind())
+        floors: Any = eps if eps_before else list(_eps(eps, counts, beta2, False).unbind())
+    else:
+        counts = counts.tolist()
+        corrections = [bias_correction(t, betas) for t in counts]
+        floors = eps if eps_before else [_eps(eps, t, beta2, False) for t in counts]
     torch._foreach_add_(update, floors)
     torch._foreach_reciprocal_(update)
     torch._foreach_mul_(update, exp_avgs)
-    corrections: Any = [_correction(step, betas, capturable) for step in steps]
     torch._foreach_mul_(update, corrections)
     if max_update is not None:
         torch._foreach_clamp_max_(update, max_update)
         torch._foreach_clamp_min_(update, -max_update)
     if weight_decay != 0:
         torch._foreach_add_(update, params, alpha=weight_decay)
-    torch._foreach_mul_(update, lr)
+    rates: Any = lrs[0] if all(lr is lrs[0] for lr in lrs) else lrs
+    if isinstance(rates, list) and any(isinstance(lr, Tensor) for lr in lrs):
+        rates = [torch.as_tensor(lr, device=u.device) for lr, u in zip(lrs, update, strict=True)]
+    torch._foreach_mul_(update, rates)
     torch._foreach_sub_(params, update)
 
 
@@ -224,23 +245,24 @@ def _fused_adam(
     exp_avg_sqs: list[Tensor],
     steps: list[Tensor],
     counters: Sequence[Counter | None],
-    lr: float | Tensor,
+    lrs: list[Rate],
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
     maximize: bool,
-    max_update: float | None,
+    max_update: Any,
     *,
     eps_before: bool,
 ) -> list[dispatch.Item]:
     """Step what the kernels take, in one call a device; returns the rest."""
     items = map(dispatch.vector, params, grads, exp_avgs, exp_avg_sqs, steps, counters)
     runs, rest = dispatch.split(items, None)
+    rate = {id(p): lr for p, lr in zip(params, lrs, strict=True)}
     for kernels, chosen in runs:
         fields = dispatch.columns(chosen)
         kernels.adam_(
             *fields[:5],
-            lr=dispatch.scalar(lr, chosen[0].param.device),
+            lr=[dispatch.scalar(rate[id(i.param)], i.param.device) for i in chosen],
             betas=betas,
             eps=eps,
             weight_decay=weight_decay,

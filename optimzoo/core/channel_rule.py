@@ -1,14 +1,17 @@
 """Channel-wise gradient scaling and the norm-growth limiter, shared by Fira and APOLLO."""
 
 import math
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from optimzoo.core.matrix_optimizer import State, subtract_
+from optimzoo.core.matrix_optimizer import Context
+from optimzoo.core.update import Number, Update
 from optimzoo.distributed import WHOLE, Shards
 from optimzoo.kernels import dispatch
+from optimzoo.stacks import State
 
 _KINDS = {-1: dispatch.ROWS, -2: dispatch.COLUMNS, (-2, -1): dispatch.SIGN}
 Dim = int | tuple[int, int]
@@ -20,7 +23,7 @@ def check_limiter(limiter: float) -> None:
         raise ValueError(f"Invalid limiter: {limiter}; it must be >= 1")
 
 
-def excess(norm: Tensor, state: State, limit: float) -> Tensor | None:
+def norm_growth_divisor(norm: Tensor, state: State, limit: float) -> Tensor | None:
     """Return the divisor that limits norm growth to ``limit`` per step, or None on the first step.
 
     This is Fira's limiter: a matrix's norm may grow by a factor of at most ``limit`` per step. The
@@ -31,17 +34,18 @@ def excess(norm: Tensor, state: State, limit: float) -> Tensor | None:
         state["update_norm"] = torch.where(norm == 0, math.inf, norm)
         return None
     growth = norm / (state["update_norm"] + 1e-8)
-    by = growth.clamp_min(limit) / limit
-    state["update_norm"] = torch.where(norm == 0, state["update_norm"], norm / by)
-    return by
+    divisor = growth.clamp_min(limit) / limit
+    state["update_norm"] = torch.where(norm == 0, state["update_norm"], norm / divisor)
+    return divisor
 
 
-def limited(update: Tensor, state: State, limit: float, shards: Shards = WHOLE) -> Tensor:
-    """Return ``update`` with its norm, or each norm of a stack, limited by :func:`excess`."""
+def limit_norm_growth(update: Tensor, state: State, limit: float, shards: Shards = WHOLE) -> Tensor:
+    """Divide ``update``, or each matrix of a stack, by :func:`norm_growth_divisor`."""
     # In float32 at least: bfloat16 has no number between 1 and 1.0078.
     norm = shards.norm(update, dim=(-2, -1), over="mn")
-    by = excess(norm if update.ndim > 2 else norm.reshape(()), state, limit)
-    return update if by is None else update / by
+    norm = norm if update.ndim > 2 else norm.reshape(())
+    divisor = norm_growth_divisor(norm, state, limit)
+    return update if divisor is None else update / divisor
 
 
 def channel_ratio(
@@ -52,58 +56,65 @@ def channel_ratio(
     return norms[0] / (norms[1] + 1e-8)
 
 
-class Channels(NamedTuple):
-    """Kernel calls on the channels of an unsharded matrix and its gradient."""
+@dataclass(frozen=True)
+class ChannelUpdate(Update):
+    """Update ``scale · s ∘ G`` of a gradient, with a number ``s`` for each channel along ``dim``.
 
-    kernels: Any
-    weight: Tensor
-    grad: Tensor
-    kind: int
+    By kernels, for an unsharded 2-D weight that is stepped alone.
+    """
+
+    ratio: Tensor = field(default_factory=lambda: torch.ones(()))
+    dim: Dim = -1
+    kernels: Any = None
 
     @classmethod
-    def of(cls, weight: Tensor, grad: Tensor, dim: Dim, shards: Shards) -> "Channels | None":
-        """Return the channels along ``dim``, or None if no kernel takes them."""
-        kernels = dispatch.backend(weight.device.type)
-        if kernels is None or shards.mesh is not None:
+    def of(
+        cls, grad: Tensor, ratio: Tensor, dim: Dim, scale: float, context: Context
+    ) -> "ChannelUpdate | None":
+        """Return the update, or None if no kernel takes the weight."""
+        weight = context.weight
+        kernels = dispatch.backend(grad.device.type)
+        if kernels is None or weight is None or context.shards.mesh is not None:
             return None
-        items = dispatch.matrices(weight, grad, None, _KINDS[dim], stacked=False)
-        plain = weight.ndim == 2 and grad.is_contiguous() and dispatch.takes(items[0])
-        return cls(kernels, weight, grad, _KINDS[dim]) if plain else None
+        item = dispatch.matrices(weight, grad, None, _KINDS[dim], stacked=False)[0]
+        plain = weight.ndim == 2 and grad.is_contiguous() and dispatch.takes(item)
+        return cls(grad, scale, ratio.flatten(), dim, kernels) if plain else None
 
     def squares(self) -> Tensor:
-        """Return the sum of squares of each channel, in float32."""
-        rows, cols = self.grad.shape
-        size = {dispatch.ROWS: rows, dispatch.COLUMNS: cols, dispatch.SIGN: 4}[self.kind]
-        out = torch.zeros(size, dtype=torch.float32, device=self.grad.device)
-        self.kernels.reduce_([self.grad], [out], [self.kind], [(rows, cols)])
-        return out[1] if self.kind == dispatch.SIGN else out
+        """Return the sum of squares of each channel of the gradient, in float32."""
+        rows, cols = self.matrix.shape
+        kind = _KINDS[self.dim]
+        size = {dispatch.ROWS: rows, dispatch.COLUMNS: cols, dispatch.SIGN: 4}[kind]
+        out = torch.zeros(size, dtype=torch.float32, device=self.matrix.device)
+        self.kernels.reduce_([self.matrix], [out], [kind], [(rows, cols)])
+        return out[1] if kind == dispatch.SIGN else out
 
-    def subtract_(self, scales: Tensor, *, size: float, keep: float) -> None:
-        """Apply ``W ← keep · W − size · scales ∘ G``, rounded once."""
-        scales = (scales.float() * size).reshape(-1)
-        shape = (self.grad.shape[0], self.grad.shape[1])
-        lists = ([self.weight], [self.grad], [scales], [self.kind], [shape])
-        self.kernels.apply_(*lists, lr=1.0, weight_decay=1.0 - keep)
+    def limited(self, squares: Tensor, state: State, limit: float) -> "ChannelUpdate":
+        """Return the update with its norm limited, of the sums of squares of its channels."""
+        norm = (self.ratio.square() * squares).sum().sqrt()
+        divisor = norm_growth_divisor(norm, state, limit)
+        return self if divisor is None else replace(self, ratio=self.ratio / divisor)
+
+    def subtract_from(self, weight: Tensor, *, lr: Number, decay: Number) -> None:
+        """Subtract it, rounded once."""
+        scales = (self.ratio.float() * (lr * self.scale)).reshape(-1)
+        shape = (self.matrix.shape[0], self.matrix.shape[1])
+        lists = ([weight], [self.matrix], [scales], [_KINDS[self.dim]], [shape])
+        self.kernels.apply_(*lists, lr=1.0, weight_decay=decay)
 
 
-def subtract_scaled_(
-    weight: Tensor,
+def scaled_channels(
     grad: Tensor,
     ratio: Tensor,
     state: State,
+    context: Context,
     *,
     dim: Dim,
     limit: float,
-    size: float,
-    keep: float,
-    shards: Shards,
-) -> None:
-    """Apply ``W ← keep · W − size · limited(ratio ∘ G)``, one ratio per channel along ``dim``."""
-    channels = Channels.of(weight, grad, dim, shards)
-    if channels is None:
-        update = limited(grad * ratio, state, limit, shards)
-        subtract_(weight, update, size=size, keep=keep)
-        return
-    ratio = ratio.flatten()
-    by = excess((ratio.square() * channels.squares()).sum().sqrt(), state, limit)
-    channels.subtract_(ratio if by is None else ratio / by, size=size, keep=keep)
+    scale: float,
+) -> Update:
+    """Return ``scale · limit(ratio ∘ G)``, with one ratio per channel along ``dim``."""
+    update = ChannelUpdate.of(grad, ratio, dim, scale, context)
+    if update is not None:
+        return update.limited(update.squares(), state, limit)
+    return Update(limit_norm_growth(grad * ratio, state, limit, context.shards), scale)

@@ -1,36 +1,40 @@
 """Optimizers with a rule of their own for the hidden weights; Adam trains the rest."""
 
 import math
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from optimzoo import stacks
 from optimzoo.core.adam import (
     adam_step,
     bias_correction,
     init_adam_state,
     max_direction,
     step_as_tensor,
+    update_dtype,
 )
 from optimzoo.core.optimizer import RoleOptimizer, scalar_lr
 from optimzoo.core.role_options import SharedOptions
+from optimzoo.core.update import Update, subtract_each_
 from optimzoo.core.validation import (
     check_betas,
+    check_capturable,
     check_lr,
     check_nonnegative,
     check_rounding,
     check_state_bits,
 )
-from optimzoo.distributed import Shards, local_part
+from optimzoo.distributed import WHOLE, Shards, local_part
 from optimzoo.kernels import dispatch
-from optimzoo.lowbit import Counter, moment_dtype, opened, stand_in, widened
+from optimzoo.lowbit import LOW, Counter, moment_dtype, opened, stand_in, widened
 from optimzoo.roles import matrix_view, role_of
+from optimzoo.stacks import State
 
-State = MutableMapping[str, Any]
 REST_DEFAULTS: dict[str, Any] = {
     "role": None,
     "transposed": False,
@@ -40,23 +44,60 @@ REST_DEFAULTS: dict[str, Any] = {
 }
 
 
-class HiddenRule(RoleOptimizer):
-    """Base of the matrix methods: a subclass says how one hidden weight is stepped.
+# Options of Adam that parameters which are stepped together share.
+_ADAM = ("betas", "eps", "weight_decay", "maximize", "foreach", "capturable")
 
-    Subclasses define :meth:`_step_hidden` and list their own options' checks in
-    :meth:`_check_options`. Groups hold `lr`, `betas`, `eps`, `weight_decay`, `maximize`, `foreach`,
-    `rounding`, `seed` and `state_bits`.
+
+class Context(NamedTuple):
+    """What a rule reads beside the gradient, the state and the options.
+
+    Attributes:
+        step: the step's number, from 1; with `capturable` a tensor on the device, ``[k, 1, 1]`` in
+            a stack, but for `refresh`, which gets the number.
+        position: the weight's among all of the optimizer's, for rules that draw.
+        shards: how the weight is sharded.
+        weight: the weight, if it is stepped alone; None in a stack.
+    """
+
+    step: Any
+    position: int
+    shards: Shards
+    weight: Tensor | None
+
+
+class Matrix(NamedTuple):
+    """A parameter with a gradient; this process's part of both as matrices."""
+
+    param: Tensor
+    weight: Tensor
+    grad: Tensor
+    state: State
+    shards: Shards
+    position: int
+    step: Any  # a number; with `capturable` a tensor
+
+
+class MatrixOptimizer(RoleOptimizer):
+    """Base of the matrix methods: a subclass gives the direction of a hidden weight.
+
+    Subclasses define :meth:`direction` and list their own options' checks in
+    :meth:`_check_options`. This class counts steps, applies learning rate and decay, and rounds;
+    with `foreach`, by default on a GPU, it steps weights of one shape together. Groups hold `lr`,
+    `betas`, `eps`, `weight_decay`, `maximize`, `foreach`, `rounding`, `seed` and `state_bits`.
     """
 
     _eps_before: ClassVar[bool] = True  # the others' Adam adds eps before the bias correction
 
     _options: ClassVar[type] = SharedOptions
+    _counts_steps: ClassVar[bool] = True
+    #: Keys of the state with one number a matrix.
+    _numbers: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], **options: Unpack[SharedOptions]
     ) -> None:
-        shared: dict[str, Any] = {"maximize": False, "foreach": None, "rounding": "nearest"}
-        shared |= {"seed": 0, "state_bits": None}
+        shared: dict[str, Any] = {"maximize": False, "foreach": None, "capturable": False}
+        shared |= {"rounding": "nearest", "seed": 0, "state_bits": None}
         others: dict[str, Any] = dict(options)
         given = {name: others.pop(name, None) for name in shared}
         shared |= {name: value for name, value in given.items() if value is not None}
@@ -73,6 +114,7 @@ class HiddenRule(RoleOptimizer):
             check_nonnegative(eps=options["eps"], weight_decay=options["weight_decay"])
             check_rounding(options)
             check_state_bits(options["state_bits"])
+            check_capturable(options)
             self._check_options(options)
         super().add_param_group(group)
 
@@ -83,20 +125,29 @@ class HiddenRule(RoleOptimizer):
         """Which dimensions of state tensors are those of a weight (see `Shards.hold`)."""
         return {}
 
-    def _step_hidden(
-        self,
-        weight: Tensor,
-        grad: Tensor,
-        state: State,
-        group: dict[str, Any],
-        index: int,
-        shards: Shards,
-    ) -> None:
-        """Step one hidden weight by the method's rule; ``grad`` is a matrix ``[..., m, n]``.
+    def direction(
+        self, grad: Tensor, state: State, group: dict[str, Any], context: Context
+    ) -> Update:
+        """Return the update of a gradient ``[..., m, n]``, and change the state.
 
-        Of a sharded weight they are what this process has; ``shards`` knows the rest.
+        Args:
+            grad: the gradient as a matrix, or those of several weights of one shape in a stack; of
+                a sharded weight, what this process has.
+            state: the weight's state, or a :class:`StateStack`.
+            group: the options.
+            context: step count, sharding, and the weight if it is stepped alone.
         """
         raise NotImplementedError
+
+    def _init_matrix(self, p: Tensor, state: State, group: dict[str, Any]) -> None:
+        """Create state of a weight's layout where it is missing."""
+
+    def refresh_due(self, state: State, group: dict[str, Any], step: int) -> bool:
+        """Return whether :meth:`refresh` comes before the direction in this step."""
+        return False
+
+    def refresh(self, grad: Tensor, state: State, group: dict[str, Any], context: Context) -> None:
+        """Renew what is computed from one gradient now and then, such as a subspace."""
 
     def _step_matrices(
         self,
@@ -104,18 +155,101 @@ class HiddenRule(RoleOptimizer):
         group: dict[str, Any],
         counters: dict[Tensor, Counter],
     ) -> None:
-        """Step each weight, or this process's shard of it, by :meth:`_step_hidden`."""
-        for index, p in params:
-            weight, grad, shards = self._matrix(p, group)
-            letters = self._letters(group, shards.shape(grad.shape))
-            counter = counters.get(p)
-            with ExitStack() as stack:
-                state = stack.enter_context(shards.opened(self.state[p], letters))
+        """Step the weights by the method's rule: alike ones together on a GPU, else one by one."""
+        matrices = self._matrices(params, group)
+        sharded = [matrix for matrix in matrices if matrix.shards.cut()]
+        if sharded:
+            self._step_sharded(sharded, group, counters)
+            matrices = [matrix for matrix in matrices if not matrix.shards.cut()]
+        keys = [_key(matrix, group) for matrix in matrices]
+        for indices in stacks.batches(keys, lambda i: _largest(matrices[i])):
+            batch = [matrices[i] for i in indices]
+            if len(batch) == 1:
+                self._step_alone(batch[0], group, counters)
+            else:
+                self._step_stack(batch, group, counters)
+
+    def _matrices(self, params: list[tuple[int, Tensor]], group: dict[str, Any]) -> list[Matrix]:
+        """Count a step of each weight and return what its rule reads."""
+        states = [self.state[p] for _, p in params]
+        steps = [0] * len(params)
+        if self._counts_steps:
+            steps = count_steps(states, [p for _, p in params], group["capturable"])
+        layout = {key: bool(group[key]) for key in ("transposed", "stacked")}
+        matrices = []
+        for (position, p), state, step in zip(params, states, steps, strict=True):
+            self._init_matrix(p, state, group)
+            weight = oriented(local_part(p), group)
+            grad = as_matrix(local_part(p.grad, like=p), group)  # type: ignore[arg-type]
+            shards = Shards.of(p, **layout)
+            matrices.append(Matrix(p, weight, grad, state, shards, position, step))
+        return matrices
+
+    def _step_sharded(
+        self, matrices: list[Matrix], group: dict[str, Any], counters: dict[Tensor, Counter]
+    ) -> None:
+        """Step matrices of which each process has a part."""
+        for matrix in matrices:
+            self._step_alone(matrix, group, counters)
+
+    def _step_alone(
+        self, matrix: Matrix, group: dict[str, Any], counters: dict[Tensor, Counter]
+    ) -> None:
+        p, shards, counter = matrix.param, matrix.shards, counters.get(matrix.param)
+        grad = descent(matrix.grad, group)
+        letters = self._letters(group, shards.shape(grad.shape))
+        with ExitStack() as stack:
+            state = stack.enter_context(shards.opened(matrix.state, letters))
+            if group["state_bits"] == 8:
+                self._refuse_cut_codes(p)
+                stack.enter_context(opened(state, 8, counter))
+            weight = stack.enter_context(stand_in(matrix.weight, counter))
+            step = matrix.step
+            if isinstance(step, Tensor):
+                step = step.to(update_dtype(weight))
+            context = Context(step, matrix.position, shards, weight)
+            self._refresh_if_due(matrix, grad, state, group, context)
+            update = self.direction(grad, state, group, context)
+            lr = step_lr(group)
+            update.subtract_from(weight, lr=lr, decay=lr * group["weight_decay"])
+
+    def _refresh_if_due(
+        self, matrix: Matrix, grad: Tensor, state: State, group: dict[str, Any], context: Context
+    ) -> None:
+        step = group["calls"] if group["capturable"] else matrix.step
+        if self.refresh_due(state, group, step) and not is_capturing():
+            grad = descent(matrix.grad, group) if context.weight is None else grad
+            context = context._replace(step=step, position=matrix.position, weight=matrix.weight)
+            self.refresh(grad, state, group, context)
+
+    def _step_stack(
+        self, batch: list[Matrix], group: dict[str, Any], counters: dict[Tensor, Counter]
+    ) -> None:
+        numbers = [counters.get(matrix.param) for matrix in batch]
+        step = batch[0].step
+        if isinstance(step, Tensor):
+            step = torch.stack([matrix.step for matrix in batch]).view(-1, 1, 1)
+            step = step.to(update_dtype(batch[0].weight))
+        context = Context(step, batch[0].position, WHOLE, None)
+        with ExitStack() as codes:
+            for matrix, number in zip(batch, numbers, strict=True):
                 if group["state_bits"] == 8:
-                    self._refuse_cut_codes(p)
-                    stack.enter_context(opened(state, 8, counter))
-                wide = stack.enter_context(stand_in(weight, counter))
-                self._step_hidden(wide, grad, state, group, index, shards)
+                    codes.enter_context(opened(matrix.state, 8, number))
+                self._refresh_if_due(matrix, matrix.grad, matrix.state, group, context)
+            stack = stacks.StateStack([matrix.state for matrix in batch], self._numbers)
+            grad = descent(torch.stack([matrix.grad for matrix in batch]), group)
+            update = self.direction(grad, stack, group, context)
+            stack.write_back()
+        dense = update.dense()
+        del grad, stack  # before there is one more tensor of the stack's size
+        dense = dense.float() if dense.dtype in LOW else dense
+        lr = step_lr(group)
+        size = lr * update.scale
+        if isinstance(size, Tensor):
+            dense, size = dense * size.view(-1, *(1,) * (dense.ndim - 1)), 1.0
+        weights = [matrix.weight for matrix in batch]
+        decay = lr * group["weight_decay"]
+        subtract_each_(weights, dense.unbind(), numbers, size=size, decay=decay)
 
     def _matrix(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor, Shards]:
         """Weight and gradient as matrices ``[..., m, n]``: what this process has of them."""
@@ -124,80 +258,105 @@ class HiddenRule(RoleOptimizer):
         return oriented(weight, group), as_matrix(grad, group), Shards.of(p, **layout)
 
     def _gradient(self, p: Tensor, group: dict[str, Any]) -> Tensor:
-        """Return this process's part of the direction of descent, laid out as the weight is.
-
-        A float16 gradient in float32: products of it, its ratios and its moments leave float16's
-        range.
-        """
-        grad = local_part(p.grad, like=p)  # type: ignore[arg-type]
-        grad = grad.float() if grad.dtype == torch.float16 else grad
-        return -grad if group["maximize"] else grad
+        """Return this process's part of the direction of descent, laid out as the weight is."""
+        return descent(local_part(p.grad, like=p), group)  # type: ignore[arg-type]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
             for p in group["params"]:
-                step_as_tensor(self.state.get(p, {}), p, capturable=False)
+                step_as_tensor(self.state.get(p, {}), p, capturable=group["capturable"])
 
     def _update(self) -> None:
+        self._check_graph_capture()
         first = self.first_index
+        others: dict[Any, list[tuple[Tensor, Counter | None, float | Tensor]]] = {}
         for group in self.param_groups:
+            if group["capturable"] and not is_capturing():
+                group["calls"] = group.get("calls", 0) + 1  # the device has the weights' counts
             with dispatch.fused(group["fused"], local_params(group)):
-                self._update_group(group, first)
+                counters = self._count(group, first)
+                for p in self._update_group(group, first, counters):
+                    key = (group["fused"], *(_hashable(group[name]) for name in _ADAM))
+                    others.setdefault(key, []).append((p, counters.get(p), scalar_lr(group)))
             first += len(group["params"])
+        for (fused, *options), rows in others.items():
+            with dispatch.fused(fused):
+                params, numbers, rates = map(list, zip(*rows, strict=True))
+                rule: Any = dict(zip(_ADAM, options, strict=True))
+                self._step_others(params, numbers, lr=rates, **rule)
 
-    def _update_group(self, group: dict[str, Any], first: int) -> None:
-        hidden, rest = [], []
-        counters = self._count(group, first)
-        for index, p in enumerate(group["params"], start=first):
+    def _update_group(
+        self, group: dict[str, Any], first: int, counters: dict[Tensor, Counter]
+    ) -> list[Tensor]:
+        """Step the group's matrices; return the parameters that Adam steps."""
+        matrices, others = [], []
+        for position, p in enumerate(group["params"], start=first):
             if p.grad is None:
                 continue
             self._refuse_sparse(p.grad)
             self.state[p]  # there even if empty: a distributed checkpoint asks for each
             if not self._is_own(p, group):
-                self._init_rest(p, group)
+                self._init_other(p, group)
                 if group["state_bits"] == 8:  # one after the other: their moments are wide
-                    t, betas = int(self.state[p]["step"]) + 1, group["betas"]
-                    most = max_direction(t, betas) * bias_correction(t, betas)
+                    t, betas = self.state[p]["step"] + 1, group["betas"]
+                    t = t if group["capturable"] else int(t)
+                    rule: Any = {name: group[name] for name in _ADAM}
+                    rule["max_update"] = max_direction(t, betas) * bias_correction(t, betas)
                     with opened(self.state[p], 8, counters.get(p)):
-                        self._step_rest([p], group, counters, max_update=most)
+                        self._step_others([p], [counters.get(p)], lr=scalar_lr(group), **rule)
                 else:
-                    rest.append(p)
+                    others.append(p)
             elif p.numel() > 0:
-                hidden.append((index, p))
-        self._step_matrices(hidden, group, counters)
-        self._step_rest(rest, group, counters)
+                matrices.append((position, p))
+        self._step_matrices(matrices, group, counters)
+        return others
 
     def _is_own(self, p: Tensor, group: dict[str, Any]) -> bool:
         """Return whether the method's own rule steps a parameter, and not Adam."""
         return role_of(p, group) in self._own_roles
 
-    def _init_rest(self, p: Tensor, group: dict[str, Any]) -> None:
+    def _init_other(self, p: Tensor, group: dict[str, Any]) -> None:
         if group["state_bits"] == 8:
             self._refuse_cut_codes(p)
-        init_adam_state(self.state[p], p, capturable=False, dtype=moment_dtype(p, group))
+        dtype = moment_dtype(p, group)
+        init_adam_state(self.state[p], p, capturable=group["capturable"], dtype=dtype)
 
-    def _step_rest(
-        self,
-        params: list[Tensor],
-        group: dict[str, Any],
-        counters: dict[Tensor, Counter],
-        max_update: float | None = None,
+    def _step_others(
+        self, params: list[Tensor], counters: list[Counter | None], **rule: Any
     ) -> None:
-        adam_step(
-            params,
-            self.state,
-            lr=scalar_lr(group),
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
-            foreach=group["foreach"],
-            capturable=False,
-            counters=[counters.get(p) for p in params],
-            max_update=max_update,
-            eps_before=self._eps_before,
-        )
+        """Step parameters of the other roles by Adam."""
+        rule["eps_before"] = self._eps_before
+        adam_step(params, self.state, counters=counters, **rule)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _key(matrix: Matrix, group: dict[str, Any]) -> Any:
+    """Return what weights that are stepped together have in common; None: it is stepped alone."""
+    weight, state = matrix.weight, matrix.state
+    if matrix.shards.mesh is not None or not stacks.stackable(weight, group["foreach"]):
+        return None
+    kinds = [(t.shape, t.dtype) for t in state.values()]
+    step = None if isinstance(matrix.step, Tensor) else matrix.step
+    return (weight.shape, weight.dtype, matrix.grad.dtype, weight.device, step, *state, *kinds)
+
+
+def _largest(matrix: Matrix) -> int:
+    return max(t.numel() for t in (matrix.weight, *matrix.state.values()))
+
+
+def is_capturing() -> bool:
+    """Return whether the current stream is being captured into a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def step_lr(group: dict[str, Any]) -> float | Tensor:
+    """Return the learning rate: a number, or a 0-dim tensor that the host does not read."""
+    lr = scalar_lr(group)
+    return lr if group["capturable"] else float(lr)
 
 
 def local_params(group: dict[str, Any]) -> Iterator[Tensor]:
@@ -217,16 +376,33 @@ def as_matrix(tensor: Tensor, group: dict[str, Any]) -> Tensor:
     return oriented(matrix, group) if matrix.ndim == tensor.ndim else matrix
 
 
-def count_step(state: State, param: Tensor) -> int:
-    """Count one step in ``state`` and return its number, from 1."""
-    if "step" not in state:
-        state["step"] = 0
-        step_as_tensor(state, param, capturable=False)
-    state["step"] += 1
-    return int(state["step"].item())
+def descent(grad: Tensor, group: dict[str, Any]) -> Tensor:
+    """Return the direction of descent.
+
+    A float16 gradient in float32: products of it, its ratios and its moments leave float16's range.
+    """
+    grad = grad.float() if grad.dtype == torch.float16 else grad
+    return -grad if group["maximize"] else grad
 
 
-def adam_direction(state: State, grad: Tensor, group: dict[str, Any]) -> Tensor:
+def count_steps(
+    states: Sequence[State], params: Sequence[Tensor], capturable: bool = False
+) -> list[Any]:
+    """Count one step in each state; return the numbers, from 1, or the tensors if capturable."""
+    for state, param in zip(states, params, strict=True):
+        if "step" not in state:
+            state["step"] = 0
+            step_as_tensor(state, local_part(param), capturable=capturable)
+    steps = [state["step"] for state in states]
+    if not steps:
+        return []
+    torch._foreach_add_(steps, 1)
+    if capturable:
+        return steps
+    return [int(step) for step in torch.stack(steps).tolist()]
+
+
+def adam_direction(state: State, grad: Tensor, group: dict[str, Any], step: Any) -> Tensor:
     """Update the moments in ``state`` with ``grad`` and return ``m / (√v + eps)``."""
     beta1, beta2 = group["betas"]
     if "exp_avg" not in state:
@@ -234,8 +410,8 @@ def adam_direction(state: State, grad: Tensor, group: dict[str, Any]) -> Tensor:
         state["exp_avg"] = torch.zeros_like(grad, dtype=dtype)
         state["exp_avg_sq"] = torch.zeros_like(grad, dtype=dtype)
     m, v = state["exp_avg"], state["exp_avg_sq"]
-    most = max_direction(int(state["step"]), group["betas"]) if group["state_bits"] else math.inf
-    direction = _fused_direction(m, v, grad, group, most)
+    most = max_direction(step, group["betas"]) if group["state_bits"] else math.inf
+    direction = None if isinstance(most, Tensor) else _fused_direction(m, v, grad, group, most)
     if direction is not None:
         return direction
     with widened([m], [v]) as ([mean], [square]):
@@ -243,7 +419,7 @@ def adam_direction(state: State, grad: Tensor, group: dict[str, Any]) -> Tensor:
         mean.lerp_(grad, 1 - beta1)
         square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         direction = mean / (square.sqrt() + group["eps"])
-    if most != math.inf:
+    if isinstance(most, Tensor) or most != math.inf:
         direction.clamp_(-most, most)
     return direction.to(m.dtype)
 
@@ -263,14 +439,3 @@ def _fused_direction(
     rule["max_update"] = most
     kernels.adam_([direction], [grad], [m], [v], [None], **rule)
     return direction
-
-
-def subtract_(weight: Tensor, update: Tensor, *, size: float, keep: float) -> None:
-    """Set ``W ← keep · W − size · U``, rounded once where the weight is of low precision."""
-    update = update.reshape(weight.shape)
-    if keep != 1.0:
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        update = update.to(wide) * size + weight.to(wide) * (1.0 - keep)
-        weight.sub_(update)
-    else:
-        weight.sub_(update, alpha=size)

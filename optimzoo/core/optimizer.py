@@ -120,13 +120,14 @@ class RoleOptimizer(Optimizer):
 
     def _restore(self, seen: dict[str, Any]) -> None:
         saved_ids = chain.from_iterable(group["params"] for group in seen["param_groups"])
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
-        for saved_id, param in zip(saved_ids, params, strict=True):
+        params = [(p, group) for group in self.param_groups for p in group["params"]]
+        for saved_id, (param, group) in zip(saved_ids, params, strict=True):
             for key, value in seen["state"].get(saved_id, {}).items():
                 loaded = self.state[param].get(key)
                 if not isinstance(value, Tensor) or not isinstance(loaded, Tensor):
                     continue
-                device = torch.device("cpu") if key in _ON_CPU else loaded.device
+                on_cpu = key in _ON_CPU and not group.get("capturable")
+                device = torch.device("cpu") if on_cpu else loaded.device
                 narrow = {param.dtype, value.dtype} == {torch.float16} and key != "history"
                 dtype = torch.float32 if narrow else value.dtype
                 if loaded.dtype != dtype or loaded.device != device:

@@ -54,7 +54,10 @@ class SharedOptions(RoleOptions, total=False):
 
     Attributes:
         maximize: ascend instead of descend.
-        foreach: multi-tensor operations for the other roles' Adam; default: torch's choice.
+        foreach: multi-tensor operations: hidden weights of one shape are stepped together, as a
+            stack of bounded size, and so are the other roles; default: on CUDA.
+        capturable: whether a step may be in a CUDA graph: counts of steps and, if it is a tensor,
+            `lr` stay on the device. Subspaces are renewed by steps outside a graph.
         rounding: how a step rounds 16-bit weights: `nearest` (default), or `stochastic`, which has
             the unrounded result as its expectation and keeps Adam's moments in float32.
         seed: seed of stochastic rounding, and of the sketches of methods that draw; default: 0.
@@ -65,6 +68,7 @@ class SharedOptions(RoleOptions, total=False):
 
     maximize: bool | None
     foreach: bool | None
+    capturable: bool | None
     rounding: str | None
     seed: int | None
     state_bits: int | None

@@ -15,6 +15,14 @@ def check_rounding(options: dict[str, Any]) -> None:
         raise ValueError(f"Invalid seed: {options['seed']}; it must be from 0 to 2^62 - 1")
 
 
+def check_capturable(options: dict[str, Any]) -> None:
+    """Refuse `capturable` beside what counts its steps in Python."""
+    if options["capturable"] and options["rounding"] == "stochastic":
+        raise ValueError(
+            "rounding='stochastic' counts its steps in Python; it excludes capturable=True"
+        )
+
+
 def check_state_bits(bits: Any) -> None:
     """Refuse a width of the state other than None and 8."""
     if bits not in (None, 8):

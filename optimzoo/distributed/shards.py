@@ -11,6 +11,8 @@ from torch import Tensor
 
 from optimzoo.distributed.collectives import all_reduce_
 
+_PLAIN = (Tensor, torch.nn.Parameter)  # looked at first: a missing attribute takes time
+
 
 def local_part(tensor: Tensor, like: Any = None) -> Tensor:
     """Return this process's shard of a tensor, without a copy; a plain tensor as it is.
@@ -20,7 +22,7 @@ def local_part(tensor: Tensor, like: Any = None) -> Tensor:
         like: the parameter of a gradient, which is redistributed to the parameter's placements.
     """
     sharded: Any = tensor
-    if not hasattr(sharded, "to_local"):
+    if type(tensor) in _PLAIN or not hasattr(sharded, "to_local"):
         return tensor
     if like is not None and tuple(sharded.placements) != tuple(like.placements):
         sharded = sharded.redistribute(like.device_mesh, like.placements)  # such as a partial sum
@@ -59,7 +61,7 @@ class Shards:
         Raises:
             RuntimeError: a weight above two dimensions that is sharded inside of a row.
         """
-        if not hasattr(param, "device_mesh"):
+        if type(param) in _PLAIN or not hasattr(param, "device_mesh"):
             return WHOLE
         sharded: Any = param
         mesh, placements = sharded.device_mesh, tuple(sharded.placements)

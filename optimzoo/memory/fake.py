@@ -17,8 +17,8 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_any, tree_map
 
+from optimzoo import stacks
 from optimzoo.kernels import dispatch, native
-from optimzoo.subspace import newton_schulz
 
 
 def fake_copy(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None) -> nn.Module:
@@ -107,7 +107,7 @@ def cuda_choices() -> Iterator[None]:
             (optim, "_foreach_supported_types", [*optim._foreach_supported_types, FakeTensor]),
             (optim, "_get_foreach_kernels_supported_devices", lambda: ["cpu", "cuda"]),
             (dispatch, "_backend", lambda device_type: native.CPU),
-            (newton_schulz, "on_gpu", lambda matrix: True),
+            (stacks, "on_gpu", lambda matrix: True),
         ):
             stack.callback(setattr, module, name, getattr(module, name))
             setattr(module, name, value)

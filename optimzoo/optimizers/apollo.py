@@ -6,19 +6,19 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optimzoo.core.channel_rule import channel_ratio, check_limiter, subtract_scaled_
+from optimzoo.core.channel_rule import channel_ratio, check_limiter, scaled_channels
 from optimzoo.core.matrix_optimizer import (
-    HiddenRule,
+    Context,
+    MatrixOptimizer,
     State,
     adam_direction,
     bias_correction,
-    count_step,
 )
-from optimzoo.core.optimizer import options_of, scalar_lr
+from optimzoo.core.optimizer import options_of
 from optimzoo.core.record import register
 from optimzoo.core.role_options import SharedOptions
+from optimzoo.core.update import Update
 from optimzoo.core.validation import check_choice
-from optimzoo.distributed import Shards
 from optimzoo.subspace.projector import gaussian, resolve_side
 
 
@@ -28,7 +28,7 @@ from optimzoo.subspace.projector import gaussian, resolve_side
     source="arXiv 2412.05270",
     state="low rank: 2 r x longer side; 2 x rest",
 )
-class APOLLO(HiddenRule):
+class APOLLO(MatrixOptimizer):
     r"""Approximated Gradient Scaling (APOLLO).
 
     With ``Ω`` of N(0, 1/r) entries, drawn anew from a seed every `update_proj_gap` steps and never
@@ -70,6 +70,8 @@ class APOLLO(HiddenRule):
     and was not used.
     """
 
+    _numbers = ("update_norm", "projector_seed")
+
     def __init__(
         self,
         params: ParamsT,
@@ -101,48 +103,46 @@ class APOLLO(HiddenRule):
         low = ".n" if resolve_side("auto", shape) == "left" else "m."
         return {"exp_avg": low, "exp_avg_sq": low}
 
-    def _step_hidden(
-        self,
-        weight: Tensor,
-        grad: Tensor,
-        state: State,
-        group: dict[str, Any],
-        index: int,
-        shards: Shards,
-    ) -> None:
-        step = count_step(state, weight)
-        if "projector_seed" not in state or (step - 1) % group["update_proj_gap"] == 0:
-            # Kept, not derived from the step, so that a run continued with another gap is the same.
-            seed = group["seed"] + 7919 * index + step
-            state["projector_seed"] = torch.tensor(seed, dtype=torch.int64)
+    def refresh_due(self, state: State, group: dict[str, Any], step: int) -> bool:
+        """Return whether Ω is drawn anew: first, and every `update_proj_gap` steps."""
+        return "projector_seed" not in state or (step - 1) % group["update_proj_gap"] == 0
+
+    def refresh(self, grad: Tensor, state: State, group: dict[str, Any], context: Context) -> None:
+        """Store the seed of another Ω."""
+        # Kept, not derived from the step, so that a run continued with another gap is the same.
+        seed = group["seed"] + 7919 * context.position + context.step
+        device = grad.device if group["capturable"] else "cpu"
+        state["projector_seed"] = torch.tensor(seed, dtype=torch.int64, device=device)
+
+    def direction(
+        self, grad: Tensor, state: State, group: dict[str, Any], context: Context
+    ) -> Update:
+        """Return the gradient with its channels scaled as Adam scales those of ``R``."""
+        step, shards = context.step, context.shards
         shape = shards.shape(grad.shape)
         left = resolve_side("auto", shape) == "left"
-        omega = gaussian(int(state["projector_seed"]), min(shape[-2:]), group["rank"], grad)
+        omega = gaussian(state["projector_seed"], min(shape[-2:]), group["rank"], grad)
         projected, over = ("m", "n") if left else ("n", "m")
         omega = shards.part(omega, projected)
         low = omega.mT @ grad if left else grad @ omega
         shards.sum_([low], projected)
-        direction = adam_direction(state, low, group)
+        adam = adam_direction(state, low, group, step)
         dim: int | tuple[int, int] = (-2, -1)
         if group["scale_type"] == "channel":
             dim = -2 if left else -1
-            ratio = channel_ratio(direction, low, dim=dim)
+            ratio = channel_ratio(adam, low, dim=dim)
         else:
-            ratio = channel_ratio(direction, low, dim=dim, shards=shards, over=over)
-        factor = group["scale"] ** 0.5
-        lr = float(scalar_lr(group))
-        subtract_scaled_(
-            weight,
+            ratio = channel_ratio(adam, low, dim=dim, shards=shards, over=over)
+        front = group["scale"] ** 0.5 if group["scale_front"] else 1.0
+        scale = bias_correction(step, group["betas"])
+        return scaled_channels(
             grad,
-            ratio * (factor if group["scale_front"] else 1.0),
+            ratio * front if front != 1.0 else ratio,
             state,
+            context,
             dim=dim,
             limit=group["limiter"],
-            size=lr
-            * bias_correction(step, group["betas"])
-            * (1.0 if group["scale_front"] else factor),
-            keep=1 - lr * group["weight_decay"],
-            shards=shards,
+            scale=scale if group["scale_front"] else scale * group["scale"] ** 0.5,
         )
 
 

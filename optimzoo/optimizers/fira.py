@@ -1,5 +1,6 @@
 """Fira: GaLore plus the scaled residual outside its subspace (arXiv 2410.01623)."""
 
+from dataclasses import dataclass
 from typing import Any, Unpack
 
 import torch
@@ -7,26 +8,24 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from optimzoo.core.channel_rule import (
-    Channels,
+    ChannelUpdate,
     channel_ratio,
     check_limiter,
-    excess,
-    limited,
+    limit_norm_growth,
 )
 from optimzoo.core.matrix_optimizer import (
+    Context,
     State,
     adam_direction,
     bias_correction,
-    count_step,
-    subtract_,
 )
-from optimzoo.core.optimizer import options_of, scalar_lr
+from optimzoo.core.optimizer import options_of
 from optimzoo.core.record import register
 from optimzoo.core.role_options import SharedOptions
+from optimzoo.core.update import Number, Update
 from optimzoo.core.validation import check_choice
-from optimzoo.distributed import Shards
-from optimzoo.optimizers.galore import Projected
-from optimzoo.subspace.projector import back, resolve_side, subtract_back_
+from optimzoo.optimizers.galore import LowRankUpdate, Projected
+from optimzoo.subspace.projector import back, project, resolve_side
 
 
 @register(
@@ -74,6 +73,8 @@ class Fira(Projected):
     Source: arXiv 2410.01623; xichen-fy/Fira.
     """
 
+    _numbers = ("update_norm",)
+
     def __init__(
         self,
         params: ParamsT,
@@ -100,41 +101,43 @@ class Fira(Projected):
         check_choice("residual_scale", options["residual_scale"], ("alpha", "one"))
         check_limiter(options["limiter"])
 
-    def _step_hidden(
-        self,
-        weight: Tensor,
-        grad: Tensor,
-        state: State,
-        group: dict[str, Any],
-        index: int,
-        shards: Shards,
-    ) -> None:
-        step = count_step(state, weight)
-        low = self._project(state, grad, group, step, index, shards)
-        direction = adam_direction(state, low, group)
+    def direction(
+        self, grad: Tensor, state: State, group: dict[str, Any], context: Context
+    ) -> Update:
+        """Return Adam's direction in the subspace, and the scaled residual."""
+        shards = context.shards
+        low = project(state, grad, shards)
+        adam = adam_direction(state, low, group, context.step)
         dim = -2 if resolve_side(group["side"], shards.shape(grad.shape)) == "left" else -1
-        alpha = group["scale"]
+        alpha, limit = group["scale"], group["limiter"]
         less = alpha if group["residual_scale"] == "alpha" else 1.0
-        ratio = channel_ratio(direction, low, dim=dim)
-        lr = float(scalar_lr(group))
-        size = lr * bias_correction(step, group["betas"])
-        keep = 1 - lr * group["weight_decay"]
-        channels = Channels.of(weight, grad, dim, shards)
+        ratio = channel_ratio(adam, low, dim=dim)
+        scale = bias_correction(context.step, group["betas"])
+        channels = ChannelUpdate.of(grad, ratio, dim, scale, context)
         # Two parts, one after the other: not for weights that would be rounded after each. With
         # less = 1 the residual's norm would be a difference of numbers that are nearly equal.
-        if channels is not None and weight.dtype == torch.float32 and less <= 0.5:
+        two_parts = context.weight is not None and context.weight.dtype == torch.float32
+        if channels is not None and two_parts and less <= 0.5:
             squares = channels.squares() - back_squares(state, low, less)
-            norm = (ratio.flatten().square() * squares.clamp_min(0)).sum().sqrt()
-            by = excess(norm, state, group["limiter"])
-            ratio = ratio if by is None else ratio / by
-            channels.subtract_(ratio, size=size, keep=keep)
-            part = alpha * direction - low * (less * ratio)
-            subtract_back_(weight, state, part, size=size, keep=1.0)
-            return
+            channels = channels.limited(squares.clamp_min(0), state, limit)
+            part = alpha * adam - low * (less * channels.ratio.view_as(ratio))
+            return ResidualUpdate(part, scale, state, channels)
         residual = (grad - less * back(state, low)) * ratio.to(grad.dtype)
-        residual = limited(residual, state, group["limiter"], shards)
-        update = alpha * back(state, direction) + residual
-        subtract_(weight, update, size=size, keep=keep)
+        residual = limit_norm_growth(residual, state, limit, shards)
+        return Update(alpha * back(state, adam) + residual, scale)
+
+
+@dataclass(frozen=True)
+class ResidualUpdate(LowRankUpdate):
+    """Low-rank update, after one of the gradient's channels."""
+
+    channels: ChannelUpdate | None = None
+
+    def subtract_from(self, weight: Tensor, *, lr: Number, decay: Number) -> None:
+        """Subtract both."""
+        assert self.channels is not None
+        self.channels.subtract_from(weight, lr=lr, decay=decay)
+        super().subtract_from(weight, lr=lr, decay=0.0)
 
 
 def back_squares(state: State, low: Tensor, less: float) -> Tensor:

@@ -1,5 +1,6 @@
 """GaLore: Adam in the leading low-rank subspace of each gradient (arXiv 2403.03507)."""
 
+from dataclasses import dataclass, field
 from typing import Any, Unpack
 
 import torch
@@ -7,21 +8,22 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from optimzoo.core.matrix_optimizer import (
-    HiddenRule,
+    Context,
+    MatrixOptimizer,
     State,
     adam_direction,
     bias_correction,
-    count_step,
 )
-from optimzoo.core.optimizer import options_of, scalar_lr
+from optimzoo.core.optimizer import options_of
 from optimzoo.core.record import register
 from optimzoo.core.role_options import SharedOptions
+from optimzoo.core.update import Number, Update
 from optimzoo.core.validation import check_choice
-from optimzoo.distributed import Shards
 from optimzoo.subspace.bases import KINDS, has_direction
 from optimzoo.subspace.natural import rotate_history
 from optimzoo.subspace.projector import (
     SIDES,
+    back,
     has_projector,
     project,
     refresh,
@@ -35,7 +37,7 @@ def low_dimension(group: dict[str, Any], shape: torch.Size) -> str:
     return {"left": "n", "right": "m", "both": ""}[resolve_side(group["side"], shape)]
 
 
-class Projected(HiddenRule):
+class Projected(MatrixOptimizer):
     """Base class of the methods that keep their state in the gradient's leading subspace."""
 
     def _check_options(self, options: dict[str, Any]) -> None:
@@ -52,40 +54,49 @@ class Projected(HiddenRule):
             **{"projector_left": "m.", "projector_right": "n."},
         }
 
-    def _project(
-        self,
-        state: State,
-        grad: Tensor,
-        group: dict[str, Any],
-        step: int,
-        index: int,
-        shards: Shards,
-    ) -> Tensor:
-        """Return the low-rank gradient, after a refresh of the subspace where one is due."""
+    def refresh_due(self, state: State, group: dict[str, Any], step: int) -> bool:
+        """Return whether the subspace is renewed: first, and every `update_proj_gap` steps."""
+        return (step - 1) % group["update_proj_gap"] == 0 or not has_projector(state)
+
+    def refresh(self, grad: Tensor, state: State, group: dict[str, Any], context: Context) -> None:
+        """Renew the subspace, and rotate the moments into it."""
+        step, shards = context.step, context.shards
         if step == 1:  # drop the subspace of a step whose gradient was zero
             for key in ("projector_left", "projector_right"):
                 state.pop(key, None)
-        if not has_projector(state) or (step - 1) % group["update_proj_gap"] == 0:
-            # Another sketch each time, the same on resume.
-            seed = group["seed"] + 7919 * index + step
-            if step == 1 and not has_direction(grad, shards).any():
+            if not has_direction(grad, shards).any():
                 state["step"] -= 1  # the next step is the first: this gradient has no subspace
-            rotation = refresh(
-                state,
-                grad,
-                rank=group["rank"],
-                kind=group["projector"],
-                side=group["side"],
-                seed=seed,
-                shards=shards,
-            )
-            if rotation is not None and group["rotate"] and "exp_avg" in state:
-                state["exp_avg"].copy_(rotation(state["exp_avg"]))
-                state["exp_avg_sq"].copy_(rotation.of_squares(state["exp_avg_sq"]))
-                if "history" in state:
-                    over = low_dimension(group, shards.shape(grad.shape))
-                    rotate_history(state, rotation, shards, over)
-        return project(state, grad, shards)
+        rotation = refresh(
+            state,
+            grad,
+            rank=group["rank"],
+            kind=group["projector"],
+            side=group["side"],
+            # Another sketch each time, the same on resume.
+            seed=group["seed"] + 7919 * context.position + step,
+            shards=shards,
+        )
+        if rotation is not None and group["rotate"] and "exp_avg" in state:
+            state["exp_avg"].copy_(rotation(state["exp_avg"]))
+            state["exp_avg_sq"].copy_(rotation.of_squares(state["exp_avg_sq"]))
+            if "history" in state:
+                over = low_dimension(group, shards.shape(grad.shape))
+                rotate_history(state, rotation, shards, over)
+
+
+@dataclass(frozen=True)
+class LowRankUpdate(Update):
+    """Update ``scale · P R Qᵀ`` of a low-rank matrix ``R``, one of whose factors may be missing."""
+
+    state: State = field(default_factory=dict)
+
+    def dense(self) -> Tensor:
+        """Return ``P R Qᵀ``."""
+        return back(self.state, self.matrix)
+
+    def subtract_from(self, weight: Tensor, *, lr: Number, decay: Number) -> None:
+        """Subtract it without a tensor of the weight's size, where the dtypes allow that."""
+        subtract_back_(weight, self.state, self.matrix, size=lr * self.scale, decay=decay)
 
 
 @register(
@@ -154,19 +165,11 @@ class GaLore(Projected):
     ) -> None:
         super().__init__(params, options_of(locals()), **options)
 
-    def _step_hidden(
-        self,
-        weight: Tensor,
-        grad: Tensor,
-        state: State,
-        group: dict[str, Any],
-        index: int,
-        shards: Shards,
-    ) -> None:
-        step = count_step(state, weight)
-        low = self._project(state, grad, group, step, index, shards)
-        direction = adam_direction(state, low, group)
-        lr = float(scalar_lr(group))
-        size = lr * bias_correction(step, group["betas"]) * group["scale"]
-        keep = 1 - lr * group["weight_decay"]
-        subtract_back_(weight, state, direction, size=size, keep=keep)
+    def direction(
+        self, grad: Tensor, state: State, group: dict[str, Any], context: Context
+    ) -> Update:
+        """Return Adam's direction in the subspace."""
+        low = project(state, grad, context.shards)
+        adam = adam_direction(state, low, group, context.step)
+        scale = bias_correction(context.step, group["betas"]) * group["scale"]
+        return LowRankUpdate(adam, scale, state)

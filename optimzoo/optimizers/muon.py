@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import Any, Unpack
 
@@ -11,26 +10,28 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from optimzoo.core.matrix_optimizer import (
-    HiddenRule,
+    Context,
+    Matrix,
+    MatrixOptimizer,
+    State,
     as_matrix,
-    oriented,
-    subtract_,
+    descent,
+    step_lr,
 )
-from optimzoo.core.optimizer import copy_group, options_of, scalar_lr
+from optimzoo.core.optimizer import copy_group, options_of
 from optimzoo.core.record import register
 from optimzoo.core.role_options import RoleRates, with_role_options
+from optimzoo.core.update import Update, subtract_
 from optimzoo.core.validation import check_betas, check_choice, check_nonnegative
-from optimzoo.distributed import Shards, by_owners, local_part
-from optimzoo.lowbit import LOW, Counter, moment_dtype, opened, stand_in
+from optimzoo.distributed import by_owners
+from optimzoo.lowbit import Counter, moment_dtype, stand_in
 from optimzoo.roles import ROLES, role_of
+from optimzoo.stacks import in_chunks
 from optimzoo.subspace.newton_schulz import (
     COEFFICIENTS,
     Triple,
     fast_dtype,
-    in_chunks,
-    in_stacks,
     orthogonalize,
-    stacks,
 )
 
 # What torch multiplies a matrix's learning rate by, of its rows and columns.
@@ -48,7 +49,7 @@ NS_DTYPES = ("bfloat16", "float16", "float32", "float64")
     source="kellerjordan.github.io/posts/muon",
     state="1 x hidden + 2 x rest",
 )
-class Muon(HiddenRule):
+class Muon(MatrixOptimizer):
     r"""Momentum, orthogonalised by Newton–Schulz iteration (Muon), and AdamW on the rest.
 
     For a weight of ``roles`` ``[m, n]`` with gradient ``G``, momentum ``M`` and ``μ`` `momentum`::
@@ -88,7 +89,9 @@ class Muon(HiddenRule):
         other_weight_decay: AdamW's weight decay; vectors of `param_groups` have none.
         roles: the roles that Muon trains; the SCALE paper's memory table counts all three matrices.
         maximize: ascend.
-        foreach: multi-tensor operations for the rest; `None` chooses.
+        foreach: multi-tensor operations: weights of one shape are stepped together, as a stack of
+            bounded size, and so is the rest; default: on CUDA.
+        capturable: whether a step may be in a CUDA graph.
         rounding: of weights of 16 bits, once a step: `nearest`, or `stochastic`, which has the
             unrounded result as its expectation and keeps the state in float32.
         seed: of stochastic rounding.
@@ -106,6 +109,7 @@ class Muon(HiddenRule):
     matrices are iterated on by their Gram matrix, in float32 and above (ours).
     """
 
+    _counts_steps = False
     _eps_before = False
 
     def __init__(
@@ -127,6 +131,7 @@ class Muon(HiddenRule):
         roles: tuple[str, ...] = ("hidden",),
         maximize: bool = False,
         foreach: bool | None = None,
+        capturable: bool = False,
         rounding: str = "nearest",
         seed: int = 0,
         state_bits: int | None = None,
@@ -211,71 +216,45 @@ class Muon(HiddenRule):
     def _is_own(self, p: Tensor, group: dict[str, Any]) -> bool:
         return super()._is_own(p, group) and is_matrix(p, group)
 
-    def _step_matrices(
-        self,
-        params: list[tuple[int, Tensor]],
-        group: dict[str, Any],
-        counters: dict[Tensor, Counter],
-    ) -> None:
-        weights = [p for _, p in params]
-        layout = {key: bool(group[key]) for key in ("transposed", "stacked")}
-        shards = [Shards.of(p, **layout) for p in weights]
-        rule = partial(orthogonal, group=group)
-        if any(shard.cut() for shard in shards):
-            updates = self._momenta(weights, group, counters)
-            for i, update in by_owners(rule, updates, shards):
-                self._subtract([weights[i]], [update], shards[i], group, counters)
-            return
-        # Momentum is laid out as its weight: those of one shape are one stack.
-        for places in stacks([as_matrix(local_part(p), group) for p in weights]):
-            batch = [weights[i] for i in places]
-            directions = in_stacks(rule, self._momenta(batch, group, counters))
-            self._subtract(batch, [d for _, d in directions], shards[places[0]], group, counters)
+    def _init_matrix(self, p: Tensor, state: State, group: dict[str, Any]) -> None:
+        if "momentum_buffer" not in state and "momentum_buffer_codes" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p, dtype=moment_dtype(p, group))
 
-    def _momenta(
-        self, params: list[Tensor], group: dict[str, Any], counters: dict[Tensor, Counter]
-    ) -> list[Tensor]:
-        """Take the gradients in; return, as matrices, what is orthogonalised."""
-        means, grads = [], []
-        with ExitStack() as codes:
-            for p in params:
-                state = self.state[p]
-                if group["state_bits"] == 8:
-                    self._refuse_cut_codes(p)
-                    codes.enter_context(opened(state, 8, counters.get(p)))
-                if "momentum_buffer" not in state:
-                    dtype = moment_dtype(p, group)
-                    state["momentum_buffer"] = torch.zeros_like(p, dtype=dtype)
-                means.append(local_part(state["momentum_buffer"]))
-                grads.append(self._gradient(p, group).to(means[-1].dtype))
-            torch._foreach_lerp_(means, grads, 1 - group["momentum"])
-            nesterov = group["nesterov"]
-            updates = torch._foreach_lerp(grads, means, group["momentum"]) if nesterov else means
-        return [as_matrix(update, group) for update in updates]
+    def direction(
+        self, grad: Tensor, state: State, group: dict[str, Any], context: Context
+    ) -> Update:
+        """Return the orthogonalised momentum."""
+        rate = adjustment(context.shards.shape(grad.shape), group)
+        return Update(orthogonal(momentum_of(grad, state, group), group), rate)
 
-    def _subtract(
-        self,
-        params: list[Tensor],
-        updates: list[Tensor],
-        shards: Shards,
-        group: dict[str, Any],
-        counters: dict[Tensor, Counter],
+    def _step_sharded(
+        self, matrices: list[Matrix], group: dict[str, Any], counters: dict[Tensor, Counter]
     ) -> None:
-        """Set ``W ← (1 − ηλ) W − η s U`` for weights of one shape and dtype."""
-        weights = [oriented(local_part(p), group) for p in params]
-        updates = [u.reshape(w.shape) for u, w in zip(updates, weights, strict=True)]
-        lr = float(scalar_lr(group))
-        rows, cols = shards.shape(as_matrix(local_part(params[0]), group).shape)[-2:]
-        adjust = ADJUSTMENTS[group["adjust_lr_fn"] or "original"]
-        size, keep = lr * adjust(rows / group["heads"], cols), 1 - lr * group["weight_decay"]
-        if not counters and (keep == 1.0 or weights[0].dtype not in LOW):
-            if keep != 1.0:
-                torch._foreach_mul_(weights, keep)
-            torch._foreach_sub_(weights, updates, alpha=size)
-            return
-        for p, weight, update in zip(params, weights, updates, strict=True):
-            with stand_in(weight, counters.get(p)) as wide:
-                subtract_(wide, update, size=size, keep=keep)
+        shards = [matrix.shards for matrix in matrices]
+        momenta = []
+        for matrix in matrices:
+            with matrix.shards.opened(matrix.state, {}) as state:
+                momenta.append(momentum_of(descent(matrix.grad, group), state, group))
+        lr = step_lr(group)
+        for i, update in by_owners(partial(orthogonal, group=group), momenta, shards):
+            rate = lr * adjustment(shards[i].shape(momenta[i].shape), group)
+            with stand_in(matrices[i].weight, counters.get(matrices[i].param)) as weight:
+                subtract_(weight, update, size=rate, decay=lr * group["weight_decay"])
+
+
+def momentum_of(grad: Tensor, state: State, group: dict[str, Any]) -> Tensor:
+    """Take the gradient into the momentum; return what is orthogonalised."""
+    buffer = state["momentum_buffer"]
+    mean = (buffer.mT if group["transposed"] else buffer).view(grad.shape)
+    grad = grad.to(mean.dtype)
+    mean.lerp_(grad, 1 - group["momentum"])
+    return grad.lerp(mean, group["momentum"]) if group["nesterov"] else mean
+
+
+def adjustment(shape: torch.Size, group: dict[str, Any]) -> float:
+    """Return what multiplies the learning rate of a whole matrix."""
+    adjust = ADJUSTMENTS[group["adjust_lr_fn"] or "original"]
+    return adjust(shape[-2] / group["heads"], shape[-1])
 
 
 def is_matrix(p: Tensor, group: dict[str, Any]) -> bool:

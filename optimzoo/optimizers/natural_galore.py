@@ -7,19 +7,20 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from optimzoo.core.matrix_optimizer import (
+    Context,
     State,
     adam_direction,
     bias_correction,
-    count_step,
 )
-from optimzoo.core.optimizer import options_of, scalar_lr
+from optimzoo.core.optimizer import options_of
 from optimzoo.core.record import register
 from optimzoo.core.role_options import SharedOptions
+from optimzoo.core.update import Update
 from optimzoo.core.validation import check_choice, check_nonnegative
-from optimzoo.distributed import Shards
-from optimzoo.optimizers.galore import Projected, low_dimension
+from optimzoo.optimizers.galore import LowRankUpdate, Projected, low_dimension
+from optimzoo.stacks import each
 from optimzoo.subspace.natural import natural_gradient
-from optimzoo.subspace.projector import subtract_back_
+from optimzoo.subspace.projector import project
 
 HISTORY_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
@@ -108,35 +109,29 @@ class NaturalGaLore(Projected):
         check_nonnegative(damping=options["damping"])
         check_choice("history_dtype", options["history_dtype"], HISTORY_DTYPES)
 
-    def _step_hidden(
-        self,
-        weight: Tensor,
-        grad: Tensor,
-        state: State,
-        group: dict[str, Any],
-        index: int,
-        shards: Shards,
-    ) -> None:
-        step = count_step(state, weight)
-        low = self._project(state, grad, group, step, index, shards)
+    def direction(
+        self, grad: Tensor, state: State, group: dict[str, Any], context: Context
+    ) -> Update:
+        """Return Adam's direction of the natural gradient in the subspace."""
+        step, shards = context.step, context.shards
+        low = project(state, grad, shards)
         if "history" not in state:
             _init_history(state, low, group)
-        elif group["history_dtype"] == "auto" and state["history"].dtype == torch.float16:
+        elif group["history_dtype"] == "auto" and each(state, "history")[0].dtype == torch.float16:
             state["history"] = state["history"].float()  # as an older checkpoint has it
+        row = (step - 1) % state["gram"].shape[-1]
         natural = natural_gradient(
             state,
             low,
-            (step - 1) % state["gram"].shape[-1],
+            row.long() if isinstance(row, Tensor) else row,
             damping=group["damping"],
             relative=group["relative_damping"],
             shards=shards,
             over=low_dimension(group, shards.shape(grad.shape)),
         )
-        direction = adam_direction(state, natural, group)
-        lr = float(scalar_lr(group))
-        size = lr * bias_correction(step, group["betas"]) * group["scale"]
-        keep = 1 - lr * group["weight_decay"]
-        subtract_back_(weight, state, direction, size=size, keep=keep)
+        adam = adam_direction(state, natural, group, step)
+        scale = bias_correction(step, group["betas"]) * group["scale"]
+        return LowRankUpdate(adam, scale, state)
 
 
 def _init_history(state: State, low: Tensor, group: dict[str, Any]) -> None:

@@ -32,7 +32,8 @@ from optimzoo.core.validation import (
 from optimzoo.distributed import local_part
 from optimzoo.lowbit import Counter, one_by_one, opened
 from optimzoo.roles import input_dim, matrix_view, role_of
-from optimzoo.subspace.newton_schulz import in_stacks, orthogonalize
+from optimzoo.stacks import in_stacks
+from optimzoo.subspace.newton_schulz import orthogonalize
 
 NORMALIZATIONS = ("column", "row", "sign", "spectral")
 
@@ -329,10 +330,7 @@ def scale(
     def direction(grads: list[Tensor]) -> list[Tensor]:
         matrices = [matrix_view(grad, stacked=stacked) for grad in grads]
         how = partial(normalized, dim=dim, normalize=normalize, norm=norm, eps=eps)
-        if normalize == "spectral":
-            updates = [update for _, update in sorted(in_stacks(how, matrices), key=itemgetter(0))]
-        else:
-            updates = [how(matrix) for matrix in matrices]
+        updates = [u for _, u in sorted(in_stacks(how, matrices, foreach), key=itemgetter(0))]
         return [update.view_as(grad) for update, grad in zip(updates, grads, strict=True)]
 
     def step(params: Any, grads: Any, exp_avgs: Any) -> None:

@@ -1,6 +1,7 @@
 """Stable-SPAM: Adam with adaptive clipping and momentum reset (arXiv 2502.17055)."""
 
 import math
+from contextlib import ExitStack
 from typing import Any, ClassVar, Unpack
 
 import torch
@@ -9,18 +10,18 @@ from torch.optim.optimizer import ParamsT
 
 from optimzoo.core.adam import bias_correction, max_direction
 from optimzoo.core.matrix_optimizer import (
-    HiddenRule,
+    MatrixOptimizer,
     State,
-    count_step,
-    subtract_,
+    count_steps,
 )
 from optimzoo.core.optimizer import options_of, scalar_lr
 from optimzoo.core.record import register
 from optimzoo.core.role_options import SharedOptions
+from optimzoo.core.update import subtract_
 from optimzoo.core.validation import check_betas, check_choice
 from optimzoo.distributed import WHOLE, Shards
 from optimzoo.kernels import dispatch
-from optimzoo.lowbit import moment_dtype, widened
+from optimzoo.lowbit import Counter, moment_dtype, opened, stand_in, widened
 from optimzoo.roles import ROLES
 
 
@@ -30,7 +31,7 @@ from optimzoo.roles import ROLES
     source="arXiv 2502.17055",
     state="2 x",
 )
-class StableSPAM(HiddenRule):
+class StableSPAM(MatrixOptimizer):
     r"""Stable Spike-Aware Adam with Momentum Reset (Stable-SPAM).
 
     For every parameter, with step count ``t`` from 1::
@@ -107,6 +108,24 @@ class StableSPAM(HiddenRule):
         whole = "mn" if len(shape) > 1 else "m"
         return {"exp_avg": whole, "exp_avg_sq": whole}
 
+    def _step_matrices(
+        self,
+        params: list[tuple[int, Tensor]],
+        group: dict[str, Any],
+        counters: dict[Tensor, Counter],
+    ) -> None:
+        for index, p in params:
+            weight, grad, shards = self._matrix(p, group)
+            letters = self._letters(group, shards.shape(grad.shape))
+            counter = counters.get(p)
+            with ExitStack() as stack:
+                state = stack.enter_context(shards.opened(self.state[p], letters))
+                if group["state_bits"] == 8:
+                    self._refuse_cut_codes(p)
+                    stack.enter_context(opened(state, 8, counter))
+                wide = stack.enter_context(stand_in(weight, counter))
+                self._step_hidden(wide, grad, state, group, index, shards)
+
     def _step_hidden(
         self,
         weight: Tensor,
@@ -116,7 +135,7 @@ class StableSPAM(HiddenRule):
         index: int,
         shards: Shards,
     ) -> None:
-        step = count_step(state, weight)
+        (step,) = count_steps([state], [weight])
         shrink = cosine_factor(step, group["total_steps"], group["eta_min"])
         kernels = _kernels(weight, grad, state, shards)
         dtype = moment_dtype(grad, group)
@@ -174,7 +193,7 @@ class StableSPAM(HiddenRule):
             if most != math.inf:
                 most *= 1 - beta1**k  # `size` has the other part of the bias correction
                 update.clamp_(-most, most)
-            subtract_(weight, update, size=size, keep=1 - lr * group["weight_decay"])
+            subtract_(weight, update, size=size, decay=lr * group["weight_decay"])
 
 
 def cosine_factor(step: int, total: int | None, low: float) -> float:

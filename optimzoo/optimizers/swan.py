@@ -8,14 +8,22 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optimzoo.core.matrix_optimizer import HiddenRule, subtract_
-from optimzoo.core.optimizer import options_of, scalar_lr
+from optimzoo.core.matrix_optimizer import (
+    Context,
+    Matrix,
+    MatrixOptimizer,
+    State,
+    descent,
+    step_lr,
+)
+from optimzoo.core.optimizer import options_of
 from optimzoo.core.record import register
 from optimzoo.core.role_options import SharedOptions
+from optimzoo.core.update import Update, subtract_
 from optimzoo.distributed import by_owners
 from optimzoo.kernels import dispatch
 from optimzoo.lowbit import Counter, stand_in
-from optimzoo.subspace.newton_schulz import in_stacks, whiten
+from optimzoo.subspace.newton_schulz import whiten
 
 
 @register(
@@ -24,7 +32,7 @@ from optimzoo.subspace.newton_schulz import in_stacks, whiten
     source="arXiv 2412.13148",
     state="none; 2 x rest",
 )
-class SWAN(HiddenRule):
+class SWAN(MatrixOptimizer):
     r"""SGD with Whitening And Normalisation (SWAN).
 
     For a hidden weight ``W`` ``[m, n]`` with gradient ``G``, keeping nothing between steps::
@@ -61,6 +69,8 @@ class SWAN(HiddenRule):
     `beta` and the unit of `lr` are our choices.
     """
 
+    _counts_steps = False
+
     def __init__(
         self,
         params: ParamsT,
@@ -92,21 +102,21 @@ class SWAN(HiddenRule):
     def _is_own(self, p: Tensor, group: dict[str, Any]) -> bool:
         return super()._is_own(p, group) and _row_length(p, group) > 1
 
-    def _step_matrices(
-        self,
-        params: list[tuple[int, Tensor]],
-        group: dict[str, Any],
-        counters: dict[Tensor, Counter],
+    def direction(
+        self, grad: Tensor, state: State, group: dict[str, Any], context: Context
+    ) -> Update:
+        """Return the whitened rows."""
+        return Update(direction(grad, group))
+
+    def _step_sharded(
+        self, matrices: list[Matrix], group: dict[str, Any], counters: dict[Tensor, Counter]
     ) -> None:
-        parts = [self._matrix(p, group) for _, p in params]
-        lr = float(scalar_lr(group))
-        keep = 1 - lr * group["weight_decay"]
-        grads, shards = [grad for _, grad, _ in parts], [shards for _, _, shards in parts]
+        grads = [descent(matrix.grad, group) for matrix in matrices]
         rule = partial(direction, group=group)
-        whole = not any(shard.cut() for shard in shards)
-        for i, update in in_stacks(rule, grads) if whole else by_owners(rule, grads, shards):
-            with stand_in(parts[i][0], counters.get(params[i][1])) as weight:
-                subtract_(weight, update, size=lr, keep=keep)
+        lr = step_lr(group)
+        for i, update in by_owners(rule, grads, [matrix.shards for matrix in matrices]):
+            with stand_in(matrices[i].weight, counters.get(matrices[i].param)) as weight:
+                subtract_(weight, update, size=lr, decay=lr * group["weight_decay"])
 
 
 def _row_length(p: Tensor, group: dict[str, Any]) -> int:

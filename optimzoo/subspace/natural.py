@@ -1,7 +1,8 @@
 """Natural gradients under an empirical Fisher matrix of the last gradients."""
 
+import functools
 import math
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor
 
 from optimzoo.distributed import WHOLE, Shards
 from optimzoo.kernels import dispatch, native
+from optimzoo.stacks import State, StateStack, each
 
-State = MutableMapping[str, Any]
 _JITTERS = (0.0, 1e-10, 1e-8, 1e-6, 1e-4)
 _COLUMNS = 2**16  # columns of a low-precision history that are widened at a time
 
@@ -18,7 +19,7 @@ _COLUMNS = 2**16  # columns of a low-precision history that are widened at a tim
 def natural_gradient(
     state: State,
     low: Tensor,
-    index: int,
+    index: int | Tensor,
     *,
     damping: float,
     relative: bool,
@@ -44,7 +45,9 @@ def natural_gradient(
     Args:
         state: state of one parameter; `history` and `gram` are changed in place.
         low: the low-rank gradient ``[..., a, b]``.
-        index: the row to replace.
+        index: the row to replace; a tensor, one for each weight of a stack, is not read by the
+            host: then the damping is raised on the device, and a matrix that none makes positive
+            definite gives NaN.
         damping: λ.
         relative: take λ in units of the mean squared norm μ of the filled rows, and multiply the
             result by ``(1 + λ) μ``: strong damping then gives back ``g``, whatever its size.
@@ -55,14 +58,28 @@ def natural_gradient(
         RuntimeError: the damped Gram matrix is not positive definite, even with jitter.
     """
     gram = state["gram"]
+    dim = each(state, "gram")[0].ndim - 2
+    lows = low.unbind() if isinstance(state, StateStack) else [low]
+    if isinstance(index, Tensor):
+        for history, i, x in zip(each(state, "history"), index.view(-1), lows, strict=True):
+            history.index_copy_(dim, i.view(1), x.unsqueeze(dim).to(history.dtype))
+    else:
+        rows = [history.select(dim, index) for history in each(state, "history")]
+        torch._foreach_copy_(rows, [x.view(row.shape) for row, x in zip(rows, lows, strict=True)])
     history = state["history"].flatten(gram.ndim - 1)
     g = low.flatten(-2)
-    history[..., index, :] = g
-    row = _products(history, history[..., index, :], gram)
+    row = _products(history, g.to(history.dtype), gram)
     shards.sum_([row], over)
-    gram[..., index, :] = row
-    gram[..., :, index] = row
-    weights = _solve_unit(gram, index, damping, relative).to(gram.dtype)
+    if isinstance(index, Tensor):
+        places = torch.arange(gram.shape[-1], device=gram.device)
+        here = places == index.view((*index.shape[:1], *(1,) * (gram.ndim - 2)))
+        changed = torch.where(here.unsqueeze(-1), row.unsqueeze(-2), gram)
+        gram.copy_(torch.where(here.unsqueeze(-2), row.unsqueeze(-1), changed))
+        weights = _solve_on_device(gram, here, damping, relative).to(gram.dtype)
+    else:
+        gram[..., index, :] = row
+        gram[..., :, index] = row
+        weights = _solve_unit(gram, index, damping, relative).to(gram.dtype)
     return _combination(history, weights).to(g.dtype).reshape(low.shape)
 
 
@@ -70,10 +87,9 @@ def _products(history: Tensor, g: Tensor, gram: Tensor) -> Tensor:
     """Return the product of each gradient of ``history`` with ``g``, in the dtype of ``gram``."""
     if _has_kernel(history, gram):
         return native.CPU.history_dot(history, g)
-    row = torch.zeros_like(gram[..., 0, :])
-    for h, part in zip(*(_widened(t, gram.dtype) for t in (history, g)), strict=True):
-        row += (h @ part.unsqueeze(-1)).squeeze(-1)
-    return row
+    blocks = zip(*(_widened(t, gram.dtype) for t in (history, g)), strict=True)
+    rows = [(h @ part.unsqueeze(-1)).squeeze(-1) for h, part in blocks]
+    return functools.reduce(torch.add, rows)
 
 
 def _combination(history: Tensor, weights: Tensor) -> Tensor:
@@ -81,7 +97,7 @@ def _combination(history: Tensor, weights: Tensor) -> Tensor:
     if _has_kernel(history, weights):
         return native.CPU.history_combine(history, weights)
     parts = [h.mT @ weights.unsqueeze(-1) for h in _widened(history, weights.dtype)]
-    return torch.cat(parts, dim=-2)
+    return torch.cat(parts, dim=-2) if len(parts) > 1 else parts[0]
 
 
 def _has_kernel(history: Tensor, other: Tensor) -> bool:
@@ -98,39 +114,56 @@ def _widened(history: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
 
 
 def _solve_unit(gram: Tensor, index: int, damping: float, relative: bool) -> Tensor:
-    precision = 100 * torch.finfo(gram.dtype).eps
-    size = gram.shape[-1]
     if gram.ndim == 2 and gram.device.type == "cpu":
-        weights = _solve_one(gram, index, damping, relative, precision)
-        if weights is not None:
+        one = _solve_one(gram, index, damping, relative, 100 * torch.finfo(gram.dtype).eps)
+        if one is not None:
+            return one
+    unit = torch.zeros(*gram.shape[:-1], dtype=torch.bool, device=gram.device)
+    unit[..., index] = True
+    for good, weights in _solutions(gram, unit, damping, relative):
+        if not int((~good).sum()):  # a count: of shapes alone, which have no values, it is zero
             return weights
-    eye = torch.eye(size, dtype=torch.float64, device=gram.device)
-    finite = gram.isfinite().all(-1).all(-1)
+    raise RuntimeError(
+        f"the Fisher matrix is not positive definite with damping={damping:g}; raise the damping"
+    )
+
+
+def _solve_on_device(gram: Tensor, unit: Tensor, damping: float, relative: bool) -> Tensor:
+    """Solve without a read by the host: the first good solution of each matrix, else NaN."""
+    solved = torch.full_like(gram[..., 0], math.nan, dtype=torch.float64)
+    for good, weights in reversed([*_solutions(gram, unit, damping, relative)]):
+        solved = torch.where(good.unsqueeze(-1), weights, solved)
+    return solved
+
+
+def _solutions(
+    gram: Tensor, unit: Tensor, damping: float, relative: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield, for a jitter after the other, which matrices are solved, and the solutions."""
+    precision = 100 * torch.finfo(gram.dtype).eps
+    eye = torch.eye(gram.shape[-1], dtype=torch.float64, device=gram.device)
+    finite = gram.sum((-2, -1), dtype=torch.float64).isfinite()
     gram = torch.where(finite[..., None, None], gram.double(), eye)
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     filled = (diagonal > 0).sum(-1).clamp_min(1)
     mean = diagonal.sum(-1) / filled
     ridge = damping * mean if relative else torch.full_like(mean, damping)
-    unit = torch.zeros(*gram.shape[:-1], 1, dtype=gram.dtype, device=gram.device)
-    unit[..., index, :] = 1
     # An all-zero gradient has no scale to damp relative to; any ridge gives zero then.
-    ridge = torch.where(mean > 0, ridge, ridge.clamp_min(1.0))
-    added, good = torch.zeros_like(mean), torch.zeros_like(finite)
+    ridge = least = torch.where(mean > 0, ridge, ridge.clamp_min(1.0))
+    column = unit.to(gram.dtype).unsqueeze(-1)
+    good: Tensor | None = None
     for jitter in _JITTERS:
-        added = torch.where(good, added, jitter * mean)
-        factor, info = torch.linalg.cholesky_ex(gram + (ridge + added)[..., None, None] * eye)
+        if good is not None:  # more for those alone that have not succeeded
+            ridge = torch.where(good, ridge, least + jitter * mean)
+        factor, info = torch.linalg.cholesky_ex(gram + ridge[..., None, None] * eye)
         # A pivot below the rounding of its row is noise, and would be divided by.
         pivots = factor.diagonal(dim1=-2, dim2=-1).square()
         good = (info == 0) & (pivots > precision * diagonal).all(-1)
-        if not int((~good).sum()):  # a count: of shapes alone, which have no values, it is zero
-            weights = torch.cholesky_solve(unit, factor).squeeze(-1)
-            if relative:
-                weights = weights * ((1 + damping) * mean).unsqueeze(-1)
-            # As in torch, NaN and infinity propagate into the weights that they touch.
-            return torch.where(finite.unsqueeze(-1), weights, torch.nan)
-    raise RuntimeError(
-        f"the Fisher matrix is not positive definite with damping={damping:g}; raise the damping"
-    )
+        weights = torch.cholesky_solve(column, factor).squeeze(-1)
+        if relative:
+            weights = weights * ((1 + damping) * mean).unsqueeze(-1)
+        # As in torch, NaN and infinity propagate into the weights that they touch.
+        yield good, torch.where(finite.unsqueeze(-1), weights, torch.nan)
 
 
 def _solve_one(

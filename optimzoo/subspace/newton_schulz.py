@@ -1,16 +1,17 @@
 """Orthogonalisation by Newton–Schulz iteration."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from optimzoo import stacks
+
 Triple = tuple[float, float, float]
 # Quintic coefficients of Keller Jordan's Muon: steep at zero, singular values end in about 0.7-1.2.
 COEFFICIENTS: Triple = (3.4445, -4.7750, 2.0315)
-_STACK = 1 << 25  # elements that are orthogonalised together: 64 MiB in bfloat16, a few times
 _GRAM_PAYS = 1.5  # columns a row: two iterations on X are 8 m²n + 4 m³, by Gram 4 m²n + 10 m³
 
 
@@ -32,7 +33,7 @@ def orthogonalize(
     """
     if dtype is None:
         dtype = torch.promote_types(matrix.dtype, torch.float32)
-        dtype = torch.bfloat16 if on_gpu(matrix) and dtype == torch.float32 else dtype
+        dtype = torch.bfloat16 if stacks.on_gpu(matrix) and dtype == torch.float32 else dtype
     x = matrix.to(dtype)
     tall = x.shape[-2] > x.shape[-1]
     if tall:
@@ -88,13 +89,8 @@ def fast_dtype(matrix: Tensor) -> torch.dtype:
     """
     wide = torch.promote_types(matrix.dtype, torch.float32)
     amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    fast = on_gpu(matrix) or (matrix.device.type == "cpu" and amx())
+    fast = stacks.on_gpu(matrix) or (matrix.device.type == "cpu" and amx())
     return torch.bfloat16 if fast and wide == torch.float32 else wide
-
-
-def on_gpu(matrix: Tensor) -> bool:
-    """Return whether products of small matrices are shorter than their launches."""
-    return matrix.is_cuda
 
 
 def whiten(matrix: Tensor, *, steps: int, beta: float = 0.5) -> Tensor:
@@ -109,58 +105,13 @@ def whiten(matrix: Tensor, *, steps: int, beta: float = 0.5) -> Tensor:
     x = matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix
     gram = x @ x.mT
     size = torch.linalg.matrix_norm(gram, keepdim=True).clamp_min(torch.finfo(gram.dtype).tiny)
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    y, z = gram / size, eye.expand_as(gram)
-    for _ in range(steps):
-        t = 3 * eye - z @ y
-        y, z = beta * y @ t, beta * t @ z
+    y = gram / size
+    eye = torch.eye(y.shape[-1], dtype=y.dtype, device=y.device).expand_as(y)
+    z = beta * (3 * eye - y)  # the first iteration: Z = I
+    y = _add(y, y, z, beta=0, alpha=1) if steps > 1 else y
+    for step in range(1, steps):
+        t = _add(eye, z, y, beta=3, alpha=-1)
+        y = _add(y, y, t, beta=0, alpha=beta) if step + 1 < steps else y  # the last is not used
+        z = _add(z, t, z, beta=0, alpha=beta)
     white = z @ x / size.sqrt()
     return white.mT if matrix.shape[-2] > matrix.shape[-1] else white
-
-
-def in_stacks(
-    rule: Callable[[Tensor], Tensor], matrices: Sequence[Tensor]
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield ``rule`` of each matrix with its index; on a GPU, take those of one shape together.
-
-    Small matrices' products are shorter there than their launches. Stacks are of bounded size, and
-    one is held at a time. ``rule`` takes ``[..., m, n]``.
-    """
-    for places in stacks(matrices):
-        if len(places) == 1:
-            yield places[0], rule(matrices[places[0]])
-        else:
-            stack = torch.stack([matrices[i] for i in places])
-            yield from zip(places, rule(stack).unbind(), strict=True)
-
-
-def stacks(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Yield the indices of matrices of one stack, of bounded size; see :func:`in_stacks`."""
-    alike: dict[tuple[object, ...], list[int]] = {}
-    for i, x in enumerate(matrices):
-        key = (x.shape, x.dtype, x.device) if _stackable(x) else (i,)
-        alike.setdefault(key, []).append(i)
-    for places in alike.values():
-        most = _most(matrices[places[0]])
-        yield from (places[first : first + most] for first in range(0, len(places), most))
-
-
-def in_chunks(rule: Callable[[Tensor], Tensor], matrices: Tensor) -> Tensor:
-    """Return ``rule`` of ``[..., m, n]``, of as many matrices at a time as a stack may have."""
-    flat = matrices.reshape(-1, *matrices.shape[-2:])
-    if len(flat) <= (most := _most(flat[:1])):
-        return rule(matrices)
-    results: Tensor | None = None
-    for at in range(0, len(flat), most):
-        part = rule(flat[at : at + most])
-        results = part.new_empty(flat.shape) if results is None else results
-        results[at : at + most] = part
-    return results.view(matrices.shape)  # type: ignore[union-attr]
-
-
-def _most(matrix: Tensor) -> int:
-    return max(1, _STACK // max(1, matrix.numel()))
-
-
-def _stackable(matrix: Tensor) -> bool:
-    return on_gpu(matrix) and matrix.ndim == 2 and 0 < 2 * matrix.numel() <= _STACK

@@ -16,6 +16,9 @@ from optimzoo.distributed import WHOLE, Shards
 from optimzoo.subspace.bases import leading_basis
 
 State = MutableMapping[str, Any]
+Number = float | Tensor
+# Odd multipliers of a multiplicative hash, as signed 64-bit integers.
+_GOLDEN, _ODD = 0x9E3779B97F4A7C15 - (1 << 64), 0xD6E8FEB86659FD93 - (1 << 64)
 SIDES = ("auto", "left", "right", "both")
 
 
@@ -81,7 +84,7 @@ def refresh(
 
 def has_projector(state: State) -> bool:
     """Return whether ``state`` holds a projector."""
-    return any(key.startswith("projector_") for key in state)
+    return "projector_left" in state or "projector_right" in state
 
 
 def project(state: State, grad: Tensor, shards: Shards = WHOLE) -> Tensor:
@@ -93,24 +96,27 @@ def project(state: State, grad: Tensor, shards: Shards = WHOLE) -> Tensor:
     return low
 
 
-def subtract_back_(weight: Tensor, state: State, low: Tensor, *, size: float, keep: float) -> None:
-    """Apply ``W ← keep · W − size · back(low)`` in place (see :func:`back`).
+def subtract_back_(
+    weight: Tensor, state: State, low: Tensor, *, size: Number, decay: Number
+) -> None:
+    """Apply ``W ← (1 − decay) W − size · back(low)`` in place (see :func:`back`).
 
     A 2-D weight takes no full-size temporary, unless its dtype is narrower than that of ``low``:
     the factors of the product would be rounded to it.
     """
-    if weight.ndim != 2 or torch.promote_types(weight.dtype, low.dtype) != weight.dtype:
+    narrower = torch.promote_types(weight.dtype, low.dtype) != weight.dtype
+    if isinstance(size, Tensor) or isinstance(decay, Tensor) or narrower or weight.ndim != 2:
         update = back(state, low).reshape(weight.shape)
         # One sum, so that a low-precision weight is rounded once.
         wide = torch.promote_types(weight.dtype, torch.float32)
-        weight.sub_(update.to(wide) * size + weight.to(wide) * (1 - keep))
+        weight.sub_(update.to(wide) * size + weight.to(wide) * decay)
         return
     left, right = _factors(state, low)
     if left is not None and right is not None:
         first, second = left @ low, right.mT
     else:
         first, second = (left, low) if left is not None else (low, right.mT)  # type: ignore[union-attr]
-    weight.addmm_(first.to(weight.dtype), second.to(weight.dtype), beta=keep, alpha=-size)
+    weight.addmm_(first.to(weight.dtype), second.to(weight.dtype), beta=1 - decay, alpha=-size)
 
 
 def back(state: State, low: Tensor) -> Tensor:
@@ -129,10 +135,24 @@ def _factors(state: State, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
     )
 
 
-def gaussian(seed: int, rows: int, rank: int, like: Tensor) -> Tensor:
-    """Draw ``[rows, rank]`` from N(0, 1/rank), the same for a seed on one type of device."""
-    # There is no generator for shapes alone, which is all the memory account asks for.
-    generator = None if like.is_meta else torch.Generator(like.device).manual_seed(seed)
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    omega = torch.randn(rows, rank, generator=generator, device=like.device, dtype=dtype)
-    return (omega / math.sqrt(rank)).to(like.dtype)
+def gaussian(seed: int | Tensor, rows: int, rank: int, like: Tensor) -> Tensor:
+    """Draw ``[rows, rank]`` from N(0, 1/rank) for a seed, or ``[k, rows, rank]`` for ``k`` seeds.
+
+    Each number is a hash of seed and place, so matrices that are drawn together are those that are
+    drawn alone, and every device draws the same but for rounding.
+    """
+    count = rows * rank
+    seeds = torch.as_tensor(seed, device=like.device)
+    place = torch.arange(-(-count // 2), device=like.device)
+    bits = place.add(seeds.reshape(-1, 1), alpha=_GOLDEN).mul_(_GOLDEN)
+    bits = bits.bitwise_xor_(bits >> 32).mul_(_ODD)
+    # Each has two integers from -2^23 to 2^23 - 1: a uniform number's place among as many.
+    uniform = (bits.view(torch.int32) >> 8).to(_wide(like)).add_(0.5).mul_(2.0**-23)
+    omega = uniform.erfinv_().mul_(math.sqrt(2 / rank))
+    # Seeds of stacks [k, e, m, n] are one for each k.
+    stack = (*seeds.shape[:1], *(1,) * (like.ndim - 3)) if seeds.ndim else ()
+    return omega[:, :count].reshape(*stack, rows, rank).to(like.dtype)
+
+
+def _wide(like: Tensor) -> torch.dtype:
+    return torch.promote_types(like.dtype, torch.float32)

@@ -10,7 +10,7 @@ from torch import nn
 from zoo_models import METHODS, llama, normal, reloaded, train
 
 from optimzoo import SCALE, param_groups, release
-from optimzoo.core.matrix_optimizer import HiddenRule
+from optimzoo.core.matrix_optimizer import MatrixOptimizer
 from optimzoo.lowbit import Counter, blockwise, dequantize, quantize
 from optimzoo.memory import account
 from optimzoo.models.llama import Llama, get_config
@@ -147,7 +147,7 @@ def test_resumes_and_copies_to_the_bit(name, dtype, rounding, all_sizes):
             set_grads(m, step)
             o.step()
     assert same(values(model), values(again)) and same(values(model), values(twin))
-    assert isinstance(optimizer, HiddenRule | SCALE)
+    assert isinstance(optimizer, MatrixOptimizer | SCALE)
 
 
 @pytest.mark.parametrize("name", ["scale", "galore", "stable_spam", "muon"])

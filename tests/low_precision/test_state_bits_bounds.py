@@ -110,9 +110,9 @@ class Directions:
         self.worst = 0.0
         inner = matrix_optimizer.adam_direction
 
-        def spy(state, grad, group):
-            direction = inner(state, grad, group)
-            bound = max_direction(int(state["step"]), group["betas"])
+        def spy(state, grad, group, step):
+            direction = inner(state, grad, group, step)
+            bound = max_direction(step, group["betas"])
             self.worst = max(self.worst, direction.abs().max().item() / bound)
             return direction
 

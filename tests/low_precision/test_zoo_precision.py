@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from zoo_models import METHODS, llama, make, normal, one_weight, reloaded, train
 
-from optimzoo.core.channel_rule import limited
+from optimzoo.core.channel_rule import limit_norm_growth
 
 every_method = pytest.mark.parametrize("name", METHODS)
 
@@ -67,10 +67,10 @@ def test_the_norm_growth_limiter_is_exact_under_bfloat16():
     state = {}
     update = normal(40, 30, dtype=torch.bfloat16)
     for _ in range(50):
-        assert torch.equal(limited(update, state, 1.01), update)
+        assert torch.equal(limit_norm_growth(update, state, 1.01), update)
     norm = update.float().norm().item()
     for step in range(1, 40):
-        grown = limited(update * 100, state, 1.01)
+        grown = limit_norm_growth(update * 100, state, 1.01)
         assert grown.dtype == torch.bfloat16
         assert grown.float().norm().item() == pytest.approx(norm * 1.01**step, rel=2e-3)
 

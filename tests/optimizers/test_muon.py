@@ -16,9 +16,8 @@ from torch.optim import lr_scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import optimzoo
-from optimzoo import Muon
+from optimzoo import Muon, stacks
 from optimzoo.memory import account, simulate
-from optimzoo.subspace import newton_schulz
 from optimzoo.subspace.newton_schulz import orthogonalize
 
 # For which torch chooses the side, the adjustment and (ours) the Gram form differently.
@@ -324,7 +323,7 @@ def test_weights_of_one_shape_are_one_stack(options, monkeypatch):
     runs, operations = [], []
     for together, layers in ((False, 2), (True, 2), (True, 6)):
         if together:
-            monkeypatch.setattr(newton_schulz, "on_gpu", lambda matrix: True)
+            monkeypatch.setattr(stacks, "on_gpu", lambda matrix: True)
         shapes = [(8, 6), (6, 8), (6, 8), (8, 20)] * layers
         params = start(torch.float64, shapes)
         optimizer = Muon(hidden(params), **options)
@@ -345,7 +344,7 @@ def test_weights_of_one_shape_are_one_stack(options, monkeypatch):
 def test_a_stack_of_experts_goes_in_chunks(monkeypatch):
     experts = drawn(5, 8, 6)
     whole = alone(experts, stacked=True)
-    monkeypatch.setattr(newton_schulz, "_STACK", 2 * 8 * 6)
+    monkeypatch.setattr(stacks, "STACK", 2 * 8 * 6)
     torch.testing.assert_close(alone(experts, stacked=True), whole)
 
 

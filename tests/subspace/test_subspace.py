@@ -10,11 +10,10 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from optimzoo import GaLore, create_optimizer, param_groups
+from optimzoo import GaLore
 from optimzoo.models import llama
-from optimzoo.subspace import newton_schulz, projector
+from optimzoo.subspace import projector
 from optimzoo.subspace.bases import KINDS, leading_basis
-from optimzoo.subspace.newton_schulz import in_stacks, orthogonalize
 from optimzoo.subspace.projector import Rotation, back, project, refresh, resolve_side
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
@@ -317,50 +316,3 @@ def test_what_leaves_the_subspace_leaves_the_moments():
     m = normal(3, 9, seed=1)
     rotation = Rotation(new.mT @ old, None)
     assert_close(rotation(m), torch.cat([m[2:], torch.zeros(2, 9, dtype=m.dtype)]))
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=no_gpu)])
-def test_stacks_are_each_matrix_by_itself(device, monkeypatch):
-    """On a GPU those of one shape go together; on a CPU here too, to see it everywhere."""
-    monkeypatch.setattr(newton_schulz, "_STACK", 600)
-    stackable = newton_schulz._stackable
-    monkeypatch.setattr(
-        newton_schulz, "_stackable", lambda x: x.ndim == 2 and 0 < 2 * x.numel() <= 600
-    )
-    assert not stackable(torch.ones(2, 2))
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(8, 24), (24, 8), (8, 24), (3, 8, 24), (8, 24), (0, 4), (30, 30), (30, 30), (8, 24)]
-    matrices = [torch.randn(s, generator=generator).to(device) for s in shapes]
-    calls = []
-
-    def rule(x):
-        calls.append(tuple(x.shape))
-        return orthogonalize(x)
-
-    together = dict(in_stacks(rule, matrices))
-    assert sorted(together) == list(range(len(shapes)))
-    expected = [(3, 8, 24), (3, 8, 24), (8, 24), (24, 8), (0, 4), (30, 30), (30, 30)]
-    assert sorted(calls) == sorted(expected)
-    for i, x in enumerate(matrices):
-        alone = orthogonalize(x)
-        assert together[i].shape == x.shape
-        assert (together[i] - alone).norm() <= (0.02 if x.is_cuda else 1e-5) * alone.norm()
-
-
-@pytest.mark.parametrize(("name", "options"), [("swan", {}), ("scale", {"normalize": "spectral"})])
-@pytest.mark.parametrize("foreach", [False, True])
-def test_optimizers_step_stacks_as_each_weight(name, options, foreach, monkeypatch):
-    results = []
-    for stacked in (False, True):
-        monkeypatch.setattr(newton_schulz, "_stackable", lambda x, by=stacked: by and x.ndim == 2)
-        model = llama.Llama(llama.LlamaConfig(31, 16, 24, 3, 2), seed=1)
-        groups = param_groups(model)
-        optimizer = create_optimizer(name, groups, lr=1e-2, foreach=foreach, **options)
-        for step in range(3):
-            tokens = torch.arange(20).view(2, 10) + step
-            model(tokens[:, :-1], tokens[:, 1:]).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        results.append([p.detach() for p in model.parameters()])
-    for alone, together in zip(*results, strict=True):
-        assert_close(together, alone, rtol=1e-4, atol=1e-5)

@@ -196,7 +196,7 @@ def arm(place: str, count: int) -> None:
     if place == "call":
         return _arm_any_call(count)
     owner, name = {
-        "step": (galore.GaLore, "_step_hidden"),
+        "step": (galore.GaLore, "direction"),
         "refresh": (galore, "refresh"),
         "write": (checkpoint._Sink, "write"),
         "sync": (os, "fsync"),
