@@ -153,19 +153,19 @@ def test_indices_beyond_32_bits():
     first, count = 2**33, 64 * 64
     p, g = make((64, 64), BF16, 0, 1e-3), torch.ones(64, 64, dtype=BF16, device=DEVICE)
     want = p.float() - 2.0**-15
-    record = table.Record(p, g, None, None, None, None, None, first // 64 + 64, 64)
+    record = table.Record(p, g, None, None, None, None, None, first // 64 + 64, 64, 0)
     values = [*launch._columns([record], [0])]
     for field in (table.PARAM, table.GRAD):
         values[field.value] -= first * 2
     values[table.FIRST.value] = -first // count
+    values[table.RATES.value] = int(np.float32(2.0**-15).view(np.int32))
     gradient, rounding = launch.scalars(seed=3, step=4)
-    rates = launch.rates_table(2.0**-15, 0.0, 1, p.device)
     rule = {"rest": 0.1, "eps": 0.0, "L2": False, **gradient, **rounding}
     types = {"P": launch.TYPES[BF16], "G": launch.TYPES[BF16], "M": None}
     tile = dict(launch.row_tile(record).constants)
     _rows[(1,)](
-        *(torch.tensor(values, device=DEVICE), 1, rates),
-        **{**rule, **types, "ALIGNED": True, "HUGE": True, **tile},
+        *(torch.tensor(values, device=DEVICE), 1),
+        **{**rule, **types, "ALIGNED": 1, "HUGE": True, "SEARCH": 16, **tile},
     )
     bits = stochastic._random_bits(first, count, stochastic._key(3, 4, 0), p.device)
     assert torch.equal(p, stochastic._bfloat16(want.view(-1), bits).to(BF16).view(64, 64))
@@ -244,28 +244,30 @@ def test_neighbours_are_left_alone():
 class Recorder:
     """In a kernel's place: keeps the grids it is launched on."""
 
+    arg_names = ()
+
     def __init__(self):
         self.grids = []
 
     def __getitem__(self, grid):
-        self.grids.append(grid)
+        self.grids.append(grid[0])
         return lambda *arguments, **constants: None
 
 
 def record(rows, cols, dtype=F32, offset=0):
     grad = torch.empty(rows * cols + offset, dtype=dtype, device=DEVICE)[offset:]
-    return table.Record(None, grad, None, None, None, None, None, rows, cols)
+    return table.Record(None, grad, None, None, None, None, None, rows, cols, 0)
 
 
 def test_like_tensors_take_one_launch():
-    kernel = Recorder()
     alike = [record(rows, 64) for rows in (1, 64, 65, 0, 200)]
-    launch.launch(kernel, alike, launch.row_tile)
-    assert kernel.grids == [(1 + 1 + 2 + 4,)]
-    kernel = Recorder()
     other = [record(8, 64), record(8, 64, BF16), record(8, 64, offset=1), record(8, 2000)]
-    launch.launch(kernel, other, launch.row_tile)
-    assert kernel.grids == [(1,), (1,), (1,), (4,)]
+    for records, grids in ((alike, [1 + 1 + 2 + 4]), (other, [1, 1, 1, 4])):
+        kernel = Recorder()
+        plan = launch.Plan([records[0].grad])
+        plan.add(kernel, records, launch.row_tile)
+        plan.run()
+        assert kernel.grids == grids
 
 
 @pytest.mark.parametrize(
