@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 BUDGETS = {
     "scale._rows": (112, 160),
     "scale._signs": (40, 40),
-    "adam._adam": (96, 104),
+    "adam._adam": (96, 112),
     "reduce._rows": (64, 64),
     "reduce._column_parts": (96, 96),
     "reduce._column_ends": (64, 64),
@@ -144,7 +144,7 @@ def case(kernel: str, cols: int, **constants: Any) -> Case:
     if not constants.pop("grad_scale", False):
         constants.update(grad_scale=None, found_inf=None)
     constants = {"ALIGNED": 1, "HUGE": False, "SEARCH": 256, "STOCHASTIC": False, **constants}
-    wide = constants["ALIGNED"] and not name.endswith("_ends")
+    wide = constants["ALIGNED"] > 0 and not name.endswith("_ends")
     return Case(kernel, {**constants, **dict(tile.constants)}, tile.warps, wide)
 
 
@@ -203,7 +203,8 @@ def examined(case: Case, arch: int) -> tuple[str, list[str]]:
     budget = BUDGETS[case.kernel][not case.usual]
     if registers > budget:
         wrong.append(f"{registers} registers, budget {budget}")
-    if case.wide and re.search(r"\b(?:LDG|STG)\.E\.U16\b", code):
+    # Rows that begin anywhere have elements beside their vectors.
+    if case.wide and case.constants["ALIGNED"] == 1 and re.search(r"\b(?:LDG|STG)\.E\.U16\b", code):
         wrong.append("elements of 16 bits are read or written one by one")
     if case.wide and not loads:
         wrong.append("no LDG.E.128")

@@ -112,6 +112,7 @@ def _adam(
     if DIRECTION:
         p = _clamped(moved / (tl.sqrt(v) + adam_eps), limit)
     else:
+        lr, weight_decay = rates_of(mine, count)
         step = tl.load(pointer(mine, count, T.STEP, tl.float32, False))
         c1 = _correction(step, log_beta1)
         root = tl.sqrt(_correction(step, log_beta2))
@@ -119,7 +120,6 @@ def _adam(
             update = (root / c1) * moved / (tl.sqrt(v) + adam_eps)
         else:
             update = (1.0 / c1) * moved / (tl.sqrt(v) * (1.0 / root) + adam_eps)
-        lr, weight_decay = rates_of(mine, count)
         p -= lr * (_clamped(update, limit) + weight_decay * p)
     write_param(param + at, p, inside, at, key, P, STOCHASTIC, HUGE)
 

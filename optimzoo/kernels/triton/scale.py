@@ -102,7 +102,10 @@ def _rows(
             p -= lr * (g * by + weight_decay * p)
             write_param(param + at, p, inside, at, key, P, STOCHASTIC, HUGE)
     elif ALIGNED == T.FIRST_ROW:
-        at, inside, edges, at_edge = odd_rows(row, tl.arange(0, C), rows, cols)
+        base, at, inside, edges, at_edge = odd_rows(row, rows, cols, C)
+        param += base
+        grad += base
+        exp_avg += base
         g = direction(grad, exp_avg, at, inside, factor, rest, M)
         h = direction(grad, exp_avg, edges, at_edge, factor, rest, M)
         p = read(param + at, inside)
@@ -111,12 +114,12 @@ def _rows(
         by = inverse_length(squares, cols.to(tl.float32), eps, L2)[:, None]
         p -= lr * (g * by + weight_decay * p)
         q -= lr * (h * by + weight_decay * q)
-        write_param(param + at, p, inside, at, key, P, STOCHASTIC, HUGE)
-        write_param(param + edges, q, at_edge, edges, key, P, STOCHASTIC, HUGE)
+        write_param(param + at, p, inside, base + at, key, P, STOCHASTIC, HUGE)
+        write_param(param + edges, q, at_edge, base + edges, key, P, STOCHASTIC, HUGE)
     else:
         at, inside = tile(row, tl.arange(0, C), rows, cols)
-        g = direction(grad, exp_avg, at, inside, factor, rest, M)
         p = read(param + at, inside)
+        g = direction(grad, exp_avg, at, inside, factor, rest, M)
         by = inverse_length(tl.sum(g * g, 1), cols.to(tl.float32), eps, L2)[:, None]
         p -= lr * (g * by + weight_decay * p)
         write_param(param + at, p, inside, at, key, P, STOCHASTIC, HUGE)

@@ -117,23 +117,23 @@ def tile(row, col, rows, cols):
 
 
 @triton.jit
-def odd_rows(row, col, rows, cols):
-    """Return indices of rows that begin anywhere, and which exist: of vectors of 8, of the rest.
+def odd_rows(row, rows, cols, C: tl.constexpr):
+    """Return indices in rows that begin anywhere: of vectors of 8, and of up to 7 at each end.
 
-    A vector's first index is a multiple of 8; before and behind them a row has up to 7 elements.
+    They are relative to the first of the results, a multiple of 8 not behind the row's beginning,
+    as are the vectors' own. With each come which of them exist.
     """
-    begin = (row * cols)[:, None]
-    end = begin + cols
+    start = (row * cols)[:, None]
+    base = start // 8 * 8
+    begin = (start - base).to(tl.int32)
+    end = tl.where((row < rows)[:, None], begin + cols.to(tl.int32), begin)
     first = (begin + 7) // 8 * 8
     last = end // 8 * 8
-    at = first + col[None, :]
-    exists = (row < rows)[:, None]
-    inside = exists & (col[None, :] < last - first)
-    head = tl.minimum(first, end)
-    tail = tl.maximum(last, head)
+    at = first + tl.arange(0, C)[None, :]
     edge = tl.arange(0, 16)[None, :]
-    edges = tl.where(edge < 8, begin + edge, tail + (edge - 8))
-    return at, inside, edges, exists & (edges < tl.where(edge < 8, head, end))
+    tail = tl.where(first < end, last, end)
+    edges = tl.where(edge < 8, begin + edge, tail + edge - 8)
+    return base, at, at < last, edges, edges < tl.where(edge < 8, tl.minimum(first, end), end)
 
 
 @triton.jit
