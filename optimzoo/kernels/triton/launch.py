@@ -86,23 +86,14 @@ class _Launch:
         self.constants = {**constants, "count": len(orders)}
         self.compiled: dict[Any, Any] = {}
 
-    def __call__(self, table: Tensor, arguments: dict[str, Any]) -> None:
+    def __call__(self, table: Tensor, arguments: dict[str, Any], variant: Any) -> None:
         given = {**arguments, **self.constants, "table": table}
-        names = self.kernel.arg_names
-        values = [given[name] for name in names]
-        # All that a compiled kernel depends on: its constants, which have upper-case names, and
-        # the types of the rest. To call it so leaves out that Triton looks at each argument.
-        key = tuple(
-            [
-                value if name.isupper() else type(value)
-                for name, value in zip(names, values, strict=True)
-            ]
-        )
-        compiled = self.compiled.get(key)
-        if compiled is not None:
+        values = [given[name] for name in self.kernel.arg_names]
+        compiled = self.compiled.get(variant)
+        if compiled is not None:  # Triton then does not look at each argument again
             compiled[self.grid](*values)
         else:  # the interpreter returns None
-            self.compiled[key] = self.kernel[self.grid](*values, num_warps=self.warps)
+            self.compiled[variant] = self.kernel[self.grid](*values, num_warps=self.warps)
 
 
 class Plan:
@@ -182,12 +173,15 @@ class Plan:
         if not self._launches:
             return
         self._set_rates(lr, weight_decay)
+        # What a kernel is compiled for, besides what is a launch's own: the values of constants,
+        # which have upper-case names, and the types of the rest.
+        variant = tuple([v if k.isupper() else type(v) for k, v in arguments.items()])
         with torch.cuda.device(self._device.index if self._device.type == "cuda" else -1):
             if self._tables is None:
                 whole = _upload(self._words, self._device)
                 self._tables = [whole[launch.at :] for launch in self._launches]
             for launch, table in zip(self._launches, self._tables, strict=True):
-                launch(table, arguments)
+                launch(table, arguments, variant)
 
     def _set_rates(self, lr: Rate | list[Rate], weight_decay: float | list[float]) -> None:
         count = len(self._addresses[0])

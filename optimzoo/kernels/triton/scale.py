@@ -1,5 +1,13 @@
 # mypy: disallow-untyped-defs=False
-"""SCALE's step: ``oz_*_scale`` of csrc/include/optimzoo.h."""
+"""SCALE's step: ``oz_*_scale`` of csrc/include/optimzoo.h.
+
+Bytes moved for each element of 2 bytes, by kind: rows and signs 6 (the gradient and the weight are
+read once and the weight written), with momentum 10; columns 8 in two passes, with momentum 12, and
+float32 sums of 256 rows each between them, less than 1 %; Adam 14. A pass is one launch for all
+tensors alike in types, alignment and tile: a Llama in bfloat16 takes seven, of which three are of
+rows (the two widths of its hidden weights, and the head with its momentum), three of columns (sums,
+their inverses, the step) and one of Adam.
+"""
 
 from collections.abc import Sequence
 from typing import Any
