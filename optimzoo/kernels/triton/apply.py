@@ -114,6 +114,11 @@ def apply_(
         record = Record(p, g, None, None, None, None, s, *shape, i)
         by_kind.setdefault(kind, []).append(record)
     for kind, records in by_kind.items():
-        plan.add(_apply, records, block_tile, KIND=kind)
+        add_steps(plan, records, kind)
     plan.run(lr, weight_decay, **gradient, **rounding)
     written(params)
+
+
+def add_steps(plan: Plan, records: Sequence[Record], kind: int) -> None:
+    """Add steps along momenta, or where there is none gradients, by scales of one kind."""
+    plan.add(_apply, records, block_tile, KIND=kind)

@@ -139,18 +139,10 @@ class Plan:
         for (types, aligned, huge, (shape, warps)), (bucket, units) in buckets.items():
             own = {**constants, **dict(zip("PGM", types, strict=True)), **dict(shape)}
             own |= {"ALIGNED": aligned, "HUGE": huge, "num_warps": warps}
-            for begin in range(0, len(bucket), T.SEARCHES[-1]):
-                part = slice(begin, begin + T.SEARCHES[-1])
-                self._add_launch(kernel, bucket[part], units[part], own)
-
-    def _add_launch(
-        self, kernel: Any, records: list[Record], units: list[int], constants: dict[str, Any]
-    ) -> None:
-        search = next(size for size in T.SEARCHES if len(records) <= size)
-        orders = [record.order for record in records]
-        own = {**constants, "SEARCH": search}
-        self._launches.append(_Launch(kernel, len(self._words), orders, sum(units), own))
-        self._words.extend(_columns(records, units))
+            own["SEARCH"] = next(size for size in T.SEARCHES if len(bucket) <= size)
+            orders = [record.order for record in bucket]
+            self._launches.append(_Launch(kernel, len(self._words), orders, sum(units), own))
+            self._words.extend(_columns(bucket, units))
 
     def renew(self, grads: Sequence[Tensor], steps: Sequence[Tensor | None]) -> bool:
         """Take other gradients and counts; return False if they need another plan."""

@@ -102,7 +102,7 @@ def _column_parts(
     for start in range(begin, tl.minimum(begin + CHUNK, rows), R):
         row = start + tl.arange(0, R)
         at, inside = tile(row, col, rows, cols)
-        g = direction(grad, exp_avg, at, inside, factor, rest, M)
+        g = direction(grad, exp_avg, at, inside, factor, rest, M, C < 8)
         squares += g * g
     tl.store(out + chunk * cols + col, tl.sum(squares, 0), mask=col < cols)
 

@@ -20,7 +20,7 @@ from optimzoo.kernels.dispatch import ADAM, COLUMNS, ROWS, SIGN
 from optimzoo.kernels.table import Rate
 from optimzoo.kernels.triton import table as T
 from optimzoo.kernels.triton.adam import add_vectors, numbers
-from optimzoo.kernels.triton.apply import _apply
+from optimzoo.kernels.triton.apply import add_steps
 from optimzoo.kernels.triton.element import (
     direction,
     gradient_scale,
@@ -32,7 +32,6 @@ from optimzoo.kernels.triton.element import (
 from optimzoo.kernels.triton.launch import (
     UNSPECIALIZED,
     Plan,
-    block_tile,
     flat_tile,
     row_tile,
     scalars,
@@ -96,7 +95,7 @@ def _rows(
         squares = tl.zeros([R, C], tl.float32)
         for start in range(0, cols, C):
             at, inside = tile(row, start + tl.arange(0, C), rows, cols)
-            g = direction(grad, exp_avg, at, inside, factor, rest, M)
+            g = direction(grad, exp_avg, at, inside, factor, rest, M, False)
             squares += g * g
         by = inverse_length(tl.sum(squares, 1), cols.to(tl.float32), eps, L2)[:, None]
         tl.debug_barrier()  # the momentum may be read by other threads than wrote it
@@ -114,8 +113,8 @@ def _rows(
         param += base
         grad += base
         exp_avg += base
-        g = direction(grad, exp_avg, at, inside, factor, rest, M)
-        h = direction(grad, exp_avg, edges, at_edge, factor, rest, M)
+        g = direction(grad, exp_avg, at, inside, factor, rest, M, False)
+        h = direction(grad, exp_avg, edges, at_edge, factor, rest, M, True)
         p = read(param + at, inside)
         q = read(param + edges, at_edge)
         squares = tl.sum(g * g, 1) + tl.sum(h * h, 1)
@@ -127,7 +126,7 @@ def _rows(
     else:
         at, inside = tile(row, tl.arange(0, C), rows, cols)
         p = read(param + at, inside)
-        g = direction(grad, exp_avg, at, inside, factor, rest, M)
+        g = direction(grad, exp_avg, at, inside, factor, rest, M, False)
         by = inverse_length(tl.sum(g * g, 1), cols.to(tl.float32), eps, L2)[:, None]
         p -= lr * (g * by + weight_decay * p)
         write_param(param + at, p, inside, at, key, P, STOCHASTIC, HUGE)
@@ -164,7 +163,7 @@ def _signs(
         number(mine, count, T.INDEX), first_index, step_low, step_high, seed_low, seed_high
     )
     lr, weight_decay = rates_of(mine, count)
-    g = direction(grad, exp_avg, at, inside, gradient_scale(sign, grad_scale), rest, M)
+    g = direction(grad, exp_avg, at, inside, gradient_scale(sign, grad_scale), rest, M, False)
     g = tl.where(g > 0, 1.0, tl.where(g < 0, -1.0, g))  # zero and NaN stay
     p = read(param + at, inside)
     p -= lr * (g + weight_decay * p)
@@ -231,6 +230,6 @@ def _plan(*columns: Sequence[Any]) -> Plan:
     factors = plan.scratch([r.cols for r in records[COLUMNS]])
     by_column = [r._replace(extra=f) for r, f in zip(records[COLUMNS], factors, strict=True)]
     add_column_sums(plan, by_column, INVERT=True)
-    plan.add(_apply, by_column, block_tile, KIND=COLUMNS)
+    add_steps(plan, by_column, COLUMNS)
     add_vectors(plan, records[ADAM])
     return plan

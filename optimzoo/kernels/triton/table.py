@@ -25,7 +25,7 @@ COLS = tl.constexpr(10)
 INDEX = tl.constexpr(11)
 LENGTH = tl.constexpr(12)
 FIRST = tl.constexpr(13)  # 14 fields, an even number: each table begins at a multiple of 16 bytes
-SEARCHES = (16, 256, 2048)  # of one launch: its number of tensors, rounded up
+SEARCHES = (16, 256, 4096, 65536)  # a launch's number of tensors, rounded up
 # How 16-byte accesses fit, ALIGNED of a kernel; 0: not at all.
 EACH_ROW = tl.constexpr(1)
 FIRST_ROW = tl.constexpr(2)
