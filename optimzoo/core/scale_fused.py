@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from optimzoo.distributed import local_part
-from optimzoo.kernels import dispatch, native
-from optimzoo.kernels.table import Table
+from optimzoo.kernels import dispatch
 from optimzoo.lowbit import STEP, Counter
 from optimzoo.roles import input_dim
 
@@ -52,7 +51,7 @@ class _Kept(NamedTuple):
     kernels: Any
     kinds: list[int]
     shapes: list[tuple[int, int]]
-    table: dict[str, Table]  # empty for Triton, which caches its own by content
+    table: Any  # of the kernels
 
 
 class FusedSteps:
@@ -91,7 +90,7 @@ class FusedSteps:
             held["step"] = dispatch.counted(held["step"], params[0].device)
             columns = (params, grads, *(held[name] for name in _STATES), kept.kinds, kept.shapes)
             own = [(groups[number], size) for number, size in kept.groups]
-            self._call(kept.kernels, columns, own, counts, **kept.table)
+            self._call(kept.kernels, columns, own, counts, table=kept.table)
         return True
 
     def step(
@@ -249,11 +248,6 @@ def _kept(
         (i, k) for i, item in enumerate(items) for k in _STATES if getattr(item, k) is not None
     ]
     held = [getattr(items[i], k) for i, k in named]
-    table = {}
-    if isinstance(kernels, native.Library):
-        extras = kernels.scale_scratch(params, kinds, shapes)
-        none = [None] * len(items)
-        table["table"] = Table((*fields[:4], none, fields[4], extras), shapes, kinds)
     return _Kept(
         groups=[(number, len(made[number][1])) for number in numbers],
         places=[place[id(p)] for p in params],
@@ -263,5 +257,5 @@ def _kept(
         kernels=kernels,
         kinds=kinds,
         shapes=shapes,
-        table=table,
+        table=kernels.scale_table(*fields[:7]),
     )

@@ -118,7 +118,7 @@ class Library:
         **shared: Any,
     ) -> None:
         """Take SCALE's step (``oz_*_scale``); ``shared`` and ``table`` are :meth:`_call`'s."""
-        extras: States = [] if table else self.scale_scratch(params, kinds, shapes)
+        extras: States = [] if table else self._scale_scratch(params, kinds, shapes)
         options = _Options(
             momentum=momentum,
             l2=l2,
@@ -324,7 +324,23 @@ class Library:
         if operation not in ("reduce",):
             torch.autograd.graph.increment_version(_written(columns))
 
-    def scale_scratch(self, params: Tensors, kinds: Sequence[int], shapes: Shapes) -> States:
+    def scale_table(
+        self,
+        params: Tensors,
+        grads: Tensors,
+        exp_avgs: States,
+        exp_avg_sqs: States,
+        steps: States,
+        kinds: Sequence[int],
+        shapes: Shapes,
+    ) -> Table:
+        """Return a table for calls of :meth:`scale_` on these tensors."""
+        extras = self._scale_scratch(params, kinds, shapes)
+        none = [None] * len(params)
+        columns = (params, grads, exp_avgs, exp_avg_sqs, none, steps, extras)
+        return Table(columns, shapes, kinds)
+
+    def _scale_scratch(self, params: Tensors, kinds: Sequence[int], shapes: Shapes) -> States:
         """Allocate the scratch memory of SCALE's step: on a GPU, for the sums by column."""
         scratch: list[Tensor | None] = [None] * len(params)
         library = self._loaded[0]

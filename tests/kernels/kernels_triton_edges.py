@@ -97,7 +97,7 @@ def test_lr_may_be_a_tensor():
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_stochastic_rounding_to_the_bit(operation, dtype):
     words = {"seed": 2**63 + 17, "step": 2**33 + 5, "first_index": 2**31}
-    shapes = [(6, 8), (4, 130)]
+    shapes = [(6, 8), (4, 130), (3, 258)]
     params = [make(s, dtype, i, 1e-3 if i else 1e-6) for i, s in enumerate(shapes)]
     grads = [torch.ones(s, device=DEVICE) for s in shapes]
     for g in grads:
@@ -105,19 +105,19 @@ def test_stochastic_rounding_to_the_bit(operation, dtype):
     lr = 2.0**-20 if dtype == BF16 else 2.0**-26
     wants = [p.float() - lr * g for p, g in zip(params, grads, strict=True)]
     if operation == "apply":
-        halves = [on_device([0.5])] * 2
-        apply(params, grads, halves, [SIGN] * 2, lr=2 * lr, weight_decay=0.0, **words)
+        halves = [on_device([0.5])] * 3
+        apply(params, grads, halves, [SIGN] * 3, lr=2 * lr, weight_decay=0.0, **words)
     elif operation == "adam":
         state = [[torch.zeros(s, device=DEVICE) for s in shapes] for _ in range(2)]
         plain = {"betas": (0.0, 0.0), "eps": 0.0, "weight_decay": 0.0}
-        adam(params, grads, *state, [on_device(1.0)] * 2, lr=lr, **plain, **words)
+        adam(params, grads, *state, [on_device(1.0)] * 3, lr=lr, **plain, **words)
     elif operation == "center":
         eighths = [g * 0.125 * (1 + 2.0**-14) for g in grads]
         kernels.center_(params, eighths, shapes, eps=1.0, **words)
         wants = eighths
     else:
-        kinds = [("rows", "columns", "sign").index(operation)] * 2
-        scale(params, grads, [None] * 2, kinds, lr=lr, weight_decay=0.0, eps=0.0, **words)
+        kinds = [("rows", "columns", "sign").index(operation)] * 3
+        scale(params, grads, [None] * 3, kinds, lr=lr, weight_decay=0.0, eps=0.0, **words)
     counter = {"seed": words["seed"], "step": words["step"]}
     for i, (p, x) in enumerate(zip(params, wants, strict=True)):
         index = words["first_index"] + i
@@ -153,19 +153,19 @@ def test_indices_beyond_32_bits():
     first, count = 2**33, 64 * 64
     p, g = make((64, 64), BF16, 0, 1e-3), torch.ones(64, 64, dtype=BF16, device=DEVICE)
     want = p.float() - 2.0**-15
-    record = table.Record(p, g, None, None, None, None, None, first // 64 + 64, 64)
+    record = table.Record(p, g, None, None, None, None, None, first // 64 + 64, 64, 0)
     values = [*launch._columns([record], [0])]
     for field in (table.PARAM, table.GRAD):
         values[field.value] -= first * 2
     values[table.FIRST.value] = -first // count
+    values[table.RATES.value] = int(np.float32(2.0**-15).view(np.int32))
     gradient, rounding = launch.scalars(seed=3, step=4)
-    rates = launch.rates_table(2.0**-15, 0.0, 1, p.device)
     rule = {"rest": 0.1, "eps": 0.0, "L2": False, **gradient, **rounding}
     types = {"P": launch.TYPES[BF16], "G": launch.TYPES[BF16], "M": None}
     tile = dict(launch.row_tile(record).constants)
     _rows[(1,)](
-        *(torch.tensor(values, device=DEVICE), 1, rates),
-        **{**rule, **types, "ALIGNED": True, "HUGE": True, **tile},
+        *(torch.tensor(values, device=DEVICE), 1),
+        **{**rule, **types, "ALIGNED": 1, "HUGE": True, "SEARCH": 16, **tile},
     )
     bits = stochastic._random_bits(first, count, stochastic._key(3, 4, 0), p.device)
     assert torch.equal(p, stochastic._bfloat16(want.view(-1), bits).to(BF16).view(64, 64))
@@ -217,6 +217,76 @@ def test_each_tensor_has_its_own_rate_and_decay():
         assert not torch.equal(together[i], step(rates[i], decays[i - 1], [i])[0])
 
 
+def test_a_plan_is_replayed_with_other_gradients_counts_and_rates():
+    """Its words, and so its table, are those of a plan that is made anew."""
+    kinds = [ROWS, COLUMNS, ADAM]
+    params, averages, squares = (
+        [make((6, 40), F32, 3 * j + i) for i in range(3)] for j in range(3)
+    )
+    squares = [v.abs() for v in squares]
+    options = {"betas": (0.9, 0.999), "adam_eps": 1e-8, "maximize": False, "momentum": 0.9}
+    options |= {"l2": False, "eps": 1e-8}
+    kept = kernels.scale_table()
+    plans = []
+    for step in range(4):
+        grads = [make((6, 40), F32, 100 * step + i) for i in range(3)]
+        if step == 3:  # one that begins elsewhere takes another plan
+            grads[1] = torch.cat([grads[1].flatten(), grads[1].flatten()])[1:241].view(6, 40)
+        rates = {"lr": [0.1, on_device(0.2), 0.3 + step], "weight_decay": [0.1, 0.0, 0.1 * step]}
+        results = []
+        for held in (kept, None):
+            tensors = [[t.clone() for t in column] for column in (params, averages, squares)]
+            if held is not None:
+                tensors = [params, averages, squares]
+                before = [[t.clone() for t in column] for column in tensors]
+            else:
+                tensors = before
+            counts = [None, None, on_device(float(step + 1))]
+            columns = (tensors[0], grads, *tensors[1:], counts, kinds, [(6, 40)] * 3)
+            kernels.scale_(*columns, **rates, **options, table=held)
+            results.append([t for column in tensors for t in column])
+        plans.append(kept.plan)
+        for one, other in zip(*results, strict=True):
+            assert torch.equal(one, other)
+    assert plans[0] is plans[1] is plans[2] is not plans[3]
+
+
+class Compiled:
+    """In a kernel's place: what Triton returns of a launch, which takes the same arguments."""
+
+    arg_names = ("table", "count", "eps", "found_inf", "L2")
+
+    def __init__(self):
+        self.launched, self.again = [], []
+
+    def __getitem__(self, grid):
+        def launched(*values, num_warps):
+            self.launched.append(values)
+            return {grid: lambda *values: self.again.append(values)}
+
+        return launched
+
+
+def test_a_launch_is_repeated_by_what_the_first_one_compiled():
+    kernel, grad = Compiled(), make((8, 64), F32, 0)
+    plan = launch.Plan([grad])
+    plan.add(kernel, [record(8, 64)], launch.row_tile)
+    flag = on_device(0.0)
+    for eps, found_inf, L2 in (
+        (1.0, None, True),
+        (2.0, None, True),
+        (2.0, flag, True),
+        (3.0, flag, False),
+    ):
+        plan.run(eps=eps, found_inf=found_inf, L2=L2)
+    assert [v[1:] for v in kernel.launched] == [
+        (1, 1.0, None, True),
+        (1, 2.0, flag, True),
+        (1, 3.0, flag, False),
+    ]
+    assert [v[1:] for v in kernel.again] == [(1, 2.0, None, True)]
+
+
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_kept_call_of_scale_gives_the_same_bits(change, monkeypatch):
     dispatch._backend.cache_clear()
@@ -239,33 +309,45 @@ def test_neighbours_are_left_alone():
         scale([whole[1, 1:-1].view(2, 99)], [make((2, 99), BF16, kind)], [None], [kind])
     assert whole[0].eq(5.0).all() and whole[2].eq(5.0).all()
     assert whole[1, [0, -1]].eq(5.0).all() and whole[1, 1:-1].ne(5.0).sum() > 150
+    for rows in (1, 2, 3, 4):  # the tensor begins at a multiple of 16 bytes, and its rows anywhere
+        whole = torch.full((1600,), 5.0, dtype=BF16, device=DEVICE)
+        scale(
+            [whole[16 : 16 + 259 * rows].view(rows, 259)],
+            [make((rows, 259), BF16, 0)],
+            [None],
+            [ROWS],
+        )
+        assert whole[:16].eq(5.0).all() and whole[16 + 259 * rows :].eq(5.0).all()
+        assert whole[16 : 16 + 259 * rows].ne(5.0).float().mean() > 0.8
 
 
 class Recorder:
     """In a kernel's place: keeps the grids it is launched on."""
 
+    arg_names = ()
+
     def __init__(self):
         self.grids = []
 
     def __getitem__(self, grid):
-        self.grids.append(grid)
+        self.grids.append(grid[0])
         return lambda *arguments, **constants: None
 
 
 def record(rows, cols, dtype=F32, offset=0):
     grad = torch.empty(rows * cols + offset, dtype=dtype, device=DEVICE)[offset:]
-    return table.Record(None, grad, None, None, None, None, None, rows, cols)
+    return table.Record(None, grad, None, None, None, None, None, rows, cols, 0)
 
 
 def test_like_tensors_take_one_launch():
-    kernel = Recorder()
     alike = [record(rows, 64) for rows in (1, 64, 65, 0, 200)]
-    launch.launch(kernel, alike, launch.row_tile)
-    assert kernel.grids == [(1 + 1 + 2 + 4,)]
-    kernel = Recorder()
     other = [record(8, 64), record(8, 64, BF16), record(8, 64, offset=1), record(8, 2000)]
-    launch.launch(kernel, other, launch.row_tile)
-    assert kernel.grids == [(1,), (1,), (1,), (4,)]
+    for records, grids in ((alike, [1 + 1 + 2 + 4]), (other, [1, 1, 1, 4])):
+        kernel = Recorder()
+        plan = launch.Plan([records[0].grad])
+        plan.add(kernel, records, launch.row_tile)
+        plan.run()
+        assert kernel.grids == grids
 
 
 @pytest.mark.parametrize(

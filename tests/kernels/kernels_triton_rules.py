@@ -57,6 +57,22 @@ def test_scale(kind, mix, momentum):
             agree(m, average)
 
 
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize("cols", [257, 519, 1025, 1031])
+def test_rows_that_begin_anywhere(mix, momentum, cols):
+    """By vectors in the middle and by element at both ends; each end has 0 to 7 of them."""
+    p, g = make((17, cols), mix[0], cols), make((17, cols), mix[1], 1, 1e-3)
+    m = make((17, cols), mix[2], 2, 1e-3) if momentum else None
+    want, average = reference.scale(
+        *(exact(p), exact(g), exact(m)), kind=ROWS, stored=storing(mix[2]), **RULE
+    )
+    scale([p], [g], [m], [ROWS])
+    agree(p, want, slack=1e-3 if momentum and mix[2] != F32 else 1e-6)
+    if momentum:
+        agree(m, average)
+
+
 @pytest.mark.parametrize("kind", [ROWS, COLUMNS])
 @pytest.mark.parametrize("momentum", [False, True])
 def test_long_rows_and_tall_columns(kind, momentum):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 _HOMES = {f"{name}_": name for name in ("scale", "adam", "reduce", "apply", "center")}
+_HOMES["scale_table"] = "scale"
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 """Adam, AdamW, AdamS and Adam's direction: ``oz_*_adam``."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import triton
@@ -21,10 +21,9 @@ from optimzoo.kernels.triton.element import (
 )
 from optimzoo.kernels.triton.launch import (
     UNSPECIALIZED,
+    Plan,
     Tile,
     flat_tile,
-    launch,
-    rates_table,
     scalars,
     written,
 )
@@ -52,12 +51,11 @@ def _clamped(update, limit):
 def _adam(
     table,
     count,
-    rates,
     rest1,
     rest2,
     log_beta1,
     log_beta2,
-    eps,
+    adam_eps,
     alpha,
     pull,
     limit,
@@ -77,11 +75,12 @@ def _adam(
     M: tl.constexpr,
     ALIGNED: tl.constexpr,
     HUGE: tl.constexpr,
+    SEARCH: tl.constexpr,
     C: tl.constexpr,
     MASKED: tl.constexpr,
     CLIPPED: tl.constexpr,
 ):
-    mine = owner(table, count)
+    mine = owner(table, count, SEARCH)
     param = pointer(mine, count, T.PARAM, P, ALIGNED)
     exp_avg = pointer(mine, count, T.EXP_AVG, M, ALIGNED)
     exp_avg_sq = pointer(mine, count, T.EXP_AVG_SQ, M, ALIGNED)
@@ -111,16 +110,16 @@ def _adam(
     tl.store(exp_avg + at, nearest(m, M), mask=inside)
     tl.store(exp_avg_sq + at, nearest(v, M), mask=inside)
     if DIRECTION:
-        p = _clamped(moved / (tl.sqrt(v) + eps), limit)
+        p = _clamped(moved / (tl.sqrt(v) + adam_eps), limit)
     else:
+        lr, weight_decay = rates_of(mine, count)
         step = tl.load(pointer(mine, count, T.STEP, tl.float32, False))
         c1 = _correction(step, log_beta1)
         root = tl.sqrt(_correction(step, log_beta2))
         if BEFORE:
-            update = (root / c1) * moved / (tl.sqrt(v) + eps)
+            update = (root / c1) * moved / (tl.sqrt(v) + adam_eps)
         else:
-            update = (1.0 / c1) * moved / (tl.sqrt(v) * (1.0 / root) + eps)
-        lr, weight_decay = rates_of(rates, mine, count)
+            update = (1.0 / c1) * moved / (tl.sqrt(v) * (1.0 / root) + adam_eps)
         p -= lr * (_clamped(update, limit) + weight_decay * p)
     write_param(param + at, p, inside, at, key, P, STOCHASTIC, HUGE)
 
@@ -163,52 +162,38 @@ def adam_(
         Record(p, g, m, v, *option, 1, p.numel(), i)
         for i, (p, g, m, v, option) in enumerate(columns)
     ]
-    step_records(
-        records,
-        betas=betas,
-        eps=eps,
-        eps_before=eps_before,
-        l1=l1,
-        alpha=alpha,
-        direction=direction,
-        max_update=max_update,
-        rates=rates_table(lr, weight_decay, len(params), params[0].device),
-        **gradient,
-        **rounding,
-    )
+    plan = Plan(grads)
+    plan.add(_adam, records, _tile, BEFORE=eps_before, DIRECTION=direction)
+    rule = numbers(betas=betas, eps=eps, l1=l1, alpha=alpha, max_update=max_update)
+    plan.run(lr, weight_decay, **rule, **gradient, **rounding)
     written(params, exp_avgs, exp_avg_sqs)
 
 
-def step_records(
-    records: Iterable[Record],
+def add_vectors(plan: Plan, records: Sequence[Record]) -> None:
+    """Add the step that SCALE takes on its vectors."""
+    plan.add(_adam, records, _tile, BEFORE=True, DIRECTION=False)
+
+
+def numbers(
     *,
     betas: tuple[float, float],
     eps: float,
-    eps_before: bool,
     l1: float = 0.0,
     alpha: float = 0.0,
-    direction: bool = False,
     max_update: float | None = None,
-    **arguments: Any,
-) -> None:
-    """Launch the kernel once per bucket of ``records``; it takes ``arguments`` as they are."""
+) -> dict[str, float]:
+    """Return the kernel's arguments of these options."""
     logs = [math.log(beta) if beta > 0 else -math.inf for beta in betas]
-    launch(
-        _adam,
-        records,
-        _tile,
-        rest1=1.0 - betas[0],
-        rest2=1.0 - betas[1],
-        log_beta1=logs[0],
-        log_beta2=logs[1],
-        eps=eps,
-        alpha=alpha,
-        pull=alpha * l1,
-        limit=max_update or math.inf,
-        BEFORE=eps_before,
-        DIRECTION=direction,
-        **arguments,
-    )
+    return {
+        "rest1": 1.0 - betas[0],
+        "rest2": 1.0 - betas[1],
+        "log_beta1": logs[0],
+        "log_beta2": logs[1],
+        "adam_eps": float(eps),
+        "alpha": float(alpha),
+        "pull": float(alpha * l1),
+        "limit": float(max_update or math.inf),
+    }
 
 
 def _tile(record: Record) -> Tile:

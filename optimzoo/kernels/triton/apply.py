@@ -1,7 +1,7 @@
 # mypy: disallow-untyped-defs=False
 """Steps along gradients that are scaled by row, by column or as a whole: ``oz_*_apply``."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import triton
@@ -14,9 +14,8 @@ from optimzoo.kernels.triton import table as T
 from optimzoo.kernels.triton.element import gradient_scale, read, rounding_key, write_param
 from optimzoo.kernels.triton.launch import (
     UNSPECIALIZED,
+    Plan,
     block_tile,
-    launch,
-    rates_table,
     scalars,
     written,
 )
@@ -40,7 +39,6 @@ _BY_COLUMN = tl.constexpr(COLUMNS)
 def _apply(
     table,
     count,
-    rates,
     sign,
     grad_scale,
     found_inf,
@@ -56,12 +54,18 @@ def _apply(
     M: tl.constexpr,
     ALIGNED: tl.constexpr,
     HUGE: tl.constexpr,
+    SEARCH: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
 ):
-    mine = owner(table, count)
+    mine = owner(table, count, SEARCH)
     param = pointer(mine, count, T.PARAM, P, ALIGNED)
-    grad = pointer(mine, count, T.GRAD, G, ALIGNED)
+    if M is None:
+        source = pointer(mine, count, T.GRAD, G, ALIGNED)
+        factor = gradient_scale(sign, grad_scale)
+    else:  # the momentum, which has both already
+        source = pointer(mine, count, T.EXP_AVG, M, ALIGNED)
+        factor = 1.0
     scales = pointer(mine, count, T.EXTRA, tl.float32, False)
     rows = height(mine, count, found_inf)
     cols = width(mine, count, ALIGNED)
@@ -80,9 +84,9 @@ def _apply(
         by = tl.load(scales + col, mask=col < cols, other=0.0)[None, :]
     else:
         by = tl.load(scales)
-    g = read(grad + at, inside) * gradient_scale(sign, grad_scale)
+    g = read(source + at, inside) * factor
     p = read(param + at, inside)
-    lr, weight_decay = rates_of(rates, mine, count)
+    lr, weight_decay = rates_of(mine, count)
     p -= lr * (by * g + weight_decay * p)
     write_param(param + at, p, inside, at, key, P, STOCHASTIC, HUGE)
 
@@ -103,20 +107,18 @@ def apply_(
     if not params:
         return
     gradient, rounding = scalars(maximize=maximize, **shared)
-    rates = rates_table(lr, weight_decay, len(params), params[0].device)
-    columns = zip(params, grads, scales, shapes, strict=True)
-    records = [
-        Record(p, g, None, None, None, None, s, *shape, i)
-        for i, (p, g, s, shape) in enumerate(columns)
-    ]
-    apply_records(records, kinds, rates=rates, **gradient, **rounding)
+    plan = Plan(grads)
+    columns = zip(params, grads, scales, shapes, kinds, strict=True)
+    by_kind: dict[int, list[Record]] = {}
+    for i, (p, g, s, shape, kind) in enumerate(columns):
+        record = Record(p, g, None, None, None, None, s, *shape, i)
+        by_kind.setdefault(kind, []).append(record)
+    for kind, records in by_kind.items():
+        add_steps(plan, records, kind)
+    plan.run(lr, weight_decay, **gradient, **rounding)
     written(params)
 
 
-def apply_records(records: Iterable[Record], kinds: Sequence[int], **arguments: Any) -> None:
-    """Launch the kernel once for each kind of scale."""
-    by_kind: dict[int, list[Record]] = {}
-    for record, kind in zip(records, kinds, strict=True):
-        by_kind.setdefault(kind, []).append(record)
-    for kind, chosen in by_kind.items():
-        launch(_apply, chosen, block_tile, KIND=kind, **arguments)
+def add_steps(plan: Plan, records: Sequence[Record], kind: int) -> None:
+    """Add steps along momenta, or where there is none gradients, by scales of one kind."""
+    plan.add(_apply, records, block_tile, KIND=kind)

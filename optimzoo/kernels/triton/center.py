@@ -16,7 +16,7 @@ from optimzoo.kernels.triton.element import (
     rounding_key,
     write_param,
 )
-from optimzoo.kernels.triton.launch import UNSPECIALIZED, launch, row_tile, scalars, written
+from optimzoo.kernels.triton.launch import UNSPECIALIZED, Plan, row_tile, scalars, written
 from optimzoo.kernels.triton.table import Record, height, number, owner, pointer, tile, unit, width
 
 
@@ -39,11 +39,12 @@ def _center(
     M: tl.constexpr,
     ALIGNED: tl.constexpr,
     HUGE: tl.constexpr,
+    SEARCH: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
     LOOP: tl.constexpr,
 ):
-    mine = owner(table, count)
+    mine = owner(table, count, SEARCH)
     out = pointer(mine, count, T.PARAM, P, ALIGNED)
     grad = pointer(mine, count, T.GRAD, G, ALIGNED)
     rows = height(mine, count, found_inf)
@@ -95,5 +96,7 @@ def center_(
         Record(out, g, None, None, None, None, None, *shape, i)
         for i, (out, g, shape) in enumerate(zip(outs, grads, shapes, strict=True))
     ]
-    launch(_center, records, row_tile, eps=eps, **gradient, **rounding)
+    plan = Plan(grads)
+    plan.add(_center, records, row_tile)
+    plan.run(eps=float(eps), **gradient, **rounding)
     written(outs)

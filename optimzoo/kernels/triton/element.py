@@ -33,11 +33,16 @@ def nearest(x, TYPE: tl.constexpr):
 
 
 @triton.jit
-def direction(grad, exp_avg, at, inside, factor, rest, M: tl.constexpr):
-    """Return the gradient, or the momentum as stored, after it has averaged the gradient in."""
+def direction(grad, exp_avg, at, inside, factor, rest, M: tl.constexpr, FEW: tl.constexpr):
+    """Return the gradient, or the momentum as stored, after it has averaged the gradient in.
+
+    FEW: there may be fewer elements than threads.
+    """
     g = read(grad + at, inside) * factor
     if M is not None:
         m = read(exp_avg + at, inside)
+        if FEW:  # several warps then read an element that one of them writes
+            tl.debug_barrier()
         stored = nearest(m + rest * (g - m), M)
         tl.store(exp_avg + at, stored, mask=inside)
         g = stored.to(tl.float32)

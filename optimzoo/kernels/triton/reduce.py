@@ -7,7 +7,6 @@ Each sum is over fixed parts in a fixed order, without atomics: equal inputs giv
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,9 +22,9 @@ from optimzoo.kernels.triton.element import (
 )
 from optimzoo.kernels.triton.launch import (
     UNSPECIALIZED,
+    Plan,
     Tile,
     ceil_div,
-    launch,
     pow2,
     row_tile,
     scalars,
@@ -48,11 +47,12 @@ def _rows(
     M: tl.constexpr,
     ALIGNED: tl.constexpr,
     HUGE: tl.constexpr,
+    SEARCH: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
     LOOP: tl.constexpr,
 ):
-    mine = owner(table, count)
+    mine = owner(table, count, SEARCH)
     grad = pointer(mine, count, T.GRAD, G, ALIGNED)
     out = pointer(mine, count, T.EXTRA, tl.float32, False)
     rows = height(mine, count, found_inf)
@@ -80,15 +80,16 @@ def _column_parts(
     M: tl.constexpr,
     ALIGNED: tl.constexpr,
     HUGE: tl.constexpr,
+    SEARCH: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """Sum squares of CHUNK rows by column; the momentum, if any, averages the gradient in first."""
-    mine = owner(table, count)
+    mine = owner(table, count, SEARCH)
     grad = pointer(mine, count, T.GRAD, G, ALIGNED)
     exp_avg = pointer(mine, count, T.EXP_AVG, M, ALIGNED)
-    out = pointer(mine, count, T.EXTRA, tl.float32, False)
+    out = pointer(mine, count, T.EXP_AVG_SQ, tl.float32, False)
     rows = height(mine, count, found_inf)
     cols = width(mine, count, ALIGNED)
     factor = gradient_scale(sign, grad_scale)
@@ -101,7 +102,7 @@ def _column_parts(
     for start in range(begin, tl.minimum(begin + CHUNK, rows), R):
         row = start + tl.arange(0, R)
         at, inside = tile(row, col, rows, cols)
-        g = direction(grad, exp_avg, at, inside, factor, rest, M)
+        g = direction(grad, exp_avg, at, inside, factor, rest, M, C < 8)
         squares += g * g
     tl.store(out + chunk * cols + col, tl.sum(squares, 0), mask=col < cols)
 
@@ -119,12 +120,13 @@ def _column_ends(
     M: tl.constexpr,
     ALIGNED: tl.constexpr,
     HUGE: tl.constexpr,
+    SEARCH: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
 ):
     """Sum the parts, which are the matrix; INVERT: write the inverse of SCALE's divisor."""
-    mine = owner(table, count)
-    parts = pointer(mine, count, T.GRAD, tl.float32, False)
+    mine = owner(table, count, SEARCH)
+    parts = pointer(mine, count, T.EXP_AVG_SQ, tl.float32, False)
     out = pointer(mine, count, T.EXTRA, tl.float32, False)
     rows = height(mine, count, found_inf)
     cols = width(mine, count, False)
@@ -150,11 +152,12 @@ def _clipped_parts(
     M: tl.constexpr,
     ALIGNED: tl.constexpr,
     HUGE: tl.constexpr,
+    SEARCH: tl.constexpr,
     C: tl.constexpr,
     SPAN: tl.constexpr,
 ):
     """Reduce SPAN elements to their largest magnitude and the sum of squares once clipped."""
-    mine = owner(table, count)
+    mine = owner(table, count, SEARCH)
     grad = pointer(mine, count, T.GRAD, G, ALIGNED)
     extra = pointer(mine, count, T.EXTRA, tl.float32, False)
     parts = pointer(mine, count, T.EXP_AVG_SQ, tl.float32, False)
@@ -186,11 +189,12 @@ def _clipped_ends(
     M: tl.constexpr,
     ALIGNED: tl.constexpr,
     HUGE: tl.constexpr,
+    SEARCH: tl.constexpr,
     C: tl.constexpr,
 ):
     """Reduce the parts, `rows` pairs of a largest magnitude and a sum, to one pair."""
-    mine = owner(table, count)
-    parts = pointer(mine, count, T.GRAD, tl.float32, False)
+    mine = owner(table, count, SEARCH)
+    parts = pointer(mine, count, T.EXP_AVG_SQ, tl.float32, False)
     out = pointer(mine, count, T.EXTRA, tl.float32, False)
     rows = height(mine, count, found_inf)
     squares = tl.zeros([C], tl.float32)
@@ -217,56 +221,35 @@ def reduce_(
         return
     gradient, _ = scalars(maximize=maximize, **shared)
     records: dict[int, list[Record]] = {ROWS: [], COLUMNS: [], SIGN: []}
-    for g, out, kind, (rows, cols) in zip(grads, outs, kinds, shapes, strict=True):
+    columns = zip(grads, outs, kinds, shapes, strict=True)
+    for i, (g, out, kind, (rows, cols)) in enumerate(columns):
         if kind == SIGN:
             rows, cols = 1, rows * cols
-        records[kind].append(Record(None, g, None, None, None, None, out, rows, cols))
-    launch(_rows, records[ROWS], row_tile, **gradient)
-    column_sums(records[COLUMNS], **gradient)
-    _clipped(records[SIGN], **gradient)
+        records[kind].append(Record(None, g, None, None, None, None, out, rows, cols, i))
+    plan = Plan(grads)
+    plan.add(_rows, records[ROWS], row_tile)
+    add_column_sums(plan, records[COLUMNS], INVERT=False)
+    whole = [r for r in records[SIGN] if r.cols]
+    parts = [ceil_div(r.cols, _SPAN) for r in whole]
+    scratch = plan.scratch([2 * n for n in parts])
+    whole = [r._replace(exp_avg_sq=s) for r, s in zip(whole, scratch, strict=True)]
+    plan.add(_clipped_parts, whole, _span_tile)
+    ended = [r._replace(rows=n, cols=1) for r, n in zip(whole, parts, strict=True)]
+    plan.add(_clipped_ends, ended, _last_tile)
+    plan.run(rest=0.0, eps=0.0, L2=True, **gradient)
 
 
-def column_sums(
-    records: Sequence[Record],
-    *,
-    rest: float = 0.0,
-    eps: float = 0.0,
-    L2: bool = True,
-    INVERT: bool = False,
-    **gradient: Any,
-) -> None:
-    """Write sums by column of squared gradients, or of updated momenta, to ``extra``."""
+def add_column_sums(plan: Plan, records: Sequence[Record], *, INVERT: bool) -> None:
+    """Add sums by column of squared gradients, or of updated momenta, into ``extra``."""
     records = [r for r in records if r.rows and r.cols]
     chunks = [ceil_div(r.rows, _CHUNK) for r in records]
-    scratch = _scratch([n * r.cols for n, r in zip(chunks, records, strict=True)], records)
-    begun = [r._replace(param=None, extra=s) for r, s in zip(records, scratch, strict=True)]
-    launch(_column_parts, begun, _part_tile, rest=rest, **gradient)
+    scratch = plan.scratch([n * r.cols for n, r in zip(chunks, records, strict=True)])
+    begun = [r._replace(param=None, exp_avg_sq=s) for r, s in zip(records, scratch, strict=True)]
+    plan.add(_column_parts, begun, _part_tile)
     ended = [
-        Record(None, s, None, None, None, None, r.extra, n, r.cols, length=r.rows)
-        for r, s, n in zip(records, scratch, chunks, strict=True)
+        r._replace(exp_avg=None, rows=n, length=r.rows) for r, n in zip(begun, chunks, strict=True)
     ]
-    found_inf = gradient["found_inf"]
-    launch(_column_ends, ended, _end_tile, eps=eps, found_inf=found_inf, L2=L2, INVERT=INVERT)
-
-
-def _clipped(records: Sequence[Record], *, found_inf: Tensor | None, **gradient: Any) -> None:
-    records = [r for r in records if r.rows and r.cols]
-    parts = [ceil_div(r.cols, _SPAN) for r in records]
-    scratch = _scratch([2 * n for n in parts], records)
-    begun = [r._replace(exp_avg_sq=s) for r, s in zip(records, scratch, strict=True)]
-    launch(_clipped_parts, begun, _span_tile, **gradient)
-    ended = [
-        Record(None, s, None, None, None, None, r.extra, n, 1)
-        for r, s, n in zip(records, scratch, parts, strict=True)
-    ]
-    launch(_clipped_ends, ended, _last_tile, found_inf=found_inf)
-
-
-def _scratch(sizes: list[int], records: Sequence[Record]) -> Sequence[Tensor]:
-    if not records:
-        return ()
-    whole = torch.empty(sum(sizes), dtype=torch.float32, device=records[0].grad.device)
-    return whole.split(sizes)
+    plan.add(_column_ends, ended, _end_tile, INVERT=INVERT)
 
 
 def _part_tile(record: Record) -> Tile:

@@ -18,26 +18,32 @@ EXP_AVG_SQ = tl.constexpr(3)
 MASK = tl.constexpr(4)
 STEP = tl.constexpr(5)
 EXTRA = tl.constexpr(6)
-ROWS = tl.constexpr(7)
-COLS = tl.constexpr(8)
-INDEX = tl.constexpr(9)
-LENGTH = tl.constexpr(10)
-FIRST = tl.constexpr(11)
+LR = tl.constexpr(7)  # address of the learning rate; 0: it is in RATES
+RATES = tl.constexpr(8)  # two float32: the learning rate and the decay
+ROWS = tl.constexpr(9)
+COLS = tl.constexpr(10)
+INDEX = tl.constexpr(11)
+LENGTH = tl.constexpr(12)
+FIRST = tl.constexpr(13)  # 14 fields, an even number: each table begins at a multiple of 16 bytes
+SEARCHES = (16, 256, 4096, 65536)  # a launch's number of tensors, rounded up
+# How 16-byte accesses fit, ALIGNED of a kernel; 0: not at all.
+EACH_ROW = tl.constexpr(1)
+FIRST_ROW = tl.constexpr(2)
 
 
 class Record(NamedTuple):
-    """One tensor's column of the table, except its first program; None if it has no such tensor."""
+    """One tensor's column of the table: None if it has no such tensor; rates come with a run."""
 
     param: Tensor | None
     grad: Tensor
     exp_avg: Tensor | None
-    exp_avg_sq: Tensor | None
+    exp_avg_sq: Tensor | None  # or partial sums
     mask: Tensor | None
     step: Tensor | None
     extra: Tensor | None
     rows: int
     cols: int
-    order: int = 0  # the tensor's index in the call: of its rates, and in stochastic rounding
+    order: int  # the tensor's index in the call
     length: int = 0  # how many elements a sum is over
 
 
@@ -48,24 +54,23 @@ def number(mine, count, FIELD: tl.constexpr):
 
 
 @triton.jit
-def rates_of(rates, mine, count):
+def rates_of(mine, count):
     """Load a tensor's learning rate and decay."""
-    at = rates + 2 * number(mine, count, INDEX)
-    return tl.load(at), tl.load(at + 1)
+    both = number(mine, count, RATES)
+    lr = both.to(tl.int32).to(tl.float32, bitcast=True)
+    weight_decay = (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    away = number(mine, count, LR)
+    lr = tl.load(away.to(tl.pointer_type(tl.float32)), mask=away != 0, other=lr)
+    return lr, weight_decay
 
 
 @triton.jit
-def owner(table, count):
+def owner(table, count, SEARCH: tl.constexpr):
     """Return the column of this program's tensor: the last whose first program is not after it."""
-    program = tl.program_id(0)
-    low = 0
-    high = count
-    while high - low > 1:
-        middle = (low + high) // 2
-        before = number(table + middle, count, FIRST) <= program
-        low = tl.where(before, middle, low)
-        high = tl.where(before, high, middle)
-    return table + low
+    # All at once: a binary search would be a chain of loads before the first one that matters.
+    at = tl.arange(0, SEARCH)
+    first = tl.load(table + FIRST * count + at, mask=at < count, other=1 << 62)
+    return table + (tl.sum((first <= tl.program_id(0)).to(tl.int32), 0) - 1)
 
 
 @triton.jit
@@ -76,7 +81,7 @@ def unit(mine, count):
 
 @triton.jit
 def pointer(mine, count, FIELD: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Return a pointer to TYPE, aligned to 16 bytes if ALIGNED; the address if TYPE is None."""
+    """Return a pointer to TYPE, aligned to 16 bytes unless ALIGNED is 0; of no TYPE the address."""
     address = number(mine, count, FIELD)
     if TYPE is not None:
         address = address.to(tl.pointer_type(TYPE))
@@ -98,7 +103,7 @@ def height(mine, count, found_inf):
 def width(mine, count, ALIGNED: tl.constexpr):
     """Load the number of columns."""
     cols = number(mine, count, COLS)
-    if ALIGNED:
+    if ALIGNED == EACH_ROW:
         cols = cols // 8 * 8  # unchanged, but tells the compiler that it is a multiple of 8
     return cols
 
@@ -108,6 +113,26 @@ def tile(row, col, rows, cols):
     """Return row-major indices of all pairs of these rows and columns, and which of them exist."""
     inside = (row < rows)[:, None] & (col < cols)[None, :]
     return row[:, None] * cols + col[None, :], inside
+
+
+@triton.jit
+def odd_rows(row, rows, cols, C: tl.constexpr):
+    """Return indices in rows that begin anywhere: of vectors of 8, and of up to 7 at each end.
+
+    They are relative to the first of the results, a multiple of 8 not behind the row's beginning,
+    as are the vectors' own. With each come which of them exist.
+    """
+    start = (row * cols)[:, None]
+    base = start // 8 * 8
+    begin = (start - base).to(tl.int32)
+    end = tl.where((row < rows)[:, None], begin + cols.to(tl.int32), begin)
+    first = (begin + 7) // 8 * 8
+    last = end // 8 * 8
+    at = first + tl.arange(0, C)[None, :]
+    edge = tl.arange(0, 16)[None, :]
+    tail = tl.where(first < end, last, end)
+    edges = tl.where(edge < 8, begin + edge, tail + edge - 8)
+    return base, at, at < last, edges, edges < tl.where(edge < 8, tl.minimum(first, end), end)
 
 
 @triton.jit
