@@ -244,11 +244,11 @@ class Muon(MatrixOptimizer):
 
 def momentum_of(grad: Tensor, state: State, group: dict[str, Any]) -> Tensor:
     """Take the gradient into the momentum; return what is orthogonalised."""
-    buffer = state["momentum_buffer"]
-    mean = (buffer.mT if group["transposed"] else buffer).view(grad.shape)
-    grad = grad.to(mean.dtype)
-    mean.lerp_(grad, 1 - group["momentum"])
-    return grad.lerp(mean, group["momentum"]) if group["nesterov"] else mean
+    mean = state["momentum_buffer"]  # laid out as the weight is
+    given = (grad.mT if group["transposed"] else grad).reshape(mean.shape).to(mean.dtype)
+    mean.lerp_(given, 1 - group["momentum"])
+    update = given.lerp(mean, group["momentum"]) if group["nesterov"] else mean
+    return (update.mT if group["transposed"] else update).reshape(grad.shape)
 
 
 def adjustment(shape: torch.Size, group: dict[str, Any]) -> float:

@@ -21,7 +21,16 @@ ORDER = {
         ["__main__"],
     ],
     "optimzoo": [
-        ["_version", "flattened", "distributed", "kernels", "lowbit", "models", "options"],
+        [
+            "_version",
+            "flattened",
+            "distributed",
+            "kernels",
+            "lowbit",
+            "models",
+            "options",
+            "stacks",
+        ],
         ["roles", "subspace"],
         ["sparsity", "lowrank"],
         ["core"],
