@@ -35,6 +35,14 @@ def step_as_tensor(state: MutableMapping[str, Any], param: Tensor, *, capturable
         state["step"] = torch.tensor(state["step"], dtype=_get_scalar_dtype(), device=device)
 
 
+def read_counts(steps: Sequence[Tensor]) -> list[float]:
+    """Return step counts as numbers: one read for all, as each would wait for its device."""
+    if len({step.device for step in steps}) > 1:
+        steps = [step.cpu() for step in steps]
+    counts: list[float] = torch.stack(list(steps)).tolist() if steps else []
+    return counts
+
+
 def bias_correction(step: float, betas: tuple[float, float]) -> float:
     """Return ``√(1 − β₂ᵗ) / (1 − β₁ᵗ)``."""
     return float(math.sqrt(1 - betas[1] ** step) / (1 - betas[0] ** step))

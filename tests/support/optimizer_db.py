@@ -361,13 +361,13 @@ class PlannedAdamS(AdamS):
             super().add_param_group({**param_group, "sparse": False})
 
 
-def _zoo_info(cls, inputs, refusals, *, foreach=True) -> OptimizerInfo:
+def _zoo_info(cls, inputs, refusals) -> OptimizerInfo:
     return OptimizerInfo(
         cls,
         optim_inputs_func=(zoo_inputs if cls is PlannedAdamS else coded_inputs)(**inputs),
         optim_error_inputs_func=zoo_error_inputs(**refusals),
         scheduler_inputs=SCHEDULERS,
-        supported_impls=("foreach",) if foreach else (),
+        supported_impls=("foreach",),
         supports_complex=False,
     )
 
@@ -435,7 +435,6 @@ ZOO = [
             "eta_min": (0.0, "Invalid eta_min: 0.0"),
             "reset_step": ("both", "Invalid reset_step: 'both'.*authors, clean"),
         },
-        foreach=False,
     ),
     _zoo_info(
         PlannedAdamS,
