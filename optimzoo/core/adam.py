@@ -142,21 +142,25 @@ def adam(
         with widened(means, squares) as (means, squares):
             grads = [g.to(m.dtype) for g, m in zip(grads, means, strict=True)]
             if maximize:
-                grads = [-g for g in grads]
+                grads = list(torch._foreach_neg(grads))
             rule(params, grads, means, squares, steps, *options)
 
     lists = (params, grads, exp_avgs, exp_avg_sqs, steps)
     one_by_one(step, counters, *lists, alone=any(m.dtype in LOW for m in exp_avgs))
 
 
-def _correction(step: Tensor, betas: tuple[float, float], capturable: bool) -> float | Tensor:
+def _corrections(
+    steps: list[Tensor], betas: tuple[float, float], eps: float, eps_before: bool, capturable: bool
+) -> tuple[list[Any], Any]:
+    """Return the factor of each update, and what is added to the roots of its second moments."""
     if capturable:
-        return (1 - betas[1] ** step).sqrt() / (1 - betas[0] ** step)
-    return bias_correction(step.item(), betas)
-
-
-def _eps(eps: float, step: Tensor, beta2: float, eps_before: bool) -> float:
-    return eps if eps_before else eps * math.sqrt(1 - beta2 ** step.item())
+        # In float64: at first the two are nearly equal.
+        counts = torch.stack(steps).double()
+        factors = (1 - betas[1] ** counts).sqrt() / (1 - betas[0] ** counts)
+        return list(factors.unbind()), eps
+    numbers = read_counts(steps)
+    floors = eps if eps_before else [eps * math.sqrt(1 - betas[1] ** n) for n in numbers]
+    return [bias_correction(n, betas) for n in numbers], floors
 
 
 def _single_tensor_adam(
@@ -180,8 +184,9 @@ def _single_tensor_adam(
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         # With `differentiable` autograd keeps m for the backward, and the next step changes it.
         mean = m.clone() if m.requires_grad else m
-        update = mean / (v.sqrt() + _eps(eps, step, beta2, eps_before))
-        update = update * _correction(step, betas, capturable)
+        (factor,), floors = _corrections([step], betas, eps, eps_before, capturable)
+        update = mean / (v.sqrt() + (floors if eps_before else floors[0]))
+        update = update * factor
         if max_update is not None:
             update = update.clamp(-max_update, max_update)
         if weight_decay != 0:
@@ -210,12 +215,11 @@ def _multi_tensor_adam(
     torch._foreach_mul_(exp_avg_sqs, beta2)
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, value=1 - beta2)
     update = torch._foreach_sqrt(exp_avg_sqs)
-    floors: Any = eps if eps_before else [_eps(eps, step, beta2, eps_before) for step in steps]
+    factors, floors = _corrections(steps, betas, eps, eps_before, capturable)
     torch._foreach_add_(update, floors)
     torch._foreach_reciprocal_(update)
     torch._foreach_mul_(update, exp_avgs)
-    corrections: Any = [_correction(step, betas, capturable) for step in steps]
-    torch._foreach_mul_(update, corrections)
+    torch._foreach_mul_(update, factors)
     if max_update is not None:
         torch._foreach_clamp_max_(update, max_update)
         torch._foreach_clamp_min_(update, -max_update)
