@@ -28,11 +28,15 @@ def init_adam_state(
         state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
 
 
-def step_as_tensor(state: MutableMapping[str, Any], param: Tensor, *, capturable: bool) -> None:
-    """Turn a ``step`` that is a number into a tensor, on the CPU unless ``capturable``."""
-    if isinstance(state.get("step"), int | float):
-        device = param.device if capturable else "cpu"
-        state["step"] = torch.tensor(state["step"], dtype=_get_scalar_dtype(), device=device)
+def step_as_tensor(
+    state: MutableMapping[str, Any], param: Tensor, *, capturable: bool, key: str = "step"
+) -> None:
+    """Turn a count that is a number into a tensor, on the CPU unless ``capturable``."""
+    count, device = state.get(key), param.device if capturable else torch.device("cpu")
+    if isinstance(count, int | float):
+        state[key] = torch.tensor(count, dtype=_get_scalar_dtype(), device=device)
+    elif capturable and count is not None:  # a load may have brought it to another
+        state[key] = count.to(device)
 
 
 def read_counts(steps: Sequence[Tensor]) -> list[float]:

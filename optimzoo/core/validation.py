@@ -15,6 +15,14 @@ def check_rounding(options: dict[str, Any]) -> None:
         raise ValueError(f"Invalid seed: {options['seed']}; it must be from 0 to 2^62 - 1")
 
 
+def check_capturable(options: dict[str, Any]) -> None:
+    """Refuse capturable=True beside what is counted in Python."""
+    bits = options.get("state_bits")
+    if options["capturable"] and (bits or options["rounding"] == "stochastic"):
+        what = f"state_bits={bits}" if bits else "rounding='stochastic'"
+        raise ValueError(f"{what} counts its steps in Python; it excludes capturable=True")
+
+
 def check_state_bits(bits: Any) -> None:
     """Refuse a width of the state other than None and 8."""
     if bits not in (None, 8):

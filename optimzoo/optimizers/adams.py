@@ -18,6 +18,7 @@ from optimzoo.core.record import register
 from optimzoo.core.role_options import RoleOptions
 from optimzoo.core.validation import (
     check_betas,
+    check_capturable,
     check_choice,
     check_lr,
     check_nonnegative,
@@ -92,6 +93,8 @@ class AdamS(RoleOptimizer):
         maximize: ascend instead of descend; the decay still pulls to zero.
         foreach: use torch's multi-tensor operations; default: on CUDA. Three weight-sized
             temporaries and one byte a weight.
+        capturable: safe under CUDA graphs. Masks are then computed at every step, and taken where
+            they are due; kernels step the other parameters alone.
         rounding: how a step rounds 16-bit weights: `nearest`, which would swallow the decay and
             is refused for masked weights, or `stochastic`, which has the unrounded result as its
             expectation and keeps the moments in float32.
@@ -130,6 +133,7 @@ class AdamS(RoleOptimizer):
         weight_decay: float = 0.0,
         maximize: bool = False,
         foreach: bool | None = None,
+        capturable: bool = False,
         rounding: str = "nearest",
         seed: int = 0,
         **options: Unpack[RoleOptions],
@@ -172,13 +176,14 @@ class AdamS(RoleOptimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             for p in group["params"]:
-                step_as_tensor(self.state.get(p, {}), p, capturable=False)
+                step_as_tensor(self.state.get(p, {}), p, capturable=group["capturable"])
 
-    def _init_group(self, group: dict[str, Any]) -> tuple[dict[Tensor, float], list[Tensor]]:
+    def _init_group(self, group: dict[str, Any]) -> tuple[dict[Tensor, Any], list[Tensor]]:
         """Create state and masks of the parameters that have a gradient.
 
         Returns:
-            The masked ones, with the number of this step of each; and the others.
+            The masked ones, with the number of this step of each, a float64 tensor on the device
+            with `capturable`; and the others.
         """
         masked, rest = [], []
         for i, p in enumerate(group["params"]):
@@ -188,7 +193,7 @@ class AdamS(RoleOptimizer):
             state = self.state[p]
             if not _is_masked(p, group):
                 # float32 at least: in bfloat16 a second moment with β₂ = 0.999 would never move.
-                init_adam_state(state, p, capturable=False, dtype=at_least_float32(p))
+                self._init_moments(state, p, group, at_least_float32(p))
                 rest.append(p)
                 continue
             self._check_weight(p, group, i)  # `model.to` may have changed it since
@@ -197,16 +202,34 @@ class AdamS(RoleOptimizer):
                     f"the state counts {int(state['step'])} steps without a mask; the ramp of the "
                     "decay counts from the first step: start AdamS with a state of its own"
                 )
-            init_adam_state(state, p, capturable=False, dtype=moment_dtype(p, group))
+            self._init_moments(state, p, group, moment_dtype(p, group))
             masked.append(p)
-        counts = read_counts([self.state[p]["step"] for p in masked])
+        steps = [self.state[p]["step"] for p in masked]
+        counts: Any = [s.double() for s in steps] if group["capturable"] else read_counts(steps)
         for p, count in zip(masked, counts, strict=True):
-            if count % group["mask_every"] == 0:
-                mask = packed_mask(local_part(p), group["n"], group["m"], **_layout(group))
-                self.state[p]["mask"] = sharded_like(p, mask)
+            self._refresh_mask(p, group, count % group["mask_every"] == 0)
         return {p: count + 1 for p, count in zip(masked, counts, strict=True)}, rest
 
+    def _init_moments(
+        self, state: dict[str, Any], p: Tensor, group: dict[str, Any], dtype: torch.dtype
+    ) -> None:
+        init_adam_state(state, p, capturable=group["capturable"], dtype=dtype)
+        step_as_tensor(state, p, capturable=group["capturable"])
+
+    def _refresh_mask(self, p: Tensor, group: dict[str, Any], due: Any) -> None:
+        """Make a mask where one is due, which the device alone may know."""
+        state, captured = self.state[p], isinstance(due, Tensor)
+        if not captured and not due:
+            return
+        mask = packed_mask(local_part(p), group["n"], group["m"], **_layout(group))
+        if captured and "mask" in state:
+            old = local_part(state["mask"])
+            old.copy_(torch.where(due, mask, old))
+        else:
+            state["mask"] = sharded_like(p, mask)
+
     def _update(self) -> None:
+        self._check_graph_capture()
         first = self.first_index
         for group in self.param_groups:
             with dispatch.fused(group["fused"], local_params(group)):
@@ -224,15 +247,15 @@ class AdamS(RoleOptimizer):
         own["masks"] = [local_part(self.state[p]["mask"]) for p in masked]
         adams(*self._lists(masked), counts=[counts[p] for p in masked], **own)
         shared["counters"] = [counters.get(p) for p in rest]
-        adam(*self._lists(rest), capturable=False, **shared)
+        adam(*self._lists(rest), capturable=group["capturable"], **shared)
 
     def _step_fused(
-        self, group: dict[str, Any], counts: dict[Tensor, float], counters: dict[Tensor, Counter]
+        self, group: dict[str, Any], counts: dict[Tensor, Any], counters: dict[Tensor, Counter]
     ) -> list[Tensor]:
         """Step what the kernels take, in one call per step count; return the other parameters."""
         params = list(counts)
-        if group["foreach"] is not None or group["decay"] != "l1":
-            return params
+        if group["foreach"] is not None or group["decay"] != "l1" or group["capturable"]:
+            return params  # the kernels take the ramp from the host
         runs: dict[tuple[Any, float], list[dispatch.Item]] = {}
         lists, rest = self._lists(params), []
         masks: dict[Tensor, Tensor] = {}
@@ -293,6 +316,7 @@ def _check_options(options: dict[str, Any]) -> None:
     check_nm(options["n"], options["m"])
     check_choice("decay", options["decay"], DECAYS)
     check_rounding(options)
+    check_capturable(options)
 
 
 def _is_masked(param: Tensor, group: dict[str, Any]) -> bool:
@@ -310,7 +334,7 @@ def adams(
     exp_avg_sqs: list[Tensor],
     steps: list[Tensor],
     masks: list[Tensor],
-    counts: list[float],
+    counts: list[Any],
     *,
     lr: float | Tensor,
     betas: tuple[float, float],
@@ -333,7 +357,8 @@ def adams(
         foreach = _default_to_fused_or_foreach(params, False)[1]
     rule: Callable[..., None] = _multi_tensor_adams if foreach else _single_tensor_adams
     torch._foreach_add_(steps, 1)
-    ramp = [min(t / total_steps, 1.0) for t in counts]
+    ramp = [t / total_steps for t in counts]
+    ramp = [a.clamp(max=1.0) if isinstance(a, Tensor) else min(a, 1.0) for a in ramp]
     options = (lr, betas, eps, l1, decay, weight_decay)
 
     def step(params: Any, grads: Any, means: Any, squares: Any, *others: Any) -> None:
@@ -353,8 +378,8 @@ def _single_tensor_adams(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     masks: list[Tensor],
-    counts: list[float],
-    ramp: list[float],
+    counts: list[Any],
+    ramp: list[Any],
     lr: float | Tensor,
     betas: tuple[float, float],
     eps: float,
@@ -384,8 +409,8 @@ def _multi_tensor_adams(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     masks: list[Tensor],
-    counts: list[float],
-    ramp: list[float],
+    counts: list[Any],
+    ramp: list[Any],
     lr: float | Tensor,
     betas: tuple[float, float],
     eps: float,

@@ -15,7 +15,7 @@ from optimzoo.core.matrix_optimizer import HiddenRule, State, as_matrix, oriente
 from optimzoo.core.optimizer import options_of, scalar_lr
 from optimzoo.core.record import register
 from optimzoo.core.role_options import SharedOptions
-from optimzoo.core.validation import check_betas, check_choice
+from optimzoo.core.validation import check_betas, check_capturable, check_choice
 from optimzoo.distributed import WHOLE, Shards, local_part
 from optimzoo.kernels import dispatch
 from optimzoo.lowbit import (
@@ -32,8 +32,9 @@ from optimzoo.roles import ROLES
 # Options of the rule; weights that share them, and their counts, are stepped together.
 _RULE = (
     *("betas", "eps", "gamma1", "gamma2", "gamma3", "maximize", "state_bits"),
-    *("update_proj_gap", "total_steps", "eta_min", "reset_step"),
+    *("update_proj_gap", "total_steps", "eta_min", "reset_step", "capturable"),
 )
+_LAYOUT = ("transposed", "stacked")
 _AVERAGES = ("max_avg", "norm_avg", "norm_avg_sq")
 
 
@@ -73,6 +74,8 @@ class StableSPAM(HiddenRule):
         eta_min: the cosine's end.
         reset_step: `authors`, as in their code, makes the step of a reset with the old moments
             under a fresh bias correction; `clean` (ours) starts the moments anew before it.
+        capturable: safe under CUDA graphs. The moments are then multiplied by 1, or at a reset by
+            0, in a pass of its own at each step; with `total_steps`, no kernels.
         options: shared options, :class:`~optimzoo.core.role_options.SharedOptions`.
 
     Raises:
@@ -99,6 +102,7 @@ class StableSPAM(HiddenRule):
         total_steps: int | None = None,
         eta_min: float = 0.5,
         reset_step: str = "authors",
+        capturable: bool = False,
         **options: Unpack[SharedOptions],
     ) -> None:
         super().__init__(params, options_of(locals()), **options)
@@ -112,6 +116,7 @@ class StableSPAM(HiddenRule):
             raise ValueError(f"Invalid total_steps: {options['total_steps']}; it must be >= 1")
         if not 0.0 < options["eta_min"] <= 1.0:
             raise ValueError(f"Invalid eta_min: {options['eta_min']}; it must be in (0, 1]")
+        check_capturable(options)
         check_choice("reset_step", options["reset_step"], ("authors", "clean"))
 
     def _letters(self, group: dict[str, Any], shape: torch.Size) -> dict[str, str]:
@@ -119,6 +124,7 @@ class StableSPAM(HiddenRule):
         return {"exp_avg": whole, "exp_avg_sq": whole}
 
     def _update(self) -> None:
+        self._check_graph_capture()
         self._batches: dict[Any, _Batch] = {}
         with ExitStack() as self._open:
             super()._update()
@@ -139,14 +145,16 @@ class StableSPAM(HiddenRule):
         foreach, coded = group["foreach"], group["state_bits"] == 8
         if foreach is None:
             foreach = _default_to_fused_or_foreach([local_part(p) for p in weights], False)[1]
-        rates = float(scalar_lr(group)), group["weight_decay"]
-        layout = {key: bool(group[key]) for key in ("transposed", "stacked")}
-        rule = {key: group[key] for key in _RULE}
-        for p, *counts in zip(weights, *self._count_steps(weights, coded), strict=True):
+        lr = scalar_lr(group) if group["capturable"] else float(scalar_lr(group))
+        decay, layout = group["weight_decay"], {k: bool(group[k]) for k in _LAYOUT}
+        rule = {key: group[key] for key in _RULE} | {"betas": tuple(group["betas"])}
+        for p, counts in zip(weights, self._count_steps(weights, group), strict=True):
             weight, counter = oriented(local_part(p), group), counters.get(p)
             grad = as_matrix(local_part(p.grad, like=p), group)  # type: ignore[arg-type]
             shards, state = Shards.of(p, **layout), self.state[p]
             kernels = _kernels(weight, grad, state, shards, counter)
+            if group["capturable"] and group["total_steps"] is not None:
+                kernels = None  # they take β₁ from the host
             exact = counter is None and not {weight.dtype, moment_dtype(grad, group)} & {*LOW}
             together = foreach and not coded and (exact or kernels is not None)
             with ExitStack() as alone:
@@ -163,28 +171,30 @@ class StableSPAM(HiddenRule):
                 if together:
                     # The processes of a collective have the same weights, in the same order.
                     key = (kernels, *counts, *rule.values(), grad.device, at_least_float32(grad))
+                    key = (*key, id(group["lr"]) * isinstance(lr, Tensor))
                     key = (*key, *map(id, shards.groups()))
                     batch = self._batches.setdefault(key, batch)
-                batch.entries.append(_Entry(weight, grad, state, shards, *rates, counter))
+                batch.entries.append(_Entry(weight, grad, state, shards, lr, decay, counter))
                 if not together:
                     batch.take_step()
 
-    def _count_steps(self, params: list[Tensor], coded: bool) -> tuple[list[int], list[int]]:
-        """Count a step of each weight; return the counts of all steps, and since a reset."""
+    def _count_steps(self, params: list[Tensor], group: dict[str, Any]) -> list[tuple[Any, Any]]:
+        """Count a step of each weight; return the counts of all steps, and since a reset.
+
+        They are None with `capturable`: they stay on the device.
+        """
         for p in params:
-            if coded:
+            if group["state_bits"] == 8:
                 self._refuse_cut_codes(p)
-            state = self.state[p]
-            if "step" not in state:
-                state["step"] = 0
-                step_as_tensor(state, p, capturable=False)
-            if "moment_step" not in state:
-                state["moment_step"] = torch.zeros_like(state["step"])
+            for key in ("step", "moment_step"):
+                self.state[p].setdefault(key, 0)
+                step_as_tensor(self.state[p], p, capturable=group["capturable"], key=key)
         steps = [self.state[p]["step"] for p in params]
-        ages = [self.state[p]["moment_step"] for p in params]
-        counts = read_counts(steps), read_counts(ages)
         torch._foreach_add_(steps, 1)
-        return [int(n) + 1 for n in counts[0]], [int(n) + 1 for n in counts[1]]
+        if group["capturable"]:
+            return [(None, None)] * len(params)
+        ages = read_counts([self.state[p]["moment_step"] for p in params])
+        return [(int(n), int(k) + 1) for n, k in zip(read_counts(steps), ages, strict=True)]
 
 
 class _Entry(NamedTuple):
@@ -194,7 +204,7 @@ class _Entry(NamedTuple):
     grad: Tensor
     state: State
     shards: Shards
-    lr: float
+    lr: Any  # a tensor with `capturable` alone
     weight_decay: float
     counter: Counter | None
 
@@ -209,28 +219,38 @@ class _Batch:
     Attributes:
         rule: options of the rule, from the group.
         kernels: kernels that take all of the weights, or None.
-        step: number of this step.
+        step: number of this step; with `capturable`, which see, one for each weight.
         age: number of gradients in the moments, this one too, before a reset.
         entries: the weights.
     """
 
-    def __init__(self, rule: dict[str, Any], kernels: Any, step: int, age: int) -> None:
+    def __init__(self, rule: dict[str, Any], kernels: Any, step: Any, age: Any) -> None:
         self.rule, self.kernels, self.step, self.age = rule, kernels, step, age
         self.entries: list[_Entry] = []
 
     def take_step(self) -> None:
         """Step the weights."""
-        rule, counts = self.rule, [e.state["moment_step"] for e in self.entries]
+        rule = self.rule
+        if self.kernels is None:
+            self.kinds = self._sort()
+        counts = [e.state["moment_step"] for e in self.entries]
+        if rule["capturable"]:
+            self.step = torch.stack([e.state["step"] for e in self.entries]).double()
+            self.age = torch.stack(counts).double() + 1
         self.shrink = cosine_factor(self.step, rule["total_steps"], rule["eta_min"])
         self.betas = rule["betas"][0] * self.shrink, rule["betas"][1]
         gap, clean = rule["update_proj_gap"], rule["reset_step"] == "clean"
-        reset = bool(gap) and self.step > 1 and self.step % gap == 0
-        if reset and clean:
-            self._zero_moments()
-        if reset:
-            torch._foreach_zero_(counts)
-        torch._foreach_add_(counts, 1)
-        self.count = 1 if reset else self.age
+        reset = (self.step > 1) & (self.step % gap == 0) if gap else False
+        if clean:
+            self._zero_moments(reset)
+        if isinstance(reset, Tensor):
+            self.count = self.age.masked_fill(reset, 1.0)
+            torch._foreach_copy_(counts, self.count.unbind())
+        else:
+            self.count = 1 if reset else self.age
+            if reset:
+                torch._foreach_zero_(counts)
+            torch._foreach_add_(counts, 1)
         self.limit = math.inf
         if rule["state_bits"] == 8:
             age = self.count if clean else self.age
@@ -239,11 +259,33 @@ class _Batch:
             self._step_eager()
         else:
             self._step_kernels()
-        if reset and not clean:
-            self._zero_moments()
+        if not clean:
+            self._zero_moments(reset)
 
-    def _zero_moments(self) -> None:
-        torch._foreach_zero_([moment for e in self.entries for moment in e.moments])
+    def _sort(self) -> list[list[_Entry]]:
+        """Bring weights of one shape together, of all their shards too; return them by shape."""
+        kinds: dict[Any, list[_Entry]] = {}
+        for e in self.entries:
+            key = (e.shards.size, e.shards.cuts, e.grad.shape, e.grad.dtype)
+            kinds.setdefault(key, []).append(e)
+        self.entries = list(chain.from_iterable(kinds.values()))
+        return list(kinds.values())
+
+    def _zero_moments(self, reset: Any) -> None:
+        moments = [moment for e in self.entries for moment in e.moments]
+        if isinstance(reset, Tensor):
+            torch._foreach_mul_(moments, (~reset).double().repeat_interleave(2).unbind())
+        elif reset:
+            torch._foreach_zero_(moments)
+
+    def _each(self, value: Any, like: Tensor) -> Any:
+        """Return a number as it is; one for each weight, on the device, as one for each matrix."""
+        if not isinstance(value, Tensor):
+            return value
+        sizes = [e.state["norm_avg"].numel() for e in self.entries]
+        if max(sizes) > 1:
+            value = torch.cat([x.expand(n) for x, n in zip(value.unbind(), sizes, strict=True)])
+        return value.to(like.dtype)
 
     @contextmanager
     def _averages(self) -> Iterator[Sequence[Tensor]]:
@@ -259,15 +301,19 @@ class _Batch:
     def _bounds(self, largest: Tensor, average: Tensor) -> Tensor:
         """Update the running mean of the largest entry; return it, bias-corrected."""
         gamma = self.rule["gamma3"]
-        return average.mul_(gamma).add_(largest, alpha=1 - gamma) / (1 - gamma**self.step)
+        average.mul_(gamma).add_(largest, alpha=1 - gamma)
+        return average / self._each(1 - gamma**self.step, average)
 
     def _factors(self, norm: Tensor, mean: Tensor, square: Tensor) -> Tensor:
         """Update the running norm; return what gives it to a gradient of norm ``norm``."""
         gamma1, gamma2 = self.rule["gamma1"] * self.shrink, self.rule["gamma2"]
-        mean.mul_(gamma1).add_(norm, alpha=1 - gamma1)
+        if isinstance(gamma1, Tensor):
+            mean.lerp_(norm, self._each(1 - gamma1, mean))
+        else:
+            mean.mul_(gamma1).add_(norm, alpha=1 - gamma1)
         square.mul_(gamma2).add_(norm.square(), alpha=1 - gamma2)
-        root = (square / (1 - gamma2**self.step)).sqrt() + self.rule["eps"]
-        return mean / (1 - gamma1**self.step) / root / _positive(norm)
+        root = (square / self._each(1 - gamma2**self.step, square)).sqrt() + self.rule["eps"]
+        return mean / self._each(1 - gamma1**self.step, mean) / root / _positive(norm)
 
     def _step_kernels(self) -> None:
         entries, grads = self.entries, [e.grad for e in self.entries]
@@ -281,14 +327,19 @@ class _Batch:
             self.kernels.reduce_(*call)
             factors = self._factors(sums[:, 1].sqrt(), mean, square)
         clips = torch.cat((sums[:, 2:], factors.unsqueeze(1)), 1).unbind()
-        count = entries[0].state["moment_step"].to(grads[0].device, torch.float32)
-        items = [dispatch.vector(e.weight, e.grad, *e.moments, count, e.counter) for e in entries]
+        device, own = grads[0].device, entries if self.rule["capturable"] else entries[:1]
+        counts = [e.state["moment_step"].to(device, torch.float32) for e in own]
+        counts = counts if len(own) == len(entries) else counts * len(entries)
+        items = [
+            dispatch.vector(e.weight, e.grad, *e.moments, count, e.counter)
+            for e, count in zip(entries, counts, strict=True)
+        ]
         at = 0
         for part in dispatch.calls_of(items):
             some = slice(at, at + len(part))
             self.kernels.adam_(
                 *list(zip(*part, strict=True))[:5],
-                lr=[e.lr for e in entries[some]],
+                lr=[dispatch.scalar(e.lr, device) for e in entries[some]],
                 betas=self.betas,
                 eps=self.rule["eps"],
                 weight_decay=[e.weight_decay for e in entries[some]],
@@ -301,12 +352,7 @@ class _Batch:
             at += len(part)
 
     def _step_eager(self) -> None:
-        kinds: dict[Any, list[_Entry]] = {}
-        for e in self.entries:
-            key = (e.shards.size, e.shards.cuts, e.grad.shape, e.grad.dtype)
-            kinds.setdefault(key, []).append(e)
-        self.entries = list(chain.from_iterable(kinds.values()))  # in the order of the stacks
-        stacks = [_stack([e.grad for e in kind]) for kind in kinds.values()]
+        stacks = [_stack([e.grad for e in kind]) for kind in self.kinds]
         shards = self.entries[0].shards
         with self._averages() as (largest, mean, square):
             most = _norms(stacks, math.inf, shards)
@@ -324,11 +370,12 @@ class _Batch:
         (beta1, beta2), columns = self.betas, zip(*(e.moments for e in self.entries), strict=True)
         with widened(*columns) as (means, squares):
             grads = [g.view_as(m).to(m.dtype) for g, m in zip(grads, means, strict=True)]
-            torch._foreach_lerp_(means, grads, 1 - beta1)
+            torch._foreach_lerp_(means, grads, _listed(1 - beta1, means[0]))
             torch._foreach_mul_(squares, beta2)
             torch._foreach_addcmul_(squares, grads, grads, value=1 - beta2)
             del grads
-            denominators = torch._foreach_div(squares, 1 - beta2**self.count)
+            correction = _listed(1 - beta2**self.count, squares[0])
+            denominators = torch._foreach_div(squares, correction)
             torch._foreach_sqrt_(denominators)
             torch._foreach_add_(denominators, self.rule["eps"])
             updates = torch._foreach_div(means, denominators)
@@ -338,16 +385,25 @@ class _Batch:
             torch._foreach_clamp_min_(updates, -limit)
         self._subtract(updates, 1 - beta1**self.count)
 
-    def _subtract(self, updates: Sequence[Tensor], correction: float) -> None:
+    def _subtract(self, updates: Sequence[Tensor], correction: Any) -> None:
         """Step the weights, each rounded once where it is of low precision."""
         weights = [e.weight for e in self.entries]
         updates = [u.reshape(w.shape) for u, w in zip(updates, weights, strict=True)]
+        wide = [w.to(at_least_float32(w)) for w in weights]
+        if isinstance(correction, Tensor):
+            torch._foreach_div_(updates, _listed(correction, updates[0]))
+            if any(e.weight_decay for e in self.entries):
+                decays = [e.weight_decay for e in self.entries]
+                torch._foreach_add_(updates, torch._foreach_mul(wide, decays))
+            lrs: list[Any] = [e.lr for e in self.entries]  # a tensor is that of all
+            torch._foreach_mul_(updates, lrs[0] if isinstance(lrs[0], Tensor) else lrs)
+            torch._foreach_sub_(weights, updates)
+            return
         sizes = [e.lr / correction for e in self.entries]
         decays = [1.0 - (1 - e.lr * e.weight_decay) for e in self.entries]
         if not any(decays) and len(set(sizes)) == 1:
             torch._foreach_sub_(weights, updates, alpha=sizes[0])
             return
-        wide = [w.to(at_least_float32(w)) for w in weights]
         updates = [u.to(w.dtype) for u, w in zip(updates, wide, strict=True)]
         torch._foreach_mul_(updates, sizes)
         if any(decays):
@@ -355,11 +411,20 @@ class _Batch:
         torch._foreach_sub_(weights, updates)
 
 
-def cosine_factor(step: int, total: int | None, low: float) -> float:
+def cosine_factor(step: Any, total: int | None, low: float) -> Any:
     """Return ``s``, which falls from 1 at the start to ``low`` from step ``total`` on."""
     if total is None:
         return 1.0
-    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(step, total) / total))
+    if isinstance(step, Tensor):
+        cosine: Any = (step.clamp(max=total) * (math.pi / total)).cos()
+    else:
+        cosine = math.cos(math.pi * min(step, total) / total)
+    return low + (1 - low) * 0.5 * (1 + cosine)
+
+
+def _listed(value: Any, like: Tensor) -> Any:
+    """Return a number as it is; one for each weight, on the device, as a list."""
+    return list(value.to(like.dtype).unbind()) if isinstance(value, Tensor) else value
 
 
 def _init_state(state: State, grad: Tensor, dtype: torch.dtype) -> None:

@@ -1,13 +1,16 @@
 """Stable-SPAM and AdamS over all tensors at once: the numbers of one by one, in few operations."""
 
+import copy
 
 import pytest
 import torch
+from needs import needs_cpu_kernels
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from optimzoo import create_optimizer
 from optimzoo.models.llama import Llama, LlamaConfig
+from optimzoo.optimizers import adams, stable_spam
 
 STEPS, GAP = 30, 7
 SHAPES = {
@@ -149,3 +152,67 @@ def test_operations_do_not_grow_with_the_layers(case):
         assert operations_many <= 120
         assert operations_many <= 1.1 * operations_few
         assert reads_few == reads_many == 0
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("foreach", [None, True])
+@pytest.mark.parametrize("case", CASES)
+def test_capturable_is_the_same_training(case, foreach, fused):
+    """Resets, masks and the ends of ramps fall within the steps."""
+    options = {"foreach": foreach, "fused": fused}
+    runs = [trajectory(case, capturable=c, **options) for c in (True, False)]
+    assert_alike(*runs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_capturable_takes_a_rate_that_is_a_tensor(case):
+    runs = [
+        trajectory(case, steps=10, lr=torch.tensor(2.0**-7), capturable=c, foreach=True)
+        for c in (True, False)
+    ]
+    assert_alike(*runs, rtol=1e-12, atol=1e-12)
+
+
+@needs_cpu_kernels
+def test_capturable_by_kernels():
+    runs = [
+        trajectory("stable_spam, no cosine", torch.float32, foreach=True, capturable=c)
+        for c in (True, False)
+    ]
+    assert_alike(*runs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_capturable_reads_nothing(case, monkeypatch):
+    """Not by a list either, which no dispatch mode sees."""
+    for module in (adams, stable_spam):
+        monkeypatch.setattr(module, "read_counts", None)
+    for foreach, fused in ((True, False), (False, False), (None, None)):
+        counts = operations(case, 2, foreach=foreach, fused=fused, capturable=True)
+        assert [reads for _, reads in counts] == [0] * len(counts)
+
+
+@pytest.mark.parametrize("case", ["stable_spam", "adams"])
+def test_counts_follow_the_option_through_a_load(case):
+    """A state of either kind goes on in the other."""
+    whole = trajectory(case, steps=8)
+    for before, after in ((True, False), (False, True)):
+        params, optimizer = trajectory(case, steps=5, capturable=before)
+        state = copy.deepcopy(optimizer.state_dict())
+        for group in state["param_groups"]:
+            group["capturable"] = after
+        optimizer.load_state_dict(state)
+        for step in range(5, 8):
+            for name, p in params.items():
+                p.grad = gradient(name, step, torch.float64)
+            optimizer.step()
+        assert_alike((params, optimizer), whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", ["stable_spam", "adams"])
+def test_capturable_refuses_counts_in_python(case):
+    with pytest.raises(ValueError, match=r"rounding='stochastic' .* it excludes capturable=True"):
+        trajectory(case, capturable=True, rounding="stochastic")
+    if case == "stable_spam":
+        with pytest.raises(ValueError, match=r"state_bits=8 .* it excludes capturable=True"):
+            trajectory(case, capturable=True, state_bits=8)
