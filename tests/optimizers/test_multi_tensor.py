@@ -2,6 +2,7 @@
 
 import copy
 
+import emulated_cuda
 import pytest
 import torch
 from needs import needs_cpu_kernels
@@ -9,9 +10,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from optimzoo import create_optimizer
+from optimzoo.kernels import dispatch
 from optimzoo.models.llama import Llama, LlamaConfig
 from optimzoo.optimizers import adams, stable_spam
 
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 STEPS, GAP = 30, 7
 SHAPES = {
     "square": (8, 8),
@@ -85,16 +88,17 @@ def gradient(name, step, dtype):
     return grad.to(dtype)
 
 
-def trajectory(case, dtype=torch.float64, steps=STEPS, **options):
+def trajectory(case, dtype=torch.float64, steps=STEPS, device="cpu", **options):
     generator = torch.Generator().manual_seed(0)
     draws = {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in SHAPES.items()}
-    params = {name: nn.Parameter(draw.to(dtype)) for name, draw in draws.items()}
+    params = {name: nn.Parameter(draw.to(device, dtype)) for name, draw in draws.items()}
     method = case.partition(",")[0]
     options = {"lr": 0.01, **CASES[case], **options}
     optimizer = create_optimizer(method, groups(params), **options)
     for step in range(steps):
         for name, p in params.items():
-            p.grad = gradient(name, step, dtype)
+            grad = gradient(name, step, dtype)
+            p.grad = None if grad is None else grad.to(device)
         optimizer.step()
     return params, optimizer
 
@@ -216,3 +220,54 @@ def test_capturable_refuses_counts_in_python(case):
     if case == "stable_spam":
         with pytest.raises(ValueError, match=r"state_bits=8 .* it excludes capturable=True"):
             trajectory(case, capturable=True, state_bits=8)
+
+
+def test_cuda_kernels_take_all_at_once(monkeypatch):
+    """On a CPU, emulated: a call with the rates of each tensor, and with its count."""
+    theirs = trajectory("stable_spam, no cosine", torch.float32, steps=10, fused=False)
+    monkeypatch.setattr(dispatch, "_backend", lambda device_type: emulated_cuda.backend())
+    with emulated_cuda.streams():
+        for capturable in (False, True):
+            options = {"steps": 10, "foreach": True, "capturable": capturable}
+            ours = trajectory("stable_spam, no cosine", torch.float32, **options)
+            assert_alike(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@no_gpu
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("case", CASES)
+def test_a_gpu_steps_as_a_cpu_does(case, fused):
+    options = {"fused": fused, "dtype": torch.float32 if fused is None else torch.float64}
+    tolerance = {"rtol": 1e-3, "atol": 1e-4} if fused is None else {"rtol": 1e-10, "atol": 1e-10}
+    theirs = trajectory(case, **options)
+    for capturable in (False, True):
+        params, _ = trajectory(case, device="cuda", capturable=capturable, **options)
+        for name, p in params.items():
+            torch.testing.assert_close(
+                p.cpu(), theirs[0][name], **tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@no_gpu
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("case", CASES)
+def test_a_captured_step_replays(case, fused):
+    """Over resets and masks, with another rate each time."""
+    lr, ends = torch.tensor(0.01, device="cuda"), []
+    for captured in (False, True):
+        options = {"device": "cuda", "fused": fused, "lr": lr.fill_(0.01), "capturable": True}
+        params, optimizer = trajectory(case, torch.float32, steps=8, **options)
+        for p in params.values():
+            p.grad = torch.ones_like(p)
+        torch.cuda.synchronize()
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                optimizer.step()
+        for step in range(12):
+            lr.fill_(0.01 / (step + 1))
+            for p in params.values():
+                p.grad.fill_(1.0 + step % 3)
+            graph.replay() if captured else optimizer.step()
+        ends.append([p.detach().cpu() for p in params.values()])
+    assert all(map(torch.equal, *ends))
