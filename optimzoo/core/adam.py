@@ -23,9 +23,9 @@ def init_adam_state(
     """Make ``step``, ``exp_avg``, ``exp_avg_sq`` (zeros, like ``param``) where they are missing."""
     if "step" not in state:
         state["step"] = 0
-        step_as_tensor(state, param, capturable=capturable)
         state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
         state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
+    step_as_tensor(state, param, capturable=capturable)
 
 
 def step_as_tensor(

@@ -185,7 +185,7 @@ class AdamS(RoleOptimizer):
             The masked ones, with the number of this step of each, a float64 tensor on the device
             with `capturable`; and the others.
         """
-        masked, rest = [], []
+        masked, rest, captured = [], [], group["capturable"]
         for i, p in enumerate(group["params"]):
             if p.grad is None:
                 continue
@@ -193,7 +193,7 @@ class AdamS(RoleOptimizer):
             state = self.state[p]
             if not _is_masked(p, group):
                 # float32 at least: in bfloat16 a second moment with β₂ = 0.999 would never move.
-                self._init_moments(state, p, group, at_least_float32(p))
+                init_adam_state(state, p, capturable=captured, dtype=at_least_float32(p))
                 rest.append(p)
                 continue
             self._check_weight(p, group, i)  # `model.to` may have changed it since
@@ -202,19 +202,13 @@ class AdamS(RoleOptimizer):
                     f"the state counts {int(state['step'])} steps without a mask; the ramp of the "
                     "decay counts from the first step: start AdamS with a state of its own"
                 )
-            self._init_moments(state, p, group, moment_dtype(p, group))
+            init_adam_state(state, p, capturable=captured, dtype=moment_dtype(p, group))
             masked.append(p)
         steps = [self.state[p]["step"] for p in masked]
-        counts: Any = [s.double() for s in steps] if group["capturable"] else read_counts(steps)
+        counts: Any = [s.double() for s in steps] if captured else read_counts(steps)
         for p, count in zip(masked, counts, strict=True):
             self._refresh_mask(p, group, count % group["mask_every"] == 0)
         return {p: count + 1 for p, count in zip(masked, counts, strict=True)}, rest
-
-    def _init_moments(
-        self, state: dict[str, Any], p: Tensor, group: dict[str, Any], dtype: torch.dtype
-    ) -> None:
-        init_adam_state(state, p, capturable=group["capturable"], dtype=dtype)
-        step_as_tensor(state, p, capturable=group["capturable"])
 
     def _refresh_mask(self, p: Tensor, group: dict[str, Any], due: Any) -> None:
         """Make a mask where one is due, which the device alone may know."""

@@ -76,7 +76,8 @@ class StableSPAM(HiddenRule):
             under a fresh bias correction; `clean` (ours) starts the moments anew before it.
         capturable: safe under CUDA graphs. The moments are then multiplied by 1, or at a reset by
             0, in a pass of its own at each step; with `total_steps`, no kernels.
-        options: shared options, :class:`~optimzoo.core.role_options.SharedOptions`.
+        options: shared options; `foreach`, in which all weights are stepped together, is of the
+            rule itself here: :class:`~optimzoo.core.role_options.SharedOptions`.
 
     Raises:
         ValueError: a hyperparameter out of range.
@@ -171,8 +172,9 @@ class StableSPAM(HiddenRule):
                 if together:
                     # The processes of a collective have the same weights, in the same order.
                     key = (kernels, *counts, *rule.values(), grad.device, at_least_float32(grad))
-                    key = (*key, id(group["lr"]) * isinstance(lr, Tensor))
                     key = (*key, *map(id, shards.groups()))
+                    if group["capturable"]:
+                        key = (*key, id(group["lr"]) if isinstance(lr, Tensor) else lr, decay)
                     batch = self._batches.setdefault(key, batch)
                 batch.entries.append(_Entry(weight, grad, state, shards, lr, decay, counter))
                 if not together:
@@ -219,8 +221,8 @@ class _Batch:
     Attributes:
         rule: options of the rule, from the group.
         kernels: kernels that take all of the weights, or None.
-        step: number of this step; with `capturable`, which see, one for each weight.
-        age: number of gradients in the moments, this one too, before a reset.
+        step: number of this step; with `capturable` one for each weight, on the device.
+        age: number of gradients in the moments, this one too, before a reset; as `step`.
         entries: the weights.
     """
 
@@ -274,7 +276,7 @@ class _Batch:
     def _zero_moments(self, reset: Any) -> None:
         moments = [moment for e in self.entries for moment in e.moments]
         if isinstance(reset, Tensor):
-            torch._foreach_mul_(moments, (~reset).double().repeat_interleave(2).unbind())
+            torch._foreach_mul_(moments, (1 - reset.double()).repeat_interleave(2).unbind())
         elif reset:
             torch._foreach_zero_(moments)
 
@@ -327,9 +329,11 @@ class _Batch:
             self.kernels.reduce_(*call)
             factors = self._factors(sums[:, 1].sqrt(), mean, square)
         clips = torch.cat((sums[:, 2:], factors.unsqueeze(1)), 1).unbind()
-        device, own = grads[0].device, entries if self.rule["capturable"] else entries[:1]
-        counts = [e.state["moment_step"].to(device, torch.float32) for e in own]
-        counts = counts if len(own) == len(entries) else counts * len(entries)
+        device, count = grads[0].device, self.count
+        if isinstance(count, Tensor):
+            counts = count.float().unbind()
+        else:
+            counts = torch.full((len(grads),), count, dtype=torch.float32, device=device).unbind()
         items = [
             dispatch.vector(e.weight, e.grad, *e.moments, count, e.counter)
             for e, count in zip(entries, counts, strict=True)
@@ -389,24 +393,20 @@ class _Batch:
         """Step the weights, each rounded once where it is of low precision."""
         weights = [e.weight for e in self.entries]
         updates = [u.reshape(w.shape) for u, w in zip(updates, weights, strict=True)]
-        wide = [w.to(at_least_float32(w)) for w in weights]
         if isinstance(correction, Tensor):
-            torch._foreach_div_(updates, _listed(correction, updates[0]))
-            if any(e.weight_decay for e in self.entries):
-                decays = [e.weight_decay for e in self.entries]
-                torch._foreach_add_(updates, torch._foreach_mul(wide, decays))
-            lrs: list[Any] = [e.lr for e in self.entries]  # a tensor is that of all
-            torch._foreach_mul_(updates, lrs[0] if isinstance(lrs[0], Tensor) else lrs)
-            torch._foreach_sub_(weights, updates)
-            return
-        sizes = [e.lr / correction for e in self.entries]
-        decays = [1.0 - (1 - e.lr * e.weight_decay) for e in self.entries]
-        if not any(decays) and len(set(sizes)) == 1:
-            torch._foreach_sub_(weights, updates, alpha=sizes[0])
-            return
+            lr, weight_decay = self.entries[0][4:6]  # those of all
+            lr = lr.double() if isinstance(lr, Tensor) else lr
+            sizes, decays = _listed(lr / correction, updates[0]), [lr * weight_decay] * len(updates)
+        else:
+            sizes = [e.lr / correction for e in self.entries]
+            decays = [1.0 - (1 - e.lr * e.weight_decay) for e in self.entries]
+            if not any(decays) and len(set(sizes)) == 1:
+                torch._foreach_sub_(weights, updates, alpha=sizes[0])
+                return
+        wide = [w.to(at_least_float32(w)) for w in weights]
         updates = [u.to(w.dtype) for u, w in zip(updates, wide, strict=True)]
         torch._foreach_mul_(updates, sizes)
-        if any(decays):
+        if any(e.weight_decay for e in self.entries):
             torch._foreach_add_(updates, torch._foreach_mul(wide, decays))
         torch._foreach_sub_(weights, updates)
 
