@@ -24,16 +24,28 @@ def init_adam_state(
     """Make ``step``, ``exp_avg``, ``exp_avg_sq`` (zeros, like ``param``) where they are missing."""
     if "step" not in state:
         state["step"] = 0
-        step_as_tensor(state, param, capturable=capturable)
         state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
         state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
+    step_as_tensor(state, param, capturable=capturable)
 
 
-def step_as_tensor(state: MutableMapping[str, Any], param: Tensor, *, capturable: bool) -> None:
-    """Turn a ``step`` that is a number into a tensor, on the CPU unless ``capturable``."""
-    if isinstance(state.get("step"), int | float):
-        device = param.device if capturable else "cpu"
-        state["step"] = torch.tensor(state["step"], dtype=_get_scalar_dtype(), device=device)
+def step_as_tensor(
+    state: MutableMapping[str, Any], param: Tensor, *, capturable: bool, key: str = "step"
+) -> None:
+    """Turn a count that is a number into a tensor, on the CPU unless ``capturable``."""
+    count, device = state.get(key), param.device if capturable else torch.device("cpu")
+    if isinstance(count, int | float):
+        state[key] = torch.tensor(count, dtype=_get_scalar_dtype(), device=device)
+    elif capturable and count is not None:  # a load may have brought it to another
+        state[key] = count.to(device)
+
+
+def read_counts(steps: Sequence[Tensor]) -> list[float]:
+    """Return step counts as numbers: one read for all, as each would wait for its device."""
+    if len({step.device for step in steps}) > 1:
+        steps = [step.cpu() for step in steps]
+    counts: list[float] = torch.stack(list(steps)).tolist() if steps else []
+    return counts
 
 
 def bias_correction(step: float | Tensor, betas: tuple[float, float]) -> Any:
@@ -145,20 +157,25 @@ def adam(
         with widened(means, squares) as (means, squares):
             grads = [g.to(m.dtype) for g, m in zip(grads, means, strict=True)]
             if maximize:
-                grads = [-g for g in grads]
+                grads = list(torch._foreach_neg(grads))
             rule(params, grads, means, squares, steps, lrs, *options)
 
     lists = (params, grads, exp_avgs, exp_avg_sqs, steps, lrs)
     one_by_one(step, counters, *lists, alone=any(m.dtype in LOW for m in exp_avgs))
 
 
-def update_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype in which a tensor's update is computed, float32 at least."""
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _eps(eps: float, step: Any, beta2: float, eps_before: bool) -> Any:
-    return eps if eps_before else eps * (1 - beta2**step) ** 0.5
+def _corrections(
+    steps: list[Tensor], betas: tuple[float, float], eps: float, eps_before: bool, capturable: bool
+) -> tuple[list[Any], Any]:
+    """Return the factor of each update, and what is added to the roots of its second moments."""
+    if capturable:
+        counts = torch.stack(steps).double()  # at first 1 and the powers of betas are nearly equal
+        roots = (1 - betas[1] ** counts).sqrt()
+        floors: Any = eps if eps_before else list((eps * roots).unbind())
+        return list(bias_correction(counts, betas).unbind()), floors
+    numbers = read_counts(steps)
+    floors = eps if eps_before else [eps * math.sqrt(1 - betas[1] ** n) for n in numbers]
+    return [bias_correction(n, betas) for n in numbers], floors
 
 
 def _single_tensor_adam(
@@ -183,8 +200,9 @@ def _single_tensor_adam(
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         # With `differentiable` autograd keeps m for the backward, and the next step changes it.
         mean = m.clone() if m.requires_grad else m
-        t = step.to(update_dtype(m)) if capturable else step.item()
-        update = mean / (v.sqrt() + _eps(eps, t, beta2, eps_before)) * bias_correction(t, betas)
+        (factor,), floors = _corrections([step], betas, eps, eps_before, capturable)
+        update = mean / (v.sqrt() + (floors if eps_before else floors[0]))
+        update = update * factor
         if max_update is not None:
             update = update.clamp(-max_update, max_update)
         if weight_decay != 0:
@@ -213,19 +231,11 @@ def _multi_tensor_adam(
     torch._foreach_mul_(exp_avg_sqs, beta2)
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, value=1 - beta2)
     update = torch._foreach_sqrt(exp_avg_sqs)
-    counts: Any = torch.stack(steps)
-    if capturable:
-        counts = counts.to(update_dtype(exp_avgs[0]))
-        corrections: Any = list(bias_correction(counts, betas).unbind())
-        floors: Any = eps if eps_before else list(_eps(eps, counts, beta2, False).unbind())
-    else:
-        counts = counts.tolist()
-        corrections = [bias_correction(t, betas) for t in counts]
-        floors = eps if eps_before else [_eps(eps, t, beta2, False) for t in counts]
+    factors, floors = _corrections(steps, betas, eps, eps_before, capturable)
     torch._foreach_add_(update, floors)
     torch._foreach_reciprocal_(update)
     torch._foreach_mul_(update, exp_avgs)
-    torch._foreach_mul_(update, corrections)
+    torch._foreach_mul_(update, factors)
     if max_update is not None:
         torch._foreach_clamp_max_(update, max_update)
         torch._foreach_clamp_min_(update, -max_update)

@@ -15,8 +15,8 @@ from optimzoo.core.adam import (
     bias_correction,
     init_adam_state,
     max_direction,
+    read_counts,
     step_as_tensor,
-    update_dtype,
 )
 from optimzoo.core.optimizer import RoleOptimizer, scalar_lr
 from optimzoo.core.role_options import SharedOptions
@@ -206,7 +206,7 @@ class MatrixOptimizer(RoleOptimizer):
             weight = stack.enter_context(stand_in(matrix.weight, counter))
             step = matrix.step
             if isinstance(step, Tensor):
-                step = step.to(update_dtype(weight))
+                step = step.double()
             context = Context(step, matrix.position, shards, weight)
             self._refresh_if_due(matrix, grad, state, group, context)
             update = self.direction(grad, state, group, context)
@@ -228,8 +228,7 @@ class MatrixOptimizer(RoleOptimizer):
         numbers = [counters.get(matrix.param) for matrix in batch]
         step = batch[0].step
         if isinstance(step, Tensor):
-            step = torch.stack([matrix.step for matrix in batch]).view(-1, 1, 1)
-            step = step.to(update_dtype(batch[0].weight))
+            step = torch.stack([matrix.step for matrix in batch]).double().view(-1, 1, 1)
         context = Context(step, batch[0].position, WHOLE, None)
         with ExitStack() as codes:
             for matrix, number in zip(batch, numbers, strict=True):
@@ -246,7 +245,8 @@ class MatrixOptimizer(RoleOptimizer):
         lr = step_lr(group)
         size = lr * update.scale
         if isinstance(size, Tensor):
-            dense, size = dense * size.view(-1, *(1,) * (dense.ndim - 1)), 1.0
+            size = size.view(-1, *(1,) * (dense.ndim - 1)).to(dense.dtype)
+            dense, size = dense * size, 1.0
         weights = [matrix.weight for matrix in batch]
         decay = lr * group["weight_decay"]
         subtract_each_(weights, dense.unbind(), numbers, size=size, decay=decay)
@@ -399,7 +399,7 @@ def count_steps(
     torch._foreach_add_(steps, 1)
     if capturable:
         return steps
-    return [int(step) for step in torch.stack(steps).tolist()]
+    return [int(step) for step in read_counts(steps)]
 
 
 def adam_direction(state: State, grad: Tensor, group: dict[str, Any], step: Any) -> Tensor:

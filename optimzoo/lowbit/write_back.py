@@ -86,6 +86,11 @@ def one_by_one(
             rule([wide], *([entry] for entry in rest))
 
 
+def at_least_float32(tensor: Tensor) -> torch.dtype:
+    """Return the tensor's dtype, or float32 where that is narrower."""
+    return tensor.dtype if tensor.dtype.itemsize >= 4 else torch.float32
+
+
 def moment_dtype(param: Tensor, group: Mapping[str, Any]) -> torch.dtype:
     """Return the moments' dtype: the parameter's; at least float32 for float16, rounding, codes.
 
@@ -95,4 +100,4 @@ def moment_dtype(param: Tensor, group: Mapping[str, Any]) -> torch.dtype:
     plain = group["rounding"] == "nearest" and group.get("state_bits") is None
     if plain and param.dtype != torch.float16:
         return param.dtype
-    return torch.promote_types(param.dtype, torch.float32)
+    return at_least_float32(param)

@@ -4,20 +4,21 @@ arXiv 2509.25996. Two unrelated methods have the same name: `AdamS` of the pytor
 (stable weight decay) and that of arXiv 2505.16363.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, _default_to_fused_or_foreach
 
-from optimzoo.core.adam import adam, init_adam_state, step_as_tensor
+from optimzoo.core.adam import adam, init_adam_state, read_counts, step_as_tensor
 from optimzoo.core.matrix_optimizer import REST_DEFAULTS, local_params
 from optimzoo.core.optimizer import RoleOptimizer, copy_group, options_of, scalar_lr
 from optimzoo.core.record import register
 from optimzoo.core.role_options import RoleOptions
 from optimzoo.core.validation import (
     check_betas,
+    check_capturable,
     check_choice,
     check_lr,
     check_nonnegative,
@@ -25,7 +26,14 @@ from optimzoo.core.validation import (
 )
 from optimzoo.distributed import local_part
 from optimzoo.kernels import dispatch
-from optimzoo.lowbit import LOW, Counter, moment_dtype, one_by_one, widened
+from optimzoo.lowbit import (
+    LOW,
+    Counter,
+    at_least_float32,
+    moment_dtype,
+    one_by_one,
+    widened,
+)
 from optimzoo.roles import role_of
 from optimzoo.sparsity.masks import check_nm, grouped, packed_mask, unpack
 from optimzoo.sparsity.sharding import check_cut, sharded_like
@@ -85,6 +93,8 @@ class AdamS(RoleOptimizer):
         maximize: ascend instead of descend; the decay still pulls to zero.
         foreach: use torch's multi-tensor operations; default: on CUDA. Three weight-sized
             temporaries and one byte a weight.
+        capturable: safe under CUDA graphs. Masks are then computed at every step, and taken where
+            they are due; kernels step the other parameters alone.
         rounding: how a step rounds 16-bit weights: `nearest`, which would swallow the decay and
             is refused for masked weights, or `stochastic`, which has the unrounded result as its
             expectation and keeps the moments in float32.
@@ -123,6 +133,7 @@ class AdamS(RoleOptimizer):
         weight_decay: float = 0.0,
         maximize: bool = False,
         foreach: bool | None = None,
+        capturable: bool = False,
         rounding: str = "nearest",
         seed: int = 0,
         **options: Unpack[RoleOptions],
@@ -165,38 +176,54 @@ class AdamS(RoleOptimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             for p in group["params"]:
-                step_as_tensor(self.state.get(p, {}), p, capturable=False)
+                step_as_tensor(self.state.get(p, {}), p, capturable=group["capturable"])
 
-    def _init_group(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-        """Create state and masks; return the masked and other parameters that have a gradient."""
-        masked, rest = [], []
+    def _init_group(self, group: dict[str, Any]) -> tuple[dict[Tensor, Any], list[Tensor]]:
+        """Create state and masks of the parameters that have a gradient.
+
+        Returns:
+            The masked ones, with the number of this step of each, a float64 tensor on the device
+            with `capturable`; and the others.
+        """
+        masked, rest, captured = [], [], group["capturable"]
         for i, p in enumerate(group["params"]):
             if p.grad is None:
                 continue
             self._refuse_sparse(p.grad)
             state = self.state[p]
-            fresh = "step" not in state
             if not _is_masked(p, group):
                 # float32 at least: in bfloat16 a second moment with β₂ = 0.999 would never move.
-                dtype = torch.promote_types(p.dtype, torch.float32)
-                init_adam_state(state, p, capturable=False, dtype=dtype)
+                init_adam_state(state, p, capturable=captured, dtype=at_least_float32(p))
                 rest.append(p)
                 continue
             self._check_weight(p, group, i)  # `model.to` may have changed it since
-            dtype = moment_dtype(p, group)
-            init_adam_state(state, p, capturable=False, dtype=dtype)
-            if not fresh and "mask" not in state:
+            if "step" in state and "mask" not in state:
                 raise RuntimeError(
                     f"the state counts {int(state['step'])} steps without a mask; the ramp of the "
                     "decay counts from the first step: start AdamS with a state of its own"
                 )
-            if int(state["step"]) % group["mask_every"] == 0:
-                mask = packed_mask(local_part(p), group["n"], group["m"], **_layout(group))
-                state["mask"] = sharded_like(p, mask)
+            init_adam_state(state, p, capturable=captured, dtype=moment_dtype(p, group))
             masked.append(p)
-        return masked, rest
+        steps = [self.state[p]["step"] for p in masked]
+        counts: Any = [s.double() for s in steps] if captured else read_counts(steps)
+        for p, count in zip(masked, counts, strict=True):
+            self._refresh_mask(p, group, count % group["mask_every"] == 0)
+        return {p: count + 1 for p, count in zip(masked, counts, strict=True)}, rest
+
+    def _refresh_mask(self, p: Tensor, group: dict[str, Any], due: Any) -> None:
+        """Make a mask where one is due, which the device alone may know."""
+        state, captured = self.state[p], isinstance(due, Tensor)
+        if not captured and not due:
+            return
+        mask = packed_mask(local_part(p), group["n"], group["m"], **_layout(group))
+        if captured and "mask" in state:
+            old = local_part(state["mask"])
+            old.copy_(torch.where(due, mask, old))
+        else:
+            state["mask"] = sharded_like(p, mask)
 
     def _update(self) -> None:
+        self._check_graph_capture()
         first = self.first_index
         for group in self.param_groups:
             with dispatch.fused(group["fused"], local_params(group)):
@@ -204,23 +231,25 @@ class AdamS(RoleOptimizer):
             first += len(group["params"])
 
     def _update_group(self, group: dict[str, Any], first: int) -> None:
-        masked, rest = self._init_group(group)
+        counts, rest = self._init_group(group)
         counters = self._count(group, first)
-        masked = self._step_fused(group, masked, counters)
+        masked = self._step_fused(group, counts, counters)
         shared = {k: group[k] for k in ("betas", "eps", "weight_decay", "maximize", "foreach")}
         shared["lr"] = scalar_lr(group)
         own = {k: group[k] for k in ("l1", "total_steps", "decay")} | shared
         own["counters"] = [counters.get(p) for p in masked]
-        adams(*self._lists(masked), masks=self._masks(masked), **own)
+        own["masks"] = [local_part(self.state[p]["mask"]) for p in masked]
+        adams(*self._lists(masked), counts=[counts[p] for p in masked], **own)
         shared["counters"] = [counters.get(p) for p in rest]
-        adam(*self._lists(rest), capturable=False, **shared)
+        adam(*self._lists(rest), capturable=group["capturable"], **shared)
 
     def _step_fused(
-        self, group: dict[str, Any], params: list[Tensor], counters: dict[Tensor, Counter]
+        self, group: dict[str, Any], counts: dict[Tensor, Any], counters: dict[Tensor, Counter]
     ) -> list[Tensor]:
         """Step what the kernels take, in one call per step count; return the other parameters."""
-        if group["foreach"] is not None or group["decay"] != "l1":
-            return params
+        params = list(counts)
+        if group["foreach"] is not None or group["decay"] != "l1" or group["capturable"]:
+            return params  # the kernels take the ramp from the host
         runs: dict[tuple[Any, float], list[dispatch.Item]] = {}
         lists, rest = self._lists(params), []
         masks: dict[Tensor, Tensor] = {}
@@ -230,7 +259,7 @@ class AdamS(RoleOptimizer):
             kernels = dispatch.backend(item.param.device.type)
             if kernels is not None and whole_bytes and dispatch.takes(item):
                 masks[item.param] = local_part(self.state[p]["mask"])
-                runs.setdefault((kernels, step.item() + 1), []).append(item)
+                runs.setdefault((kernels, counts[p]), []).append(item)
             else:
                 rest.append(p)
         for (kernels, t), items in runs.items():
@@ -270,9 +299,6 @@ class AdamS(RoleOptimizer):
             [self.state[p]["step"] for p in params],
         )
 
-    def _masks(self, params: list[Tensor]) -> list[Tensor]:
-        return [unpack(local_part(self.state[p]["mask"]), local_part(p).shape) for p in params]
-
 
 def _check_options(options: dict[str, Any]) -> None:
     check_lr(options["lr"])
@@ -284,6 +310,7 @@ def _check_options(options: dict[str, Any]) -> None:
     check_nm(options["n"], options["m"])
     check_choice("decay", options["decay"], DECAYS)
     check_rounding(options)
+    check_capturable(options)
 
 
 def _is_masked(param: Tensor, group: dict[str, Any]) -> bool:
@@ -301,6 +328,7 @@ def adams(
     exp_avg_sqs: list[Tensor],
     steps: list[Tensor],
     masks: list[Tensor],
+    counts: list[Any],
     *,
     lr: float | Tensor,
     betas: tuple[float, float],
@@ -313,23 +341,28 @@ def adams(
     foreach: bool | None,
     counters: Sequence[Counter | None],
 ) -> None:
-    """Take one step of :class:`AdamS`, in place, on weights with bool masks of their shapes."""
+    """Take one step of :class:`AdamS`, in place, on weights with packed masks.
+
+    ``counts`` are the numbers of this step, to which ``steps`` are incremented.
+    """
     if not params:
         return
     if foreach is None:
         foreach = _default_to_fused_or_foreach(params, False)[1]
-    rule = _multi_tensor_adams if foreach else _single_tensor_adams
+    rule: Callable[..., None] = _multi_tensor_adams if foreach else _single_tensor_adams
+    torch._foreach_add_(steps, 1)
+    ramp = [t / total_steps for t in counts]
+    ramp = [a.clamp(max=1.0) if isinstance(a, Tensor) else min(a, 1.0) for a in ramp]
+    options = (lr, betas, eps, l1, decay, weight_decay)
 
-    options = (lr, betas, eps, l1, total_steps, decay, weight_decay)
-
-    def step(params: Any, grads: Any, means: Any, squares: Any, steps: Any, masks: Any) -> None:
+    def step(params: Any, grads: Any, means: Any, squares: Any, *others: Any) -> None:
         with widened(means, squares) as (means, squares):
             grads = [g.to(m.dtype) for g, m in zip(grads, means, strict=True)]
             if maximize:
-                grads = [-g for g in grads]
-            rule(params, grads, means, squares, steps, masks, *options)
+                grads = list(torch._foreach_neg(grads))
+            rule(params, grads, means, squares, *others, *options)
 
-    lists = (params, grads, exp_avgs, exp_avg_sqs, steps, masks)
+    lists = (params, grads, exp_avgs, exp_avg_sqs, masks, counts, ramp)
     one_by_one(step, counters, *lists, alone=any(m.dtype in LOW for m in exp_avgs))
 
 
@@ -338,28 +371,25 @@ def _single_tensor_adams(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
     masks: list[Tensor],
+    counts: list[Any],
+    ramp: list[Any],
     lr: float | Tensor,
     betas: tuple[float, float],
     eps: float,
     l1: float,
-    total_steps: int,
     decay: str,
     weight_decay: float,
 ) -> None:
     beta1, beta2 = betas
-    tensors = zip(params, grads, exp_avgs, exp_avg_sqs, steps, masks, strict=True)
-    for theta, g, mu, v, step, mask in tensors:
-        step += 1
-        t = step.item()
+    tensors = zip(params, grads, exp_avgs, exp_avg_sqs, masks, counts, ramp, strict=True)
+    for theta, g, mu, v, bits, t, alpha in tensors:
         mu.lerp_(g, 1 - beta1)
-        alpha = min(t / total_steps, 1.0)
         if decay == "l1":
             pulled = mu * (1 - alpha) + theta.sign() * (alpha * l1)
         else:
             pulled = mu + theta * (alpha * l1)
-        modified = torch.where(mask, mu, pulled)
+        modified = torch.where(unpack(bits, theta.shape), mu, pulled)
         v.mul_(beta2).addcmul_(modified, modified, value=1 - beta2)
         update = modified / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + eps)
         if weight_decay != 0:
@@ -372,27 +402,24 @@ def _multi_tensor_adams(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
     masks: list[Tensor],
+    counts: list[Any],
+    ramp: list[Any],
     lr: float | Tensor,
     betas: tuple[float, float],
     eps: float,
     l1: float,
-    total_steps: int,
     decay: str,
     weight_decay: float,
 ) -> None:
     beta1, beta2 = betas
-    torch._foreach_add_(steps, 1)
-    counts = [step.item() for step in steps]
-    alphas = [min(t / total_steps, 1.0) for t in counts]
     torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
-    pulled = torch._foreach_sign(params) if decay == "l1" else params
-    pulled = torch._foreach_mul(pulled, [alpha * l1 for alpha in alphas])
-    faded = torch._foreach_mul(exp_avgs, [1 - a for a in alphas]) if decay == "l1" else exp_avgs
-    torch._foreach_add_(pulled, faded)
-    updates = [torch.where(*each) for each in zip(masks, exp_avgs, pulled, strict=True)]
-    del pulled, faded
+    updates = torch._foreach_sign(params) if decay == "l1" else params
+    updates = torch._foreach_mul(updates, [alpha * l1 for alpha in ramp])
+    faded = torch._foreach_mul(exp_avgs, [1 - a for a in ramp]) if decay == "l1" else exp_avgs
+    torch._foreach_add_(updates, faded)
+    del faded
+    torch._foreach_lerp_(updates, exp_avgs, _unpacked(masks, exp_avgs))
     torch._foreach_mul_(exp_avg_sqs, beta2)
     torch._foreach_addcmul_(exp_avg_sqs, updates, updates, value=1 - beta2)
     torch._foreach_div_(updates, [1 - beta1**t for t in counts])
@@ -404,3 +431,17 @@ def _multi_tensor_adams(
         torch._foreach_add_(updates, params, alpha=weight_decay)
     torch._foreach_mul_(updates, lr)
     torch._foreach_sub_(params, updates)
+
+
+def _unpacked(masks: list[Tensor], like: list[Tensor]) -> list[Tensor]:
+    """Return packed masks as 0 and 1 in the dtypes and shapes of ``like``, a shape at a time."""
+    kinds: dict[Any, list[int]] = {}
+    for i, x in enumerate(like):
+        kinds.setdefault((x.shape, x.dtype, x.device), []).append(i)
+    result = list(like)
+    for (shape, dtype, _), places in kinds.items():
+        bits = torch.stack([masks[i] for i in places])
+        stack = unpack(bits.flatten(0, 1), (len(places) * shape[0], *shape[1:])).to(dtype)
+        for i, mask in zip(places, stack.view(len(places), *shape), strict=True):
+            result[i] = mask
+    return result

@@ -1,28 +1,41 @@
 """Stable-SPAM: Adam with adaptive clipping and momentum reset (arXiv 2502.17055)."""
 
 import math
-from contextlib import ExitStack
-from typing import Any, ClassVar, Unpack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import ParamsT, _default_to_fused_or_foreach
 
-from optimzoo.core.adam import bias_correction, max_direction
-from optimzoo.core.matrix_optimizer import (
-    MatrixOptimizer,
-    State,
-    count_steps,
-)
+from optimzoo.core.adam import bias_correction, max_direction, read_counts, step_as_tensor
+from optimzoo.core.matrix_optimizer import MatrixOptimizer, State, as_matrix, oriented
 from optimzoo.core.optimizer import options_of, scalar_lr
 from optimzoo.core.record import register
 from optimzoo.core.role_options import SharedOptions
-from optimzoo.core.update import subtract_
 from optimzoo.core.validation import check_betas, check_choice
-from optimzoo.distributed import WHOLE, Shards
+from optimzoo.distributed import WHOLE, Shards, local_part
 from optimzoo.kernels import dispatch
-from optimzoo.lowbit import Counter, moment_dtype, opened, stand_in, widened
+from optimzoo.lowbit import (
+    LOW,
+    Counter,
+    at_least_float32,
+    moment_dtype,
+    opened,
+    stand_in,
+    widened,
+)
 from optimzoo.roles import ROLES
+
+# Options of the rule; weights that share them, and their counts, are stepped together.
+_RULE = (
+    *("betas", "eps", "gamma1", "gamma2", "gamma3", "maximize", "state_bits"),
+    *("update_proj_gap", "total_steps", "eta_min", "reset_step", "capturable"),
+)
+_LAYOUT = ("transposed", "stacked")
+_AVERAGES = ("max_avg", "norm_avg", "norm_avg_sq")
 
 
 @register(
@@ -61,11 +74,15 @@ class StableSPAM(MatrixOptimizer):
         eta_min: the cosine's end.
         reset_step: `authors`, as in their code, makes the step of a reset with the old moments
             under a fresh bias correction; `clean` (ours) starts the moments anew before it.
-        options: shared options, :class:`~optimzoo.core.role_options.SharedOptions`.
+        options: shared options; `foreach`, in which all weights are stepped together, is of the
+            rule itself here: :class:`~optimzoo.core.role_options.SharedOptions`.
 
     Raises:
-        ValueError: a hyperparameter out of range.
+        ValueError: a hyperparameter out of range; `state_bits` with `capturable`.
         RuntimeError: a sparse gradient, at `step`.
+
+    With `capturable` the moments are multiplied by 1, or at a reset by 0, at each step; with
+    `total_steps` too, no kernels step.
 
     Source: arXiv 2502.17055; TianjinYellow/StableSPAM.
     """
@@ -89,8 +106,6 @@ class StableSPAM(MatrixOptimizer):
         reset_step: str = "authors",
         **options: Unpack[SharedOptions],
     ) -> None:
-        if options.get("foreach"):
-            raise ValueError("foreach=True: Stable-SPAM steps weight by weight; leave foreach=None")
         super().__init__(params, options_of(locals()), **options)
 
     def _check_options(self, options: dict[str, Any]) -> None:
@@ -102,11 +117,22 @@ class StableSPAM(MatrixOptimizer):
             raise ValueError(f"Invalid total_steps: {options['total_steps']}; it must be >= 1")
         if not 0.0 < options["eta_min"] <= 1.0:
             raise ValueError(f"Invalid eta_min: {options['eta_min']}; it must be in (0, 1]")
+        if options["capturable"] and options["state_bits"]:
+            raise ValueError("state_bits=8 counts its steps in Python; it excludes capturable=True")
         check_choice("reset_step", options["reset_step"], ("authors", "clean"))
 
     def _letters(self, group: dict[str, Any], shape: torch.Size) -> dict[str, str]:
         whole = "mn" if len(shape) > 1 else "m"
         return {"exp_avg": whole, "exp_avg_sq": whole}
+
+    def _update(self) -> None:
+        self._check_graph_capture()
+        self._batches: dict[Any, _Batch] = {}
+        with ExitStack() as self._open:
+            super()._update()
+            for batch in self._batches.values():
+                batch.take_step()
+        self._batches = {}
 
     def _step_matrices(
         self,
@@ -114,168 +140,349 @@ class StableSPAM(MatrixOptimizer):
         group: dict[str, Any],
         counters: dict[Tensor, Counter],
     ) -> None:
-        for index, p in params:
-            weight, grad, shards = self._matrix(p, group)
-            letters = self._letters(group, shards.shape(grad.shape))
-            counter = counters.get(p)
-            with ExitStack() as stack:
-                state = stack.enter_context(shards.opened(self.state[p], letters))
-                if group["state_bits"] == 8:
-                    self._refuse_cut_codes(p)
-                    stack.enter_context(opened(state, 8, counter))
-                wide = stack.enter_context(stand_in(weight, counter))
-                self._step_hidden(wide, grad, state, group, index, shards)
-
-    def _step_hidden(
-        self,
-        weight: Tensor,
-        grad: Tensor,
-        state: State,
-        group: dict[str, Any],
-        index: int,
-        shards: Shards,
-    ) -> None:
-        (step,) = count_steps([state], [weight])
-        shrink = cosine_factor(step, group["total_steps"], group["eta_min"])
-        kernels = _kernels(weight, grad, state, shards)
-        dtype = moment_dtype(grad, group)
-        if kernels is None:
-            grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
-            grad = clip_spikes(grad, state, step, group["gamma3"], shards)
-            grad = clip_norm(grad, state, step, shrink, group, shards)
-        else:
-            clips = _clips(kernels, grad, state, step, shrink, group)
-        beta1, beta2 = group["betas"][0] * shrink, group["betas"][1]
-        if "exp_avg" not in state:
-            state["exp_avg"] = torch.zeros_like(grad, dtype=dtype)
-            state["exp_avg_sq"] = torch.zeros_like(grad, dtype=dtype)
-            state["moment_step"] = torch.zeros_like(state["step"])
-        m, v = state["exp_avg"], state["exp_avg_sq"]
-        age = int(state["moment_step"].item()) + 1  # gradients in the moments, this one too
-        gap = group["update_proj_gap"]
-        if gap and step > 1 and step % gap == 0:
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(m), torch.zeros_like(v)
-            state["moment_step"].zero_()
-            if group["reset_step"] == "clean":
-                m, v, age = state["exp_avg"], state["exp_avg_sq"], 1
-        state["moment_step"] += 1
-        k = int(state["moment_step"].item())
-        most = math.inf
-        if group["state_bits"] == 8:
-            most = max_direction(age, (beta1, beta2)) * bias_correction(k, (beta1, beta2))
-        lr = float(scalar_lr(group))
-        if kernels is not None:
-            kernels.adam_(
-                *(
-                    [weight],
-                    [grad],
-                    [m],
-                    [v],
-                    [state["moment_step"].to(grad.device, torch.float32)],
-                ),
-                lr=lr,
-                betas=(beta1, beta2),
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                maximize=False,
-                eps_before=False,
-                clips=[clips],
-                max_update=most,
-            )
+        """Step weights one by one, or collect those that are stepped together."""
+        if not params:
             return
-        with widened([m], [v]) as ([mean], [square]):
-            grad = grad.to(mean.dtype)
-            mean.lerp_(grad, 1 - beta1)
-            square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-            denominator = (square / (1 - beta2**k)).sqrt_().add_(group["eps"])
-            size = lr / (1 - beta1**k)
-            update = mean / denominator
-            if most != math.inf:
-                most *= 1 - beta1**k  # `size` has the other part of the bias correction
-                update.clamp_(-most, most)
-            subtract_(weight, update, size=size, decay=lr * group["weight_decay"])
+        weights = [p for _, p in params]
+        foreach, coded = group["foreach"], group["state_bits"] == 8
+        if foreach is None:
+            foreach = _default_to_fused_or_foreach([local_part(p) for p in weights], False)[1]
+        lr = scalar_lr(group) if group["capturable"] else float(scalar_lr(group))
+        decay, layout = group["weight_decay"], {k: bool(group[k]) for k in _LAYOUT}
+        rule = {key: group[key] for key in _RULE} | {"betas": tuple(group["betas"])}
+        for p, counts in zip(weights, self._count_steps(weights, group), strict=True):
+            weight, counter = oriented(local_part(p), group), counters.get(p)
+            grad = as_matrix(local_part(p.grad, like=p), group)  # type: ignore[arg-type]
+            shards, state = Shards.of(p, **layout), self.state[p]
+            kernels = _kernels(weight, grad, state, shards, counter)
+            if group["capturable"] and group["total_steps"] is not None:
+                kernels = None  # they take β₁ from the host
+            exact = counter is None and not {weight.dtype, moment_dtype(grad, group)} & {*LOW}
+            together = foreach and not coded and (exact or kernels is not None)
+            with ExitStack() as alone:
+                stack = self._open if together else alone
+                if shards.mesh is not None:
+                    letters = self._letters(group, shards.shape(grad.shape))
+                    state = stack.enter_context(shards.opened(state, letters))
+                if coded:
+                    stack.enter_context(opened(state, 8, counter))
+                if kernels is None:
+                    weight = stack.enter_context(stand_in(weight, counter))
+                _init_state(state, grad, moment_dtype(grad, group))
+                batch = _Batch(rule, kernels, *counts)
+                if together:
+                    # The processes of a collective have the same weights, in the same order.
+                    key = (kernels, *counts, *rule.values(), grad.device, at_least_float32(grad))
+                    key = (*key, *map(id, shards.groups()))
+                    if group["capturable"]:
+                        key = (*key, id(group["lr"]) if isinstance(lr, Tensor) else lr, decay)
+                    batch = self._batches.setdefault(key, batch)
+                batch.entries.append(_Entry(weight, grad, state, shards, lr, decay, counter))
+                if not together:
+                    batch.take_step()
+
+    def _count_steps(self, params: list[Tensor], group: dict[str, Any]) -> list[tuple[Any, Any]]:
+        """Count a step of each weight; return the counts of all steps, and since a reset.
+
+        They are None with `capturable`: they stay on the device.
+        """
+        for p in params:
+            if group["state_bits"] == 8:
+                self._refuse_cut_codes(p)
+            for key in ("step", "moment_step"):
+                self.state[p].setdefault(key, 0)
+                step_as_tensor(self.state[p], p, capturable=group["capturable"], key=key)
+        steps = [self.state[p]["step"] for p in params]
+        torch._foreach_add_(steps, 1)
+        if group["capturable"]:
+            return [(None, None)] * len(params)
+        ages = read_counts([self.state[p]["moment_step"] for p in params])
+        return [(int(n), int(k) + 1) for n, k in zip(read_counts(steps), ages, strict=True)]
 
 
-def cosine_factor(step: int, total: int | None, low: float) -> float:
+class _Entry(NamedTuple):
+    """Weight, or this process's shard of it, with what its step reads; ``grad`` is a matrix."""
+
+    weight: Tensor
+    grad: Tensor
+    state: State
+    shards: Shards
+    lr: Any  # a tensor with `capturable` alone
+    weight_decay: float
+    counter: Counter | None
+
+    @property
+    def moments(self) -> tuple[Tensor, Tensor]:
+        return self.state["exp_avg"], self.state["exp_avg_sq"]
+
+
+class _Batch:
+    """Weights that are stepped together: of one device, with the same counts and rule.
+
+    Attributes:
+        rule: options of the rule, from the group.
+        kernels: kernels that take all of the weights, or None.
+        step: number of this step; with `capturable` one for each weight, on the device.
+        age: number of gradients in the moments, this one too, before a reset; as `step`.
+        entries: the weights.
+    """
+
+    def __init__(self, rule: dict[str, Any], kernels: Any, step: Any, age: Any) -> None:
+        self.rule, self.kernels, self.step, self.age = rule, kernels, step, age
+        self.entries: list[_Entry] = []
+
+    def take_step(self) -> None:
+        """Step the weights."""
+        rule = self.rule
+        if self.kernels is None:
+            self.kinds = self._sort()
+        counts = [e.state["moment_step"] for e in self.entries]
+        if rule["capturable"]:
+            self.step = torch.stack([e.state["step"] for e in self.entries]).double()
+            self.age = torch.stack(counts).double() + 1
+        self.shrink = cosine_factor(self.step, rule["total_steps"], rule["eta_min"])
+        self.betas = rule["betas"][0] * self.shrink, rule["betas"][1]
+        gap, clean = rule["update_proj_gap"], rule["reset_step"] == "clean"
+        reset = (self.step > 1) & (self.step % gap == 0) if gap else False
+        if clean:
+            self._zero_moments(reset)
+        if isinstance(reset, Tensor):
+            self.count = self.age.masked_fill(reset, 1.0)
+            torch._foreach_copy_(counts, self.count.unbind())
+        else:
+            self.count = 1 if reset else self.age
+            if reset:
+                torch._foreach_zero_(counts)
+            torch._foreach_add_(counts, 1)
+        self.limit = math.inf
+        if rule["state_bits"] == 8:
+            age = self.count if clean else self.age
+            self.limit = max_direction(age, self.betas) * bias_correction(self.count, self.betas)
+        if self.kernels is None:
+            self._step_eager()
+        else:
+            self._step_kernels()
+        if not clean:
+            self._zero_moments(reset)
+
+    def _sort(self) -> list[list[_Entry]]:
+        """Bring weights of one shape together, of all their shards too; return them by shape."""
+        kinds: dict[Any, list[_Entry]] = {}
+        for e in self.entries:
+            key = (e.shards.size, e.shards.cuts, e.grad.shape, e.grad.dtype)
+            kinds.setdefault(key, []).append(e)
+        self.entries = list(chain.from_iterable(kinds.values()))
+        return list(kinds.values())
+
+    def _zero_moments(self, reset: Any) -> None:
+        moments = [moment for e in self.entries for moment in e.moments]
+        if isinstance(reset, Tensor):
+            torch._foreach_mul_(moments, (1 - reset.double()).repeat_interleave(2).unbind())
+        elif reset:
+            torch._foreach_zero_(moments)
+
+    def _each(self, value: Any, like: Tensor) -> Any:
+        """Return a number as it is; one for each weight, on the device, as one for each matrix."""
+        if not isinstance(value, Tensor):
+            return value
+        sizes = [e.state["norm_avg"].numel() for e in self.entries]
+        if max(sizes) > 1:
+            value = torch.cat([x.expand(n) for x, n in zip(value.unbind(), sizes, strict=True)])
+        return value.to(like.dtype)
+
+    @contextmanager
+    def _averages(self) -> Iterator[Sequence[Tensor]]:
+        """Yield the running averages, of all matrices in one vector each, to change in place."""
+        parts = [e.state[key].view(-1) for key in _AVERAGES for e in self.entries]
+        if len(self.entries) == 1:
+            yield parts
+            return
+        whole = torch.cat(parts)
+        yield whole.view(len(_AVERAGES), -1).unbind()
+        torch._foreach_copy_(parts, whole.split([part.numel() for part in parts]))
+
+    def _bounds(self, largest: Tensor, average: Tensor) -> Tensor:
+        """Update the running mean of the largest entry; return it, bias-corrected."""
+        gamma = self.rule["gamma3"]
+        average.mul_(gamma).add_(largest, alpha=1 - gamma)
+        return average / self._each(1 - gamma**self.step, average)
+
+    def _factors(self, norm: Tensor, mean: Tensor, square: Tensor) -> Tensor:
+        """Update the running norm; return what gives it to a gradient of norm ``norm``."""
+        gamma1, gamma2 = self.rule["gamma1"] * self.shrink, self.rule["gamma2"]
+        if isinstance(gamma1, Tensor):
+            mean.lerp_(norm, self._each(1 - gamma1, mean))
+        else:
+            mean.mul_(gamma1).add_(norm, alpha=1 - gamma1)
+        square.mul_(gamma2).add_(norm.square(), alpha=1 - gamma2)
+        root = (square / self._each(1 - gamma2**self.step, square)).sqrt() + self.rule["eps"]
+        return mean / self._each(1 - gamma1**self.step, mean) / root / _positive(norm)
+
+    def _step_kernels(self) -> None:
+        entries, grads = self.entries, [e.grad for e in self.entries]
+        # Largest entry, sum of squares, bound, ratio.
+        sums = torch.zeros(len(grads), 4, dtype=torch.float32, device=grads[0].device)
+        call = (grads, sums.unbind(), [dispatch.SIGN] * len(grads), [(1, g.numel()) for g in grads])
+        with self._averages() as (largest, mean, square):
+            self.kernels.reduce_(*call)
+            bounds = self._bounds(sums[:, 0], largest)
+            sums[:, 2:] = torch.stack((bounds, bounds / _positive(sums[:, 0])), 1)
+            self.kernels.reduce_(*call)
+            factors = self._factors(sums[:, 1].sqrt(), mean, square)
+        clips = torch.cat((sums[:, 2:], factors.unsqueeze(1)), 1).unbind()
+        device, count = grads[0].device, self.count
+        if isinstance(count, Tensor):
+            counts = count.float().unbind()
+        else:
+            counts = torch.full((len(grads),), count, dtype=torch.float32, device=device).unbind()
+        items = [
+            dispatch.vector(e.weight, e.grad, *e.moments, count, e.counter)
+            for e, count in zip(entries, counts, strict=True)
+        ]
+        at = 0
+        for part in dispatch.calls_of(items):
+            some = slice(at, at + len(part))
+            self.kernels.adam_(
+                *list(zip(*part, strict=True))[:5],
+                lr=[dispatch.scalar(e.lr, device) for e in entries[some]],
+                betas=self.betas,
+                eps=self.rule["eps"],
+                weight_decay=[e.weight_decay for e in entries[some]],
+                maximize=self.rule["maximize"],
+                eps_before=False,
+                clips=clips[some],
+                max_update=self.limit,
+                **dispatch.rounding(part),
+            )
+            at += len(part)
+
+    def _step_eager(self) -> None:
+        stacks = [_stack([e.grad for e in kind]) for kind in self.kinds]
+        shards = self.entries[0].shards
+        with self._averages() as (largest, mean, square):
+            most = _norms(stacks, math.inf, shards)
+            bounds = _spread(self._bounds(most, largest), stacks)
+            sizes = _spread(_positive(most), stacks)
+            for i, (size, bound) in enumerate(zip(sizes, bounds, strict=True)):
+                clipped = stacks[i] / size * bound
+                stacks[i] = torch.where(stacks[i].abs() > bound, clipped, stacks[i])
+            factors = self._factors(_norms(stacks, 2, shards), mean, square)
+        factors = -factors if self.rule["maximize"] else factors
+        for x, factor in zip(stacks, _spread(factors, stacks), strict=True):
+            x.mul_(factor)
+        grads = [g for x in stacks for g in x.unbind()]
+        del stacks, x
+        (beta1, beta2), columns = self.betas, zip(*(e.moments for e in self.entries), strict=True)
+        with widened(*columns) as (means, squares):
+            grads = [g.view_as(m).to(m.dtype) for g, m in zip(grads, means, strict=True)]
+            torch._foreach_lerp_(means, grads, _listed(1 - beta1, means[0]))
+            torch._foreach_mul_(squares, beta2)
+            torch._foreach_addcmul_(squares, grads, grads, value=1 - beta2)
+            del grads
+            correction = _listed(1 - beta2**self.count, squares[0])
+            denominators = torch._foreach_div(squares, correction)
+            torch._foreach_sqrt_(denominators)
+            torch._foreach_add_(denominators, self.rule["eps"])
+            updates = torch._foreach_div(means, denominators)
+        if self.limit != math.inf:
+            limit = self.limit * (1 - beta1**self.count)  # the rest of the bias correction follows
+            torch._foreach_clamp_max_(updates, limit)
+            torch._foreach_clamp_min_(updates, -limit)
+        self._subtract(updates, 1 - beta1**self.count)
+
+    def _subtract(self, updates: Sequence[Tensor], correction: Any) -> None:
+        """Step the weights, each rounded once where it is of low precision."""
+        weights = [e.weight for e in self.entries]
+        updates = [u.reshape(w.shape) for u, w in zip(updates, weights, strict=True)]
+        if isinstance(correction, Tensor):
+            lr, weight_decay = self.entries[0][4:6]  # those of all
+            lr = lr.double() if isinstance(lr, Tensor) else lr
+            sizes, decays = _listed(lr / correction, updates[0]), [lr * weight_decay] * len(updates)
+        else:
+            sizes = [e.lr / correction for e in self.entries]
+            decays = [1.0 - (1 - e.lr * e.weight_decay) for e in self.entries]
+            if not any(decays) and len(set(sizes)) == 1:
+                torch._foreach_sub_(weights, updates, alpha=sizes[0])
+                return
+        wide = [w.to(at_least_float32(w)) for w in weights]
+        updates = [u.to(w.dtype) for u, w in zip(updates, wide, strict=True)]
+        torch._foreach_mul_(updates, sizes)
+        if any(e.weight_decay for e in self.entries):
+            torch._foreach_add_(updates, torch._foreach_mul(wide, decays))
+        torch._foreach_sub_(weights, updates)
+
+
+def cosine_factor(step: Any, total: int | None, low: float) -> Any:
     """Return ``s``, which falls from 1 at the start to ``low`` from step ``total`` on."""
     if total is None:
         return 1.0
-    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(step, total) / total))
+    if isinstance(step, Tensor):
+        cosine: Any = (step.clamp(max=total) * (math.pi / total)).cos()
+    else:
+        cosine = math.cos(math.pi * min(step, total) / total)
+    return low + (1 - low) * 0.5 * (1 + cosine)
 
 
-def clip_spikes(
-    grad: Tensor, state: State, step: int, gamma: float, shards: Shards = WHOLE
-) -> Tensor:
-    """Scale entries beyond the running largest entry down to it."""
-    largest = _norm(grad, math.inf, shards)
-    bound = _spike_bound(largest, state, step, gamma)
-    tiny = torch.finfo(largest.dtype).tiny
-    clipped = grad / largest.clamp_min(tiny) * bound
-    return torch.where(grad.abs() > bound, clipped, grad).to(grad.dtype)
+def _listed(value: Any, like: Tensor) -> Any:
+    """Return a number as it is; one for each weight, on the device, as a list."""
+    return list(value.to(like.dtype).unbind()) if isinstance(value, Tensor) else value
 
 
-def clip_norm(
-    grad: Tensor,
-    state: State,
-    step: int,
-    shrink: float,
-    group: dict[str, Any],
-    shards: Shards = WHOLE,
-) -> Tensor:
-    """Scale the gradient from its own norm to the running norm."""
-    norm = _norm(grad, 2, shards)
-    return (grad * _norm_factor(norm, state, step, shrink, group)).to(grad.dtype)
+def _init_state(state: State, grad: Tensor, dtype: torch.dtype) -> None:
+    if "exp_avg" not in state:
+        state["exp_avg"] = torch.zeros_like(grad, dtype=dtype)
+        state["exp_avg_sq"] = torch.zeros_like(grad, dtype=dtype)
+    if "norm_avg_sq" not in state:
+        # Of each matrix in a stack, in float32: γ₃ = 0.999 is 1 in bfloat16.
+        shape = (*grad.shape[:-2], 1, 1) if grad.ndim > 2 else ()
+        wide = at_least_float32(grad)
+        state.update({key: grad.new_zeros(shape, dtype=wide) for key in _AVERAGES})
 
 
-def _spike_bound(largest: Tensor, state: State, step: int, gamma: float) -> Tensor:
-    """Update the running mean of the largest entry; return it, bias-corrected."""
-    if "max_avg" not in state:
-        state["max_avg"] = torch.zeros_like(largest)
-    average = state["max_avg"].mul_(gamma).add_(largest, alpha=1 - gamma)
-    return average / (1 - gamma**step)
-
-
-def _norm_factor(
-    norm: Tensor, state: State, step: int, shrink: float, group: dict[str, Any]
-) -> Tensor:
-    """Update the running norm; return the factor that gives it to a gradient of norm ``norm``."""
-    if "norm_avg" not in state:
-        state["norm_avg"], state["norm_avg_sq"] = torch.zeros_like(norm), torch.zeros_like(norm)
-    gamma1, gamma2 = group["gamma1"] * shrink, group["gamma2"]
-    mean = state["norm_avg"].mul_(gamma1).add_(norm, alpha=1 - gamma1)
-    square = state["norm_avg_sq"].mul_(gamma2).add_(norm.square(), alpha=1 - gamma2)
-    target = mean / (1 - gamma1**step) / ((square / (1 - gamma2**step)).sqrt() + group["eps"])
-    return target / norm.clamp_min(torch.finfo(norm.dtype).tiny)
-
-
-def _kernels(weight: Tensor, grad: Tensor, state: State, shards: Shards) -> Any:
+def _kernels(
+    weight: Tensor, grad: Tensor, state: State, shards: Shards, counter: Counter | None
+) -> Any:
     """Return the kernels that step an unsharded weight, or None."""
     kernels = dispatch.backend(grad.device.type)
     if kernels is None or shards.mesh is not None or grad.ndim > 2:
         return None
-    item = dispatch.vector(weight, grad, state.get("exp_avg"), state.get("exp_avg_sq"))
+    moments = state.get("exp_avg"), state.get("exp_avg_sq")
+    item = dispatch.vector(weight, grad, *moments, counter=counter)
     return kernels if grad.is_contiguous() and dispatch.takes(item) else None
 
 
-def _clips(
-    kernels: Any, grad: Tensor, state: State, step: int, shrink: float, group: dict[str, Any]
-) -> Tensor:
-    """Return both clips for the kernels: bound of an entry, ratio beyond it, factor of all."""
-    tiny = torch.finfo(torch.float32).tiny
-    # Largest entry, sum of squares, bound, ratio.
-    sums = torch.zeros(4, dtype=torch.float32, device=grad.device)
-    call = ([grad], [sums], [dispatch.SIGN], [(1, grad.numel())])
-    kernels.reduce_(*call)
-    bound = _spike_bound(sums[0].clone(), state, step, group["gamma3"])
-    ratio = bound / sums[0].clamp_min(tiny)
-    sums[2:] = torch.stack((bound, ratio))
-    kernels.reduce_(*call)
-    factor = _norm_factor(sums[1].sqrt(), state, step, shrink, group)
-    return torch.stack((bound, ratio, factor))
+def _positive(norm: Tensor) -> Tensor:
+    return norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
 
-def _norm(grad: Tensor, order: float, shards: Shards) -> Tensor:
-    """Return the norm, of each matrix in a stack, in float32: γ₃ = 0.999 is 1 in bfloat16."""
-    dims = tuple(range(-min(grad.ndim, 2), 0))
-    norm = shards.norm(grad, order, dim=dims, over="mn")
-    return norm if grad.ndim > 2 else norm.reshape(())
+def _stack(grads: list[Tensor]) -> Tensor:
+    """Stack gradients of one shape, in float32 at least; numbers become vectors."""
+    stack = grads[0].unsqueeze(0) if len(grads) == 1 else torch.stack(grads)
+    stack = stack.to(at_least_float32(stack))
+    return stack.unsqueeze(1) if stack.ndim == 1 else stack
+
+
+def _last(stack: Tensor) -> tuple[int, ...]:
+    """Return the dimensions of a matrix or a vector in a stack of them."""
+    return tuple(range(-min(stack.ndim - 1, 2), 0))
+
+
+def _norms(stacks: list[Tensor], order: float, shards: Shards) -> Tensor:
+    """Return the norms of all matrices and vectors in one vector."""
+    parts = [WHOLE.norm(x, order, dim=_last(x)).reshape(-1) for x in stacks]
+    norms = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if not shards.cut():
+        return norms
+    if order == math.inf:
+        shards.max_([norms])
+        return norms
+    squares = norms.square()
+    shards.sum_([squares])
+    return squares.sqrt()
+
+
+def _spread(values: Tensor, stacks: list[Tensor]) -> list[Tensor]:
+    """Split what :func:`_norms` gave for the stacks, so that each value multiplies its matrix."""
+    shapes = [(*x.shape[: -len(_last(x))], *[1] * len(_last(x))) for x in stacks]
+    parts = values.split([math.prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

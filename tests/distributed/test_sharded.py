@@ -81,6 +81,10 @@ def communication_is_counted():
     # Between refreshes r x n for the two weights of fewer rows than columns, rows being cut.
     assert sent("galore", 1) == {"all_reduce": (2, 3 * (19 + 12) * 8)}
     assert sent("galore", 1, side="right") == {}
+    # All maxima at once, all sums of squares at once.
+    weights = len(list(net().parameters()))
+    assert sent("stable_spam together", 1) == {"all_reduce": (2, 2 * weights * 8)}
+    assert sent("stable_spam", 1) == {"all_reduce": (2 * weights, 2 * weights * 8)}
     # Six hidden weights of which each process sends its part, and gets it back, in two rounds each.
     assert sent("swan", 1)["all_to_all"][0] == 2 * 3
 

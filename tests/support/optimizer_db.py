@@ -95,8 +95,8 @@ def train(model, optimizer, steps, schedulers=()) -> list[float]:
 def configurations(info: OptimizerInfo, device, *, flag: str = "foreach") -> Iterator[Any]:
     """(description, hyperparameters) of every input, with `flag` off and, if supported, on."""
     for entry in info.optim_inputs_func(device=device):
-        if "rounding" in entry.kwargs and flag != "foreach":
-            continue  # stochastic rounding excludes the other flags
+        if entry.kwargs.keys() & {"rounding", "state_bits"} and flag != "foreach":
+            continue  # what is counted in Python excludes the other flags
         yield entry.desc, copy.deepcopy(entry.kwargs)
         # The zoo's own rules have no such path, the Adam beside them has: once for its options.
         if flag in info.supported_impls and "rank" not in entry.kwargs:
@@ -361,13 +361,14 @@ class PlannedAdamS(AdamS):
             super().add_param_group({**param_group, "sparse": False})
 
 
-def _zoo_info(cls, inputs, refusals, *, foreach=True) -> OptimizerInfo:
+def _zoo_info(cls, inputs, refusals) -> OptimizerInfo:
     return OptimizerInfo(
         cls,
         optim_inputs_func=(zoo_inputs if cls is PlannedAdamS else coded_inputs)(**inputs),
         optim_error_inputs_func=zoo_error_inputs(**refusals),
         scheduler_inputs=SCHEDULERS,
-        supported_impls=("foreach",) if foreach else (),
+        supported_impls=("foreach",),
+        has_capturable_arg=cls in (StableSPAM, PlannedAdamS),
         supports_complex=False,
     )
 
@@ -426,6 +427,7 @@ ZOO = [
             "resets": {"update_proj_gap": 2},
             "clean": {"update_proj_gap": 2, "reset_step": "clean"},
             "cosine": {"total_steps": 4, "gamma1": 0.85, "gamma2": 0.99999},
+            "capturable": {"update_proj_gap": 2, "total_steps": 4, "capturable": True},
         },
         {
             "gamma1": (1.0, "Invalid gamma at index 0: 1.0"),
@@ -435,7 +437,6 @@ ZOO = [
             "eta_min": (0.0, "Invalid eta_min: 0.0"),
             "reset_step": ("both", "Invalid reset_step: 'both'.*authors, clean"),
         },
-        foreach=False,
     ),
     _zoo_info(
         PlannedAdamS,
@@ -443,6 +444,7 @@ ZOO = [
             "masks": {"n": 2, "m": 5, "mask_every": 2},
             "predecessor": {"n": 2, "m": 5, "mask_every": 2, "decay": "l2"},
             "ramp_over": {"n": 3, "m": 5, "total_steps": 1},
+            "capturable": {"n": 2, "m": 5, "mask_every": 2, "capturable": True},
         },
         {
             "l1": (-1.0, "Invalid l1 value: -1.0"),

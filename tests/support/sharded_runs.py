@@ -38,6 +38,7 @@ VARIANTS = {
     "galore both": ("galore", {"side": "both"}),
     "galore power": ("galore", {"projector": "power", "rotate": False}),
     "natural_galore both": ("natural_galore", {"side": "both", "relative_damping": True}),
+    "stable_spam together": ("stable_spam", {"foreach": True}),
     "apollo tensor": ("apollo", {"scale_type": "tensor", "scale_front": True}),
 }
 CASES = {**{name: (name, {}) for name in HYPER}, **VARIANTS}
