@@ -91,7 +91,7 @@ class TimedOptimizer:
         self.floor_bytes = tensors and sum(
             tensors[g["role"]] * p.numel() * p.element_size() for g in groups for p in g["params"]
         )
-        optimizer = make(groups)
+        self.optimizer = optimizer = make(groups)  # its state is what a captured step writes to
         self.give_grads()
         self.step: Callable[[], Any] = optimizer.step
         if mode == "captured":

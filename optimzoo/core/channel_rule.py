@@ -33,9 +33,10 @@ def norm_growth_divisor(norm: Tensor, state: State, limit: float) -> Tensor | No
     if "update_norm" not in state:
         state["update_norm"] = torch.where(norm == 0, math.inf, norm)
         return None
-    growth = norm / (state["update_norm"] + 1e-8)
+    last = state["update_norm"]
+    growth = norm / (last + 1e-8)
     divisor = growth.clamp_min(limit) / limit
-    state["update_norm"] = torch.where(norm == 0, state["update_norm"], norm / divisor)
+    last.copy_(torch.where(norm == 0, last, norm / divisor))  # in place: a graph may hold it
     return divisor
 
 
@@ -95,12 +96,13 @@ class ChannelUpdate(Update):
         divisor = norm_growth_divisor(norm, state, limit)
         return self if divisor is None else replace(self, ratio=self.ratio / divisor)
 
-    def subtract_from(self, weight: Tensor, *, lr: Number, decay: Number) -> None:
+    def subtract_from(self, weight: Tensor, *, lr: Number, weight_decay: float) -> None:
         """Subtract it, rounded once."""
-        scales = (self.ratio.float() * (lr * self.scale)).reshape(-1)
+        scales = (self.ratio.float() * self.scale).reshape(-1).float()
         shape = (self.matrix.shape[0], self.matrix.shape[1])
         lists = ([weight], [self.matrix], [scales], [_KINDS[self.dim]], [shape])
-        self.kernels.apply_(*lists, lr=1.0, weight_decay=decay)
+        lr = dispatch.scalar(lr, weight.device)
+        self.kernels.apply_(*lists, lr=lr, weight_decay=weight_decay)
 
 
 def scaled_channels(

@@ -210,8 +210,7 @@ class MatrixOptimizer(RoleOptimizer):
             context = Context(step, matrix.position, shards, weight)
             self._refresh_if_due(matrix, grad, state, group, context)
             update = self.direction(grad, state, group, context)
-            lr = step_lr(group)
-            update.subtract_from(weight, lr=lr, decay=lr * group["weight_decay"])
+            update.subtract_from(weight, lr=step_lr(group), weight_decay=group["weight_decay"])
 
     def _refresh_if_due(
         self, matrix: Matrix, grad: Tensor, state: State, group: dict[str, Any], context: Context
@@ -248,7 +247,7 @@ class MatrixOptimizer(RoleOptimizer):
             size = size.view(-1, *(1,) * (dense.ndim - 1)).to(dense.dtype)
             dense, size = dense * size, 1.0
         weights = [matrix.weight for matrix in batch]
-        decay = lr * group["weight_decay"]
+        decay = lr * group["weight_decay"] if group["weight_decay"] else 0.0
         subtract_each_(weights, dense.unbind(), numbers, size=size, decay=decay)
 
     def _matrix(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor, Shards]:

@@ -29,8 +29,9 @@ class Update:
         """Return ``U``."""
         return self.matrix
 
-    def subtract_from(self, weight: Tensor, *, lr: Number, decay: Number) -> None:
-        """Set ``W ← (1 − decay) W − lr · scale · U``, rounded once."""
+    def subtract_from(self, weight: Tensor, *, lr: Number, weight_decay: float) -> None:
+        """Set ``W ← (1 − lr · weight_decay) W − lr · scale · U``, rounded once."""
+        decay = lr * weight_decay if weight_decay else 0.0
         subtract_(weight, self.dense(), size=lr * self.scale, decay=decay)
 
 

@@ -82,10 +82,12 @@ def opened(
 
     The state has ``exp_avg_codes`` and ``exp_avg_scale`` in place of ``exp_avg``, and so on.
     """
+    stored = {}
     for key in _MOMENTS:
         if f"{key}_codes" in state:
             codes = state.pop(f"{key}_codes")
-            state[key] = dequantize(codes, state.pop(f"{key}_scale").to(codes.device))
+            stored[key] = codes, state.pop(f"{key}_scale").to(codes.device)
+            state[key] = dequantize(*stored[key])
     yield state
     for key, offset in _MOMENTS.items():
         moment = state.get(key)
@@ -93,6 +95,10 @@ def opened(
             own = None if counter is None else counter._replace(index=counter.index + offset)
             codes, scales = quantize(moment, signed=key != "exp_avg_sq", counter=own)
             del state[key]
+            if key in stored:  # into the same tensors, which a CUDA graph may hold
+                codes, scales = (
+                    old.copy_(new) for old, new in zip(stored[key], (codes, scales), strict=True)
+                )
             state[f"{key}_codes"], state[f"{key}_scale"] = codes, scales
 
 

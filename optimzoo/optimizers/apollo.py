@@ -111,8 +111,11 @@ class APOLLO(MatrixOptimizer):
         """Store the seed of another Ω."""
         # Kept, not derived from the step, so that a run continued with another gap is the same.
         seed = group["seed"] + 7919 * context.position + context.step
-        device = grad.device if group["capturable"] else "cpu"
-        state["projector_seed"] = torch.tensor(seed, dtype=torch.int64, device=device)
+        if "projector_seed" in state:
+            state["projector_seed"].fill_(seed)  # in place: a CUDA graph may hold it
+        else:
+            device = grad.device if group["capturable"] else "cpu"
+            state["projector_seed"] = torch.tensor(seed, dtype=torch.int64, device=device)
 
     def direction(
         self, grad: Tensor, state: State, group: dict[str, Any], context: Context

@@ -133,11 +133,11 @@ class ResidualUpdate(LowRankUpdate):
 
     channels: ChannelUpdate | None = None
 
-    def subtract_from(self, weight: Tensor, *, lr: Number, decay: Number) -> None:
+    def subtract_from(self, weight: Tensor, *, lr: Number, weight_decay: float) -> None:
         """Subtract both."""
         assert self.channels is not None
-        self.channels.subtract_from(weight, lr=lr, decay=decay)
-        super().subtract_from(weight, lr=lr, decay=0.0)
+        self.channels.subtract_from(weight, lr=lr, weight_decay=weight_decay)
+        super().subtract_from(weight, lr=lr, weight_decay=0.0)
 
 
 def back_squares(state: State, low: Tensor, less: float) -> Tensor:

@@ -94,8 +94,9 @@ class LowRankUpdate(Update):
         """Return ``P R Qᵀ``."""
         return back(self.state, self.matrix)
 
-    def subtract_from(self, weight: Tensor, *, lr: Number, decay: Number) -> None:
+    def subtract_from(self, weight: Tensor, *, lr: Number, weight_decay: float) -> None:
         """Subtract it without a tensor of the weight's size, where the dtypes allow that."""
+        decay = lr * weight_decay if weight_decay else 0.0
         subtract_back_(weight, self.state, self.matrix, size=lr * self.scale, decay=decay)
 
 

@@ -159,7 +159,9 @@ def _solutions(
         # A pivot below the rounding of its row is noise, and would be divided by.
         pivots = factor.diagonal(dim1=-2, dim2=-1).square()
         good = (info == 0) & (pivots > precision * diagonal).all(-1)
-        weights = torch.cholesky_solve(column, factor).squeeze(-1)
+        # Not `cholesky_solve`: on a GPU it allocates, which a CUDA graph cannot hold.
+        half = torch.linalg.solve_triangular(factor, column, upper=False)
+        weights = torch.linalg.solve_triangular(factor.mT, half, upper=True).squeeze(-1)
         if relative:
             weights = weights * ((1 + damping) * mean).unsqueeze(-1)
         # As in torch, NaN and infinity propagate into the weights that they touch.

@@ -77,8 +77,11 @@ def refresh(
             rotated = True
         # Contiguous, as a checkpoint gives it back: products round by the layout of their factors.
         # And a copy: a slice would keep the storage of the whole.
-        part = cut.part(new).to(grad.dtype)
-        state[key] = part.clone(memory_format=torch.contiguous_format)
+        part, last = cut.part(new).to(grad.dtype), state.get(key)
+        if last is not None and (last.shape, last.dtype) == (part.shape, part.dtype):
+            last.copy_(part)  # in place: a CUDA graph may hold it
+        else:
+            state[key] = part.clone(memory_format=torch.contiguous_format)
     return Rotation(**rotations) if rotated else None
 
 
