@@ -129,7 +129,16 @@ def compare(
     params = weights(dtype, names)
     start = {n: p.detach().double().numpy().copy() for n, p in params.items()}
     optimizer = make(groups(params, other_lr), lr=lr, **hyper)
-    ours = {"fused", "lr", "foreach", "seed", "history_dtype", "rounding", "state_bits"}
+    ours = {
+        "capturable",
+        "fused",
+        "lr",
+        "foreach",
+        "seed",
+        "history_dtype",
+        "rounding",
+        "state_bits",
+    }
     known = {*inspect.signature(make).parameters, "maximize"} - ours
     options = {k: v for k, v in {**optimizer.defaults, **hyper}.items() if k in known}
     kind = options.pop("projector", None)
