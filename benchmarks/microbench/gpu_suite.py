@@ -144,7 +144,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         tests("contract", *contract, "-m", "not distributed", "-k", "CUDA or cuda"),
         tests("release", "tests/gradient_release"),
         tests("compiled", "tests/contract/test_compile.py"),
-        tests("stacks", "tests/contract/test_stacks.py", "-k", "cuda"),
+        tests("stacks", "tests/contract/test_stacks.py", "tests/optimizers/test_multi_tensor.py"),
         tests("sparsity", "tests/sparsity/test_sparsity.py", "-k", "semi_structured"),
         *sanitizers(),
         *(shapes(out, m, *few) for m, *few in SHAPES),

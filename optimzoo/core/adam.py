@@ -40,6 +40,14 @@ def step_as_tensor(
         state[key] = count.to(device)
 
 
+def count_up(steps: list[Tensor]) -> None:
+    """Add one to step counts; those of the CPU by the overload that does not wrap it for each."""
+    if steps[0].is_cpu:
+        torch._foreach_add_(steps, torch.ones(()), alpha=1.0)
+    else:
+        torch._foreach_add_(steps, 1)
+
+
 def read_counts(steps: Sequence[Tensor]) -> list[float]:
     """Return step counts as numbers: one read for all, as each would wait for its device."""
     if len({step.device for step in steps}) > 1:
@@ -226,7 +234,7 @@ def _multi_tensor_adam(
     eps_before: bool,
 ) -> None:
     beta1, beta2 = betas
-    torch._foreach_add_(steps, 1)
+    count_up(steps)
     torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
     torch._foreach_mul_(exp_avg_sqs, beta2)
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, value=1 - beta2)

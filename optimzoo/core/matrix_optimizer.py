@@ -13,6 +13,7 @@ from optimzoo import stacks
 from optimzoo.core.adam import (
     adam_step,
     bias_correction,
+    count_up,
     init_adam_state,
     max_direction,
     read_counts,
@@ -395,7 +396,7 @@ def count_steps(
     steps = [state["step"] for state in states]
     if not steps:
         return []
-    torch._foreach_add_(steps, 1)
+    count_up(steps)
     if capturable:
         return steps
     return [int(step) for step in read_counts(steps)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, _default_to_fused_or_foreach
 
-from optimzoo.core.adam import adam, init_adam_state, read_counts, step_as_tensor
+from optimzoo.core.adam import adam, count_up, init_adam_state, read_counts, step_as_tensor
 from optimzoo.core.matrix_optimizer import REST_DEFAULTS, local_params
 from optimzoo.core.optimizer import RoleOptimizer, copy_group, options_of, scalar_lr
 from optimzoo.core.record import register
@@ -350,7 +350,7 @@ def adams(
     if foreach is None:
         foreach = _default_to_fused_or_foreach(params, False)[1]
     rule: Callable[..., None] = _multi_tensor_adams if foreach else _single_tensor_adams
-    torch._foreach_add_(steps, 1)
+    count_up(steps)
     ramp = [t / total_steps for t in counts]
     ramp = [a.clamp(max=1.0) if isinstance(a, Tensor) else min(a, 1.0) for a in ramp]
     options = (lr, betas, eps, l1, decay, weight_decay)

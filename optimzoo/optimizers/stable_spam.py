@@ -2,15 +2,21 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import chain
-from typing import Any, ClassVar, NamedTuple, Unpack
+from typing import Any, ClassVar, NamedTuple, Unpack, cast
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, _default_to_fused_or_foreach
 
-from optimzoo.core.adam import bias_correction, max_direction, read_counts, step_as_tensor
+from optimzoo.core.adam import (
+    bias_correction,
+    count_up,
+    max_direction,
+    read_counts,
+    step_as_tensor,
+)
 from optimzoo.core.matrix_optimizer import MatrixOptimizer, State, as_matrix, oriented
 from optimzoo.core.optimizer import options_of, scalar_lr
 from optimzoo.core.record import register
@@ -147,20 +153,22 @@ class StableSPAM(MatrixOptimizer):
         foreach, coded = group["foreach"], group["state_bits"] == 8
         if foreach is None:
             foreach = _default_to_fused_or_foreach([local_part(p) for p in weights], False)[1]
-        lr = scalar_lr(group) if group["capturable"] else float(scalar_lr(group))
+        lr: Any = group["lr"] if group["capturable"] else float(scalar_lr(group))
         decay, layout = group["weight_decay"], {k: bool(group[k]) for k in _LAYOUT}
         rule = {key: group[key] for key in _RULE} | {"betas": tuple(group["betas"])}
-        for p, counts in zip(weights, self._count_steps(weights, group), strict=True):
+        common = (*rule.values(), *((id(lr), decay) if group["capturable"] else ()))
+        states = [self.state[p] for p in weights]
+        counts = self._count_steps(weights, states, group)
+        for p, state, count in zip(weights, states, counts, strict=True):
             weight, counter = oriented(local_part(p), group), counters.get(p)
             grad = as_matrix(local_part(p.grad, like=p), group)  # type: ignore[arg-type]
-            shards, state = Shards.of(p, **layout), self.state[p]
+            shards, dtype = Shards.of(p, **layout), moment_dtype(grad, group)
             kernels = _kernels(weight, grad, state, shards, counter)
             if group["capturable"] and group["total_steps"] is not None:
                 kernels = None  # they take β₁ from the host
-            exact = counter is None and not {weight.dtype, moment_dtype(grad, group)} & {*LOW}
-            together = foreach and not coded and (exact or kernels is not None)
-            with ExitStack() as alone:
-                stack = self._open if together else alone
+            exact = kernels or not (counter or weight.dtype in LOW or dtype in LOW)
+            together = foreach and not coded and exact
+            with nullcontext(self._open) if together else ExitStack() as stack:
                 if shards.mesh is not None:
                     letters = self._letters(group, shards.shape(grad.shape))
                     state = stack.enter_context(shards.opened(state, letters))
@@ -168,35 +176,38 @@ class StableSPAM(MatrixOptimizer):
                     stack.enter_context(opened(state, 8, counter))
                 if kernels is None:
                     weight = stack.enter_context(stand_in(weight, counter))
-                _init_state(state, grad, moment_dtype(grad, group))
-                batch = _Batch(rule, kernels, *counts)
-                if together:
-                    # The processes of a collective have the same weights, in the same order.
-                    key = (kernels, *counts, *rule.values(), grad.device, at_least_float32(grad))
-                    key = (*key, *map(id, shards.groups()))
-                    if group["capturable"]:
-                        key = (*key, id(group["lr"]) if isinstance(lr, Tensor) else lr, decay)
-                    batch = self._batches.setdefault(key, batch)
+                _init_state(state, grad, dtype)
+                # The processes of a collective have the same weights, in the same order.
+                groups = tuple(map(id, shards.groups())) if shards.mesh is not None else ()
+                key = (common, kernels, count, grad.device, at_least_float32(grad), groups)
+                batch = self._batches.get(key) if together else None
+                if batch is None:
+                    batch = _Batch(rule, kernels, *count)
                 batch.entries.append(_Entry(weight, grad, state, shards, lr, decay, counter))
-                if not together:
+                if together:
+                    self._batches[key] = batch
+                else:
                     batch.take_step()
 
-    def _count_steps(self, params: list[Tensor], group: dict[str, Any]) -> list[tuple[Any, Any]]:
+    def _count_steps(
+        self, params: list[Tensor], states: list[State], group: dict[str, Any]
+    ) -> list[tuple[Any, Any]]:
         """Count a step of each weight; return the counts of all steps, and since a reset.
 
         They are None with `capturable`: they stay on the device.
         """
-        for p in params:
+        for p, state in zip(params, states, strict=True):
             if group["state_bits"] == 8:
                 self._refuse_cut_codes(p)
             for key in ("step", "moment_step"):
-                self.state[p].setdefault(key, 0)
-                step_as_tensor(self.state[p], p, capturable=group["capturable"], key=key)
-        steps = [self.state[p]["step"] for p in params]
-        torch._foreach_add_(steps, 1)
+                if group["capturable"] or not isinstance(state.get(key), Tensor):
+                    state.setdefault(key, 0)
+                    step_as_tensor(state, p, capturable=group["capturable"], key=key)
+        steps = [state["step"] for state in states]
+        count_up(steps)
         if group["capturable"]:
             return [(None, None)] * len(params)
-        ages = read_counts([self.state[p]["moment_step"] for p in params])
+        ages = read_counts([state["moment_step"] for state in states])
         return [(int(n), int(k) + 1) for n, k in zip(read_counts(steps), ages, strict=True)]
 
 
@@ -253,7 +264,7 @@ class _Batch:
             self.count = 1 if reset else self.age
             if reset:
                 torch._foreach_zero_(counts)
-            torch._foreach_add_(counts, 1)
+            count_up(counts)
         self.limit = math.inf
         if rule["state_bits"] == 8:
             age = self.count if clean else self.age
@@ -293,13 +304,19 @@ class _Batch:
     @contextmanager
     def _averages(self) -> Iterator[Sequence[Tensor]]:
         """Yield the running averages, of all matrices in one vector each, to change in place."""
-        parts = [e.state[key].view(-1) for key in _AVERAGES for e in self.entries]
+        parts = [e.state[key] for key in _AVERAGES for e in self.entries]
         if len(self.entries) == 1:
-            yield parts
+            yield [part.view(-1) for part in parts]
             return
-        whole = torch.cat(parts)
+        if any(part.ndim for part in parts):
+            parts = [part.view(-1) for part in parts]
+            whole = torch.cat(parts)
+            copies = whole.split([part.numel() for part in parts])
+        else:
+            whole = torch.stack(parts)
+            copies = whole.unbind()
         yield whole.view(len(_AVERAGES), -1).unbind()
-        torch._foreach_copy_(parts, whole.split([part.numel() for part in parts]))
+        torch._foreach_copy_(parts, copies)
 
     def _bounds(self, largest: Tensor, average: Tensor) -> Tensor:
         """Update the running mean of the largest entry; return it, bias-corrected."""
@@ -319,7 +336,8 @@ class _Batch:
         return mean / self._each(1 - gamma1**self.step, mean) / root / _positive(norm)
 
     def _step_kernels(self) -> None:
-        entries, grads = self.entries, [e.grad for e in self.entries]
+        entries: list[Any] = self.entries
+        grads = [e.grad for e in entries]
         # Largest entry, sum of squares, bound, ratio.
         sums = torch.zeros(len(grads), 4, dtype=torch.float32, device=grads[0].device)
         call = (grads, sums.unbind(), [dispatch.SIGN] * len(grads), [(1, g.numel()) for g in grads])
@@ -335,19 +353,16 @@ class _Batch:
             counts = count.float().unbind()
         else:
             counts = torch.full((len(grads),), count, dtype=torch.float32, device=device).unbind()
-        items = [
-            dispatch.vector(e.weight, e.grad, *e.moments, count, e.counter)
-            for e, count in zip(entries, counts, strict=True)
-        ]
-        at = 0
-        for part in dispatch.calls_of(items):
+        at, calls = 0, cast(list[Any], dispatch.calls_of(entries))
+        for part in calls:
             some = slice(at, at + len(part))
+            moments = map(list, zip(*(e.moments for e in part), strict=True))
             self.kernels.adam_(
-                *list(zip(*part, strict=True))[:5],
-                lr=[dispatch.scalar(e.lr, device) for e in entries[some]],
+                *([e.weight for e in part], grads[some], *moments, counts[some]),
+                lr=[dispatch.scalar(e.lr, device) for e in part],
                 betas=self.betas,
                 eps=self.rule["eps"],
-                weight_decay=[e.weight_decay for e in entries[some]],
+                weight_decay=[e.weight_decay for e in part],
                 maximize=self.rule["maximize"],
                 eps_before=False,
                 clips=clips[some],
@@ -396,7 +411,7 @@ class _Batch:
         updates = [u.reshape(w.shape) for u, w in zip(updates, weights, strict=True)]
         if isinstance(correction, Tensor):
             lr, weight_decay = self.entries[0][4:6]  # those of all
-            lr = lr.double() if isinstance(lr, Tensor) else lr
+            lr = lr.reshape(()).double() if isinstance(lr, Tensor) else lr
             sizes, decays = _listed(lr / correction, updates[0]), [lr * weight_decay] * len(updates)
         else:
             sizes = [e.lr / correction for e in self.entries]
