@@ -78,8 +78,8 @@ def shapes(out: Path, model: str, *more: str, native: bool = True) -> Stage:
     """Return the stage that times SCALE in bfloat16 with CUDA or Triton kernels, and others."""
     kernels = "cuda" if native else "triton"
     rows = out / f"step-{model}-{kernels}.json"
-    methods = ["sgd", "adamw", "scale"]
-    methods += ["scale-loop", "scale-captured", "scale-compiled"] if native else []
+    methods = ["sgd", "adamw", "scale", "scale-captured"]
+    methods += ["scale-loop", "scale-compiled"] if native else []
     command = [PYTHON, "-m", "benchmarks", "step-time", "--model", model, "--dtype", "bfloat16"]
     command += ["--optimizers", *methods, "--repeats", "50", "--no-refresh", "--no-peers", *more]
     environment = {} if native else {"OPTIMZOO_NATIVE": "0"}

@@ -42,7 +42,7 @@ def step_as_tensor(
 
 def count_up(steps: list[Tensor]) -> None:
     """Add one to step counts; those of the CPU by the overload that does not wrap it for each."""
-    if steps[0].is_cpu:
+    if all(step.is_cpu and step.is_floating_point() for step in steps):
         torch._foreach_add_(steps, torch.ones(()), alpha=1.0)
     else:
         torch._foreach_add_(steps, 1)

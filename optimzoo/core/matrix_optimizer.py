@@ -158,8 +158,8 @@ class MatrixOptimizer(RoleOptimizer):
     ) -> None:
         """Step the weights by the method's rule: alike ones together on a GPU, else one by one."""
         matrices = self._matrices(params, group)
-        sharded = [matrix for matrix in matrices if matrix.shards.cut()]
-        if sharded:
+        if any(matrix.shards is not WHOLE for matrix in matrices):
+            sharded = [matrix for matrix in matrices if matrix.shards.cut()]
             self._step_sharded(sharded, group, counters)
             matrices = [matrix for matrix in matrices if not matrix.shards.cut()]
         keys = [_key(matrix, group) for matrix in matrices]
@@ -180,10 +180,11 @@ class MatrixOptimizer(RoleOptimizer):
         matrices = []
         for (position, p), state, step in zip(params, states, steps, strict=True):
             self._init_matrix(p, state, group)
-            weight = oriented(local_part(p), group)
-            grad = as_matrix(local_part(p.grad, like=p), group)  # type: ignore[arg-type]
-            shards = Shards.of(p, **layout)
-            matrices.append(Matrix(p, weight, grad, state, shards, position, step))
+            weight, grad, shards = p, p.grad, Shards.of(p, **layout)
+            if layout["transposed"] or p.ndim > 2 or shards is not WHOLE:
+                weight = oriented(local_part(p), group)
+                grad = as_matrix(local_part(grad, like=p), group)  # type: ignore[arg-type]
+            matrices.append(Matrix(p, weight, grad, state, shards, position, step))  # type: ignore[arg-type]
         return matrices
 
     def _step_sharded(
@@ -208,33 +209,36 @@ class MatrixOptimizer(RoleOptimizer):
             step = matrix.step
             if isinstance(step, Tensor):
                 step = step.double()
+            if self._is_due(matrix, state, group):
+                self._refresh(matrix, grad, state, group)
             context = Context(step, matrix.position, shards, weight)
-            self._refresh_if_due(matrix, grad, state, group, context)
             update = self.direction(grad, state, group, context)
             update.subtract_from(weight, lr=step_lr(group), weight_decay=group["weight_decay"])
 
-    def _refresh_if_due(
-        self, matrix: Matrix, grad: Tensor, state: State, group: dict[str, Any], context: Context
-    ) -> None:
+    def _is_due(self, matrix: Matrix, state: State, group: dict[str, Any]) -> bool:
         step = group["calls"] if group["capturable"] else matrix.step
-        if self.refresh_due(state, group, step) and not is_capturing():
-            grad = descent(matrix.grad, group) if context.weight is None else grad
-            context = context._replace(step=step, position=matrix.position, weight=matrix.weight)
-            self.refresh(grad, state, group, context)
+        return self.refresh_due(state, group, step) and not is_capturing()
+
+    def _refresh(self, matrix: Matrix, grad: Tensor, state: State, group: dict[str, Any]) -> None:
+        step = group["calls"] if group["capturable"] else matrix.step
+        context = Context(step, matrix.position, matrix.shards, matrix.weight)
+        self.refresh(grad, state, group, context)
 
     def _step_stack(
         self, batch: list[Matrix], group: dict[str, Any], counters: dict[Tensor, Counter]
     ) -> None:
-        numbers = [counters.get(matrix.param) for matrix in batch]
+        numbers = [counters.get(matrix.param) if counters else None for matrix in batch]
         step = batch[0].step
         if isinstance(step, Tensor):
             step = torch.stack([matrix.step for matrix in batch]).double().view(-1, 1, 1)
         context = Context(step, batch[0].position, WHOLE, None)
         with ExitStack() as codes:
-            for matrix, number in zip(batch, numbers, strict=True):
-                if group["state_bits"] == 8:
+            if group["state_bits"] == 8:
+                for matrix, number in zip(batch, numbers, strict=True):
                     codes.enter_context(opened(matrix.state, 8, number))
-                self._refresh_if_due(matrix, matrix.grad, matrix.state, group, context)
+            if self._is_due(batch[0], batch[0].state, group):  # so all are: of one age
+                for matrix in batch:
+                    self._refresh(matrix, descent(matrix.grad, group), matrix.state, group)
             stack = stacks.StateStack([matrix.state for matrix in batch], self._numbers)
             grad = descent(torch.stack([matrix.grad for matrix in batch]), group)
             update = self.direction(grad, stack, group, context)
@@ -251,16 +255,6 @@ class MatrixOptimizer(RoleOptimizer):
         decay = lr * group["weight_decay"] if group["weight_decay"] else 0.0
         subtract_each_(weights, dense.unbind(), numbers, size=size, decay=decay)
 
-    def _matrix(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor, Shards]:
-        """Weight and gradient as matrices ``[..., m, n]``: what this process has of them."""
-        layout = {key: bool(group[key]) for key in ("transposed", "stacked")}
-        weight, grad = local_part(p), self._gradient(p, group)
-        return oriented(weight, group), as_matrix(grad, group), Shards.of(p, **layout)
-
-    def _gradient(self, p: Tensor, group: dict[str, Any]) -> Tensor:
-        """Return this process's part of the direction of descent, laid out as the weight is."""
-        return descent(local_part(p.grad, like=p), group)  # type: ignore[arg-type]
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
@@ -276,9 +270,11 @@ class MatrixOptimizer(RoleOptimizer):
                 group["calls"] = group.get("calls", 0) + 1  # the device has the weights' counts
             with dispatch.fused(group["fused"], local_params(group)):
                 counters = self._count(group, first)
-                for p in self._update_group(group, first, counters):
-                    key = (group["fused"], *(_hashable(group[name]) for name in _ADAM))
-                    others.setdefault(key, []).append((p, counters.get(p), scalar_lr(group)))
+                params = self._update_group(group, first, counters)
+            if params:
+                key = (group["fused"], *(_hashable(group[name]) for name in _ADAM))
+                lr = scalar_lr(group)
+                others.setdefault(key, []).extend((p, counters.get(p), lr) for p in params)
             first += len(group["params"])
         for (fused, *options), rows in others.items():
             with dispatch.fused(fused):
@@ -292,9 +288,11 @@ class MatrixOptimizer(RoleOptimizer):
         """Step the group's matrices; return the parameters that Adam steps."""
         matrices, others = [], []
         for position, p in enumerate(group["params"], start=first):
-            if p.grad is None:
+            grad = p.grad
+            if grad is None:
                 continue
-            self._refuse_sparse(p.grad)
+            if grad.is_sparse:
+                self._refuse_sparse(grad)
             self.state[p]  # there even if empty: a distributed checkpoint asks for each
             if not self._is_own(p, group):
                 self._init_other(p, group)
@@ -339,7 +337,7 @@ def _key(matrix: Matrix, group: dict[str, Any]) -> Any:
     weight, state = matrix.weight, matrix.state
     if matrix.shards.mesh is not None or not stacks.stackable(weight, group["foreach"]):
         return None
-    kinds = [(t.shape, t.dtype) for t in state.values()]
+    kinds = [t.shape for t in state.values()] + [t.dtype for t in state.values()]
     step = None if isinstance(matrix.step, Tensor) else matrix.step
     return (weight.shape, weight.dtype, matrix.grad.dtype, weight.device, step, *state, *kinds)
 
