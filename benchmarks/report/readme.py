@@ -183,9 +183,12 @@ _ON_GPU = {
 def _on_gpu(name: str) -> str:
     """Return the step times by model shape, from the rows of `make gpu`."""
     lines = []
+    shapes = {
+        s: x for s, x in _SHAPES.items() if (RESULTS / f"step-time-{s}-{name}-cuda.json").exists()
+    }
     for key, (kernels, label) in _ON_GPU.items():
         cells = []
-        for shape in _SHAPES:
+        for shape in shapes:
             path = RESULTS / f"step-time-{shape}-{name}-{kernels}.json"
             record = json.loads(path.read_text(encoding="utf-8"))
             row = next(r for r in record["rows"] if r["method"] == key.split()[0])
@@ -193,7 +196,7 @@ def _on_gpu(name: str) -> str:
             cells.append(f"{row['step_ms']:.2f} ms{share}")
         lines.append([label, *cells])
     host = record["provenance"]
-    return Table(("step", *_SHAPES.values()), lines).markdown() + (
+    return Table(("step", *shapes.values()), lines).markdown() + (
         f"\n\nbfloat16; {host['device']}, torch {host['torch']}. In brackets: the bytes that the "
         "step must move, a second, as a share of what a copy or a sum in place moves in that run; "
         "above 100 %, part of the embedding's second reading came from the cache."

@@ -38,7 +38,8 @@ def orthogonalize(
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
-    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(eps)
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(eps)
+    x = x / norm if dtype == matrix.dtype else x.div_(norm)  # of a copy
     one = isinstance(coefficients[0], int | float)
     triples: Any = [coefficients] * steps if one else coefficients
     if dtype.itemsize >= 4 and x.shape[-1] > _GRAM_PAYS * x.shape[-2]:
