@@ -88,7 +88,7 @@ test-kernels: $(VENV)/.test
 	OMP_NUM_THREADS=1 OPTIMZOO_CPU_ISA=$(ISA) $(BIN)/python -m pytest -n $(WORKERS) \
 	  -m "not distributed" tests/kernels/test_kernels.py tests/kernels/test_kernels_cpu.py \
 	  tests/kernels/test_kernels_float16.py tests/kernels/test_kernel_inputs.py tests/kernels/test_zoo_kernels.py \
-	  tests/optimizers/test_adam_rule.py tests/kernels/test_scale_kept_call.py tests/sparsity/test_sparsity_masks.py
+	  tests/optimizers/test_adam_rule.py tests/kernels/test_scale_launch_cache.py tests/sparsity/test_sparsity_masks.py
 
 # With the Python that has the GPU's torch: nothing is installed. Rows come to $(OUT).
 OUT ?= runs/gpu

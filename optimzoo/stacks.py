@@ -41,7 +41,7 @@ def batches(keys: Iterable[Hashable | None], size: Callable[[int], int]) -> Iter
         yield from (indices[at : at + most] for at in range(0, len(indices), most))
 
 
-def in_stacks(
+def batch_by_shape(
     rule: Callable[[Tensor], Tensor], matrices: Sequence[Tensor], foreach: bool | None = None
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield ``rule`` of each matrix with its index; take those of one shape together.

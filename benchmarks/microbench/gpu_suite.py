@@ -34,7 +34,7 @@ SHAPES = (("60m",), ("1b",), ("7b", "--layers", "1"))
 KERNELS = (
     "tests/kernels/test_kernels.py",
     "tests/kernels/test_kernels_cuda.py",
-    "tests/kernels/test_scale_kept_call.py",
+    "tests/kernels/test_scale_launch_cache.py",
     "tests/subspace/test_subspace.py",
 )
 TRITON = ("tests/kernels/kernels_triton_rules.py", "tests/kernels/kernels_triton_edges.py")

@@ -15,7 +15,7 @@ from torch.optim.optimizer import _default_to_fused_or_foreach, _get_scalar_dtyp
 from optimzoo.distributed import local_part
 from optimzoo.kernels import dispatch
 from optimzoo.kernels.table import Rate
-from optimzoo.lowbit import LOW, Counter, one_by_one, widened
+from optimzoo.lowbit import LOW, RngKey, apply_with_rounding, widened
 
 
 def init_adam_state(
@@ -120,7 +120,7 @@ def adam(
     foreach: bool | None,
     capturable: bool,
     differentiable: bool = False,
-    counters: Sequence[Counter | None] | None = None,
+    rng_keys: Sequence[RngKey | None] | None = None,
     max_update: float | Tensor | None = None,
     eps_before: bool = True,
 ) -> None:
@@ -133,19 +133,19 @@ def adam(
         p ← (1 − lr·wd) p − lr · √(1 − β₂ᵗ) / (1 − β₁ᵗ) · m / (√v + eps)
 
     Computed in float32 where parameters or moments have 16 bits. Parameters of 16 bits that have a
-    counter are rounded stochastically. What `lr` multiplies, but for the decay, is clamped to
+    key are rounded stochastically. What `lr` multiplies, but for the decay, is clamped to
     ``[-max_update, max_update]``. Without `eps_before`, ``eps`` is added after the bias correction,
     as in ``torch.optim.AdamW``: it is ``eps · √(1 − β₂ᵗ)`` above. ``lr`` may be a list with one for
     each parameter.
     """
     if not params:
         return
-    counters = counters or [None] * len(params)
+    rng_keys = rng_keys or [None] * len(params)
     lrs = lr if isinstance(lr, list) else [lr] * len(params)
     on_device = isinstance(max_update, Tensor)  # kernels take a number
     if foreach is None and not differentiable and not on_device:
         rest = _fused_adam(
-            *(params, grads, exp_avgs, exp_avg_sqs, steps, counters, lrs),
+            *(params, grads, exp_avgs, exp_avg_sqs, steps, rng_keys, lrs),
             *(betas, eps, weight_decay, maximize, max_update),
             eps_before=eps_before,
         )
@@ -155,7 +155,7 @@ def adam(
         lrs = [rate for p, rate in zip(params, lrs, strict=True) if id(p) in left]
         fields = list(map(list, zip(*rest, strict=True)))
         params, grads, exp_avgs, exp_avg_sqs, steps = fields[:5]
-        counters = fields[-1]
+        rng_keys = fields[-1]
         foreach = _default_to_fused_or_foreach(params, differentiable)[1]
     rule = _multi_tensor_adam if foreach and not on_device else _single_tensor_adam
 
@@ -169,7 +169,7 @@ def adam(
             rule(params, grads, means, squares, steps, lrs, *options)
 
     lists = (params, grads, exp_avgs, exp_avg_sqs, steps, lrs)
-    one_by_one(step, counters, *lists, alone=any(m.dtype in LOW for m in exp_avgs))
+    apply_with_rounding(step, rng_keys, *lists, alone=any(m.dtype in LOW for m in exp_avgs))
 
 
 def _corrections(
@@ -262,7 +262,7 @@ def _fused_adam(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     steps: list[Tensor],
-    counters: Sequence[Counter | None],
+    rng_keys: Sequence[RngKey | None],
     lrs: list[Rate],
     betas: tuple[float, float],
     eps: float,
@@ -271,16 +271,16 @@ def _fused_adam(
     max_update: Any,
     *,
     eps_before: bool,
-) -> list[dispatch.Item]:
+) -> list[dispatch.TensorArgs]:
     """Step what the kernels take, in one call a device; returns the rest."""
-    items = map(dispatch.vector, params, grads, exp_avgs, exp_avg_sqs, steps, counters)
-    runs, rest = dispatch.split(items, None)
+    items = map(dispatch.vector, params, grads, exp_avgs, exp_avg_sqs, steps, rng_keys)
+    runs, rest = dispatch.partition_by_backend(items, None)
     rate = {id(p): lr for p, lr in zip(params, lrs, strict=True)}
     for kernels, chosen in runs:
-        fields = dispatch.columns(chosen)
+        fields = dispatch.to_argument_lists(chosen)
         kernels.adam_(
             *fields[:5],
-            lr=[dispatch.scalar(rate[id(i.param)], i.param.device) for i in chosen],
+            lr=[dispatch.lr_argument(rate[id(i.param)], i.param.device) for i in chosen],
             betas=betas,
             eps=eps,
             weight_decay=weight_decay,

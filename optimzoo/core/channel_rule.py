@@ -9,7 +9,7 @@ from torch import Tensor
 
 from optimzoo.core.matrix_optimizer import Context
 from optimzoo.core.update import Number, Update
-from optimzoo.distributed import WHOLE, Shards
+from optimzoo.distributed import UNSHARDED, Shards
 from optimzoo.kernels import dispatch
 from optimzoo.stacks import State
 
@@ -40,7 +40,9 @@ def norm_growth_divisor(norm: Tensor, state: State, limit: float) -> Tensor | No
     return divisor
 
 
-def limit_norm_growth(update: Tensor, state: State, limit: float, shards: Shards = WHOLE) -> Tensor:
+def limit_norm_growth(
+    update: Tensor, state: State, limit: float, shards: Shards = UNSHARDED
+) -> Tensor:
     """Divide ``update``, or each matrix of a stack, by :func:`norm_growth_divisor`."""
     # In float32 at least: bfloat16 has no number between 1 and 1.0078.
     norm = shards.norm(update, dim=(-2, -1), over="mn")
@@ -50,7 +52,7 @@ def limit_norm_growth(update: Tensor, state: State, limit: float, shards: Shards
 
 
 def channel_ratio(
-    direction: Tensor, low: Tensor, *, dim: Dim, shards: Shards = WHOLE, over: str = ""
+    direction: Tensor, low: Tensor, *, dim: Dim, shards: Shards = UNSHARDED, over: str = ""
 ) -> Tensor:
     """Return how much Adam scaled each channel: ``‖N‖ / (‖R‖ + 1e-8)`` along ``dim``."""
     norms = [shards.norm(x, dim=dim, over=over) for x in (direction, low)]
@@ -78,7 +80,7 @@ class ChannelUpdate(Update):
         if kernels is None or weight is None or context.shards.mesh is not None:
             return None
         item = dispatch.matrices(weight, grad, None, _KINDS[dim], stacked=False)[0]
-        plain = weight.ndim == 2 and grad.is_contiguous() and dispatch.takes(item)
+        plain = weight.ndim == 2 and grad.is_contiguous() and dispatch.is_supported(item)
         return cls(grad, scale, ratio.flatten(), dim, kernels) if plain else None
 
     def squares(self) -> Tensor:
@@ -101,7 +103,7 @@ class ChannelUpdate(Update):
         scales = (self.ratio.float() * self.scale).reshape(-1).float()
         shape = (self.matrix.shape[0], self.matrix.shape[1])
         lists = ([weight], [self.matrix], [scales], [_KINDS[self.dim]], [shape])
-        lr = dispatch.scalar(lr, weight.device)
+        lr = dispatch.lr_argument(lr, weight.device)
         self.kernels.apply_(*lists, lr=lr, weight_decay=weight_decay)
 
 

@@ -60,7 +60,7 @@ def _step(params: list[Tensor], grads: list[Tensor], places: list[int], number: 
     try:
         for (p, _), grad in zip(pairs, grads, strict=True):
             p.grad = grad
-        owner._seen_update()
+        owner._step_once()
     finally:
         for p, own in zip(held, own_grads, strict=True):
             p.grad = own

@@ -30,9 +30,16 @@ from optimzoo.core.validation import (
     check_rounding,
     check_state_bits,
 )
-from optimzoo.distributed import WHOLE, Shards, local_part
+from optimzoo.distributed import UNSHARDED, Shards, local_part
 from optimzoo.kernels import dispatch
-from optimzoo.lowbit import LOW, Counter, moment_dtype, opened, stand_in, widened
+from optimzoo.lowbit import (
+    LOW,
+    RngKey,
+    dequantized_moments,
+    fp32_working_copy,
+    moment_dtype,
+    widened,
+)
 from optimzoo.roles import matrix_view, role_of
 from optimzoo.stacks import State
 
@@ -123,7 +130,7 @@ class MatrixOptimizer(RoleOptimizer):
         """Refuse the subclass's own options where they are out of range."""
 
     def _letters(self, group: dict[str, Any], shape: torch.Size) -> dict[str, str]:
-        """Which dimensions of state tensors are those of a weight (see `Shards.hold`)."""
+        """Which dimensions of state tensors are those of a weight (see `Shards.to_dtensor`)."""
         return {}
 
     def direction(
@@ -154,21 +161,21 @@ class MatrixOptimizer(RoleOptimizer):
         self,
         params: list[tuple[int, Tensor]],
         group: dict[str, Any],
-        counters: dict[Tensor, Counter],
+        rng_keys: dict[Tensor, RngKey],
     ) -> None:
         """Step the weights by the method's rule: alike ones together on a GPU, else one by one."""
         matrices = self._matrices(params, group)
-        if any(matrix.shards is not WHOLE for matrix in matrices):
-            sharded = [matrix for matrix in matrices if matrix.shards.cut()]
-            self._step_sharded(sharded, group, counters)
-            matrices = [matrix for matrix in matrices if not matrix.shards.cut()]
+        if any(matrix.shards is not UNSHARDED for matrix in matrices):
+            sharded = [matrix for matrix in matrices if matrix.shards.is_sharded()]
+            self._step_sharded(sharded, group, rng_keys)
+            matrices = [matrix for matrix in matrices if not matrix.shards.is_sharded()]
         keys = [_key(matrix, group) for matrix in matrices]
         for indices in stacks.batches(keys, lambda i: _largest(matrices[i])):
             batch = [matrices[i] for i in indices]
             if len(batch) == 1:
-                self._step_alone(batch[0], group, counters)
+                self._step_alone(batch[0], group, rng_keys)
             else:
-                self._step_stack(batch, group, counters)
+                self._step_stack(batch, group, rng_keys)
 
     def _matrices(self, params: list[tuple[int, Tensor]], group: dict[str, Any]) -> list[Matrix]:
         """Count a step of each weight and return what its rule reads."""
@@ -181,31 +188,31 @@ class MatrixOptimizer(RoleOptimizer):
         for (position, p), state, step in zip(params, states, steps, strict=True):
             self._init_matrix(p, state, group)
             weight, grad, shards = p, p.grad, Shards.of(p, **layout)
-            if layout["transposed"] or p.ndim > 2 or shards is not WHOLE:
+            if layout["transposed"] or p.ndim > 2 or shards is not UNSHARDED:
                 weight = oriented(local_part(p), group)
                 grad = as_matrix(local_part(grad, like=p), group)  # type: ignore[arg-type]
             matrices.append(Matrix(p, weight, grad, state, shards, position, step))  # type: ignore[arg-type]
         return matrices
 
     def _step_sharded(
-        self, matrices: list[Matrix], group: dict[str, Any], counters: dict[Tensor, Counter]
+        self, matrices: list[Matrix], group: dict[str, Any], rng_keys: dict[Tensor, RngKey]
     ) -> None:
         """Step matrices of which each process has a part."""
         for matrix in matrices:
-            self._step_alone(matrix, group, counters)
+            self._step_alone(matrix, group, rng_keys)
 
     def _step_alone(
-        self, matrix: Matrix, group: dict[str, Any], counters: dict[Tensor, Counter]
+        self, matrix: Matrix, group: dict[str, Any], rng_keys: dict[Tensor, RngKey]
     ) -> None:
-        p, shards, counter = matrix.param, matrix.shards, counters.get(matrix.param)
+        p, shards, rng_key = matrix.param, matrix.shards, rng_keys.get(matrix.param)
         grad = descent(matrix.grad, group)
         letters = self._letters(group, shards.shape(grad.shape))
         with ExitStack() as stack:
-            state = stack.enter_context(shards.opened(matrix.state, letters))
+            state = stack.enter_context(shards.local_state(matrix.state, letters))
             if group["state_bits"] == 8:
                 self._refuse_cut_codes(p)
-                stack.enter_context(opened(state, 8, counter))
-            weight = stack.enter_context(stand_in(matrix.weight, counter))
+                stack.enter_context(dequantized_moments(state, 8, rng_key))
+            weight = stack.enter_context(fp32_working_copy(matrix.weight, rng_key))
             step = matrix.step
             if isinstance(step, Tensor):
                 step = step.double()
@@ -225,17 +232,17 @@ class MatrixOptimizer(RoleOptimizer):
         self.refresh(grad, state, group, context)
 
     def _step_stack(
-        self, batch: list[Matrix], group: dict[str, Any], counters: dict[Tensor, Counter]
+        self, batch: list[Matrix], group: dict[str, Any], rng_keys: dict[Tensor, RngKey]
     ) -> None:
-        numbers = [counters.get(matrix.param) if counters else None for matrix in batch]
+        numbers = [rng_keys.get(matrix.param) if rng_keys else None for matrix in batch]
         step = batch[0].step
         if isinstance(step, Tensor):
             step = torch.stack([matrix.step for matrix in batch]).double().view(-1, 1, 1)
-        context = Context(step, batch[0].position, WHOLE, None)
+        context = Context(step, batch[0].position, UNSHARDED, None)
         with ExitStack() as codes:
             if group["state_bits"] == 8:
                 for matrix, number in zip(batch, numbers, strict=True):
-                    codes.enter_context(opened(matrix.state, 8, number))
+                    codes.enter_context(dequantized_moments(matrix.state, 8, number))
             if self._is_due(batch[0], batch[0].state, group):  # so all are: of one age
                 for matrix in batch:
                     self._refresh(matrix, descent(matrix.grad, group), matrix.state, group)
@@ -264,17 +271,17 @@ class MatrixOptimizer(RoleOptimizer):
     def _update(self) -> None:
         self._check_graph_capture()
         first = self.first_index
-        others: dict[Any, list[tuple[Tensor, Counter | None, float | Tensor]]] = {}
+        others: dict[Any, list[tuple[Tensor, RngKey | None, float | Tensor]]] = {}
         for group in self.param_groups:
             if group["capturable"] and not is_capturing():
                 group["calls"] = group.get("calls", 0) + 1  # the device has the weights' counts
             with dispatch.fused(group["fused"], local_params(group)):
-                counters = self._count(group, first)
-                params = self._update_group(group, first, counters)
+                rng_keys = self._count(group, first)
+                params = self._update_group(group, first, rng_keys)
             if params:
                 key = (group["fused"], *(_hashable(group[name]) for name in _ADAM))
                 lr = scalar_lr(group)
-                others.setdefault(key, []).extend((p, counters.get(p), lr) for p in params)
+                others.setdefault(key, []).extend((p, rng_keys.get(p), lr) for p in params)
             first += len(group["params"])
         for (fused, *options), rows in others.items():
             with dispatch.fused(fused):
@@ -283,7 +290,7 @@ class MatrixOptimizer(RoleOptimizer):
                 self._step_others(params, numbers, lr=rates, **rule)
 
     def _update_group(
-        self, group: dict[str, Any], first: int, counters: dict[Tensor, Counter]
+        self, group: dict[str, Any], first: int, rng_keys: dict[Tensor, RngKey]
     ) -> list[Tensor]:
         """Step the group's matrices; return the parameters that Adam steps."""
         matrices, others = [], []
@@ -301,18 +308,18 @@ class MatrixOptimizer(RoleOptimizer):
                     t = t if group["capturable"] else int(t)
                     rule: Any = {name: group[name] for name in _ADAM}
                     rule["max_update"] = max_direction(t, betas) * bias_correction(t, betas)
-                    with opened(self.state[p], 8, counters.get(p)):
-                        self._step_others([p], [counters.get(p)], lr=scalar_lr(group), **rule)
+                    with dequantized_moments(self.state[p], 8, rng_keys.get(p)):
+                        self._step_others([p], [rng_keys.get(p)], lr=scalar_lr(group), **rule)
                 else:
                     others.append(p)
             elif p.numel() > 0:
                 matrices.append((position, p))
-        self._step_matrices(matrices, group, counters)
+        self._step_matrices(matrices, group, rng_keys)
         return others
 
     def _is_own(self, p: Tensor, group: dict[str, Any]) -> bool:
         """Return whether the method's own rule steps a parameter, and not Adam."""
-        return role_of(p, group) in self._own_roles
+        return role_of(p, group) in self._matrix_roles
 
     def _init_other(self, p: Tensor, group: dict[str, Any]) -> None:
         if group["state_bits"] == 8:
@@ -321,11 +328,11 @@ class MatrixOptimizer(RoleOptimizer):
         init_adam_state(self.state[p], p, capturable=group["capturable"], dtype=dtype)
 
     def _step_others(
-        self, params: list[Tensor], counters: list[Counter | None], **rule: Any
+        self, params: list[Tensor], rng_keys: list[RngKey | None], **rule: Any
     ) -> None:
         """Step parameters of the other roles by Adam."""
         rule["eps_before"] = self._eps_before
-        adam_step(params, self.state, counters=counters, **rule)
+        adam_step(params, self.state, rng_keys=rng_keys, **rule)
 
 
 def _hashable(value: Any) -> Any:
@@ -430,7 +437,7 @@ def _fused_direction(
         return None
     grad = grad.contiguous()
     direction = torch.empty_like(grad, dtype=m.dtype)
-    if not dispatch.takes(dispatch.vector(direction, grad, m, v)):
+    if not dispatch.is_supported(dispatch.vector(direction, grad, m, v)):
         return None
     rule = {"lr": 0.0, "weight_decay": 0.0, "maximize": False, "eps_before": True}
     rule |= {"betas": group["betas"], "eps": group["eps"], "direction": True}

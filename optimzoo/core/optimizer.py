@@ -20,7 +20,7 @@ from optimzoo.core.role_options import (
 )
 from optimzoo.distributed import Shards, local_part, sum_packed
 from optimzoo.flattened import refuse_flat_matrices
-from optimzoo.lowbit import LOW, Counter, next_counter
+from optimzoo.lowbit import LOW, RngKey, next_rng_key
 from optimzoo.roles import MATRIX_ROLES, check_role
 
 # Python reads these: on a GPU each read would synchronize.
@@ -40,7 +40,7 @@ class RoleOptimizer(Optimizer):
     #: `optimzoo.release` steps one parameter at a time.
     first_index = 0
     #: The roles that the method's own rule trains; the others take Adam.
-    _own_roles: ClassVar[tuple[str, ...]] = ("hidden",)
+    _matrix_roles: ClassVar[tuple[str, ...]] = ("hidden",)
     _role_options: dict[str, Any]
     #: What the constructor takes by `**options`.
     _options: ClassVar[type] = RoleOptions
@@ -51,7 +51,7 @@ class RoleOptimizer(Optimizer):
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], **options: Unpack[RoleOptions]
     ) -> None:
-        given = check_role_options(type(self).__name__, options, self._own_roles)
+        given = check_role_options(type(self).__name__, options, self._matrix_roles)
         defaults.setdefault("fused", given.pop("fused", None))
         self._role_options = given
         super().__init__(params, defaults)
@@ -74,7 +74,7 @@ class RoleOptimizer(Optimizer):
         self._register_traced()
 
     def _with_role_options(self, group: dict[str, Any]) -> dict[str, Any]:
-        return with_role_options(group, self._role_options, self._own_roles)
+        return with_role_options(group, self._role_options, self._matrix_roles)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
@@ -187,29 +187,29 @@ class RoleOptimizer(Optimizer):
         if torch.compiler.is_dynamo_compiling():
             traced_step(*self._traced)
         else:
-            self._seen_update()
+            self._step_once()
         return loss
 
     # Schedulers wrap a step to see that it is called, and no graph can hold their wrapper: marked
-    # as wrapped it is left alone, and `_seen_update` sets the flag that the wrapper would set.
+    # as wrapped it is left alone, and `_step_once` sets the flag that the wrapper would set.
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
-    def _seen_update(self) -> None:
+    def _step_once(self) -> None:
         self._opt_called = True
         if not self._looked_for_flat:  # a model may be wrapped after its optimizer is built
             refuse_flat_matrices(self.param_groups, MATRIX_ROLES)
             self._looked_for_flat = True
         self._rates.check(self.param_groups)
-        trial = self._begin_trial()
+        trial = self._dcp_probe_params()
         self._update()
-        self._end_trial(trial)
+        self._undo_dcp_probe(trial)
 
     def _update(self) -> None:
         """Step all parameters by the method's rule, without a closure."""
         raise NotImplementedError
 
-    def _count(self, group: dict[str, Any], first: int) -> dict[Tensor, Counter]:
-        """Count a stochastic rounding of each parameter with a gradient; return the counters.
+    def _count(self, group: dict[str, Any], first: int) -> dict[Tensor, RngKey]:
+        """Count a stochastic rounding of each parameter with a gradient; return the keys.
 
         Rounding to nearest has none, nor has a float32 parameter without 8-bit moments.
         ``first`` is the index of the group's first parameter among all of the optimizer's.
@@ -217,7 +217,7 @@ class RoleOptimizer(Optimizer):
         if group["rounding"] == "nearest":
             return {}
         return {
-            p: next_counter(self.state[p], seed=group["seed"], index=first + i)
+            p: next_rng_key(self.state[p], seed=group["seed"], index=first + i)
             for i, p in enumerate(group["params"])
             if p.grad is not None and (p.dtype in LOW or group.get("state_bits") == 8)
         }
@@ -228,7 +228,7 @@ class RoleOptimizer(Optimizer):
         with torch.enable_grad():
             return closure()
 
-    def _begin_trial(self) -> list[Tensor]:
+    def _dcp_probe_params(self) -> list[Tensor]:
         """Return the parameters for which this step only creates the state.
 
         Before a load ``torch.distributed.checkpoint`` takes a step with gradients of zero and a
@@ -250,7 +250,7 @@ class RoleOptimizer(Optimizer):
         sum_packed(entries, [Shards.of(p) for p in fresh], ["smn"] * len(fresh))
         return [p for p, entry in zip(fresh, entries, strict=True) if not entry.item()]
 
-    def _end_trial(self, params: list[Tensor]) -> None:
+    def _undo_dcp_probe(self, params: list[Tensor]) -> None:
         """Reset what a step with a gradient of zero has changed in the state."""
         for p in params:
             state = self.state[p]

@@ -75,7 +75,7 @@ class SharedOptions(RoleOptions, total=False):
 
 
 def check_role_options(
-    method: str, options: Mapping[str, Any], own_roles: Sequence[str]
+    method: str, options: Mapping[str, Any], matrix_roles: Sequence[str]
 ) -> dict[str, Any]:
     """Return the options that were given.
 
@@ -91,7 +91,7 @@ def check_role_options(
             raise ValueError(f"{key} is {RENAMED[key]} now; write {RENAMED[key]}={value}")
         if key not in known:
             raise TypeError(f"{method} has no option {key!r}; beside its own: {', '.join(known)}")
-        if key.startswith("other_") and set(own_roles) >= set(ROLES):
+        if key.startswith("other_") and set(matrix_roles) >= set(ROLES):
             raise ValueError(
                 f"{key}={value}: the rule of {method} trains every role; give embedding_lr, "
                 "head_lr or vector_lr"
@@ -105,7 +105,7 @@ def check_role_options(
 
 
 def with_role_options(
-    group: dict[str, Any], options: Mapping[str, Any], own_roles: Sequence[str]
+    group: dict[str, Any], options: Mapping[str, Any], matrix_roles: Sequence[str]
 ) -> dict[str, Any]:
     """Return a group with what the options give its role; its own values stay.
 
@@ -121,7 +121,7 @@ def with_role_options(
             "pass optimzoo.param_groups(model)"
         )
     values = {}
-    if role not in own_roles:
+    if role not in matrix_roles:
         others = {key: value for key, value in options.items() if key.startswith("other_")}
         values = {key.removeprefix("other_"): value for key, value in others.items()}
     if f"{role}_lr" in options:

@@ -11,7 +11,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from optimzoo.core.optimizer import RoleOptimizer
 from optimzoo.core.validation import check_rounding
 from optimzoo.distributed import local_part
-from optimzoo.lowbit import LOW, copy_, next_counter
+from optimzoo.lowbit import LOW, copy_, next_rng_key
 from optimzoo.roles import ROLES
 
 
@@ -32,7 +32,7 @@ class Rounded(RoleOptimizer):
         ValueError: an unknown rounding; whatever the inner optimizer refuses.
     """
 
-    _own_roles = ROLES
+    _matrix_roles = ROLES
 
     def __init__(
         self,
@@ -70,8 +70,8 @@ class Rounded(RoleOptimizer):
             inner.param_groups, inner.state = [], defaultdict(dict)
         if p.dtype in LOW:
             # Counted now: to torch, a state that is empty is a first step.
-            counter = next_counter(state, seed=group["seed"], index=index)
-            copy_(local_part(p), local_part(weight), **counter._asdict())
+            rng_key = next_rng_key(state, seed=group["seed"], index=index)
+            copy_(local_part(p), local_part(weight), **rng_key._asdict())
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_make": self._make, "_hyper": self._hyper}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from optimzoo.distributed import local_part
 from optimzoo.kernels import dispatch
-from optimzoo.lowbit import STEP, Counter
+from optimzoo.lowbit import STEP, RngKey
 from optimzoo.roles import input_dim
 
 States = Mapping[Tensor, dict[str, Any]]
@@ -40,7 +40,7 @@ def local_average(states: States, p: Tensor) -> Tensor | None:
     return None if average is None else local_part(average)
 
 
-class _Kept(NamedTuple):
+class CachedLaunch(NamedTuple):
     """Cached launch for one or more groups: the tensors' addresses and the kernels' table."""
 
     groups: list[tuple[int, int]]  # index of the group, number of its tensors
@@ -54,7 +54,7 @@ class _Kept(NamedTuple):
     table: Any  # of the kernels
 
 
-class FusedSteps:
+class LaunchCache:
     """Cache of one optimizer's kernel launches.
 
     Choosing the kernels takes a few microseconds per tensor, as much as the step of a small one. So
@@ -64,9 +64,11 @@ class FusedSteps:
     """
 
     def __init__(self) -> None:
-        self._kept: list[_Kept] = []
+        self._launches: list[CachedLaunch] = []
         self._layouts: list[tuple[Any, ...]] = []  # of the groups of these launches
-        self._made: dict[int, tuple[Any, list[dispatch.Item]]] = {}  # this step's, by group
+        self._new_launches: dict[
+            int, tuple[Any, list[dispatch.TensorArgs]]
+        ] = {}  # this step's, by group
         self._scaler: dict[str, Tensor] = {}
 
     def scaled_by(self, optimizer: Any) -> bool:
@@ -76,18 +78,18 @@ class FusedSteps:
         self._scaler = {name: t.reshape(()).float() for name, t in given.items() if t is not None}
         return bool(self._scaler)
 
-    def again(self, states: States, groups: Groups) -> bool:
+    def replay(self, states: States, groups: Groups) -> bool:
         """Replay the cached launches; return False, with no step, if a tensor or option changed."""
-        self._made = {}
-        if not self._kept or self._layouts != [_layout(group) for group in groups]:
+        self._new_launches = {}
+        if not self._launches or self._layouts != [_layout(group) for group in groups]:
             return False
-        fields = [_fields(kept, states, groups) for kept in self._kept]
+        fields = [_fields(kept, states, groups) for kept in self._launches]
         fitting = [found for found in fields if found is not None]
         if len(fitting) < len(fields):
             return False
-        for kept, (params, grads, held) in zip(self._kept, fitting, strict=True):
+        for kept, (params, grads, held) in zip(self._launches, fitting, strict=True):
             counts = [step for step in held["step"] if step is not None]
-            held["step"] = dispatch.counted(held["step"], params[0].device)
+            held["step"] = dispatch.increment_steps(held["step"], params[0].device)
             columns = (params, grads, *(held[name] for name in _STATES), kept.kinds, kept.shapes)
             own = [(groups[number], size) for number, size in kept.groups]
             self._call(kept.kernels, columns, own, counts, table=kept.table)
@@ -100,7 +102,7 @@ class FusedSteps:
         group: dict[str, Any],
         matrices: list[Tensor],
         vectors: list[Tensor],
-        counters: dict[Tensor, Counter],
+        rng_keys: dict[Tensor, RngKey],
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Step what the kernels take, in one call per device; return the other parameters."""
         kind = dispatch.SIGN
@@ -113,40 +115,40 @@ class FusedSteps:
         for p in matrices:
             m = local_average(states, p) if has_momentum(group) else None
             grad = local_part(p.grad, like=p)  # type: ignore[arg-type]
-            layout = {"stacked": group["stacked"], "counter": counters.get(p)}
+            layout = {"stacked": group["stacked"], "rng_key": rng_keys.get(p)}
             items += dispatch.matrices(parts[p], grad, m, kind, **layout)
         for p in vectors:
             m, v, t = (local_part(states[p][k]) for k in _STATES)
             grad = local_part(p.grad, like=p)  # type: ignore[arg-type]
-            items.append(dispatch.vector(parts[p], grad, m, v, t, counters.get(p)))
-        runs, rest = dispatch.split(items, group["fused"])
+            items.append(dispatch.vector(parts[p], grad, m, v, t, rng_keys.get(p)))
+        runs, rest = dispatch.partition_by_backend(items, group["fused"])
         for kernels, chosen in runs:
             counts = [item.step for item in chosen if item.step is not None]
             here = {id(item.whole) for item in chosen}
-            counts += [states[p][STEP] for p in counters if id(parts.get(p)) in here]
+            counts += [states[p][STEP] for p in rng_keys if id(parts.get(p)) in here]
             how = dispatch.rounding(chosen)
             own = [(group, len(chosen))]
-            self._call(kernels, dispatch.columns(chosen), own, counts, **how)
+            self._call(kernels, dispatch.to_argument_lists(chosen), own, counts, **how)
         if len(runs) == 1 and not rest:
-            self._made[number] = runs[0]
+            self._new_launches[number] = runs[0]
         left = {id(item.whole) for item in rest}
         return [p for p in matrices if id(parts[p]) in left], [
             p for p in vectors if id(parts[p]) in left
         ]
 
-    def keep(self, states: States, groups: Groups) -> None:
+    def store(self, states: States, groups: Groups) -> None:
         """Cache this step's launches, if they have stepped every group as a whole."""
-        made, self._made, self._kept = self._made, {}, []
+        made, self._new_launches, self._launches = self._new_launches, {}, []
         if any(group["params"] and number not in made for number, group in enumerate(groups)):
             return
         by_rule: dict[Any, list[int]] = {}
         for number, (_, items) in made.items():
-            if not _may_keep(items, states, groups[number]):
+            if not _may_cache(items, states, groups[number]):
                 return
             rule = (items[0].param.device, *_rule(groups[number]))
             by_rule.setdefault(rule, []).append(number)
         self._layouts = [_layout(group) for group in groups]
-        self._kept = [_kept(made, numbers, groups) for numbers in by_rule.values()]
+        self._launches = [_cached_launch(made, numbers, groups) for numbers in by_rule.values()]
 
     def _call(
         self,
@@ -162,7 +164,7 @@ class FusedSteps:
         lr: list[Any] = []
         weight_decay: list[float] = []
         for group, size in groups:
-            lr += [dispatch.scalar(group["lr"], device)] * size
+            lr += [dispatch.lr_argument(group["lr"], device)] * size
             weight_decay += [group["weight_decay"]] * size
         group = groups[0][0]
         kernels.scale_(
@@ -191,7 +193,7 @@ def _rule(group: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _fields(
-    kept: _Kept, states: States, groups: Groups
+    kept: CachedLaunch, states: States, groups: Groups
 ) -> tuple[list[Tensor], list[Tensor], dict[str, list[Tensor | None]]] | None:
     """Return a cached launch's current parameters, gradients and states; None if they changed."""
     own = [groups[number] for number, _ in kept.groups]
@@ -220,13 +222,13 @@ def _kinds(tensors: Sequence[Any]) -> list[tuple[torch.Size, torch.dtype, bool]]
     return [(t.shape, t.dtype, t.is_contiguous()) for t in tensors]
 
 
-def _may_keep(items: list[dispatch.Item], states: States, group: dict[str, Any]) -> bool:
+def _may_cache(items: list[dispatch.TensorArgs], states: States, group: dict[str, Any]) -> bool:
     """Return whether a call stepped the whole group, on tensors that outlive the step."""
     known = {id(p) for p in group["params"]}
     return (
         len(items) == len(known)
         and all(id(i.param) in known and type(i.param) in dispatch.PLAIN[:2] for i in items)
-        and all(i.counter is None and i.grad.is_contiguous() for i in items)
+        and all(i.rng_key is None and i.grad.is_contiguous() for i in items)
         and all(
             getattr(i, k) is None or states[i.param].get(k) is getattr(i, k)
             for i in items
@@ -235,9 +237,9 @@ def _may_keep(items: list[dispatch.Item], states: States, group: dict[str, Any])
     )
 
 
-def _kept(
-    made: dict[int, tuple[Any, list[dispatch.Item]]], numbers: list[int], groups: Groups
-) -> _Kept:
+def _cached_launch(
+    made: dict[int, tuple[Any, list[dispatch.TensorArgs]]], numbers: list[int], groups: Groups
+) -> CachedLaunch:
     """Merge this step's calls for the groups ``numbers`` into one cached launch."""
     kernels = made[numbers[0]][0]
     items = [item for number in numbers for item in made[number][1]]
@@ -248,7 +250,7 @@ def _kept(
         (i, k) for i, item in enumerate(items) for k in _STATES if getattr(item, k) is not None
     ]
     held = [getattr(items[i], k) for i, k in named]
-    return _Kept(
+    return CachedLaunch(
         groups=[(number, len(made[number][1])) for number in numbers],
         places=[place[id(p)] for p in params],
         addresses=[t.data_ptr() for t in (*params, *held)],

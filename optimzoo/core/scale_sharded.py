@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from optimzoo.core.optimizer import scalar_lr
-from optimzoo.distributed import Shards, by_owners, local_part, sum_packed
-from optimzoo.lowbit import Counter, stand_in
+from optimzoo.distributed import Shards, local_part, map_whole_matrices, sum_packed
+from optimzoo.lowbit import RngKey, fp32_working_copy
 from optimzoo.roles import input_dim, matrix_view
 
 # scale._single_tensor_scale
@@ -25,11 +25,11 @@ class Part(NamedTuple):
     shards: Shards
     dim: int
     group: dict[str, Any]
-    counter: Counter | None
+    rng_key: RngKey | None
 
 
 def cut_part(
-    p: Tensor, state: dict[str, Any], group: dict[str, Any], counter: Counter | None
+    p: Tensor, state: dict[str, Any], group: dict[str, Any], rng_key: RngKey | None
 ) -> Part | None:
     """Return the shard of a weight that processes must step together, else None."""
     if not hasattr(p, "device_mesh") or p.grad is None:
@@ -40,10 +40,10 @@ def cut_part(
         dim = input_dim(group["role"] or "hidden", transposed=group["transposed"])
         dim = dim if group["normalize"] == "column" else -3 - dim
     letters = {0: "mn", -1: "n", -2: "m"}[dim]
-    if group["normalize"] == "sign" or not shards.cut(letters):
+    if group["normalize"] == "sign" or not shards.is_sharded(letters):
         return None
     average = local_part(state["exp_avg"]) if "exp_avg" in state else None
-    return Part(local_part(p), local_part(p.grad, like=p), average, shards, dim, group, counter)
+    return Part(local_part(p), local_part(p.grad, like=p), average, shards, dim, group, rng_key)
 
 
 def step_parts(parts: Iterable[Part], rule: Rule, spectral: Callable[..., Tensor]) -> None:
@@ -73,7 +73,7 @@ def step_parts(parts: Iterable[Part], rule: Rule, spectral: Callable[..., Tensor
         _write(part, grad / length.clamp_min(part.group["eps"]), rule)
     matrices = [_averaged(part) for part in whole]
     norm = whole[0].group["norm"] if whole else "rms"
-    for i, direction in by_owners(
+    for i, direction in map_whole_matrices(
         lambda grad: spectral(grad, norm=norm), matrices, [part.shards for part in whole]
     ):
         _write(whole[i], direction, rule)
@@ -91,5 +91,5 @@ def _averaged(part: Part) -> Tensor:
 def _write(part: Part, direction: Tensor, rule: Rule) -> None:
     update = direction.view_as(part.weight)
     lr, decay = scalar_lr(part.group), part.group["weight_decay"]
-    with stand_in(part.weight, part.counter) as weight:
+    with fp32_working_copy(part.weight, part.rng_key) as weight:
         rule([weight], [part.grad], [None], lambda _: [update], lr, 0.0, decay)

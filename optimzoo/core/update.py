@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optimzoo.lowbit import LOW, Counter, stand_in
+from optimzoo.lowbit import LOW, RngKey, fp32_working_copy
 
 Number = float | Tensor
 
@@ -48,7 +48,7 @@ def subtract_(weight: Tensor, update: Tensor, *, size: Number, decay: Number) ->
 def subtract_each_(
     weights: Sequence[Tensor],
     updates: Sequence[Tensor],
-    counters: Sequence[Counter | None],
+    rng_keys: Sequence[RngKey | None],
     *,
     size: Number,
     decay: Number,
@@ -60,9 +60,9 @@ def subtract_each_(
     weights = list(weights)
     shape = weights[0].shape
     updates = [u if u.shape == shape else u.reshape(shape) for u in updates]
-    if len(weights) == 1 or any(counters):
-        for weight, update, counter in zip(weights, updates, counters, strict=True):
-            with stand_in(weight, counter) as wide:
+    if len(weights) == 1 or any(rng_keys):
+        for weight, update, rng_key in zip(weights, updates, rng_keys, strict=True):
+            with fp32_working_copy(weight, rng_key) as wide:
                 subtract_(wide, update, size=size, decay=decay)
         return
     targets = weights

@@ -11,7 +11,7 @@ low-rank methods          a sketch ``[m, r]`` and its image ``[n, r]`` at a refr
                           them ``[r, n]`` where the projected dimension is sharded, and a norm
                           (Fira, APOLLO) or ``s`` products (Natural GaLore)
 Stable-SPAM               a maximum and a norm per weight
-Muon, SWAN, SCALE         whole matrices, each at one process (:func:`by_owners`): the processes
+Muon, SWAN, SCALE         whole matrices, each at one process (`map_whole_matrices`): the processes
  spectral                 share the work, and the result is that of one process
 AdamS, Adam, SGD          nothing
 ========================  ==========================================================================
@@ -20,7 +20,7 @@ Under DDP every process has whole weights and the same gradients: nothing is sen
 """
 
 from optimzoo.distributed.collectives import traffic
-from optimzoo.distributed.owners import by_owners
-from optimzoo.distributed.shards import WHOLE, Shards, local_part, sum_packed
+from optimzoo.distributed.owners import map_whole_matrices
+from optimzoo.distributed.shards import UNSHARDED, Shards, local_part, sum_packed
 
-__all__ = ["WHOLE", "Shards", "by_owners", "local_part", "sum_packed", "traffic"]
+__all__ = ["UNSHARDED", "Shards", "local_part", "map_whole_matrices", "sum_packed", "traffic"]

@@ -12,7 +12,7 @@ from optimzoo.distributed.shards import Shards
 Function = Callable[[Tensor], Tensor]
 
 
-def by_owners(
+def map_whole_matrices(
     function: Function, matrices: Sequence[Tensor], shards: Sequence[Shards]
 ) -> Iterator[tuple[int, Tensor]]:
     """Apply ``function`` to whole matrices, of which every process passes and gets its shard.
@@ -35,7 +35,7 @@ def by_owners(
     """
     dealt: dict[tuple[int, torch.dtype], list[int]] = {}
     for i, (matrix, shard) in enumerate(zip(matrices, shards, strict=True)):
-        if shard.cut():
+        if shard.is_sharded():
             dealt.setdefault((id(_group(shard)), matrix.dtype), []).append(i)
         else:
             yield i, function(matrix).to(_wide(matrix))
@@ -71,7 +71,7 @@ def _deal(function: Function, parts: list[Tensor], shards: list[Shards]) -> list
     received = all_to_all(sent, [shape.numel() for shape in mine], group)
     results = [empty.to(_wide(empty))] * world
     if rank < len(parts):
-        dim = -2 if shards[rank].cut("m") else -1
+        dim = -2 if shards[rank].is_sharded("m") else -1
         pieces = [t.view(shape) for t, shape in zip(received, mine, strict=True)]
         result = function(torch.cat(pieces, dim)).to(_wide(empty))
         results = list(result.split([shape[dim] for shape in mine], dim))
@@ -82,7 +82,7 @@ def _deal(function: Function, parts: list[Tensor], shards: list[Shards]) -> list
 
 def _part_shapes(part: Tensor, shard: Shards, world: int) -> list[torch.Size]:
     """Return the shape of each process's shard."""
-    letter, dim = ("m", -2) if shard.cut("m") else ("n", -1)
+    letter, dim = ("m", -2) if shard.is_sharded("m") else ("n", -1)
     length = shard.lengths[letter]
     chunk = -(-length // world)
     shapes = []

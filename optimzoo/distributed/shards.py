@@ -62,7 +62,7 @@ class Shards:
             RuntimeError: a weight above two dimensions that is sharded inside of a row.
         """
         if type(param) in _PLAIN or not hasattr(param, "device_mesh"):
-            return WHOLE
+            return UNSHARDED
         sharded: Any = param
         mesh, placements = sharded.device_mesh, tuple(sharded.placements)
         letters = _letters(param.ndim, transposed, stacked)
@@ -80,7 +80,7 @@ class Shards:
         return cls(mesh, tuple(param.shape), placements, tuple(cuts), lengths, spans)
 
     @property
-    def T(self) -> "Shards":
+    def transposed(self) -> "Shards":
         """Return the sharding of the transposed matrix."""
         if self.mesh is None:
             return self
@@ -92,7 +92,7 @@ class Shards:
             spans={other.get(x, x): span for x, span in self.spans.items()},
         )
 
-    def cut(self, letters: str = "mn") -> bool:
+    def is_sharded(self, letters: str = "mn") -> bool:
         """Return whether one of these dimensions is sharded."""
         return any(x in letters for x in self.cuts if x)
 
@@ -122,7 +122,7 @@ class Shards:
             length = x.new_zeros(shape, dtype=wide)
         else:
             length = torch.linalg.vector_norm(x, order, dim=dim, keepdim=True, dtype=wide)
-        if not self.cut(over):
+        if not self.is_sharded(over):
             return length
         if order == math.inf:
             self.max_([length], over)
@@ -136,14 +136,14 @@ class Shards:
         for group in self.groups(over):
             all_reduce_(tensors, group, largest=True)
 
-    def part(self, whole: Tensor, letter: str = "m", dim: int = -2) -> Tensor:
+    def local_slice(self, whole: Tensor, letter: str = "m", dim: int = -2) -> Tensor:
         """Return this process's slice of a tensor that every process has whole."""
         if letter not in self.spans:
             return whole
         return whole.narrow(dim, *self.spans[letter])
 
     def gather(self, part: Tensor, letter: str = "m", dim: int = -2) -> Tensor:
-        """Gather the slices of :meth:`part` by one all-reduce, the same bits on every process."""
+        """Gather the slices by one all-reduce, the same bits on every process."""
         if letter not in self.spans:
             return part
         shape = list(part.shape)
@@ -153,13 +153,13 @@ class Shards:
         self.sum_([whole], letter)
         return whole
 
-    def times(self, matrix: Tensor, columns: Tensor) -> Tensor:
+    def matmul(self, matrix: Tensor, columns: Tensor) -> Tensor:
         """Return the whole ``matrix @ columns`` from whole ``columns`` ``[..., n, r]``."""
-        product = matrix @ self.part(columns, "n")
+        product = matrix @ self.local_slice(columns, "n")
         self.sum_([product], "n")
         return self.gather(product)
 
-    def hold(self, local: Tensor, letters: str) -> Tensor:
+    def to_dtensor(self, local: Tensor, letters: str) -> Tensor:
         """Wrap a state tensor in a DTensor, sharded where ``letters`` name sharded dimensions.
 
         A tensor that is the same on every process stays plain. ``letters`` name the last
@@ -189,14 +189,14 @@ class Shards:
         return held
 
     @contextmanager
-    def opened(
+    def local_state(
         self, state: MutableMapping[str, Any], letters: Mapping[str, str]
     ) -> Iterator[MutableMapping[str, Any]]:
-        """Yield the state as plain local tensors; :meth:`hold` new ones afterwards.
+        """Yield the state as plain local tensors; :meth:`to_dtensor` new ones afterwards.
 
         Args:
             state: the parameter's state.
-            letters: by key of the state, the ``letters`` of :meth:`hold`.
+            letters: by key of the state, the ``letters`` of :meth:`to_dtensor`.
         """
         if self.mesh is None:
             yield state
@@ -206,10 +206,12 @@ class Shards:
         yield inner
         for key, value in inner.items():
             if value is not before.get(key):
-                state[key] = self.hold(value, letters.get(key, "")) if key in letters else value
+                state[key] = (
+                    self.to_dtensor(value, letters.get(key, "")) if key in letters else value
+                )
 
 
-WHOLE = Shards()
+UNSHARDED = Shards()
 
 
 def sum_packed(tensors: Sequence[Tensor], shards: Sequence[Shards], over: Sequence[str]) -> None:

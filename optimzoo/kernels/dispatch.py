@@ -26,7 +26,7 @@ ROWS, COLUMNS, SIGN, ADAM = range(4)  # enum oz_kind
 Backend = Any  # an object with the functions of native.py
 
 
-class Item(NamedTuple):
+class TensorArgs(NamedTuple):
     """Parameter (or one matrix of a stack) as the kernels see it: dense, ``[rows, cols]``."""
 
     param: Tensor
@@ -37,7 +37,7 @@ class Item(NamedTuple):
     kind: int
     shape: tuple[int, int]
     whole: Tensor  # the parameter, or the stack that this is a matrix of
-    counter: Any = None  # (seed, step, index) of stochastic rounding; None: to nearest
+    rng_key: Any = None  # (seed, step, index) of stochastic rounding; None: to nearest
 
 
 def matrices(
@@ -47,25 +47,25 @@ def matrices(
     kind: int,
     *,
     stacked: bool,
-    counter: Any = None,
-) -> list[Item]:
+    rng_key: Any = None,
+) -> list[TensorArgs]:
     """Return a weight as a matrix ``[out, -1]``; a stack by matrix if columns are reduced."""
     shape = param.shape
     if len(shape) == 2:
         size = (shape[0], shape[1])
-        return [Item(param, grad, exp_avg, None, None, kind, size, param, counter)]
+        return [TensorArgs(param, grad, exp_avg, None, None, kind, size, param, rng_key)]
     if stacked and kind == COLUMNS:
         count = math.prod(shape[:-2])
         averages = [None] * count if exp_avg is None else list(exp_avg.flatten(0, -3))
         slices = zip(param.detach().flatten(0, -3), grad.flatten(0, -3), averages, strict=True)
         return [
-            Item(p, g, m, None, None, kind, (shape[-2], shape[-1]), param, counter)
+            TensorArgs(p, g, m, None, None, kind, (shape[-2], shape[-1]), param, rng_key)
             for p, g, m in slices
         ]
     # Each row of a stack is a row of its own, so a stack is one tall matrix.
     cols = shape[-1] if stacked else math.prod(shape[1:])
     rows = math.prod(shape[:-1]) if stacked else shape[0]
-    return [Item(param, grad, exp_avg, None, None, kind, (rows, cols), param, counter)]
+    return [TensorArgs(param, grad, exp_avg, None, None, kind, (rows, cols), param, rng_key)]
 
 
 def vector(
@@ -74,11 +74,11 @@ def vector(
     exp_avg: Tensor | None,
     exp_avg_sq: Tensor | None,
     step: Tensor | None = None,
-    counter: Any = None,
-) -> Item:
+    rng_key: Any = None,
+) -> TensorArgs:
     """Return the item of a parameter that Adam steps."""
     size = (1, param.numel())
-    return Item(param, grad, exp_avg, exp_avg_sq, step, ADAM, size, param, counter)
+    return TensorArgs(param, grad, exp_avg, exp_avg_sq, step, ADAM, size, param, rng_key)
 
 
 _fused: ContextVar[bool | None] = ContextVar("fused", default=None)
@@ -92,7 +92,7 @@ def fused(option: bool | None, params: Iterable[Tensor] = ()) -> Iterator[None]:
         RuntimeError: ``option`` is True and no kernel takes one of the parameters.
     """
     for param in params if option else ():
-        if backend(param.device.type) is None or not takes(
+        if backend(param.device.type) is None or not is_supported(
             vector(param, param.detach(), None, None)
         ):
             raise RuntimeError(_refusal(param))
@@ -113,10 +113,10 @@ def _backend(device_type: str) -> Backend | None:
     return next((b for b in BACKENDS.get(device_type, ()) if b.available()), None)
 
 
-def takes(item: Item) -> bool:
+def is_supported(item: TensorArgs) -> bool:
     """Return whether kernels can step the item, whose gradient need not be contiguous."""
     param, grad, exp_avg, exp_avg_sq = item[:4]
-    if item.counter is not None and param is not item.whole:
+    if item.rng_key is not None and param is not item.whole:
         return False  # kernels would count the elements of each matrix of a stack from 0
     if not (
         type(param) in PLAIN
@@ -140,65 +140,67 @@ def takes(item: Item) -> bool:
     return exp_avg is None or exp_avg_sq is None or exp_avg.dtype == exp_avg_sq.dtype
 
 
-def split(
-    items: Iterable[Item], fused: bool | None
-) -> tuple[list[tuple[Backend, list[Item]]], list[Item]]:
+def partition_by_backend(
+    items: Iterable[TensorArgs], fused: bool | None
+) -> tuple[list[tuple[Backend, list[TensorArgs]]], list[TensorArgs]]:
     """Split items into calls, each with its device's backend, and those that no kernel takes.
 
     Args:
-        items: see :class:`Item`.
+        items: see :class:`TensorArgs`.
         fused: `None` uses kernels where there are any; `True` requires them for every item.
 
     Raises:
         RuntimeError: ``fused=True`` and an item that no kernel takes; the message says why.
     """
-    runs: dict[torch.device, list[Item]] = {}
-    rest: list[Item] = []
+    runs: dict[torch.device, list[TensorArgs]] = {}
+    rest: list[TensorArgs] = []
     for item in items:
         device = item.param.device
-        if backend(device.type) is not None and takes(item):
+        if backend(device.type) is not None and is_supported(item):
             runs.setdefault(device, []).append(item)
         elif fused:
             raise RuntimeError(_refusal(item.param))
         else:
             rest.append(item)
     calls = [
-        (backend(device.type), call) for device, chosen in runs.items() for call in calls_of(chosen)
+        (backend(device.type), call)
+        for device, chosen in runs.items()
+        for call in split_at_rng_gaps(chosen)
     ]
     return calls, rest
 
 
-def calls_of(items: list[Item]) -> list[list[Item]]:
-    """Split items where their rounding counters are not consecutive, as within a call."""
-    calls: list[list[Item]] = []
+def split_at_rng_gaps(items: list[TensorArgs]) -> list[list[TensorArgs]]:
+    """Split items where their keys are not consecutive, as within a call."""
+    calls: list[list[TensorArgs]] = []
     for item in items:
         expected = None
-        if calls and calls[-1][-1].counter is not None:
-            seed, step, index = calls[-1][-1].counter
+        if calls and calls[-1][-1].rng_key is not None:
+            seed, step, index = calls[-1][-1].rng_key
             expected = (seed, step, index + 1)
-        if calls and item.counter == expected:
+        if calls and item.rng_key == expected:
             calls[-1].append(item)
         else:
             calls.append([item])
     return calls
 
 
-def rounding(items: list[Item]) -> dict[str, int]:
+def rounding(items: list[TensorArgs]) -> dict[str, int]:
     """Return the arguments on rounding of a call; rounding to nearest has none."""
-    if items[0].counter is None:
+    if items[0].rng_key is None:
         return {}
-    return dict(zip(("seed", "step", "first_index"), items[0].counter, strict=True))
+    return dict(zip(("seed", "step", "first_index"), items[0].rng_key, strict=True))
 
 
-def columns(items: list[Item]) -> tuple[list[Any], ...]:
+def to_argument_lists(items: list[TensorArgs]) -> tuple[list[Any], ...]:
     """Return the fields of a call as lists, with contiguous gradients and incremented steps."""
     fields = [list(field) for field in list(zip(*items, strict=True))[:7]]
     fields[1] = [g.contiguous() for g in fields[1]]
-    fields[4] = counted(fields[4], items[0].param.device)
+    fields[4] = increment_steps(fields[4], items[0].param.device)
     return tuple(fields)
 
 
-def counted(steps: list[Tensor | None], device: torch.device) -> list[Tensor | None]:
+def increment_steps(steps: list[Tensor | None], device: torch.device) -> list[Tensor | None]:
     """Increment Adam's step counts; return them in float32 on ``device``, as kernels read them."""
     counts = [step for step in steps if step is not None]
     if counts:
@@ -212,7 +214,7 @@ def counted(steps: list[Tensor | None], device: torch.device) -> list[Tensor | N
     return [place.get(id(step), step) for step in steps]
 
 
-def scalar(value: float | Tensor, device: torch.device) -> float | Tensor:
+def lr_argument(value: float | Tensor, device: torch.device) -> float | Tensor:
     """Return a learning rate as kernels read it: a number, or a float32 tensor on their GPU."""
     if isinstance(value, Tensor) and value.device == device and device.type != "cpu":
         return value.reshape(()).float()

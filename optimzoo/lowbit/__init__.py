@@ -1,17 +1,17 @@
 """Low-precision storage: stochastic rounding, moments in 8 bits."""
 
-from optimzoo.lowbit.blockwise import dequantize, opened, quantize
+from optimzoo.lowbit.blockwise import dequantize, dequantized_moments, quantize
 from optimzoo.lowbit.stochastic import copy_, round_stochastic
 from optimzoo.lowbit.write_back import (
     LOW,
     ROUNDINGS,
     STEP,
-    Counter,
+    RngKey,
+    apply_with_rounding,
     at_least_float32,
+    fp32_working_copy,
     moment_dtype,
-    next_counter,
-    one_by_one,
-    stand_in,
+    next_rng_key,
     widened,
 )
 
@@ -19,16 +19,16 @@ __all__ = [
     "LOW",
     "ROUNDINGS",
     "STEP",
-    "Counter",
+    "RngKey",
+    "apply_with_rounding",
     "at_least_float32",
     "copy_",
     "dequantize",
+    "dequantized_moments",
+    "fp32_working_copy",
     "moment_dtype",
-    "next_counter",
-    "one_by_one",
-    "opened",
+    "next_rng_key",
     "quantize",
     "round_stochastic",
-    "stand_in",
     "widened",
 ]

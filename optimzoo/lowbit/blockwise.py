@@ -3,7 +3,7 @@ r"""Moments in 8 bits: blocks of 256 elements, each with the largest magnitude i
 A first moment is an int8 code ``c`` of value ``s · sign(c) (c / 127)²``, a second moment a uint8
 one of value ``s (c / 255)⁴``: finer where numbers are small, since a moment's entries differ by
 orders of magnitude within a block. A number between two codes' values takes the nearer one or,
-with a counter, the upper one with a probability that makes it its expectation.
+with a key, the upper one with a probability that makes it its expectation.
 
 Blocks run over the row-major elements, whatever the shape; the last may be shorter. A block of
 zeros stays zero; a block with a number that is not finite becomes NaN, all of it.
@@ -20,22 +20,22 @@ import torch
 from torch import Tensor
 
 from optimzoo.lowbit.stochastic import random_uniform
-from optimzoo.lowbit.write_back import Counter
+from optimzoo.lowbit.write_back import RngKey
 
 BLOCK = 256
 SMALLEST = 4096  # elements; moments with fewer stay in float32
 _CHUNK = 1 << 20  # elements at a time, a multiple of BLOCK
-# Offsets of their counters' indices; no state has two with the same.
+# Offsets of their keys' indices; no state has two with the same.
 _MOMENTS = {"exp_avg": 1 << 31, "exp_avg_sq": 3 << 30, "momentum_buffer": 1 << 31}
 
 
-def quantize(x: Tensor, *, signed: bool, counter: Counter | None = None) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, *, signed: bool, rng_key: RngKey | None = None) -> tuple[Tensor, Tensor]:
     """Return codes of ``x``'s shape and the float32 scales of its blocks, ``[ceil(n / 256)]``.
 
     Args:
         x: a floating-point tensor; not negative unless `signed`.
         signed: int8 codes, else uint8.
-        counter: counter of stochastic rounding; None rounds to nearest.
+        rng_key: key of stochastic rounding; None rounds to nearest.
     """
     codes = torch.empty(x.shape, dtype=torch.int8 if signed else torch.uint8, device=x.device)
     flat, out = x.reshape(-1), codes.view(-1)
@@ -49,8 +49,8 @@ def quantize(x: Tensor, *, signed: bool, counter: Counter | None = None) -> tupl
         low = _floor(ratio, signed)
         below, above = _value(low, signed), _value(low + 1, signed)
         threshold: float | Tensor = 0.5
-        if counter is not None:
-            drawn = random_uniform(at, blocks.numel(), counter, x.device)
+        if rng_key is not None:
+            drawn = random_uniform(at, blocks.numel(), rng_key, x.device)
             threshold = drawn.view(-1, BLOCK)
         code = (low + ((ratio - below) / (above - below) > threshold)).clamp_(max=_top(signed))
         code = code.copysign(blocks) if signed else code
@@ -75,8 +75,8 @@ def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
 
 
 @contextmanager
-def opened(
-    state: MutableMapping[str, Any], bits: int, counter: Counter | None
+def dequantized_moments(
+    state: MutableMapping[str, Any], bits: int, rng_key: RngKey | None
 ) -> Iterator[MutableMapping[str, Any]]:
     """Yield ``state`` with its moments in float32; quantize them afterwards if ``bits`` is 8.
 
@@ -92,8 +92,8 @@ def opened(
     for key, offset in _MOMENTS.items():
         moment = state.get(key)
         if bits == 8 and moment is not None and moment.numel() >= SMALLEST:
-            own = None if counter is None else counter._replace(index=counter.index + offset)
-            codes, scales = quantize(moment, signed=key != "exp_avg_sq", counter=own)
+            own = None if rng_key is None else rng_key._replace(index=rng_key.index + offset)
+            codes, scales = quantize(moment, signed=key != "exp_avg_sq", rng_key=own)
             del state[key]
             if key in stored:  # into the same tensors, which a CUDA graph may hold
                 codes, scales = (

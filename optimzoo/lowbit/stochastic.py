@@ -63,10 +63,10 @@ def copy_(dst: Tensor, src: Tensor, *, seed: int, step: int, index: int) -> Tens
 
 
 def random_uniform(
-    start: int, count: int, counter: tuple[int, int, int], device: torch.device
+    start: int, count: int, rng_key: tuple[int, int, int], device: torch.device
 ) -> Tensor:
-    """Draw multiples of 2^-24 in [0, 1) for ``count`` elements from ``start``, by the counter."""
-    return _shift(_random_bits(start, count, _key(*counter), device), 8).float() * 2.0**-24
+    """Draw multiples of 2^-24 in [0, 1) for ``count`` elements from ``start``, by the key."""
+    return _shift(_random_bits(start, count, _key(*rng_key), device), 8).float() * 2.0**-24
 
 
 @torch.no_grad()

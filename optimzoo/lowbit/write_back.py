@@ -1,8 +1,8 @@
-"""Rounding of a step into 16-bit weights: to nearest, or stochastically, by counters.
+"""Rounding of a step into 16-bit weights: to nearest, or stochastically, by keys.
 
 The eager rules step a float32 copy of such a weight, which is then rounded into it: one rounding
 per step, in one place, whatever the rule. The kernels round what they hold in registers, by the
-same counters.
+same keys.
 """
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -19,7 +19,7 @@ LOW = (torch.bfloat16, torch.float16)
 STEP = "rounding_step"  # in a parameter's state: how often it has been rounded
 
 
-class Counter(NamedTuple):
+class RngKey(NamedTuple):
     """Counter of which a tensor's random bits are a hash, with the element (:mod:`.stochastic`)."""
 
     seed: int
@@ -27,29 +27,29 @@ class Counter(NamedTuple):
     index: int  # type: ignore[assignment]  # tuple has a method of this name
 
 
-def next_counter(state: MutableMapping[str, Any], *, seed: int, index: int) -> Counter:
-    """Count a step in ``state``, an int64 on the CPU from 1 on, and return its counter.
+def next_rng_key(state: MutableMapping[str, Any], *, seed: int, index: int) -> RngKey:
+    """Count a step in ``state``, an int64 on the CPU from 1 on, and return its key.
 
     The count is a parameter's own, so the bits do not depend on which others are stepped, or when.
     """
     step = int(state.get(STEP, 0)) + 1
     state[STEP] = torch.tensor(step)  # a load may have brought the last one to another device
-    return Counter(seed, step, index)
+    return RngKey(seed, step, index)
 
 
 @contextmanager
-def stand_in(weight: Tensor, counter: Counter | None) -> Iterator[Tensor]:
+def fp32_working_copy(weight: Tensor, rng_key: RngKey | None) -> Iterator[Tensor]:
     """Yield what a rule steps in place of ``weight``: itself, or a float32 copy to be rounded.
 
-    It is a copy where there is a counter and the weight is of 16 bits; on leaving the context the
+    It is a copy where there is a key and the weight is of 16 bits; on leaving the context the
     copy is rounded into the weight. An exception leaves the weight as it was.
     """
-    if counter is None or weight.dtype not in LOW:
+    if rng_key is None or weight.dtype not in LOW:
         yield weight
         return
     wide = weight.detach().float()
     yield wide
-    copy_(weight, wide, **counter._asdict())
+    copy_(weight, wide, **rng_key._asdict())
 
 
 @contextmanager
@@ -66,23 +66,24 @@ def widened(*columns: Sequence[Tensor]) -> Iterator[list[list[Tensor]]]:
                 tensor.copy_(copy)
 
 
-def one_by_one(
+def apply_with_rounding(
     rule: Callable[..., None],
-    counters: Sequence[Counter | None],
+    rng_keys: Sequence[RngKey | None],
     params: Sequence[Tensor],
     *columns: Sequence[Any],
     alone: bool = False,
 ) -> None:
-    """Apply ``rule`` to the lists ``params, *columns``, by :func:`stand_in` where one is counted.
+    """Apply ``rule`` to the lists ``params, *columns``; round weights that have a key.
 
-    Without counters that is one call for all; else the weights are stepped one after the other,
-    with one copy at a time. So they are if ``alone``, for a rule that makes copies of its own.
+    Without keys that is one call for all; else the weights are stepped one after the other,
+    with one :func:`fp32_working_copy` at a time. So they are if ``alone``, for a rule that makes
+    copies of its own.
     """
-    if not any(counters) and not alone:
+    if not any(rng_keys) and not alone:
         rule(params, *columns)
         return
-    for counter, param, *rest in zip(counters, params, *columns, strict=True):
-        with stand_in(param, counter) as wide:
+    for rng_key, param, *rest in zip(rng_keys, params, *columns, strict=True):
+        with fp32_working_copy(param, rng_key) as wide:
             rule([wide], *([entry] for entry in rest))
 
 

@@ -94,8 +94,8 @@ class Planner:
         one, two = (self._step_of(name, hyper, copies) for copies in (1, 2))
         # A step that needs no more for twice as many weights takes them one after the other; but
         # shards may be dealt out whole among the processes.
-        one_by_one = two == one and self.shards == 1
-        whole = one if one_by_one else self._step_of(name, hyper, None)
+        apply_with_rounding = two == one and self.shards == 1
+        whole = one if apply_with_rounding else self._step_of(name, hyper, None)
         return Method(name, counted, whole, one)
 
     def peak(

@@ -28,10 +28,10 @@ from optimzoo.distributed import local_part
 from optimzoo.kernels import dispatch
 from optimzoo.lowbit import (
     LOW,
-    Counter,
+    RngKey,
+    apply_with_rounding,
     at_least_float32,
     moment_dtype,
-    one_by_one,
     widened,
 )
 from optimzoo.roles import role_of
@@ -232,52 +232,52 @@ class AdamS(RoleOptimizer):
 
     def _update_group(self, group: dict[str, Any], first: int) -> None:
         counts, rest = self._init_group(group)
-        counters = self._count(group, first)
-        masked = self._step_fused(group, counts, counters)
+        rng_keys = self._count(group, first)
+        masked = self._step_fused(group, counts, rng_keys)
         shared = {k: group[k] for k in ("betas", "eps", "weight_decay", "maximize", "foreach")}
         shared["lr"] = scalar_lr(group)
         own = {k: group[k] for k in ("l1", "total_steps", "decay")} | shared
-        own["counters"] = [counters.get(p) for p in masked]
+        own["rng_keys"] = [rng_keys.get(p) for p in masked]
         own["masks"] = [local_part(self.state[p]["mask"]) for p in masked]
         adams(*self._lists(masked), counts=[counts[p] for p in masked], **own)
-        shared["counters"] = [counters.get(p) for p in rest]
+        shared["rng_keys"] = [rng_keys.get(p) for p in rest]
         adam(*self._lists(rest), capturable=group["capturable"], **shared)
 
     def _step_fused(
-        self, group: dict[str, Any], counts: dict[Tensor, Any], counters: dict[Tensor, Counter]
+        self, group: dict[str, Any], counts: dict[Tensor, Any], rng_keys: dict[Tensor, RngKey]
     ) -> list[Tensor]:
         """Step what the kernels take, in one call per step count; return the other parameters."""
         params = list(counts)
         if group["foreach"] is not None or group["decay"] != "l1" or group["capturable"]:
             return params  # the kernels take the ramp from the host
-        runs: dict[tuple[Any, float], list[dispatch.Item]] = {}
+        runs: dict[tuple[Any, float], list[dispatch.TensorArgs]] = {}
         lists, rest = self._lists(params), []
         masks: dict[Tensor, Tensor] = {}
         for p, w, g, m, v, step in zip(params, *lists, strict=True):
-            item = dispatch.vector(w, g, m, v, step, counters.get(p))
+            item = dispatch.vector(w, g, m, v, step, rng_keys.get(p))
             whole_bytes = item.param[:1].numel() % 8 == 0  # else the mask's rows are padded
             kernels = dispatch.backend(item.param.device.type)
-            if kernels is not None and whole_bytes and dispatch.takes(item):
+            if kernels is not None and whole_bytes and dispatch.is_supported(item):
                 masks[item.param] = local_part(self.state[p]["mask"])
                 runs.setdefault((kernels, counts[p]), []).append(item)
             else:
                 rest.append(p)
         for (kernels, t), items in runs.items():
-            for call in dispatch.calls_of(items):
+            for call in dispatch.split_at_rng_gaps(items):
                 self._fused_adams(kernels, call, group, [masks[i.param] for i in call], t)
         return rest
 
     def _fused_adams(
         self,
         kernels: Any,
-        items: list[dispatch.Item],
+        items: list[dispatch.TensorArgs],
         group: dict[str, Any],
         masks: list[Tensor],
         t: float,
     ) -> None:
         kernels.adam_(
-            *dispatch.columns(items)[:5],
-            lr=dispatch.scalar(group["lr"], items[0].param.device),
+            *dispatch.to_argument_lists(items)[:5],
+            lr=dispatch.lr_argument(group["lr"], items[0].param.device),
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
@@ -339,7 +339,7 @@ def adams(
     weight_decay: float,
     maximize: bool,
     foreach: bool | None,
-    counters: Sequence[Counter | None],
+    rng_keys: Sequence[RngKey | None],
 ) -> None:
     """Take one step of :class:`AdamS`, in place, on weights with packed masks.
 
@@ -363,7 +363,7 @@ def adams(
             rule(params, grads, means, squares, *others, *options)
 
     lists = (params, grads, exp_avgs, exp_avg_sqs, masks, counts, ramp)
-    one_by_one(step, counters, *lists, alone=any(m.dtype in LOW for m in exp_avgs))
+    apply_with_rounding(step, rng_keys, *lists, alone=any(m.dtype in LOW for m in exp_avgs))
 
 
 def _single_tensor_adams(

@@ -126,7 +126,7 @@ class APOLLO(MatrixOptimizer):
         left = resolve_side("auto", shape) == "left"
         omega = gaussian(state["projector_seed"], min(shape[-2:]), group["rank"], grad)
         projected, over = ("m", "n") if left else ("n", "m")
-        omega = shards.part(omega, projected)
+        omega = shards.local_slice(omega, projected)
         low = omega.mT @ grad if left else grad @ omega
         shards.sum_([low], projected)
         adam = adam_direction(state, low, group, step)

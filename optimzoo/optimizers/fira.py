@@ -24,8 +24,8 @@ from optimzoo.core.record import register
 from optimzoo.core.role_options import SharedOptions
 from optimzoo.core.update import Number, Update
 from optimzoo.core.validation import check_choice
-from optimzoo.optimizers.galore import LowRankUpdate, Projected
-from optimzoo.subspace.projector import back, project, resolve_side
+from optimzoo.optimizers.galore import LowRankOptimizer, LowRankUpdate
+from optimzoo.subspace.projector import project, project_back, resolve_side
 
 
 @register(
@@ -34,7 +34,7 @@ from optimzoo.subspace.projector import back, project, resolve_side
     source="arXiv 2410.01623",
     state="low rank: 2 r x longer side + r x shorter side; 2 x rest",
 )
-class Fira(Projected):
+class Fira(LowRankOptimizer):
     r"""Full-rank training under low-rank state (Fira).
 
     With GaLore's ``R``, ``N = M / (√V + eps)`` and ``P``, and ``s_j`` one number for each channel
@@ -122,9 +122,9 @@ class Fira(Projected):
             channels = channels.limited(squares.clamp_min(0), state, limit)
             part = alpha * adam - low * (less * channels.ratio.view_as(ratio))
             return ResidualUpdate(part, scale, state, channels)
-        residual = (grad - less * back(state, low)) * ratio.to(grad.dtype)
+        residual = (grad - less * project_back(state, low)) * ratio.to(grad.dtype)
         residual = limit_norm_growth(residual, state, limit, shards)
-        return Update(alpha * back(state, adam) + residual, scale)
+        return Update(alpha * project_back(state, adam) + residual, scale)
 
 
 @dataclass(frozen=True)

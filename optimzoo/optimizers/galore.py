@@ -23,12 +23,12 @@ from optimzoo.subspace.bases import KINDS, has_direction
 from optimzoo.subspace.natural import rotate_history
 from optimzoo.subspace.projector import (
     SIDES,
-    back,
     has_projector,
+    low_rank_update_,
     project,
+    project_back,
     refresh,
     resolve_side,
-    subtract_back_,
 )
 
 
@@ -37,7 +37,7 @@ def low_dimension(group: dict[str, Any], shape: torch.Size) -> str:
     return {"left": "n", "right": "m", "both": ""}[resolve_side(group["side"], shape)]
 
 
-class Projected(MatrixOptimizer):
+class LowRankOptimizer(MatrixOptimizer):
     """Base class of the methods that keep their state in the gradient's leading subspace."""
 
     def _check_options(self, options: dict[str, Any]) -> None:
@@ -78,7 +78,7 @@ class Projected(MatrixOptimizer):
         )
         if rotation is not None and group["rotate"] and "exp_avg" in state:
             state["exp_avg"].copy_(rotation(state["exp_avg"]))
-            state["exp_avg_sq"].copy_(rotation.of_squares(state["exp_avg_sq"]))
+            state["exp_avg_sq"].copy_(rotation.rotate_second_moment(state["exp_avg_sq"]))
             if "history" in state:
                 over = low_dimension(group, shards.shape(grad.shape))
                 rotate_history(state, rotation, shards, over)
@@ -92,12 +92,12 @@ class LowRankUpdate(Update):
 
     def dense(self) -> Tensor:
         """Return ``P R Qᵀ``."""
-        return back(self.state, self.matrix)
+        return project_back(self.state, self.matrix)
 
     def subtract_from(self, weight: Tensor, *, lr: Number, weight_decay: float) -> None:
         """Subtract it without a tensor of the weight's size, where the dtypes allow that."""
         decay = lr * weight_decay if weight_decay else 0.0
-        subtract_back_(weight, self.state, self.matrix, size=lr * self.scale, decay=decay)
+        low_rank_update_(weight, self.state, self.matrix, size=lr * self.scale, decay=decay)
 
 
 @register(
@@ -106,7 +106,7 @@ class LowRankUpdate(Update):
     source="arXiv 2403.03507",
     state="low rank: 2 r x longer side + r x shorter side; 2 x rest",
 )
-class GaLore(Projected):
+class GaLore(LowRankOptimizer):
     r"""Gradient Low-Rank Projection (GaLore).
 
     For a hidden weight ``W`` ``[m, n]`` with gradient ``G``, every `update_proj_gap` steps the

@@ -23,8 +23,8 @@ from optimzoo.core.record import register
 from optimzoo.core.role_options import RoleRates, with_role_options
 from optimzoo.core.update import Update, subtract_
 from optimzoo.core.validation import check_betas, check_choice, check_nonnegative
-from optimzoo.distributed import by_owners
-from optimzoo.lowbit import Counter, moment_dtype, stand_in
+from optimzoo.distributed import map_whole_matrices
+from optimzoo.lowbit import RngKey, fp32_working_copy, moment_dtype
 from optimzoo.roles import ROLES, role_of
 from optimzoo.stacks import in_chunks
 from optimzoo.subspace.newton_schulz import (
@@ -145,7 +145,7 @@ class Muon(MatrixOptimizer):
         unknown = set(roles) - set(ROLES)
         if unknown:
             raise ValueError(f"unknown role {unknown.pop()!r}; the roles are {', '.join(ROLES)}")
-        self._own_roles = tuple(roles)  # type: ignore[misc]
+        self._matrix_roles = tuple(roles)  # type: ignore[misc]
         # In the groups alone: among the defaults, schedulers would cycle betas, not the momentum.
         self._adam = {"betas": other_betas, "eps": other_eps}
         super().__init__(
@@ -157,7 +157,7 @@ class Muon(MatrixOptimizer):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: getattr(self, key) for key in ("_own_roles", "_adam")}
+        own = {key: getattr(self, key) for key in ("_matrix_roles", "_adam")}
         return {**super().__getstate__(), **own}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -178,7 +178,7 @@ class Muon(MatrixOptimizer):
         for i, item in enumerate(params):
             p = item[1] if isinstance(item, tuple) else item
             role = role_of(p, group) if hasattr(p, "ndim") else "vector"
-            own = role in self._own_roles and is_matrix(p, group)
+            own = role in self._matrix_roles and is_matrix(p, group)
             parts.setdefault((role, own), []).append(i)
             if own:
                 _check_heads(p, {**self.defaults, **group})
@@ -228,17 +228,17 @@ class Muon(MatrixOptimizer):
         return Update(orthogonal(momentum_of(grad, state, group), group), rate)
 
     def _step_sharded(
-        self, matrices: list[Matrix], group: dict[str, Any], counters: dict[Tensor, Counter]
+        self, matrices: list[Matrix], group: dict[str, Any], rng_keys: dict[Tensor, RngKey]
     ) -> None:
         shards = [matrix.shards for matrix in matrices]
         momenta = []
         for matrix in matrices:
-            with matrix.shards.opened(matrix.state, {}) as state:
+            with matrix.shards.local_state(matrix.state, {}) as state:
                 momenta.append(momentum_of(descent(matrix.grad, group), state, group))
         lr = step_lr(group)
-        for i, update in by_owners(partial(orthogonal, group=group), momenta, shards):
+        for i, update in map_whole_matrices(partial(orthogonal, group=group), momenta, shards):
             rate = lr * adjustment(shards[i].shape(momenta[i].shape), group)
-            with stand_in(matrices[i].weight, counters.get(matrices[i].param)) as weight:
+            with fp32_working_copy(matrices[i].weight, rng_keys.get(matrices[i].param)) as weight:
                 subtract_(weight, update, size=rate, decay=lr * group["weight_decay"])
 
 

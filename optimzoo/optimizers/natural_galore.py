@@ -17,7 +17,7 @@ from optimzoo.core.record import register
 from optimzoo.core.role_options import SharedOptions
 from optimzoo.core.update import Update
 from optimzoo.core.validation import check_choice, check_nonnegative
-from optimzoo.optimizers.galore import LowRankUpdate, Projected, low_dimension
+from optimzoo.optimizers.galore import LowRankOptimizer, LowRankUpdate, low_dimension
 from optimzoo.stacks import each
 from optimzoo.subspace.natural import natural_gradient
 from optimzoo.subspace.projector import project
@@ -31,7 +31,7 @@ HISTORY_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
     source="arXiv 2410.16029",
     state="low rank: (2 + s) r x longer side + r x shorter side; 2 x rest",
 )
-class NaturalGaLore(Projected):
+class NaturalGaLore(LowRankOptimizer):
     r"""GaLore, with the low-rank gradient preconditioned by an empirical Fisher matrix.
 
     With ``g = vec(R)`` the low-rank gradient of GaLore, of ``k`` elements, and ``h_j`` the last

@@ -19,7 +19,7 @@ from optimzoo.core.adam import adam_step, init_adam_state, step_as_tensor
 from optimzoo.core.optimizer import RoleOptimizer, copy_group, options_of, scalar_lr
 from optimzoo.core.record import register
 from optimzoo.core.role_options import RoleRates
-from optimzoo.core.scale_fused import FusedSteps, has_momentum, local_average, may_fuse
+from optimzoo.core.scale_fused import LaunchCache, has_momentum, local_average, may_fuse
 from optimzoo.core.scale_sharded import Part, cut_part, step_parts
 from optimzoo.core.validation import (
     check_betas,
@@ -30,9 +30,9 @@ from optimzoo.core.validation import (
     check_state_bits,
 )
 from optimzoo.distributed import local_part
-from optimzoo.lowbit import Counter, one_by_one, opened
+from optimzoo.lowbit import RngKey, apply_with_rounding, dequantized_moments
 from optimzoo.roles import input_dim, matrix_view, role_of
-from optimzoo.stacks import in_stacks
+from optimzoo.stacks import batch_by_shape
 from optimzoo.subspace.newton_schulz import orthogonalize
 
 NORMALIZATIONS = ("column", "row", "sign", "spectral")
@@ -107,7 +107,7 @@ class SCALE(RoleOptimizer):
     training goes on after a resume; weights above two dimensions; tied weights (the head's rule).
     """
 
-    _own_roles: ClassVar[tuple[str, ...]] = ("hidden", "embedding", "head")
+    _matrix_roles: ClassVar[tuple[str, ...]] = ("hidden", "embedding", "head")
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class SCALE(RoleOptimizer):
         defaults = options_of(locals(), without=("other_lr", "other_weight_decay"))
         defaults |= {"role": None, "transposed": False, "stacked": False}
         _check_options(defaults)
-        self._fused = FusedSteps()
+        self._fused = LaunchCache()
         super().__init__(
             params,
             defaults,
@@ -169,7 +169,7 @@ class SCALE(RoleOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._fused = FusedSteps()
+        self._fused = LaunchCache()
         for group in self.param_groups:
             for p in group["params"]:  # a converted checkpoint may count the steps with a number
                 step_as_tensor(self.state.get(p, {}), p, capturable=group["capturable"])
@@ -208,19 +208,19 @@ class SCALE(RoleOptimizer):
     def _update(self) -> None:
         self._check_graph_capture()
         scaled = self._fused.scaled_by(self)
-        if self._fused.again(self.state, self.param_groups):
+        if self._fused.replay(self.state, self.param_groups):
             return
         cut: list[Part] = []
         first = self.first_index
         for number, group in enumerate(self.param_groups):
             matrices, vectors = self._init_group(group)
-            counters = self._count(group, first)
+            rng_keys = self._count(group, first)
             first += len(group["params"])
             with ExitStack() as stack:
                 for p in matrices if group["state_bits"] == 8 else []:
-                    stack.enter_context(opened(self.state[p], 8, counters.get(p)))
-                cut += self._step_group(number, matrices, vectors, counters)
-        self._fused.keep(self.state, self.param_groups)
+                    stack.enter_context(dequantized_moments(self.state[p], 8, rng_keys.get(p)))
+                cut += self._step_group(number, matrices, vectors, rng_keys)
+        self._fused.store(self.state, self.param_groups)
         if scaled and cut:
             raise RuntimeError(
                 "norms that several processes share need unscaled gradients; call "
@@ -233,14 +233,14 @@ class SCALE(RoleOptimizer):
         number: int,
         matrices: list[Tensor],
         vectors: list[Tensor],
-        counters: dict[Tensor, Counter],
+        rng_keys: dict[Tensor, RngKey],
     ) -> list[Part]:
         """Step the weights that this process can step alone; return the shards of the others."""
         group = self.param_groups[number]
-        parts = [cut_part(p, self.state.get(p, {}), group, counters.get(p)) for p in matrices]
+        parts = [cut_part(p, self.state.get(p, {}), group, rng_keys.get(p)) for p in matrices]
         matrices = [p for p, part in zip(matrices, parts, strict=True) if part is None]
         if may_fuse(group):
-            lists = (matrices, vectors, counters)
+            lists = (matrices, vectors, rng_keys)
             matrices, vectors = self._fused.step(number, self.state, group, *lists)
         lr = scalar_lr(group)
         foreach = group["foreach"]
@@ -260,7 +260,7 @@ class SCALE(RoleOptimizer):
             eps=group["eps"],
             maximize=group["maximize"],
             foreach=foreach,
-            counters=[counters.get(p) for p in matrices],
+            rng_keys=[rng_keys.get(p) for p in matrices],
         )
         adam_step(
             vectors,
@@ -273,7 +273,7 @@ class SCALE(RoleOptimizer):
             foreach=foreach,
             capturable=group["capturable"],
             differentiable=group["differentiable"],
-            counters=[counters.get(p) for p in vectors],
+            rng_keys=[rng_keys.get(p) for p in vectors],
         )
         return [part for part in parts if part is not None]
 
@@ -318,7 +318,7 @@ def scale(
     eps: float,
     maximize: bool,
     foreach: bool,
-    counters: Sequence[Counter | None],
+    rng_keys: Sequence[RngKey | None],
 ) -> None:
     """Take one step of :class:`SCALE`, in place, on weights of one layout."""
     rule = _multi_tensor_scale if foreach else _single_tensor_scale
@@ -330,7 +330,7 @@ def scale(
     def direction(grads: list[Tensor]) -> list[Tensor]:
         matrices = [matrix_view(grad, stacked=stacked) for grad in grads]
         how = partial(normalized, dim=dim, normalize=normalize, norm=norm, eps=eps)
-        updates = [u for _, u in sorted(in_stacks(how, matrices, foreach), key=itemgetter(0))]
+        updates = [u for _, u in sorted(batch_by_shape(how, matrices, foreach), key=itemgetter(0))]
         return [update.view_as(grad) for update, grad in zip(updates, grads, strict=True)]
 
     def step(params: Any, grads: Any, exp_avgs: Any) -> None:
@@ -338,7 +338,7 @@ def scale(
             grads = [-g for g in grads]
         rule(params, grads, exp_avgs, direction, lr, momentum, weight_decay)
 
-    one_by_one(step, counters, params, grads, exp_avgs)
+    apply_with_rounding(step, rng_keys, params, grads, exp_avgs)
 
 
 def normalized(grad: Tensor, *, dim: int, normalize: str, norm: str, eps: float) -> Tensor:

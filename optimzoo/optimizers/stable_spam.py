@@ -22,15 +22,15 @@ from optimzoo.core.optimizer import options_of, scalar_lr
 from optimzoo.core.record import register
 from optimzoo.core.role_options import SharedOptions
 from optimzoo.core.validation import check_betas, check_choice
-from optimzoo.distributed import WHOLE, Shards, local_part
+from optimzoo.distributed import UNSHARDED, Shards, local_part
 from optimzoo.kernels import dispatch
 from optimzoo.lowbit import (
     LOW,
-    Counter,
+    RngKey,
     at_least_float32,
+    dequantized_moments,
+    fp32_working_copy,
     moment_dtype,
-    opened,
-    stand_in,
     widened,
 )
 from optimzoo.roles import ROLES
@@ -93,7 +93,7 @@ class StableSPAM(MatrixOptimizer):
     Source: arXiv 2502.17055; TianjinYellow/StableSPAM.
     """
 
-    _own_roles: ClassVar[tuple[str, ...]] = ROLES
+    _matrix_roles: ClassVar[tuple[str, ...]] = ROLES
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class StableSPAM(MatrixOptimizer):
         self,
         params: list[tuple[int, Tensor]],
         group: dict[str, Any],
-        counters: dict[Tensor, Counter],
+        rng_keys: dict[Tensor, RngKey],
     ) -> None:
         """Step weights one by one, or collect those that are stepped together."""
         if not params:
@@ -160,22 +160,22 @@ class StableSPAM(MatrixOptimizer):
         states = [self.state[p] for p in weights]
         counts = self._count_steps(weights, states, group)
         for p, state, count in zip(weights, states, counts, strict=True):
-            weight, counter = oriented(local_part(p), group), counters.get(p)
+            weight, rng_key = oriented(local_part(p), group), rng_keys.get(p)
             grad = as_matrix(local_part(p.grad, like=p), group)  # type: ignore[arg-type]
             shards, dtype = Shards.of(p, **layout), moment_dtype(grad, group)
-            kernels = _kernels(weight, grad, state, shards, counter)
+            kernels = _kernels(weight, grad, state, shards, rng_key)
             if group["capturable"] and group["total_steps"] is not None:
                 kernels = None  # they take β₁ from the host
-            exact = kernels or not (counter or weight.dtype in LOW or dtype in LOW)
+            exact = kernels or not (rng_key or weight.dtype in LOW or dtype in LOW)
             together = foreach and not coded and exact
             with nullcontext(self._open) if together else ExitStack() as stack:
                 if shards.mesh is not None:
                     letters = self._letters(group, shards.shape(grad.shape))
-                    state = stack.enter_context(shards.opened(state, letters))
+                    state = stack.enter_context(shards.local_state(state, letters))
                 if coded:
-                    stack.enter_context(opened(state, 8, counter))
+                    stack.enter_context(dequantized_moments(state, 8, rng_key))
                 if kernels is None:
-                    weight = stack.enter_context(stand_in(weight, counter))
+                    weight = stack.enter_context(fp32_working_copy(weight, rng_key))
                 _init_state(state, grad, dtype)
                 # The processes of a collective have the same weights, in the same order.
                 groups = tuple(map(id, shards.groups())) if shards.mesh is not None else ()
@@ -183,7 +183,7 @@ class StableSPAM(MatrixOptimizer):
                 batch = self._batches.get(key) if together else None
                 if batch is None:
                     batch = _Batch(rule, kernels, *count)
-                batch.entries.append(_Entry(weight, grad, state, shards, lr, decay, counter))
+                batch.entries.append(_Entry(weight, grad, state, shards, lr, decay, rng_key))
                 if together:
                     self._batches[key] = batch
                 else:
@@ -220,7 +220,7 @@ class _Entry(NamedTuple):
     shards: Shards
     lr: Any  # a tensor with `capturable` alone
     weight_decay: float
-    counter: Counter | None
+    rng_key: RngKey | None
 
     @property
     def moments(self) -> tuple[Tensor, Tensor]:
@@ -353,13 +353,13 @@ class _Batch:
             counts = count.float().unbind()
         else:
             counts = torch.full((len(grads),), count, dtype=torch.float32, device=device).unbind()
-        at, calls = 0, cast(list[Any], dispatch.calls_of(entries))
+        at, calls = 0, cast(list[Any], dispatch.split_at_rng_gaps(entries))
         for part in calls:
             some = slice(at, at + len(part))
             moments = map(list, zip(*(e.moments for e in part), strict=True))
             self.kernels.adam_(
                 *([e.weight for e in part], grads[some], *moments, counts[some]),
-                lr=[dispatch.scalar(e.lr, device) for e in part],
+                lr=[dispatch.lr_argument(e.lr, device) for e in part],
                 betas=self.betas,
                 eps=self.rule["eps"],
                 weight_decay=[e.weight_decay for e in part],
@@ -455,15 +455,15 @@ def _init_state(state: State, grad: Tensor, dtype: torch.dtype) -> None:
 
 
 def _kernels(
-    weight: Tensor, grad: Tensor, state: State, shards: Shards, counter: Counter | None
+    weight: Tensor, grad: Tensor, state: State, shards: Shards, rng_key: RngKey | None
 ) -> Any:
     """Return the kernels that step an unsharded weight, or None."""
     kernels = dispatch.backend(grad.device.type)
     if kernels is None or shards.mesh is not None or grad.ndim > 2:
         return None
     moments = state.get("exp_avg"), state.get("exp_avg_sq")
-    item = dispatch.vector(weight, grad, *moments, counter=counter)
-    return kernels if grad.is_contiguous() and dispatch.takes(item) else None
+    item = dispatch.vector(weight, grad, *moments, rng_key=rng_key)
+    return kernels if grad.is_contiguous() and dispatch.is_supported(item) else None
 
 
 def _positive(norm: Tensor) -> Tensor:
@@ -484,9 +484,9 @@ def _last(stack: Tensor) -> tuple[int, ...]:
 
 def _norms(stacks: list[Tensor], order: float, shards: Shards) -> Tensor:
     """Return the norms of all matrices and vectors in one vector."""
-    parts = [WHOLE.norm(x, order, dim=_last(x)).reshape(-1) for x in stacks]
+    parts = [UNSHARDED.norm(x, order, dim=_last(x)).reshape(-1) for x in stacks]
     norms = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if not shards.cut():
+    if not shards.is_sharded():
         return norms
     if order == math.inf:
         shards.max_([norms])

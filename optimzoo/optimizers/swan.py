@@ -20,9 +20,9 @@ from optimzoo.core.optimizer import options_of
 from optimzoo.core.record import register
 from optimzoo.core.role_options import SharedOptions
 from optimzoo.core.update import Update, subtract_
-from optimzoo.distributed import by_owners
+from optimzoo.distributed import map_whole_matrices
 from optimzoo.kernels import dispatch
-from optimzoo.lowbit import Counter, stand_in
+from optimzoo.lowbit import RngKey, fp32_working_copy
 from optimzoo.subspace.newton_schulz import whiten
 
 
@@ -109,13 +109,13 @@ class SWAN(MatrixOptimizer):
         return Update(direction(grad, group))
 
     def _step_sharded(
-        self, matrices: list[Matrix], group: dict[str, Any], counters: dict[Tensor, Counter]
+        self, matrices: list[Matrix], group: dict[str, Any], rng_keys: dict[Tensor, RngKey]
     ) -> None:
         grads = [descent(matrix.grad, group) for matrix in matrices]
         rule = partial(direction, group=group)
         lr = step_lr(group)
-        for i, update in by_owners(rule, grads, [matrix.shards for matrix in matrices]):
-            with stand_in(matrices[i].weight, counters.get(matrices[i].param)) as weight:
+        for i, update in map_whole_matrices(rule, grads, [matrix.shards for matrix in matrices]):
+            with fp32_working_copy(matrices[i].weight, rng_keys.get(matrices[i].param)) as weight:
                 subtract_(weight, update, size=lr, decay=lr * group["weight_decay"])
 
 
@@ -144,7 +144,7 @@ def normalize_rows(grad: Tensor, eps: float) -> Tensor:
     out = torch.empty_like(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
     kernels = dispatch.backend(grad.device.type)
     item = dispatch.matrices(out, grad, None, dispatch.ROWS, stacked=True)[0]
-    if kernels is not None and grad.is_contiguous() and dispatch.takes(item):
+    if kernels is not None and grad.is_contiguous() and dispatch.is_supported(item):
         kernels.center_([out], [grad], [item.shape], eps=eps)
     else:
         wide = grad.to(out.dtype)

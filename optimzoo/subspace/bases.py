@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from optimzoo.distributed import WHOLE, Shards
+from optimzoo.distributed import UNSHARDED, Shards
 
 KINDS = ("randomized", "svd", "power")
 
@@ -28,7 +28,7 @@ def leading_basis(
     previous: Tensor | None = None,
     seed: int = 0,
     power_iterations: int = 1,
-    shards: Shards = WHOLE,
+    shards: Shards = UNSHARDED,
 ) -> Tensor:
     """Return a basis of the ``min(rank, m, n)`` leading left directions of ``grad``.
 
@@ -63,7 +63,7 @@ def leading_basis(
         basis = _svd(grad, rank, seed, shards)
     elif kind == "power":
         start = _random_like(grad, rank, seed, shards) if previous is None else previous
-        basis = torch.linalg.qr(shards.times(grad, shards.T.times(grad.mT, start)))[0]
+        basis = torch.linalg.qr(shards.matmul(grad, shards.transposed.matmul(grad.mT, start)))[0]
     else:
         basis = _randomized(grad, rank, previous, seed, power_iterations, shards)
     if not usable.all():
@@ -72,7 +72,7 @@ def leading_basis(
     return basis
 
 
-def has_direction(grad: Tensor, shards: Shards = WHOLE) -> Tensor:
+def has_direction(grad: Tensor, shards: Shards = UNSHARDED) -> Tensor:
     """Return whether each matrix is finite and not zero, ``[..., 1, 1]``."""
     return _usable(_largest(grad, shards))
 
@@ -97,7 +97,7 @@ def _largest(grad: Tensor, shards: Shards) -> Tensor:
 
 
 def _svd(grad: Tensor, rank: int, seed: int, shards: Shards) -> Tensor:
-    if shards.cut():
+    if shards.is_sharded():
         return _gram_basis(grad, rank, shards)
     try:
         return torch.linalg.svd(grad, full_matrices=False)[0][..., :rank]
@@ -108,7 +108,7 @@ def _svd(grad: Tensor, rank: int, seed: int, shards: Shards) -> Tensor:
 
 def _gram_basis(grad: Tensor, rank: int, shards: Shards) -> Tensor:
     """Return eigenvectors of ``G Gᵀ`` as the basis, in float64: its eigenvalues are squares."""
-    if shards.cut("m"):
+    if shards.is_sharded("m"):
         raise RuntimeError(
             f"projector='svd' of a weight {list(shards.size)} whose projected dimension is cut "
             "needs the whole gradient; use projector='randomized'"
@@ -137,11 +137,11 @@ def _randomized(
     left = basis
 
     def times(columns: Tensor) -> Tensor:
-        return shards.times(grad, columns)
+        return shards.matmul(grad, columns)
 
     for _ in range(power_iterations):
         basis = torch.linalg.qr(left)[0] if left is not basis else basis
-        left = _orthonormal(_blurred_product(grad.mT, basis, shards.T), 1e-3, times)
+        left = _orthonormal(_blurred_product(grad.mT, basis, shards.transposed), 1e-3, times)
     # `left` is grad times orthonormal columns, so its leading directions are those of the basis.
     gram = left.mT @ left
     # At 1e-13 the float32 solver may not converge. A power of two changes no digit.
@@ -157,12 +157,12 @@ def _randomized(
 
 def _blurred_product(matrix: Tensor, basis: Tensor, shards: Shards) -> Tensor:
     if matrix.dtype != torch.float32 or not _has_fast_bfloat16(matrix.device):
-        return shards.times(matrix, basis)
+        return shards.matmul(matrix, basis)
     matrix, basis = matrix.bfloat16(), basis.bfloat16()
-    if shards.cut("n"):
+    if shards.is_sharded("n"):
         # Partial sums, rounded one by one, would blur it more than one process does.
-        return shards.times(matrix.float(), basis.float()).bfloat16().float()
-    return shards.times(matrix, basis).float()
+        return shards.matmul(matrix.float(), basis.float()).bfloat16().float()
+    return shards.matmul(matrix, basis).float()
 
 
 def _has_fast_bfloat16(device: torch.device) -> bool:
@@ -193,7 +193,7 @@ def _random_like(grad: Tensor, columns: int, seed: int, shards: Shards) -> Tenso
     generator = torch.Generator(grad.device).manual_seed(seed)
     shape = (*shards.shape(grad.shape)[:-1], columns)
     drawn = torch.randn(shape, generator=generator, device=grad.device, dtype=grad.dtype)
-    return shards.part(drawn, "s", 0)  # the matrices of a stack that this process holds
+    return shards.local_slice(drawn, "s", 0)  # the matrices of a stack that this process holds
 
 
 def _coordinates(grad: Tensor, rank: int, shards: Shards) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimzoo.distributed import WHOLE, Shards
+from optimzoo.distributed import UNSHARDED, Shards
 from optimzoo.kernels import dispatch, native
 from optimzoo.stacks import State, StateStack, each
 
@@ -23,7 +23,7 @@ def natural_gradient(
     *,
     damping: float,
     relative: bool,
-    shards: Shards = WHOLE,
+    shards: Shards = UNSHARDED,
     over: str = "",
 ) -> Tensor:
     """Return ``F⁻¹ g`` with ``F = λ I + Σ_j h_j h_jᵀ`` over the history, ``g`` included.
@@ -188,7 +188,7 @@ def _solve_one(
     return torch.cholesky_solve(unit, factor).squeeze(-1)
 
 
-def rotate_history(state: State, rotation: Any, shards: Shards = WHOLE, over: str = "") -> None:
+def rotate_history(state: State, rotation: Any, shards: Shards = UNSHARDED, over: str = "") -> None:
     """Rotate the history into a new subspace and recompute its Gram matrix."""
     history = state["history"]
     if history.ndim > 3:  # a stack of matrices: [n, s, a, b], its rotations [n, a', a]

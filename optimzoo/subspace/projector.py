@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimzoo.distributed import WHOLE, Shards
+from optimzoo.distributed import UNSHARDED, Shards
 from optimzoo.subspace.bases import leading_basis
 
 State = MutableMapping[str, Any]
@@ -34,7 +34,7 @@ class Rotation:
         low = low if self.left is None else self.left.to(low.dtype) @ low
         return low if self.right is None else low @ self.right.to(low.dtype).mT
 
-    def of_squares(self, low: Tensor) -> Tensor:
+    def rotate_second_moment(self, low: Tensor) -> Tensor:
         """Rotate second moments by the squared entries, as if coordinates were uncorrelated."""
         left = None if self.left is None else self.left.square()
         right = None if self.right is None else self.right.square()
@@ -56,7 +56,7 @@ def refresh(
     kind: str,
     side: str,
     seed: int,
-    shards: Shards = WHOLE,
+    shards: Shards = UNSHARDED,
 ) -> Rotation | None:
     """Store the leading subspace of ``grad`` ``[..., m, n]`` in ``state``.
 
@@ -66,7 +66,7 @@ def refresh(
     side = resolve_side(side, shards.shape(grad.shape))
     rotations: dict[str, Tensor | None] = {"left": None, "right": None}
     rotated = False
-    for name, matrix, cut in (("left", grad, shards), ("right", grad.mT, shards.T)):
+    for name, matrix, cut in (("left", grad, shards), ("right", grad.mT, shards.transposed)):
         if side not in (name, "both"):
             continue
         key = f"projector_{name}"
@@ -77,7 +77,7 @@ def refresh(
             rotated = True
         # Contiguous, as a checkpoint gives it back: products round by the layout of their factors.
         # And a copy: a slice would keep the storage of the whole.
-        part, last = cut.part(new).to(grad.dtype), state.get(key)
+        part, last = cut.local_slice(new).to(grad.dtype), state.get(key)
         if last is not None and (last.shape, last.dtype) == (part.shape, part.dtype):
             last.copy_(part)  # in place: a CUDA graph may hold it
         else:
@@ -90,7 +90,7 @@ def has_projector(state: State) -> bool:
     return "projector_left" in state or "projector_right" in state
 
 
-def project(state: State, grad: Tensor, shards: Shards = WHOLE) -> Tensor:
+def project(state: State, grad: Tensor, shards: Shards = UNSHARDED) -> Tensor:
     """Project a gradient onto the subspace: ``PᵀG``, ``G Q`` or ``PᵀG Q``."""
     left, right = _factors(state, grad)
     low = grad if left is None else left.mT @ grad
@@ -99,17 +99,17 @@ def project(state: State, grad: Tensor, shards: Shards = WHOLE) -> Tensor:
     return low
 
 
-def subtract_back_(
+def low_rank_update_(
     weight: Tensor, state: State, low: Tensor, *, size: Number, decay: Number
 ) -> None:
-    """Apply ``W ← (1 − decay) W − size · back(low)`` in place (see :func:`back`).
+    """Apply ``W ← (1 − decay) W − size · back(low)`` in place (see :func:`project_back`).
 
     A 2-D weight takes no full-size temporary, unless its dtype is narrower than that of ``low``:
     the factors of the product would be rounded to it.
     """
     narrower = torch.promote_types(weight.dtype, low.dtype) != weight.dtype
     if isinstance(size, Tensor) or isinstance(decay, Tensor) or narrower or weight.ndim != 2:
-        update = back(state, low).reshape(weight.shape)
+        update = project_back(state, low).reshape(weight.shape)
         # One sum, so that a low-precision weight is rounded once.
         wide = torch.promote_types(weight.dtype, torch.float32)
         weight.sub_(update.to(wide) * size + weight.to(wide) * decay)
@@ -122,7 +122,7 @@ def subtract_back_(
     weight.addmm_(first.to(weight.dtype), second.to(weight.dtype), beta=1 - decay, alpha=-size)
 
 
-def back(state: State, low: Tensor) -> Tensor:
+def project_back(state: State, low: Tensor) -> Tensor:
     """Map ``low`` back to the weight's shape: ``P low``, ``low Qᵀ`` or ``P low Qᵀ``."""
     left, right = _factors(state, low)
     full = low if left is None else left @ low

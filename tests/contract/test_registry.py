@@ -25,7 +25,7 @@ from optimzoo import (
 )
 from optimzoo.roles import ROLES
 
-LEAVING = [n for n in NAMES if getattr(get_info(n).make, "_own_roles", None) == ("hidden",)]
+LEAVING = [n for n in NAMES if getattr(get_info(n).make, "_matrix_roles", None) == ("hidden",)]
 
 
 def rates(optimizer):
@@ -49,7 +49,7 @@ def test_records_are_complete():
         assert issubclass(info.make, Optimizer)
         assert info.description and info.source and info.state
         assert "\n" not in info.description
-        assert set(getattr(info.make, "_own_roles", ROLES)) <= set(ROLES)
+        assert set(getattr(info.make, "_matrix_roles", ROLES)) <= set(ROLES)
     assert get_info("scale").make is SCALE
     assert get_info("muon").make is Muon
     assert get_info("adamw").make is torch.optim.AdamW

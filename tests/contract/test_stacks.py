@@ -13,7 +13,7 @@ from optimzoo import SCALE, param_groups, stacks
 from optimzoo.core.matrix_optimizer import MatrixOptimizer
 from optimzoo.core.record import RECORDS
 from optimzoo.models import llama
-from optimzoo.stacks import in_stacks
+from optimzoo.stacks import batch_by_shape
 from optimzoo.subspace.newton_schulz import orthogonalize
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
@@ -172,7 +172,7 @@ def test_a_rule_of_stacks_is_that_of_each_matrix(device, monkeypatch):
         calls.append(tuple(x.shape))
         return orthogonalize(x)
 
-    together = dict(in_stacks(rule, matrices, True))
+    together = dict(batch_by_shape(rule, matrices, True))
     assert sorted(together) == list(range(len(shapes)))
     # At most 600 elements: three of 192; one of 900 is alone.
     expected = [(3, 8, 24), (8, 24), (3, 8, 24), (24, 8), (0, 4), (30, 30), (30, 30)]

@@ -24,7 +24,7 @@ from kernels_triton import (
     scale,
 )
 from reference import kernels_numpy as reference
-from test_scale_kept_call import CHANGES, part_ways, run
+from test_scale_launch_cache import CHANGES, part_ways, run
 
 from optimzoo.kernels import dispatch
 from optimzoo.kernels import triton as kernels
@@ -118,12 +118,12 @@ def test_stochastic_rounding_to_the_bit(operation, dtype):
     else:
         kinds = [("rows", "columns", "sign").index(operation)] * 3
         scale(params, grads, [None] * 3, kinds, lr=lr, weight_decay=0.0, eps=0.0, **words)
-    counter = {"seed": words["seed"], "step": words["step"]}
+    rng_key = {"seed": words["seed"], "step": words["step"]}
     for i, (p, x) in enumerate(zip(params, wants, strict=True)):
         index = words["first_index"] + i
-        want = round_stochastic(x, dtype, index=index, **counter)
+        want = round_stochastic(x, dtype, index=index, **rng_key)
         assert torch.equal(p.view(torch.int16), want.view(torch.int16))
-        other = reference.round_stochastic(x.cpu().numpy(), NAMES[dtype], index=index, **counter)
+        other = reference.round_stochastic(x.cpu().numpy(), NAMES[dtype], index=index, **rng_key)
         np.testing.assert_array_equal(exact(p), other)
         assert not torch.equal(p, x.to(dtype))  # some were rounded the other way
 
@@ -296,8 +296,8 @@ def test_a_kept_call_of_scale_gives_the_same_bits(change, monkeypatch):
         anew, _ = run(change, DEVICE, keep=False)
     finally:
         dispatch._backend.cache_clear()
-    assert len(optimizer._fused._kept) == (3 if change is part_ways else 1)
-    for call in optimizer._fused._kept:
+    assert len(optimizer._fused._launches) == (3 if change is part_ways else 1)
+    for call in optimizer._fused._launches:
         assert call.kernels is kernels
     for one, other in zip(kept, anew, strict=True):
         assert torch.equal(one, other)

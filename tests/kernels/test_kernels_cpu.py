@@ -153,9 +153,9 @@ def test_stochastic_rounding_of_every_operation(threads, operation, dtype):
     rounded = into(operation, dtype, **ROUNDING)
     name = {BF16: "bfloat16", F16: "float16"}[dtype]
     for i, (x, r) in enumerate(zip(exact, rounded, strict=True)):
-        counter = {"seed": ROUNDING["seed"], "step": ROUNDING["step"]}
-        counter["index"] = ROUNDING["first_index"] + i
-        wanted = reference.round_stochastic(x.numpy(), name, **counter)
+        rng_key = {"seed": ROUNDING["seed"], "step": ROUNDING["step"]}
+        rng_key["index"] = ROUNDING["first_index"] + i
+        wanted = reference.round_stochastic(x.numpy(), name, **rng_key)
         np.testing.assert_array_equal(r.float().numpy(), wanted)
         assert not torch.equal(r, x.to(dtype))
 

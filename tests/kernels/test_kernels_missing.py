@@ -239,6 +239,6 @@ def test_tensors_of_other_devices_are_left_to_the_eager_path(device, fused):
         assert dispatch.backend(device) is None
         if fused:
             with pytest.raises(RuntimeError, match=f"on {device}: there are none for it"):
-                dispatch.split(items, fused)
+                dispatch.partition_by_backend(items, fused)
         else:
-            assert dispatch.split(items, fused) == ([], items)
+            assert dispatch.partition_by_backend(items, fused) == ([], items)

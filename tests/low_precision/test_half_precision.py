@@ -57,12 +57,15 @@ def options_of(cls, kwargs):
         options.pop("capturable", None)  # excluded by stochastic rounding
         options |= {"n": 1 + (options.get("n") == 3), "m": 4, "mask_every": 10}
     if issubclass(
-        cls, galore.Projected
+        cls, galore.LowRankOptimizer
     ):  # a gradient of zero, in a direction that it lacks, is rounding
         options.setdefault("rank", 2)
     if options.get("side") == "both":
         options["rank"] = 1  # beyond the diagonal PᵀGQ is rounding, which Adam divides by itself
-        if issubclass(cls, galore.Projected) and "history" in inspect.signature(cls).parameters:
+        if (
+            issubclass(cls, galore.LowRankOptimizer)
+            and "history" in inspect.signature(cls).parameters
+        ):
             options["history"] = 1  # of numbers, not vectors, all are alike
     if options.get("history_dtype"):
         options["history_dtype"] = "auto"  # else a tie of bfloat16's may fall either way
@@ -129,7 +132,7 @@ def test_float16_weights_take_the_steps_of_float64(cls, kwargs, path, monkeypatc
     exact_options = options | ({"fused": None} if path == "fused" else {})
     half_ulp = 2.0**-11 if options.get("rounding") != "stochastic" else 2.0**-10
     # Of entries that are orders apart a subspace takes differences, in which float32 has no digit.
-    for size in [x for x in SIZES if x != "mixed" or not issubclass(cls, galore.Projected)]:
+    for size in [x for x in SIZES if x != "mixed" or not issubclass(cls, galore.LowRankOptimizer)]:
         start = start_of(cls)
         params, optimizer = optimizer_of(cls, start, F16, options)
         exact, reference = optimizer_of(cls, start, F64, exact_options)
@@ -187,7 +190,7 @@ def test_bfloat16_weights_take_the_same_steps_on_every_path(cls, kwargs, path, m
         for ours, theirs in zip(steps, by_kernels, strict=True):
             moved = ours[name] - before
             # In a product one turned rounding of a factor moves all, by a part of the largest.
-            if issubclass(cls, galore.Projected) and moved.ndim > 1:
+            if issubclass(cls, galore.LowRankOptimizer) and moved.ndim > 1:
                 moved = moved.abs().max()
             allowed += 2.0**-8 * (ours[name].abs() + abs(moved))
             assert ((ours[name] - theirs[name]).abs() <= allowed).all(), name
@@ -220,7 +223,7 @@ def run(cls, options, steps, *, load=None, weights=None):
 
 def default_options(cls):
     options = options_of(cls, {})
-    return options | ({"update_proj_gap": 2} if issubclass(cls, galore.Projected) else {})
+    return options | ({"update_proj_gap": 2} if issubclass(cls, galore.LowRankOptimizer) else {})
 
 
 @pytest.mark.parametrize("cls", OWN)

@@ -28,13 +28,13 @@ def same_bits(a, b):
 @pytest.mark.parametrize(
     "counter", [(0, 0, 0), (11, 3, 5), (2**64 - 1, 2**64 - 1, 2**32 - 1), (2**63, 2**32, 2**31)]
 )
-def test_bits_are_those_of_the_transcription(dtype, counter):
+def test_bits_are_those_of_the_transcription(dtype, rng_key):
     x = wide_range(20_000)
     x[:6] = torch.tensor([0.0, -0.0, 1e-45, -1e-40, 2.0**-14, 65504.0])
     x = x.clamp(-65504, 65504)
-    counter = dict(zip(("seed", "step", "index"), counter, strict=True))
-    want = torch.from_numpy(reference.round_stochastic(x.numpy(), NAMES[dtype], **counter))
-    got = round_stochastic(x, dtype, **counter)
+    rng_key = dict(zip(("seed", "step", "index"), rng_key, strict=True))
+    want = torch.from_numpy(reference.round_stochastic(x.numpy(), NAMES[dtype], **rng_key))
+    got = round_stochastic(x, dtype, **rng_key)
     assert same_bits(got, want.to(dtype))
     assert not same_bits(got, x.to(dtype))
 

@@ -73,9 +73,9 @@ def unrounded(monkeypatch):
     """What the eager rules round: (weight, its float32 stand-in after the step), in order."""
     seen = []
 
-    def copy_(dst, src, **counter):
+    def copy_(dst, src, **rng_key):
         seen.append((dst, src.detach().clone()))
-        return write_back_copy(dst, src, **counter)
+        return write_back_copy(dst, src, **rng_key)
 
     write_back_copy = write_back.copy_
     monkeypatch.setattr(write_back, "copy_", copy_)
@@ -107,8 +107,8 @@ def test_a_weight_is_rounded_once_a_step_by_its_own_counter(name, dtype, unround
         for p, wide in unrounded:
             assert wide.dtype == torch.float32
             index = next(i for i, q in enumerate(order) if q is p)
-            counter = {"seed": SEED, "step": step - (p is late), "index": index}
-            assert torch.equal(p, round_stochastic(wide, dtype, **counter)), (index, step)
+            rng_key = {"seed": SEED, "step": step - (p is late), "index": index}
+            assert torch.equal(p, round_stochastic(wide, dtype, **rng_key)), (index, step)
 
 
 @pytest.mark.sampled(3)

@@ -11,13 +11,13 @@ from zoo_models import METHODS, llama, normal, reloaded, train
 
 from optimzoo import SCALE, param_groups, release
 from optimzoo.core.matrix_optimizer import MatrixOptimizer
-from optimzoo.lowbit import Counter, blockwise, dequantize, quantize
+from optimzoo.lowbit import RngKey, blockwise, dequantize, quantize
 from optimzoo.memory import account
 from optimzoo.models.llama import Llama, get_config
 
 BF16, F32 = torch.bfloat16, torch.float32
 ZOO = {**METHODS, "scale": (SCALE, {"lr": 0.01})}
-COUNTER = Counter(11, 3, 5)
+COUNTER = RngKey(11, 3, 5)
 SHAPES = [(1,), (255,), (256,), (257,), (7, 129), (3, 5, 41), (4097,)]
 
 
@@ -56,9 +56,9 @@ def test_stochastic_codes_have_the_number_as_their_mean(signed):
     x = draw((64,), signed=signed)
     x[0] = 8.0 * x.abs().max()  # the scale of every block
     many = x.repeat(4, 4096).T.reshape(4096, 256)
-    first, scales = quantize(many, signed=signed, counter=COUNTER)
-    again, _ = quantize(many, signed=signed, counter=COUNTER)
-    other, _ = quantize(many, signed=signed, counter=COUNTER._replace(step=4))
+    first, scales = quantize(many, signed=signed, rng_key=COUNTER)
+    again, _ = quantize(many, signed=signed, rng_key=COUNTER)
+    other, _ = quantize(many, signed=signed, rng_key=COUNTER._replace(step=4))
     assert torch.equal(first, again) and not torch.equal(first, other)
     decoded, scale = dequantize(first, scales).double(), scales[0].item()
     table = scale * values_of(np.arange(-127, 128) if signed else np.arange(256), signed)
@@ -81,8 +81,8 @@ def test_zeros_and_what_is_not_finite(signed):
     x = draw((1000,), signed=signed)
     x[256:512] = 0.0
     x[600], x[800] = torch.inf, torch.nan
-    for counter in (None, COUNTER):
-        decoded = dequantize(*quantize(x, signed=signed, counter=counter))
+    for rng_key in (None, COUNTER):
+        decoded = dequantize(*quantize(x, signed=signed, rng_key=rng_key))
         assert (decoded[256:512] == 0).all()
         assert decoded[512:].isnan().all()
         assert decoded[:256].isfinite().all()
@@ -91,10 +91,10 @@ def test_zeros_and_what_is_not_finite(signed):
 
 def test_the_same_codes_whatever_the_chunks_and_the_layout(monkeypatch):
     x = draw((9, 700), signed=True)
-    want = quantize(x, signed=True, counter=COUNTER)
+    want = quantize(x, signed=True, rng_key=COUNTER)
     monkeypatch.setattr(blockwise, "_CHUNK", 512)
     for layout in (x, x.t().contiguous().t()):
-        got = quantize(layout, signed=True, counter=COUNTER)
+        got = quantize(layout, signed=True, rng_key=COUNTER)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
         assert torch.equal(dequantize(*got), dequantize(*want))
 

@@ -14,7 +14,7 @@ from optimzoo import GaLore
 from optimzoo.models import llama
 from optimzoo.subspace import projector
 from optimzoo.subspace.bases import KINDS, leading_basis
-from optimzoo.subspace.projector import Rotation, back, project, refresh, resolve_side
+from optimzoo.subspace.projector import Rotation, project, project_back, refresh, resolve_side
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 EVERY_SHAPE = [(12, 7), (7, 12), (9, 9), (1, 7), (7, 1), (1, 1), (129, 7), (3, 8, 5), (2, 3, 5, 8)]
@@ -252,7 +252,7 @@ def test_project_then_back_is_the_projection(side):
     for shape in EVERY_SHAPE:
         state, grad = {}, normal(*shape)
         assert refresh(state, grad, rank=3, kind="svd", side=side, seed=0) is None
-        again = back(state, project(state, grad))
+        again = project_back(state, project(state, grad))
         rank = min(3, *shape[-2:])
         u, s, vh = torch.linalg.svd(grad, full_matrices=False)
         assert_close(again, (u * s.unsqueeze(-2))[..., :rank] @ vh[..., :rank, :])
@@ -302,8 +302,8 @@ def test_a_rotated_basis_keeps_the_mean_and_the_total_of_the_squares():
     m, v = normal(4, 9, seed=1), normal(4, 9, seed=2).square()
     rotation = Rotation(new.mT @ old, None)
     assert_close(new @ rotation(m), old @ m)
-    assert_close(rotation.of_squares(v).sum(0), v.sum(0))
-    assert (rotation.of_squares(v) >= 0).all()
+    assert_close(rotation.rotate_second_moment(v).sum(0), v.sum(0))
+    assert (rotation.rotate_second_moment(v) >= 0).all()
     both = Rotation(new.mT @ old, new.mT @ old)
     square = normal(4, 4, seed=5)
     assert_close(new @ both(square) @ new.mT, old @ square @ old.mT)
