@@ -126,15 +126,15 @@ sanitize: $(VENV)/.test
 
 # The same tests on the kernels built for aarch64, in an emulator: g++-aarch64-linux-gnu, qemu-user.
 check-aarch64: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python csrc/check_aarch64.py --allow-missing
+	OMP_NUM_THREADS=1 $(BIN)/python tools/check_aarch64.py --allow-missing
 
 # Compiles every CUDA kernel for GPUs that are not here, and looks at the machine code.
 check-cuda: $(VENV)/.dev
-	$(BIN)/python csrc/check_cuda.py --allow-missing
+	$(BIN)/python tools/check_cuda.py --allow-missing
 
 # Compiles every Triton kernel for GPUs that are not here, and looks at the machine code.
 check-triton: $(VENV)/.dev
-	$(BIN)/python csrc/check_triton.py
+	$(BIN)/python tools/check_triton.py
 
 # The pages, without a warning and without anything that is fetched from elsewhere.
 docs: $(VENV)/.docs

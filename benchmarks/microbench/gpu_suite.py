@@ -113,7 +113,7 @@ def tests(name: str, *words: str) -> Stage:
 def sanitizers() -> list[Stage]:
     """Return the stages of all CUDA kernels under compute-sanitizer, if it is installed."""
     tool = shutil.which("compute-sanitizer")
-    options = ["--error-exitcode", "9", PYTHON, "csrc/cuda/sanitize.py"]
+    options = ["--error-exitcode", "9", PYTHON, "tools/sanitize.py"]
     return [
         Stage(check, [tool, "--tool", check, *options], 150, environment=UNCACHED, beside=True)
         for check in ("memcheck", "racecheck")

@@ -1,4 +1,4 @@
-"""csrc/check_cuda.py reads what the compiler and the disassembler say; CI runs the check itself."""
+"""tools/check_cuda.py reads what compiler and disassembler say; CI runs the check itself."""
 
 import importlib.util
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SPEC = importlib.util.spec_from_file_location("check_cuda", ROOT / "csrc" / "check_cuda.py")
+SPEC = importlib.util.spec_from_file_location("check_cuda", ROOT / "tools" / "check_cuda.py")
 check_cuda = importlib.util.module_from_spec(SPEC)
 sys.modules["check_cuda"] = check_cuda  # its dataclasses look there
 SPEC.loader.exec_module(check_cuda)

@@ -214,7 +214,7 @@ def test_nothing_is_written_where_the_scaler_found_infinities(on):
 def test_sanitizer_run_touches_nothing_behind_a_tensor(monkeypatch):
     """What compute-sanitizer watches on a GPU: here each storage ends where memory ends."""
     spec = importlib.util.spec_from_file_location(
-        "sanitize", emulated_cuda.ROOT / "csrc" / "cuda" / "sanitize.py"
+        "sanitize", emulated_cuda.ROOT / "tools" / "sanitize.py"
     )
     sanitize = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sanitize)

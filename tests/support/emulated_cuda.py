@@ -1,4 +1,4 @@
-"""The CUDA kernels on a CPU (csrc/cuda/emulation), behind the same Python functions."""
+"""The CUDA kernels on a CPU (tests/support/cuda_emulation), behind the same Python functions."""
 
 import contextlib
 import ctypes
@@ -15,7 +15,7 @@ import torch
 from optimzoo.kernels import native
 
 ROOT = Path(__file__).resolve().parents[2]
-EMULATION = ROOT / "csrc" / "cuda" / "emulation"
+EMULATION = ROOT / "tests" / "support" / "cuda_emulation"
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """Build the CPU kernels for aarch64 and run their tests on them, in an emulator.
 
-    python csrc/check_aarch64.py [--allow-missing] [-- PYTEST_ARGUMENTS]
+    python tools/check_aarch64.py [--allow-missing] [-- PYTEST_ARGUMENTS]
 
 It needs a cross compiler and qemu's user mode: on Debian and Ubuntu
 ``apt-get install g++-aarch64-linux-gnu qemu-user``.

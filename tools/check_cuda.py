@@ -1,4 +1,4 @@
-"""Check the CUDA kernels by their machine code: ``python csrc/check_cuda.py [--allow-missing]``.
+"""Check the CUDA kernels by their machine code: ``python tools/check_cuda.py [--allow-missing]``.
 
 Every ``csrc/cuda/*.cu`` is compiled for sm_80, sm_90 and sm_100, which needs no GPU. A kernel fails
 with a spill, with local memory, with more registers than its budget, or without the instructions
@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-SOURCES = Path(__file__).resolve().parent
+SOURCES = Path(__file__).resolve().parent.parent / "csrc"
 TARGETS = (80, 90, 100)
 DISASSEMBLED = 90
 FLAGS = ["-std=c++17", "-O3", f"-I{SOURCES / 'include'}", "-Xptxas", "-v,-warn-spills"]
@@ -92,7 +92,8 @@ def parse_report(report: str, target: int) -> list[Kernel]:
         ):
             match = re.search(pattern, part)
             numbers.append(int(match.group(1)) if match else 0)
-        kernels.append(Kernel(kernel_name(symbol), target, *numbers))
+        registers, stack, spilled, shared = numbers
+        kernels.append(Kernel(kernel_name(symbol), target, registers, stack, spilled, shared))
     return kernels
 
 
@@ -156,7 +157,7 @@ def check(tool: str | None) -> bool:
         allowed |= budgets(source.read_text())
     jobs = [(source, target) for target in TARGETS for source in sources]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(lambda job: compile_one(*job, Path(folder), tool), jobs)
+        results = pool.map(lambda job: compile_one(job[0], job[1], Path(folder), tool), jobs)
         kernels = sorted((k for ks in results for k in ks), key=lambda k: (k.name, k.target))
     print(f"{'kernel':<22} {'target':<7} {'regs':>7} {'smem':>6} {'instructions':<28} verdict")
     bad = []

@@ -24,7 +24,7 @@ def build(folder: Path) -> Path:
     Raises:
         RuntimeError: there is no g++, or it fails; the message is its own.
     """
-    cuda = HERE.parent
+    cuda = HERE.parents[2] / "csrc" / "cuda"
     target = folder / "emulated_cuda.so"
     inputs = [*HERE.iterdir(), *cuda.glob("*.cu*"), *(cuda.parent / "include").iterdir()]
     if target.exists() and all(

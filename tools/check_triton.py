@@ -1,6 +1,6 @@
 """Compile every Triton kernel ahead of time and check its machine code: no GPU is needed.
 
-    python csrc/check_triton.py [--arch 90] [--allow-missing]
+    python tools/check_triton.py [--arch 90] [--allow-missing]
 
 For sm_90 each kernel is compiled for the types and options that matter, for sm_80 and sm_100 once.
 The check fails, with exit status 1, if a kernel does not compile, spills registers, uses local

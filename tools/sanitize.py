@@ -1,7 +1,7 @@
 """Run every CUDA kernel on small, odd tensors, under a checker::
 
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python csrc/cuda/sanitize.py
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck python csrc/cuda/sanitize.py
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tools/sanitize.py
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck python tools/sanitize.py
 
 Without PyTorch's cache each tensor is an allocation of its own, so that memcheck sees its ends.
 """
