@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 State = MutableMapping[str, Any]
 STACK = 1 << 25  # elements: 128 MiB in float32
+# Other tensor subclasses know best how they are stepped.
+_PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
 NEW = -1  # version of a tensor that a rule has put into a stack of states
 
 
@@ -23,7 +26,7 @@ def on_gpu(matrix: Tensor) -> bool:
 def stackable(matrix: Tensor, foreach: bool | None) -> bool:
     """Return whether a matrix may be one of a stack: two fit, and ``foreach`` or the GPU asks."""
     wanted = on_gpu(matrix) if foreach is None else foreach
-    return wanted and matrix.ndim > 1 and 0 < 2 * matrix.numel() <= STACK
+    return wanted and type(matrix) in _PLAIN and matrix.ndim > 1 and 0 < 2 * matrix.numel() <= STACK
 
 
 def batches(keys: Iterable[Hashable | None], size: Callable[[int], int]) -> Iterator[list[int]]:

@@ -231,3 +231,13 @@ def test_a_capturable_step_reads_nothing(name, bits):
         pytest.skip("SCALE refuses both together")
     options = {"state_bits": bits} if bits else {}
     assert operations(name, 2, capturable=True, **options).reads == 0
+
+
+def test_a_tensor_subclass_is_stepped_alone():
+    class Quantized(torch.Tensor):
+        """Such as torchao's: a stack would be of another type."""
+
+    plain = torch.randn(6, 4)
+    assert stacks.stackable(plain, True) and stacks.stackable(nn.Parameter(plain), True)
+    assert not stacks.stackable(plain.as_subclass(Quantized), True)
+    assert not stacks.stackable(plain, None) and not stacks.stackable(plain, False)
