@@ -273,8 +273,8 @@ class MatrixOptimizer(RoleOptimizer):
         first = self.first_index
         others: dict[Any, list[tuple[Tensor, RngKey | None, float | Tensor]]] = {}
         for group in self.param_groups:
-            if group["capturable"] and not is_capturing():
-                group["calls"] = group.get("calls", 0) + 1  # the device has the weights' counts
+            if group["capturable"]:  # the device has the weights' counts
+                group["calls"] = _calls(group)
             with dispatch.fused(group["fused"], local_params(group)):
                 rng_keys = self._count(group, first)
                 params = self._update_group(group, first, rng_keys)
@@ -351,6 +351,19 @@ def _key(matrix: Matrix, group: dict[str, Any]) -> Any:
 
 def _largest(matrix: Matrix) -> int:
     return max(t.numel() for t in (matrix.weight, *matrix.state.values()))
+
+
+def _calls(group: dict[str, Any]) -> int:
+    """Return how many steps outside of CUDA graphs the group has had, with this one if it is."""
+    calls: int = group.get("calls", 0)
+    if not is_capturing():
+        return calls + 1
+    if not calls:
+        raise RuntimeError(
+            "the first step, which creates the state, cannot be in a CUDA graph; call step() once, "
+            "then capture"
+        )
+    return calls
 
 
 def is_capturing() -> bool:

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from benchmarks.microbench.operations import Operations
 from optimzoo import SCALE, param_groups, stacks
+from optimzoo.core import matrix_optimizer
 from optimzoo.core.matrix_optimizer import MatrixOptimizer
 from optimzoo.core.record import RECORDS
 from optimzoo.models import llama
@@ -241,3 +242,20 @@ def test_a_tensor_subclass_is_stepped_alone():
     assert stacks.stackable(plain, True) and stacks.stackable(nn.Parameter(plain), True)
     assert not stacks.stackable(plain.as_subclass(Quantized), True)
     assert not stacks.stackable(plain, None) and not stacks.stackable(plain, False)
+
+
+def test_the_first_step_cannot_be_captured(monkeypatch):
+    weight = nn.Parameter(torch.randn(6, 4))
+    weight.grad = torch.randn(6, 4)
+    optimizer = create("galore", [{"params": [weight], "role": "hidden"}], capturable=True, rank=2)
+    monkeypatch.setattr(matrix_optimizer, "is_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="call step\\(\\) once, then capture"):
+        optimizer.step()
+    monkeypatch.undo()
+    optimizer.step()
+    projector = optimizer.state[weight]["projector_right"].clone()
+    optimizer.param_groups[0]["update_proj_gap"] = 1  # due at each step, but not inside of a graph
+    weight.grad = torch.randn(6, 4)
+    monkeypatch.setattr(matrix_optimizer, "is_capturing", lambda: True)
+    optimizer.step()
+    assert torch.equal(optimizer.state[weight]["projector_right"], projector)
