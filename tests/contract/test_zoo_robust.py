@@ -253,8 +253,9 @@ def test_foreach_and_fused_and_the_loop_agree(name):
         train(model, make(name, model, foreach=foreach, weight_decay=0.1), 12)
         ends.append(values(model))
     for other in ends[1:]:
-        # A CPU's code decides the order of sums, and training enlarges the difference.
-        assert_close(other, ends[0], rtol=1e-9, atol=1e-9)
+        # Stacks sum in another order, as does each CPU's code, and training enlarges it:
+        # test_stacks.py has the same without it, to 1e-12.
+        assert_close(other, ends[0], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(12, 7), (7, 12), (9, 9), (3, 8, 5)], ids=str)

@@ -26,7 +26,7 @@ def same_bits(a, b):
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
 @pytest.mark.parametrize(
-    "counter", [(0, 0, 0), (11, 3, 5), (2**64 - 1, 2**64 - 1, 2**32 - 1), (2**63, 2**32, 2**31)]
+    "rng_key", [(0, 0, 0), (11, 3, 5), (2**64 - 1, 2**64 - 1, 2**32 - 1), (2**63, 2**32, 2**31)]
 )
 def test_bits_are_those_of_the_transcription(dtype, rng_key):
     x = wide_range(20_000)
