@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,12 @@ class Stage:
     beside: bool = False  # may run concurrently with others
 
 
-def step_time(out: Path, model: str, dtype: str, *more: str) -> Stage:
-    """Return the stage that times steps on a model's shapes."""
-    rows = out / f"step-{model}-{dtype}.json"
+def step_time(out: Path, model: str, dtype: str, *more: str, what: str = "") -> Stage:
+    """Return the stage that times steps on a model's shapes; of ``what``, if not of all methods."""
+    words = [model, dtype, what] if what else [model, dtype]
+    rows = out / f"step-{'-'.join(words)}.json"
     command = [PYTHON, "-m", "benchmarks", "step-time", "--model", model, "--dtype", dtype]
-    return Stage(f"steps {model} {dtype}", [*command, "--out", str(rows), *more], 90, rows)
+    return Stage(f"steps {' '.join(words)}", [*command, "--out", str(rows), *more], 90, rows)
 
 
 def methods(dtype: str) -> list[str]:
@@ -66,22 +67,19 @@ def methods(dtype: str) -> list[str]:
 
 def captured(out: Path, dtype: str) -> Stage:
     """Return the stage that times every method's step as a replayed CUDA graph."""
-    stage = step_time(out, "60m", dtype, "--no-refresh", "--no-peers", "--optimizers", "adamw")
-    rows = out / f"step-60m-{dtype}-captured.json"
-    command = [str(rows) if word == str(stage.rows) else word for word in stage.command]
     names = [f"{name}-captured" for name in methods(dtype) if name not in ("sgd", "adamw")]
-    name = f"steps 60m {dtype} captured"
-    return Stage(name, [*command, *names, "--repeats", "50"], 60, rows)
+    more = ["--no-refresh", "--no-peers", "--optimizers", "adamw", *names, "--repeats", "50"]
+    return replace(step_time(out, "60m", dtype, *more, what="captured"), seconds=60)
 
 
 def shapes(out: Path, model: str, *more: str, native: bool = True) -> Stage:
     """Return the stage that times SCALE in bfloat16 with CUDA or Triton kernels, and others."""
     kernels = "cuda" if native else "triton"
     rows = out / f"step-{model}-{kernels}.json"
-    methods = ["sgd", "adamw", "scale", "scale-captured"]
-    methods += ["scale-loop", "scale-compiled"] if native else []
+    names = ["sgd", "adamw", "scale", "scale-captured"]
+    names += ["scale-loop", "scale-compiled"] if native else []
     command = [PYTHON, "-m", "benchmarks", "step-time", "--model", model, "--dtype", "bfloat16"]
-    command += ["--optimizers", *methods, "--repeats", "50", "--no-refresh", "--no-peers", *more]
+    command += ["--optimizers", *names, "--repeats", "50", "--no-refresh", "--no-peers", *more]
     environment = {} if native else {"OPTIMZOO_NATIVE": "0"}
     name = f"steps {model} {kernels}"
     return Stage(name, [*command, "--out", str(rows)], 60, rows, environment)

@@ -174,15 +174,17 @@ def adam(
 
 def _corrections(
     steps: list[Tensor], betas: tuple[float, float], eps: float, eps_before: bool, capturable: bool
-) -> tuple[list[Any], Any]:
+) -> tuple[list[Any], list[Any]]:
     """Return the factor of each update, and what is added to the roots of its second moments."""
+    floors: list[Any] = [eps] * len(steps)
     if capturable:
         counts = torch.stack(steps).double()  # at first 1 and the powers of betas are nearly equal
-        roots = (1 - betas[1] ** counts).sqrt()
-        floors: Any = eps if eps_before else list((eps * roots).unbind())
+        if not eps_before:
+            floors = list((eps * (1 - betas[1] ** counts).sqrt()).unbind())
         return list(bias_correction(counts, betas).unbind()), floors
     numbers = read_counts(steps)
-    floors = eps if eps_before else [eps * math.sqrt(1 - betas[1] ** n) for n in numbers]
+    if not eps_before:
+        floors = [eps * math.sqrt(1 - betas[1] ** n) for n in numbers]
     return [bias_correction(n, betas) for n in numbers], floors
 
 
@@ -208,9 +210,8 @@ def _single_tensor_adam(
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         # With `differentiable` autograd keeps m for the backward, and the next step changes it.
         mean = m.clone() if m.requires_grad else m
-        (factor,), floors = _corrections([step], betas, eps, eps_before, capturable)
-        update = mean / (v.sqrt() + (floors if eps_before else floors[0]))
-        update = update * factor
+        (factor,), (floor,) = _corrections([step], betas, eps, eps_before, capturable)
+        update = mean / (v.sqrt() + floor) * factor
         if max_update is not None:
             update = update.clamp(-max_update, max_update)
         if weight_decay != 0:

@@ -55,12 +55,14 @@ def subtract_each_(
 ) -> None:
     """Apply :func:`subtract_` to weights of one shape and dtype, by multi-tensor operations.
 
+    The updates are in float32 at least.
+
     Where weights are rounded stochastically they are stepped one after the other.
     """
     weights = list(weights)
     shape = weights[0].shape
     updates = [u if u.shape == shape else u.reshape(shape) for u in updates]
-    if len(weights) == 1 or any(rng_keys):
+    if any(rng_keys):
         for weight, update, rng_key in zip(weights, updates, rng_keys, strict=True):
             with fp32_working_copy(weight, rng_key) as wide:
                 subtract_(wide, update, size=size, decay=decay)
@@ -68,7 +70,6 @@ def subtract_each_(
     targets = weights
     if weights[0].dtype in LOW:  # rounded once, from one float32 stack
         targets = list(torch.stack(weights).float().unbind())
-        updates = [update.float() for update in updates]
     if isinstance(size, Tensor):
         updates, size = torch._foreach_mul(updates, size), 1.0
     if isinstance(decay, Tensor) or decay != 0.0:

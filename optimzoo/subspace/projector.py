@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from optimzoo.distributed import UNSHARDED, Shards
+from optimzoo.lowbit import at_least_float32
 from optimzoo.subspace.bases import leading_basis
 
 State = MutableMapping[str, Any]
@@ -150,12 +151,8 @@ def gaussian(seed: int | Tensor, rows: int, rank: int, like: Tensor) -> Tensor:
     bits = place.add(seeds.reshape(-1, 1), alpha=_GOLDEN).mul_(_GOLDEN)
     bits = bits.bitwise_xor_(bits >> 32).mul_(_ODD)
     # Each has two integers from -2^23 to 2^23 - 1: a uniform number's place among as many.
-    uniform = (bits.view(torch.int32) >> 8).to(_wide(like)).add_(0.5).mul_(2.0**-23)
+    uniform = (bits.view(torch.int32) >> 8).to(at_least_float32(like)).add_(0.5).mul_(2.0**-23)
     omega = uniform.erfinv_().mul_(math.sqrt(2 / rank))
     # Seeds of stacks [k, e, m, n] are one for each k.
     stack = (*seeds.shape[:1], *(1,) * (like.ndim - 3)) if seeds.ndim else ()
     return omega[:, :count].reshape(*stack, rows, rank).to(like.dtype)
-
-
-def _wide(like: Tensor) -> torch.dtype:
-    return torch.promote_types(like.dtype, torch.float32)
