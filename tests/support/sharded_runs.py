@@ -173,6 +173,7 @@ def _entry(rank, world, folder, function, args):
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
     try:
         function(rank, world, *args)
+        dist.barrier()  # none leaves while another may still talk to it
     finally:
         dist.destroy_process_group()
 
