@@ -7,26 +7,26 @@ from pathlib import Path
 
 from benchmarks.common.files import make_folder, write_json
 from benchmarks.experiments import summary
-from benchmarks.experiments.plan import PROTOCOLS, Plan, on_edge
+from benchmarks.experiments.plan import PROTOCOLS, Plan
 from benchmarks.experiments.run_queue import Session, add_jobs_argument, merged, settle_counts
 from benchmarks.training.cli import add_corpus_arguments, corpus_from, refuse_cache
 from optimzoo.options import refuse
 
 
 def tune(session: Session, methods: list[str], protocols: list[str]) -> int:
-    """Run the grids and write their rows, from which `compare` takes its hyperparameters."""
+    """Search for the best values and write the rows that `compare` takes them from."""
     plan = session.plan
     pairs = plan.pairs(methods, protocols)
-    session.run([e for pair in pairs for e in plan.grid(*pair)], test=False)
-    session.run([e for pair in pairs for e in plan.second(*pair, session.rows)], test=False)
+    while runs := [e for pair in pairs for e in plan.tuning_runs(*pair, session.rows)]:
+        session.run(runs, test=False)
     rows = [{k: v for k, v in row.items() if k != "curve"} for row in session.rows]
     rows = merged(plan.tune_path, rows)
     rows.sort(key=lambda r: (r["method"], r["protocol"], r["valid_loss"] or float("inf")))
     write_json(plan.tune_path, {"rows": rows})
     print(summary.tuning_text(plan, rows))
     for method, protocol in pairs:
-        for axis in on_edge(rows, plan, method, protocol):
-            print(f"note: {method} ({protocol}) is best at the edge of its {axis} grid")
+        for rate in plan.edges(method, protocol, rows):
+            print(f"note: {method} ({protocol}) is best at the edge of what was tried in {rate}")
     return 0
 
 
@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--protocol", choices=[*PROTOCOLS, "both"], default="both")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1")
-    parser.add_argument("--tune", action="store_true", help="run the grids and store their rows")
+    parser.add_argument(
+        "--tune", action="store_true", help="search for the best rates, store the rows"
+    )
     add_jobs_argument(parser)
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     parser.add_argument("--store", action="store_true", help="also keep the rows in the repository")

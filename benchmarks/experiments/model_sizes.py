@@ -1,4 +1,4 @@
-"""Model sizes: the settings of a plan at each of them."""
+"""Sizes of models and batches: the settings of a plan at each of them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +12,9 @@ class ModelSize:
         sizes: fields of `RunConfig` for every run.
         rank: of the low-rank methods.
         gap: steps between two refreshes of a subspace, and between two restarts.
-        grid_steps: steps of a grid run.
-        centre: middle of the grid, as multiples of the two learning rates that are best on nano.
-        factors: grid of multiples of both learning rates; it is extended where the best is at an
-            edge (`Plan.beyond`).
+        grid_steps: steps of a tuning run.
+        centre: where tuning starts, as multiples of nano's best `lr` and of its other rates.
+        one_line: tune all learning rates together; else each of them, and the options.
     """
 
     sizes: dict[str, Any]
@@ -23,13 +22,24 @@ class ModelSize:
     gap: int
     grid_steps: int
     centre: tuple[float, float] = (1.0, 1.0)
-    factors: tuple[float, ...] = (0.5, 1.0, 2.0)
+    one_line: bool = True
+
+
+NANO_TOKENS = 4 << 20  # three a weight
 
 
 def _pico(batch: int) -> ModelSize:
     """Return the settings of pico at a batch size; the paper's order of norms depends on it."""
     sizes = {"model": "pico", "steps": 100, "batch_size": batch, "seq_len": 64}
     return ModelSize({**sizes, "eval_tokens": 65536}, 16, 50, grid_steps=100, centre=(4.0, 0.5))
+
+
+def _batch(tokens: int) -> ModelSize:
+    """Return nano at a batch of so many tokens: 4 M tokens a run, tuned on a quarter of them."""
+    steps = NANO_TOKENS // tokens
+    sizes = {"model": "nano", "steps": steps, "batch_size": tokens // 128, "seq_len": 128}
+    gap = max(10, steps // 8)
+    return ModelSize({**sizes, "eval_tokens": 65536}, 32, gap, steps // 4, one_line=False)
 
 
 # 60m: 16,384 tokens a step, the grid 10 M tokens a run, the final runs 60 M. bf16 throughout, as
@@ -40,10 +50,11 @@ _FULL = {**_GPU, "batch_size": 64, "accumulate": 8, "eval_tokens": 10_000_000}
 
 def _full(model: str, steps: int, rank: int) -> ModelSize:
     """Return the published protocol: 512 sequences of 256 tokens per step, published rates."""
-    return ModelSize({"model": model, "steps": steps, **_FULL}, rank, 200, steps, factors=(1.0,))
+    return ModelSize({"model": model, "steps": steps, **_FULL}, rank, 200, steps)
 
 
 MODEL_SIZES = {
+    **{f"nano-{tokens // 1024}k": _batch(tokens) for tokens in (1024, 4096, 16384)},
     "60m-full": _full("60m", 11_000, 128),
     "130m-full": _full("130m", 20_000, 256),
     "350m-full": _full("350m", 60_000, 256),
@@ -57,13 +68,12 @@ MODEL_SIZES = {
     "pico-1k": _pico(16),
     "pico-4k": _pico(64),
     "pico-16k": _pico(256),
-    # Two hours on two cores: half a million tokens per method, four rates of an eighth each.
+    # Two hours on two cores: half a million tokens per method, a quarter for a tuning run.
     "9m": ModelSize(
         {"model": "9m", "steps": 500, "batch_size": 8, "seq_len": 128, "eval_tokens": 65536},
         rank=64,
         gap=100,
         grid_steps=125,
-        factors=(0.25, 0.5, 1.0, 2.0),
     ),
     # Of half, once and twice nano's rates the lowest were best by far (60m-first-tune.json).
     "60m": ModelSize(

@@ -1,21 +1,28 @@
 """Plans of comparisons: methods, protocols, grids and tuned hyperparameters."""
 
 import difflib
-import itertools
 import json
+import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import files
 from benchmarks.experiments.model_sizes import MODEL_SIZES, ModelSize, rescaled
+from benchmarks.experiments.tuning import Search, Values, is_rate, scaled
 from benchmarks.training.config import RunConfig
 
 PROTOCOLS = ("tuned", "paper")
 _CONFIGS = Path(__file__).with_name("configs")
 _RESULTS = files.RESULTS
-GROWTH = 2  # points by which a grid is extended whose best is at its edge
+MOST_ON_A_LINE = 5  # points of a search along one line
+# What is tuned, in the order of tables: fields of `RunConfig` and options of optimizers.
+TUNED = (
+    *("lr", "embedding_lr", "head_lr", "other_lr", "clip"),
+    *("betas", "other_betas", "momentum", "weight_decay"),
+)
+_FIELDS = {field.name for field in fields(RunConfig)}
 _NO_SIZES = ("methods", "default", "tuned_by")
 Row = dict[str, Any]
 
@@ -32,24 +39,23 @@ class Entry:
     @property
     def key(self) -> str:
         """Return a folder name that identifies this run."""
-        c = self.config
-        other = "" if c.other_lr is None else f"-other{c.other_lr:g}"
-        return (
-            f"{self.method}-{self.protocol}-lr{c.lr:g}{other}-clip{c.clip:g}-seed{c.seed}{self.tag}"
-        )
+        values = tuned_text(settings({"config": vars(self.config)})).replace(" ", "-")
+        return f"{self.method}-{self.protocol}-{values}-seed-{self.config.seed}{self.tag}"
 
 
 class Plan:
     """Comparison of methods that a JSON file describes.
 
     The file names the model, the steps and the batch, and for each method the optimizer's fixed
-    hyperparameters (`lowrank` and `groups` too, see `RunConfig`) and, for each protocol, a grid.
-    `tuned`: a learning rate for the method's own weights and one for the rest, with clipping, then
-    without at the best point. `paper`: one learning rate, no clipping (SCALE's vectors at the 2e-2
-    of its published scripts).
+    hyperparameters (`lowrank` and `groups` too, see `RunConfig`) and, for each protocol, how the
+    rest is tuned: where the `Search` starts, the values that are `fixed`, the `choices` of options,
+    and whether the learning rates change `together`, on one line. `tuned`: a learning rate for each
+    role, clipping, Adam's betas or momentum, weight decay. `paper`: one learning rate, no clipping
+    (SCALE's vectors at the 2e-2 of its published scripts).
 
     A plan of another size is one of these with a size for `nano` in its name (`60m`,
-    `9m-ablation`, see `MODEL_SIZES`): the same methods, and a grid around what is best on nano.
+    `9m-ablation`, `nano-16k`, see `MODEL_SIZES`): the same methods, searched around what is best
+    on nano, at most sizes with all learning rates on one line.
 
     A plan may take the tuned values of another, `tuned_by`, for each method those of the method
     `tuned_as`; a method's `run` has further options of `RunConfig`.
@@ -100,11 +106,9 @@ class Plan:
         return [(m, p) for p in protocols for m in methods if p in self.methods[m]]
 
     def entry(self, method: str, protocol: str, seed: int, **values: Any) -> Entry:
-        """Return one run; ``values`` are its learning rates and clipping."""
+        """Return one run; ``values`` are fields of `RunConfig`, or options of the optimizer."""
         record = self.methods[method]
         rules = record[protocol]
-        if rules.get("same_lr"):
-            values["other_lr"] = values["lr"]
         sizes = {k: v for k, v in self.values.items() if k not in _NO_SIZES}
         hyper = {**record.get("hyper", {}), **rules.get("hyper", {})}
         if self.size:
@@ -113,81 +117,74 @@ class Plan:
         options: Row = {"hyper": hyper, "seed": seed}
         options |= {name: record.get(name, {}) for name in ("lowrank", "groups")}
         sizes |= record.get("run", {})
+        hyper |= {name: values.pop(name) for name in list(values) if name not in _FIELDS}
         config = RunConfig(optimizer=name, **{**options, **sizes, **values})
         tag = "" if config.steps == self.values["steps"] else f"-steps{config.steps}"
         return Entry(method, protocol, config, tag)
 
-    def grid(self, method: str, protocol: str) -> list[Entry]:
-        """Return the first stage of tuning: the grid's product, or a line at another size.
+    def search(self, method: str, protocol: str) -> Search:
+        """Return the search for a method's tuned values."""
+        rules = self.methods[method][protocol]
+        start = {**rules.get("start", {}), **rules.get("fixed", {})}
+        rates = tuple(name for name in rules.get("start", {}) if is_rate(name))
+        one_line = rules.get("together", False)
+        if self.size:
+            start = self.base.centre(method, protocol)
+            rates = rates and tuple(name for name in start if is_rate(name))
+            one_line = self.size.one_line
+            for name in rates:
+                start = scaled(start, [name], self.size.centre[name != "lr"])
+        if one_line:
+            return Search(start, (rates,), most=MOST_ON_A_LINE) if rates else Search(start)
+        return Search(start, tuple((name,) for name in rates), rules.get("choices", {}))
+
+    def tuning_runs(self, method: str, protocol: str, rows: list[Row]) -> list[Entry]:
+        """Return the runs that tuning needs next, given its rows so far; none: it has ended.
 
         Raises:
-            ValueError: another plan has the grids.
+            ValueError: another plan is tuned for this one.
         """
-        if self.size:
-            best = self.base.centre(method, protocol)
-            steps = min(self.size.grid_steps, self.values["steps"])
-            points = [_times(best, self.size.centre, factor) for factor in self.size.factors]
-            return [self.entry(method, protocol, 0, **point, steps=steps) for point in points]
-        rules = self.methods[method][protocol]
-        if "grid" not in rules:
+        if "tuned_by" in self.values:
             by = self.values["tuned_by"]
             raise ValueError(f"plan {self.name} is tuned by plan {by}; run compare --tune on that")
-        names, axes = list(rules["grid"]), list(rules["grid"].values())
-        points = [dict(zip(names, point, strict=True)) for point in itertools.product(*axes)]
-        return [self.entry(method, protocol, 0, **point, **rules["fixed"]) for point in points]
+        search = self.search(method, protocol)
+        points = search.next(tried(rows, method, protocol, search))
+        steps = {"steps": min(self.size.grid_steps, self.values["steps"])} if self.size else {}
+        return [self.entry(method, protocol, 0, **point, **steps) for point in points]
 
-    def beyond(self, method: str, protocol: str, rows: list[Row]) -> list[Entry]:
-        """If the best learning rate is at the edge of another size's grid, return one point beyond.
-
-        A grid is extended by `GROWTH` points at most.
-        """
-        points = self.grid(method, protocol)
-        mine = [r for r in rows if (r["method"], r["protocol"]) == (method, protocol)]
-        if not self.size or len(points) == 1 or len(mine) >= len(points) + GROWTH:
-            return []
-        best = settings(choose(mine, method, protocol))
-        tried = [settings(row)["lr"] for row in mine]
-        if best["lr"] not in (min(tried), max(tried)):
-            return []
-        point = _times(best, (1.0, 1.0), 0.5 if best["lr"] == min(tried) else 2.0)
-        return [self.entry(method, protocol, 0, **point, steps=points[0].config.steps)]
-
-    def second(self, method: str, protocol: str, rows: list[Row]) -> list[Entry]:
-        """Return the second stage of tuning: variations of the first stage's best point."""
-        rules = self.methods[method][protocol] if not self.size else {}
-        best = settings(choose(rows, method, protocol))
-        return [
-            self.entry(method, protocol, 0, **{**best, name: value})
-            for name, values in rules.get("then", {}).items()
-            for value in values
-        ]
+    def edges(self, method: str, protocol: str, rows: list[Row]) -> list[str]:
+        """Return the learning rates whose best value is at the edge of what was tried."""
+        if "tuned_by" in self.values:
+            tuned_as = self.methods[method].get("tuned_as", method)
+            return Plan(self.values["tuned_by"]).edges(tuned_as, protocol, rows)
+        search = self.search(method, protocol)
+        points = tried(rows, method, protocol, search)
+        return search.edges(points) if points else [axis[0] for axis in search.axes]
 
     def best(self, method: str, protocol: str) -> Row:
         """Return the tuned values: those of the committed row with the lowest validation loss.
 
-        A grid of one point needs no tuning.
+        A plan that fixes all of them needs no tuning.
 
         Raises:
             ValueError: the plan has not been tuned.
         """
         if "tuned_by" not in self.values:
-            grid = self.grid(method, protocol)
-            if len(grid) == 1:
-                return settings({"config": asdict(grid[0].config)})
+            search = self.search(method, protocol)
+            if not search.axes:
+                return search.start
         if not self.tune_path.exists():
             raise ValueError(f"plan {self.name} has no tuned values; run compare --tune first")
         rows = json.loads(self.tune_path.read_text(encoding="utf-8"))["rows"]
-        tuned = self.methods[method].get("tuned_as", method)
-        return settings(choose(rows, tuned, protocol))
+        return settings(choose(rows, self.methods[method].get("tuned_as", method), protocol))
 
     def centre(self, method: str, protocol: str) -> Row:
-        """Return the centre of other sizes' grids: the tuned values, or this grid's middle."""
+        """Return the tuned values where there are any, else the start of their search."""
         if self.tune_path.exists():
             rows = json.loads(self.tune_path.read_text(encoding="utf-8"))["rows"]
             if any((r["method"], r["protocol"]) == (method, protocol) for r in rows):
                 return settings(choose(rows, method, protocol))
-        points = self.grid(method, protocol)
-        return settings({"config": asdict(points[len(points) // 2].config)})
+        return self.search(method, protocol).start
 
     def chosen(self, method: str, protocol: str, seed: int) -> Entry:
         """Return the run at the tuned values."""
@@ -212,11 +209,13 @@ def near(name: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(names)}? " if names else ""
 
 
-def _times(values: Row, centre: tuple[float, float], factor: float) -> Row:
-    """Multiply the learning rates of tuned values by the size's multiples and a factor."""
-    pairs = zip(("lr", "other_lr"), centre, strict=True)
-    rates = {k: values[k] * c * factor for k, c in pairs if values[k] is not None}
-    return {**values, **rates}
+def tuned_text(values: Row) -> str:
+    """Format tuned values, as in ``lr 0.001 embedding 0.032 clip 1``."""
+
+    def text(value: Any) -> str:
+        return ",".join(f"{v:g}" for v in (value if isinstance(value, list | tuple) else [value]))
+
+    return " ".join(f"{k.removesuffix('_lr')} {text(v)}" for k, v in values.items())
 
 
 def same_run(fingerprint: Row) -> str:
@@ -234,9 +233,31 @@ def committed_rows() -> dict[str, Row]:
     return rows
 
 
-def settings(row: Row) -> Row:
-    """Return a row's tuned values: learning rates and clipping."""
-    return {name: row["config"][name] for name in ("lr", "other_lr", "clip")}
+def settings(row: Row, names: Iterable[str] = TUNED) -> Row:
+    """Return a row's tuned values: learning rates, clipping, options of its optimizer."""
+    config = {**row["config"].get("hyper", {}), **row["config"]}
+    return {name: config[name] for name in names if config.get(name) is not None}
+
+
+def role_rates(values: Row) -> list[float]:
+    """Return the learning rates of the hidden weights, the embedding and the head."""
+    other = values.get("other_lr", values["lr"])
+    return [values["lr"], *(values.get(f"{role}_lr", other) for role in ("embedding", "head"))]
+
+
+def tried(
+    rows: list[Row], method: str, protocol: str, search: Search
+) -> list[tuple[Values, float]]:
+    """Return the points of a search that have rows, each with its validation loss."""
+    points = []
+    for row in rows:
+        values = settings(row, search.start)
+        if (row["method"], row["protocol"]) == (method, protocol) and len(values) == len(
+            search.start
+        ):
+            loss = row["valid_loss"]
+            points.append((values, math.inf if loss is None else float(loss)))
+    return points
 
 
 def choose(rows: list[Row], method: str, protocol: str) -> Row:
@@ -251,13 +272,3 @@ def choose(rows: list[Row], method: str, protocol: str) -> Row:
         what = "diverged everywhere" if mine else "has no tuning row"
         raise ValueError(f"{method} ({protocol}) {what}; run compare --tune, or lower its grid")
     return min(finite, key=lambda r: float(r["valid_loss"]))
-
-
-def on_edge(rows: list[Row], plan: Plan, method: str, protocol: str) -> list[str]:
-    """Return the axes along which the best point is at the edge of its grid."""
-    best = settings(choose(rows, method, protocol))
-    if plan.size:
-        tried = {settings(row)["lr"] for row in rows if row["method"] == method}
-        return ["lr"] if best["lr"] in (min(tried), max(tried)) else []
-    axes = plan.methods[method][protocol]["grid"]
-    return [name for name, values in axes.items() if best[name] in (min(values), max(values))]

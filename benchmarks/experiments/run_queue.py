@@ -18,7 +18,15 @@ from filelock import FileLock
 
 from benchmarks.common.progress import SideBySide
 from benchmarks.data.corpus import Corpus
-from benchmarks.experiments.plan import Entry, Plan, Row, committed_rows, same_run
+from benchmarks.experiments.plan import (
+    Entry,
+    Plan,
+    Row,
+    committed_rows,
+    same_run,
+    settings,
+    tuned_text,
+)
 from benchmarks.experiments.run_lock import lock_run
 from benchmarks.experiments.summary import read_rows
 from benchmarks.training.cli import corpus_from
@@ -57,10 +65,9 @@ class Session:
                 row = {**row, "method": entry.method, "protocol": entry.protocol}
                 self.rows.append(row)
                 c, loss = entry.config, row["test_loss"] if test else row["valid_loss"]
-                other = "" if c.other_lr is None else f" / {c.other_lr:g}"
                 bar.finish(
                     f"[{done}/{len(entries)}] {self.plan.label(entry.method)} {entry.protocol}"
-                    f" lr {c.lr:g}{other} clip {c.clip:g} seed {c.seed}:"
+                    f" {tuned_text(settings(row))} seed {c.seed}:"
                     f" {'test' if test else 'validation'} perplexity {perplexity(loss):.2f}"
                 )
         return self.rows

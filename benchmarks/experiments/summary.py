@@ -15,7 +15,8 @@ from benchmarks.common.provenance import made_on
 from benchmarks.common.tables import Table
 from benchmarks.experiments import pictures
 from benchmarks.experiments.model_sizes import MODEL_SIZES, rescaled
-from benchmarks.experiments.plan import Plan, Row, choose, settings
+from benchmarks.experiments.plan import Plan, Row, choose, role_rates, settings, tuned_text
+from benchmarks.experiments.significance import paired
 from benchmarks.training.low_rank_model import on_meta
 from benchmarks.training.metrics import perplexity
 from optimzoo import create_optimizer
@@ -23,6 +24,7 @@ from optimzoo.lowrank import support_bytes
 from optimzoo.memory import account
 
 MIB = 1024**2
+REFERENCE = "adamw"  # of the differences
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -53,9 +55,13 @@ def bytes_at(size: str, optimizer: str, hyper: str, lowrank: str = "{}", groups:
 def summarise(plan: Plan, rows: list[Row]) -> list[Row]:
     """Return one record per method and protocol: mean and spread over seeds, and all columns."""
     records = []
+    tuning = read_rows(plan.tune_path) if plan.tune_path.exists() else []
     pairs = dict.fromkeys((r["method"], r["protocol"]) for r in rows)
     for method, protocol in pairs:
-        mine = [r for r in rows if (r["method"], r["protocol"]) == (method, protocol)]
+        mine, reference = (
+            [r for r in rows if (r["method"], r["protocol"]) == (name, protocol)]
+            for name in (method, REFERENCE)
+        )
         losses = [perplexity(r["test_loss"]) for r in mine]
         finite = all(map(math.isfinite, losses))
         times = [r["optimizer_ms"] for r in mine if r["optimizer_ms"] is not None]
@@ -65,10 +71,13 @@ def summarise(plan: Plan, rows: list[Row]) -> list[Row]:
                 "method": method,
                 "label": plan.label(method),
                 "protocol": protocol,
-                **settings(mine[0]),
+                "rates": role_rates(settings(mine[0])),
+                "settings": settings(mine[0]),
+                "edges": plan.edges(method, protocol, tuning),
                 "perplexity": statistics.fmean(losses),
                 "spread": statistics.stdev(losses) if len(losses) > 1 and finite else None,
                 "seeds": len(mine),
+                "difference": paired(mine, reference),
                 "held_bytes": mine[0]["parameter_bytes"] + mine[0]["state_bytes"],
                 "bytes_60m": bytes_at(
                     "60m",
@@ -87,33 +96,36 @@ def summarise(plan: Plan, rows: list[Row]) -> list[Row]:
 
 
 HEADERS = (
-    *("method", "protocol", "lr/other/clip", "test ppl", "held MiB", "60M MB", "peak MiB"),
-    *("step ms", "tok/s"),
+    *("method", "protocol", "lr hid/emb/head", "test ppl", "held MiB", "60M MB", "peak MiB"),
+    "step ms",
 )
+
+
+def _short(rates: list[float]) -> list[float]:
+    return rates if len(set(rates)) > 1 else rates[:1]
 
 
 def cells(record: Row) -> list[str]:
     """Format a record as table cells, in the order of `HEADERS`."""
-    other = "=" if record["other_lr"] is None else f"{record['other_lr']:g}"
     spread = f" ±{record['spread']:.2f}" if record["spread"] is not None else ""
     return [
         record["label"],
         record["protocol"],
-        f"{record['lr']:g}/{other}/{record['clip']:g}",
+        "/".join(f"{r:g}" for r in _short(record["rates"])) + " edge" * bool(record["edges"]),
         f"{record['perplexity']:.2f}{spread}",
         f"{record['held_bytes'] / MIB:.1f}",
         f"{record['bytes_60m'] / 1e6:.0f}",
         f"{record['peak_bytes'] / MIB:.0f}",
         f"{record['optimizer_ms']:.1f}",
-        f"{record['tokens_per_second']:,.0f}",
     ]
 
 
 LEGEND = (
-    "Same model, same batches in the same order, same steps for every row; learning rates were "
-    "chosen on validation text (benchmarks/results), perplexity is on test text. tuned: a learning "
-    "rate for the method's weights and one for the rest, and clipping where it helped; paper: one "
-    "learning rate, no clipping. held: parameters + optimizer state of this model as trained, "
+    "Same model, same batches in the same order, same steps for every row; what is tuned was "
+    "chosen on validation text (benchmarks/results), perplexity is on test text. tuned: a "
+    "learning rate for the hidden weights, the embedding and the head, clipping, Adam's betas or "
+    "momentum, weight decay; paper: one learning rate, no clipping. edge: the best rate is the "
+    "largest or the smallest that was tried. held: parameters + optimizer state of this model, "
     "measured from the tensors. 60M: the same for the 58 M Llama in bf16, 1e6 bytes, from shapes, "
     "of rank 128 where a method has a rank. peak: of the process, the interpreter and torch "
     "included (on a GPU: allocated). step: the optimizer alone."
@@ -145,7 +157,7 @@ def tuning_text(plan: Plan, rows: list[Row]) -> str:
     for method, protocol in dict.fromkeys((r["method"], r["protocol"]) for r in rows):
         best = choose(rows, method, protocol)
         tried = sum((r["method"], r["protocol"]) == (method, protocol) for r in rows)
-        values = ", ".join(f"{k}={v}" for k, v in settings(best).items())
+        values = tuned_text(settings(best))
         lines.append(
             f"{plan.label(method):<12} {protocol:<6} {values}: validation perplexity "
             f"{perplexity(best['valid_loss']):.2f} (best of {tried})"

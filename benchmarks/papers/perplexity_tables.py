@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,8 @@ def show(name: str, made: list[Row], out: Path, more: list[str]) -> None:
 
 def _plain(record: Row) -> Row:
     finite = {k: v for k, v in record.items() if not isinstance(v, float) or math.isfinite(v)}
-    return {**dict.fromkeys(record), **finite}
+    difference = record["difference"] and asdict(record["difference"])
+    return {**dict.fromkeys(record), **finite, "difference": difference}
 
 
 def as_galore(row: Row) -> Row:

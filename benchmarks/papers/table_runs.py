@@ -13,7 +13,7 @@ import torch
 from benchmarks.common.files import make_folder, write_json
 from benchmarks.data.corpus import Corpus
 from benchmarks.experiments import time_budget as budget
-from benchmarks.experiments.plan import Entry, Plan, Row, choose, near, settings
+from benchmarks.experiments.plan import Entry, Plan, Row, choose, near, settings, tried
 from benchmarks.experiments.run_queue import Session, merged, threads_each
 from benchmarks.experiments.summary import read_rows
 from benchmarks.experiments.time_budget import Cut
@@ -37,11 +37,12 @@ class TableRuns:
         self.corpus: Corpus = corpus_from(args, model)
 
     def grid(self) -> list[Entry]:
-        """Return the tuning runs still needed: the grid of each method without committed rates."""
-        return [e for p, m in self.pairs if not self._committed(p, m) for e in self._grid(p, m)]
+        """Return the first tuning runs of each method without committed rates."""
+        missing = [(p, m) for p, m in self.pairs if not self._committed(p, m)]
+        return [e for p, m in missing for e in self._tuning_runs(p, [m], [])]
 
     def final(self) -> list[Entry]:
-        """Return one run per method, at the middle of its grid if its rates are not committed."""
+        """Return one run per method, where its search starts if its rates are not committed."""
         return [self._final(p, m, 0, None) for p, m in self.pairs]
 
     def run(self) -> tuple[dict[str, list[Row]], list[str]]:
@@ -52,10 +53,8 @@ class TableRuns:
         for plan, methods in _by_plan(tune):
             session = Session(self.args, plan, self.corpus)
             with self._stored(plan.tune_path, session, {}):
-                entries = [e for m in methods for e in self._grid(plan, m)]
-                while entries:
-                    session.run(entries, test=False)
-                    entries = self._beyond(plan, methods, session.rows)
+                while runs := self._tuning_runs(plan, methods, session.rows):
+                    session.run(runs, test=False)
             tuned += session.rows
         rows: dict[str, list[Row]] = {}
         for plan, methods in _by_plan(self.pairs):
@@ -86,23 +85,25 @@ class TableRuns:
         return budget.load_or_decide(Path(args.out) / "budget.json", _asked(args), decide)
 
     def _committed(self, plan: Plan, method: str) -> bool:
-        """Return whether the method's rates are committed; those of a partial grid are not."""
-        points = len(self._grid(plan, method))
-        if points == 1 or not plan.tune_path.exists():
-            return points == 1
-        rows = read_rows(plan.tune_path)
-        tried = sum((r["method"], r["protocol"]) == (method, self.table.protocol) for r in rows)
-        complete = tried >= points and not self._beyond(plan, [method], rows)
-        return complete or "tuned_by" in plan.values
+        """Return whether the method's rates are committed; those of a search that goes on are not.
 
-    def _beyond(self, plan: Plan, methods: list[str], rows: list[Row]) -> list[Entry]:
-        """Return the runs that extend grids; with a budget, none."""
-        if self.args.budget_minutes is not None:
+        Rows that an older search left count, since the tuned values are chosen from them.
+        """
+        protocol = self.table.protocol
+        search = plan.search(method, protocol)
+        if not search.axes or "tuned_by" in plan.values:
+            return True
+        rows = read_rows(plan.tune_path) if plan.tune_path.exists() else []
+        mine = [r for r in rows if (r["method"], r["protocol"]) == (method, protocol)]
+        begun = tried(mine, method, protocol, search)
+        return bool(mine) and not (begun and self._tuning_runs(plan, [method], mine))
+
+    def _tuning_runs(self, plan: Plan, methods: list[str], rows: list[Row]) -> list[Entry]:
+        """Return the runs that tuning needs next; with a budget, the first ones alone."""
+        if rows and self.args.budget_minutes is not None:
             return []
-        return [e for m in methods for e in plan.beyond(m, self.table.protocol, rows)]
-
-    def _grid(self, plan: Plan, method: str) -> list[Entry]:
-        return plan.grid(method, self.table.protocol)
+        protocol = self.table.protocol
+        return [e for m in methods for e in plan.tuning_runs(m, protocol, rows)]
 
     def _final(self, plan: Plan, method: str, seed: int, tuned: list[Row] | None) -> Entry:
         protocol = self.table.protocol
@@ -111,7 +112,7 @@ class TableRuns:
         elif self._committed(plan, method):
             values = plan.best(method, protocol)
         else:
-            values = plan.base.centre(method, protocol)
+            values = plan.search(method, protocol).start
         return plan.entry(method, protocol, seed, **values)
 
     @contextmanager

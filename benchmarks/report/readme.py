@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Callable
 from functools import partial
@@ -12,9 +13,11 @@ import optimzoo
 from benchmarks.common.files import RESULTS, ROOT, write_atomic
 from benchmarks.common.tables import Table
 from benchmarks.experiments import pictures
-from benchmarks.experiments.plan import Plan
+from benchmarks.experiments.plan import Plan, role_rates
+from benchmarks.experiments.significance import LEVEL
 from benchmarks.experiments.summary import (
     LEGEND,
+    REFERENCE,
     caption,
     comparison,
     read_rows,
@@ -67,13 +70,13 @@ def _tuned(name: str) -> dict[str, dict[str, Any]]:
 
 
 def _headline(name: str) -> str:
-    """Return the sentence on SCALE and AdamW: memory, and perplexity within the seeds' spread."""
+    """Return the sentence on SCALE and AdamW: memory, and perplexity by a paired t test."""
     records = _tuned(name)
     scale, adamw = records["scale"], records["adamw"]
     share = scale["bytes_60m"] / adamw["bytes_60m"]
-    ratio = scale["perplexity"] / adamw["perplexity"] - 1
-    apart = abs(scale["perplexity"] - adamw["perplexity"]) > scale["spread"] + adamw["spread"]
-    order = f"{abs(ratio):.0%} {'above' if ratio > 0 else 'below'}" if apart else "level with"
+    difference = scale["difference"]
+    size = f"{abs(math.expm1(difference.mean)):.1%} {'below' if difference.mean < 0 else 'above'}"
+    order = size if difference.significant else "level with"
     return (
         f"SCALE holds {share:.0%} of AdamW's bytes ({scale['bytes_60m'] / 1e6:.0f} MB against "
         f"{adamw['bytes_60m'] / 1e6:.0f} MB of parameters and state at 60M in bfloat16),\nand on "
@@ -92,17 +95,19 @@ def _methods(name: str) -> str:
         source = f"[{number}](https://arxiv.org/abs/{number})" if number in info.source else ""
         rates = "-"
         if method in plan.methods:
-            best = plan.best(method, "tuned")
-            rates = f"{best['lr']:g} / {best['other_lr']:g}"
+            rates = " / ".join(f"{r:g}" for r in role_rates(plan.best(method, "tuned")))
         source = source if info.source.startswith("arXiv") else info.source
         rows.append([f"`{method}`", info.description, source, info.state, rates])
-    table = Table(("name", "method", "source", "state", f"lr / others on {name}"), rows, left=5)
+    table = Table(
+        ("name", "method", "source", "state", f"lr: hidden / embedding / head, on {name}"),
+        rows,
+        left=5,
+    )
     note = (
         "`adamw`, `sgd`, `adafactor` and torch's others have the same names as in torch. state: in "
         "weights of that role; rest: embedding, head and vectors; r: the rank, s: the history. "
-        f"lr / others: the best of the same grid, on {name} ({_size(name)}); others: "
-        "`embedding_lr`, `head_lr` and `vector_lr` (SCALE's vectors: "
-        f"{plan.methods['scale']['hyper']['vector_lr']:g})."
+        f"lr: `lr`, `embedding_lr` and `head_lr`, each by the same search on {name} "
+        f"({_size(name)}), with `vector_lr` {plan.methods['scale']['hyper']['vector_lr']:g}."
     )
     return f"{table.markdown()}\n\n{note}"
 
@@ -116,23 +121,24 @@ def _size(name: str) -> str:
 def _results(name: str) -> str:
     """Return a plan's tuned runs in five columns, with a caption of one line."""
     records = _tuned(name)
-    best = records["adamw"]["perplexity"]
     rows = [
         [
             r["label"],
             f"{r['bytes_60m'] / 1e6:.0f}",
             f"{r['perplexity']:.2f} ±{r['spread']:.2f}",
-            f"{r['perplexity'] / best - 1:+.1%}",
-            f"{r['optimizer_ms']:.1f}",
+            "" if r["method"] == REFERENCE else r["difference"].text(),
         ]
         for r in records.values()
     ]
-    seeds = next(iter(records.values()))["seeds"]
-    headers = ("method", "MB at 60M", "test perplexity", "to AdamW", "step ms")
+    seeds = sorted({r["seeds"] for r in records.values()})
+    headers = ("method", "MB at 60M", "test perplexity", "to AdamW")
     return (
-        f"{Table(headers, rows).markdown()}\n\nEach tuned on the same grid, on a {name} Llama "
-        f"({_size(name)}, {seeds} seeds, float32, CPU); MB: parameters and state of the 60M Llama "
-        "in bfloat16."
+        f"{Table(headers, rows).markdown()}\n\nA {name} Llama ({_size(name)}, "
+        f"{' or '.join(map(str, seeds))} seeds, float32, CPU), every method tuned by the same "
+        "search ([protocol](docs/protocol.md)). MB: parameters and state of the 60M Llama in "
+        "bfloat16. ±: standard deviation over the seeds; to AdamW: mean over paired seeds and "
+        "its standard error, level where a t test does not tell them apart "
+        f"(p < {LEVEL})."
     )
 
 

@@ -73,7 +73,7 @@ def _protocols(plan: Plan, rows: list[Row]) -> Row:
     for record in summary.summarise(plan, rows):
         key = (record["method"], record["protocol"])
         mine = [row for row in rows if (row["method"], row["protocol"]) == key]
-        values = [None, None, record["lr"], record["perplexity"], record["held_bytes"]]
+        values = [None, None, record["rates"][0], record["perplexity"], record["held_bytes"]]
         values += [record[k] for k in ("bytes_60m", "peak_bytes", "optimizer_ms")]
         values += [record["tokens_per_second"]]
         cells = {"cells": summary.cells(record), "values": values}

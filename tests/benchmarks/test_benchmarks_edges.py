@@ -138,7 +138,7 @@ def test_every_worker_saves_however_long_its_step(folder, monkeypatch, capsys):
     assert main(["compare", "--plan=tiny", "--tune", *only, *text(folder)]) == 130
     assert "Traceback" not in capsys.readouterr().err
     saved = sorted(runs.glob("*/checkpoints/latest"))
-    assert ["lr0.001-" in str(saved[0]), "lr0.01-" in str(saved[1])] == [True, True]
+    assert ["lr-0.01-" in str(saved[0]), "lr-0.02-" in str(saved[1])] == [True, True]
     for path in saved:
         assert tiny_benchmarks.saved_step(path.parents[1]) >= 1
     assert len([*runs.iterdir()]) == 2, "another run was begun"
@@ -151,7 +151,8 @@ def test_the_widest_table_fits(monkeypatch, capsys):
     rows = []
     for method in nano.methods:
         for seed in (0, 1):
-            entry = nano.entry(method, "tuned", seed, lr=2.5e-4, other_lr=0.016, clip=0.0)
+            rates = {"lr": 2.5e-4, "embedding_lr": 0.064, "head_lr": 0.016}
+            entry = nano.entry(method, "tuned", seed, **rates, clip=0.0)
             row = {"method": method, "protocol": "tuned", "config": vars(entry.config)}
             row |= {"test_loss": 5.0 + seed / 10, "optimizer_ms": 123.4, "tokens": 10**7}
             row |= {"parameter_bytes": 60 << 20, "state_bytes": 70 << 20, "peak_bytes": 1 << 30}
@@ -163,7 +164,7 @@ def test_the_widest_table_fits(monkeypatch, capsys):
     summary.comparison(nano, rows).print()
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80 and "…" not in out
-    for cell in ("0.00025/0.016/0", "156.22 ±11.04", "130.0", "1024", "123.4", "12,345"):
+    for cell in ("0.00025/0.064/0.016", "156.22 ±11.04", "130.0", "1024", "123.4"):
         assert out.count(cell) == len(nano.methods), cell
 
 

@@ -157,8 +157,8 @@ def tiny_plan(folder, monkeypatch):
     del values["methods"]["scale"]["paper"]
     for method in values["methods"].values():
         for rules in (method[name] for name in ("tuned", "paper") if name in method):
-            rules["grid"] = {"lr": [1e-3]}  # of one point: nothing to tune
-            rules["fixed"] = {"clip": 0.0, "other_lr": 1e-3}
+            rules.clear()  # nothing to tune
+            rules["fixed"] = {"lr": 1e-3, "clip": 0.0, "other_lr": 1e-3}
     (folder / "configs").mkdir()
     for path in plan._CONFIGS.glob("*.json"):
         (folder / "configs" / path.name).write_bytes(path.read_bytes())

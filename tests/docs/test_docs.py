@@ -1,5 +1,6 @@
 """The pages: their figures come from the rows, their parts from their sources, their code runs."""
 
+import copy
 import json
 import re
 import types
@@ -50,7 +51,7 @@ def test_no_figure_of_the_decision_table_is_typed():
 
 def test_a_figure_follows_its_row(monkeypatch):
     before = pages.figure("perplexity", "scale")
-    records = json.loads(json.dumps(pages.compared("nano")))
+    records = copy.deepcopy(pages.compared("nano"))
     records["scale"]["perplexity"] = 2 * records["adamw"]["perplexity"]
     monkeypatch.setattr(pages, "compared", lambda plan: records)
     assert pages.figure("perplexity", "scale") == "+100 %" != before

@@ -34,23 +34,18 @@ PLAN: dict[str, Any] = {
             "label": "AdamW",
             "hyper": {"weight_decay": 0.0},
             "tuned": {
-                "grid": {"lr": [1e-3, 1e-2], "other_lr": [3e-3, 3e-2]},
-                "fixed": {"clip": 1.0},
-                "then": {"clip": [0.0]},
+                "start": {"lr": 1e-3, "embedding_lr": 3e-3, "clip": 1.0, "betas": [0.9, 0.95]},
+                "choices": {"clip": [1.0, 0.0], "betas": [[0.9, 0.95], [0.9, 0.99]]},
             },
-            "paper": {"grid": {"lr": [1e-3, 1e-2, 3e-2]}, "fixed": {"clip": 0.0}},
+            "paper": {"start": {"lr": 1e-2, "clip": 0.0}},
         },
         "scale": {
             "label": "SCALE",
             "tuned": {
-                "grid": {"lr": [1e-3, 1e-2], "other_lr": [3e-3, 3e-2]},
-                "fixed": {"clip": 1.0},
-                "then": {"clip": [0.0]},
+                "start": {"lr": 1e-3, "other_lr": 3e-3, "clip": 1.0},
+                "choices": {"clip": [1.0, 0.0]},
             },
-            "paper": {
-                "grid": {"lr": [1e-3, 1e-2, 3e-2]},
-                "fixed": {"clip": 0.0, "other_lr": 0.02},
-            },
+            "paper": {"start": {"lr": 1e-2, "clip": 0.0}, "fixed": {"other_lr": 0.02}},
         },
     },
 }

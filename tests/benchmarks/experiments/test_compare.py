@@ -68,65 +68,77 @@ def results(folder: Path) -> list[dict]:
     return json.loads((folder / "out" / "results.json").read_text())["rows"]
 
 
-def point(row: dict) -> tuple:
-    return tuple(row["config"][name] for name in ("lr", "other_lr", "clip"))
+def point(row: dict) -> dict:
+    return plan.settings(row)
 
 
-def test_tuning_writes_the_grid_and_the_second_stage(folder):
+def test_tuning_runs_the_search_and_stores_its_rows(folder):
     rows = tuning_rows(folder)
-    assert len(rows) == 2 * (4 + 1 + 3)
     assert not any("curve" in row for row in rows) and all("provenance" in row for row in rows)
+    tiny = Plan("tiny")
     for method, protocol in PAIRS:
         mine = [r for r in rows if (r["method"], r["protocol"]) == (method, protocol)]
         assert all(r["config"]["seed"] == 0 and r["test_loss"] is None for r in mine)
-        points = {point(row) for row in mine}
-        if protocol == "tuned":
-            grid = {(lr, other, 1.0) for lr in (1e-3, 1e-2) for other in (3e-3, 3e-2)}
-            first = min((r for r in mine if point(r) in grid), key=lambda r: r["valid_loss"])
-            assert points == grid | {(*point(first)[:2], 0.0)}
-        else:
-            other = 0.02 if method == "scale" else None
-            assert points == {(lr, other, 0.0) for lr in (1e-3, 1e-2, 3e-2)}
+        assert tiny.tuning_runs(method, protocol, mine) == []
+        assert tiny.edges(method, protocol, mine) == []
         best = min(mine, key=lambda r: r["valid_loss"])
-        chosen = Plan("tiny").chosen(method, protocol, 7).config
-        assert (chosen.lr, chosen.other_lr, chosen.clip) == point(best)
+        chosen = tiny.chosen(method, protocol, 7).config
+        assert point({"config": vars(chosen)}) == point(best)
         assert (chosen.seed, chosen.steps, chosen.model) == (7, 6, "tiny")
+    tuned = [point(r) for r in rows if (r["method"], r["protocol"]) == ("adamw", "tuned")]
+    assert len({p["embedding_lr"] for p in tuned}) >= 3 and len({p["lr"] for p in tuned}) >= 3
+    assert {p["clip"] for p in tuned} == {0.0, 1.0}
+    assert {tuple(p["betas"]) for p in tuned} == {(0.9, 0.95), (0.9, 0.99)}
+    scale = [r["config"] for r in rows if (r["method"], r["protocol"]) == ("scale", "paper")]
+    assert {c["other_lr"] for c in scale} == {0.02} and {c["clip"] for c in scale} == {0.0}
 
 
 def test_tuning_one_method_keeps_the_rows_of_the_others(folder, capsys):
     before = tuning_rows(folder)
     values = copy.deepcopy(PLAN)
-    values["methods"]["scale"]["paper"]["grid"]["lr"] = [1e-3, 2e-3]
+    values["methods"]["scale"]["paper"]["start"]["lr"] = 0.5
     tiny_benchmarks.write_plan(folder, values)
     assert run(folder, "--tune", "--optimizers", "scale", "--protocol", "paper") == 0
     after = tuning_rows(folder)
     other = [r for r in before if (r["method"], r["protocol"]) != ("scale", "paper")]
-    assert [r for r in after if r in other] == other and len(after) == len(other) + 2
-    printed = capsys.readouterr().out
-    assert "note: scale (paper) is best at the edge of its lr grid" in printed
-    assert "(best of 2)" in printed and printed.count("(best of 5)") == 2
+    assert [r for r in after if r in other] == other
+    new = [r["config"]["lr"] for r in after if r not in other]
+    assert new and {0.25, 0.5, 1.0} <= set(new)
+    assert f"(best of {len(new)})" in capsys.readouterr().out
 
 
-def test_the_committed_plan_gives_every_method_the_same_budget():
+def test_a_best_rate_at_an_edge_is_named(tuned, folder):
+    rows = [r for r in tuning_rows(folder) if r["method"] == "adamw"]
+    best = min((r for r in rows if r["protocol"] == "tuned"), key=lambda r: r["valid_loss"])
+    above = [r for r in rows if r["config"]["lr"] <= best["config"]["lr"]]
+    (folder / "results" / "tiny-tune.json").write_text(json.dumps({"rows": above}))
+    assert Plan("tiny").edges("adamw", "tuned", above) == ["lr"]
+    records = summary.summarise(Plan("tiny"), [r for r in results(tuned) if r["method"] == "adamw"])
+    cells = {r["protocol"]: summary.cells(r)[2] for r in records}
+    assert cells["tuned"].endswith(" edge")
+
+
+def test_the_committed_plan_searches_alike_for_every_method():
     nano = Plan("nano")
     assert set(nano.select(None)) == {"sgd", "adamw", "muon", "scale"} <= set(nano.methods)
-    row = {"valid_loss": 1.0, "config": {"lr": 1.0, "other_lr": None, "clip": 1.0}}
     configs = []
-    for protocol, axes in (("tuned", {"lr", "other_lr"}), ("paper", {"lr"})):
-        budgets = set()
+    for protocol, axes in (
+        ("tuned", (("embedding_lr",), ("head_lr",), ("lr",))),
+        ("paper", (("lr",),)),
+    ):
         pairs = nano.pairs(nano.methods, [protocol])
         for method, _ in pairs:
-            rules, grid = nano.methods[method][protocol], nano.grid(method, protocol)
-            assert len({entry.key for entry in grid}) == len(grid)
-            assert set(rules["grid"]) == axes
-            assert rules["fixed"]["clip"] == (1.0 if protocol == "tuned" else 0.0)
-            second = nano.second(
-                method, protocol, [{"method": method, "protocol": protocol, **row}]
-            )
-            assert [e.config.clip for e in second] == ([0.0] if protocol == "tuned" else [])
-            budgets.add((*(len(values) for values in rules["grid"].values()), len(second)))
-            configs += [entry.config for entry in grid]
-        assert len(budgets) == 1
+            search = nano.search(method, protocol)
+            together = method == "muon" and protocol == "paper"
+            assert search.axes == ((("lr", "other_lr"),) if together else axes)
+            if protocol == "tuned":
+                assert search.choices["clip"] == [1.0, 0.0]
+                second = {"betas", "other_betas", "momentum"} & search.choices.keys()
+                assert second or method == "sgd"
+                assert all(search.start[name] in values for name, values in search.choices.items())
+            runs = nano.tuning_runs(method, protocol, [])
+            assert len({entry.key for entry in runs}) == len(runs)
+            configs += [entry.config for entry in runs]
         assert {m for m, _ in pairs} >= set(nano.select(None))
     assert [m for m, _ in nano.pairs(nano.methods, ["tuned"])] == list(nano.methods)
     for config in configs:

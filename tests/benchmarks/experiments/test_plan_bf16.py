@@ -22,4 +22,4 @@ def test_every_precision_trains_at_the_same_tuned_rates(method):
 
 def test_it_is_tuned_elsewhere():
     with pytest.raises(ValueError, match="plan nano-bf16 is tuned by plan nano; run compare"):
-        Plan("nano-bf16").grid("scale_fp32", "tuned")
+        Plan("nano-bf16").tuning_runs("scale_fp32", "tuned", [])

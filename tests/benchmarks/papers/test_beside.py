@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from dataclasses import replace
 
 import pytest
 import tiny_benchmarks
@@ -12,7 +11,8 @@ from benchmarks.__main__ import main
 from benchmarks.experiments import plan as plan_module
 from benchmarks.experiments import time_budget as budget
 from benchmarks.experiments.model_sizes import MODEL_SIZES
-from benchmarks.experiments.plan import Plan
+from benchmarks.experiments.plan import MOST_ON_A_LINE, Plan, settings
+from benchmarks.experiments.tuning import is_rate
 from benchmarks.papers import cast as cast_beside
 from benchmarks.papers import perplexity_tables, table_runs
 from benchmarks.papers.perplexity_tables import TABLES
@@ -88,45 +88,49 @@ def test_cast_is_measured_against_the_dense_model_trained_as_long():
     assert made["cast"]["tokens"] == made["continued"]["tokens"]
 
 
-def test_a_plan_at_another_size_takes_its_ranks_and_a_grid_around_the_best():
+def test_a_plan_at_another_size_takes_its_ranks_and_searches_around_the_best():
     small, large = Plan("nano"), Plan("60m")
     best = small.best("galore", "tuned")
-    grid = [e.config for e in large.grid("galore", "tuned")]
-    assert [c.lr / best["lr"] for c in grid] == [0.125, 0.25, 0.5]
-    assert [c.other_lr / best["other_lr"] for c in grid] == [0.125, 0.25, 0.5]
-    assert {c.hyper["rank"] for c in grid} == {128} and {c.steps for c in grid} == {612}
-    assert all(10e6 <= c.steps * c.tokens_per_step < 10.1e6 for c in grid)
+    runs = [e.config for e in large.tuning_runs("galore", "tuned", [])]
+    rates = [name for name in best if is_rate(name)]
+    assert len(rates) > 1
+    for name in rates:
+        tried = [settings({"config": vars(c)})[name] for c in runs]
+        assert tried == pytest.approx([best[name] * factor for factor in (0.25, 0.5, 0.125)])
+    assert {c.hyper["rank"] for c in runs} == {128} and {c.steps for c in runs} == {612}
+    assert all(10e6 <= c.steps * c.tokens_per_step < 10.1e6 for c in runs)
     final = large.entry("galore", "tuned", 0, **best)
     assert final.config.steps * final.config.tokens_per_step >= 60e6
-    keys = {e.key for e in [*large.grid("galore", "tuned"), final]}
-    assert len(keys) == 4  # a run of the grid and a long one at its rates have folders of their own
+    keys = {e.key for e in [*large.tuning_runs("galore", "tuned", []), final]}
+    assert len(keys) == 4  # a tuning run and a long one at its rates have folders of their own
     assert large.results_path.name == "60m-compare.json"
     with pytest.raises(ValueError, match="unknown plan '61m'"):
         Plan("61m")
 
 
-def test_a_grid_grows_where_its_best_is_at_an_end():
-    plan = Plan("9m")
-    points = [e.config for e in plan.grid("galore", "tuned")]
+def test_a_search_goes_on_where_its_best_is_at_an_end():
+    plan = Plan("130m")
 
-    def rows(best: int, count: int = 4):
-        made = []
-        for i, c in enumerate([*points, *[replace(points[-1], lr=9.0 + n) for n in range(3)]]):
-            row = {"method": "galore", "protocol": "tuned", "config": vars(c)}
-            made.append({**row, "valid_loss": None if i == 3 else 5.0 + abs(i - best)})
-        return made[:count]
+    def rows(best: float, count: int) -> list[dict]:
+        """The first rows of a search whose loss is least at a multiple of the start's rates."""
+        made: list[dict] = []
+        while len(made) < count and (runs := plan.tuning_runs("galore", "tuned", made)):
+            for entry in runs[: count - len(made)]:
+                row = {"method": "galore", "protocol": "tuned", "config": vars(entry.config)}
+                loss = abs(math.log2(entry.config.lr / start / best))
+                made.append({**row, "valid_loss": 5.0 + loss if loss < 3 else None})
+        return made
 
-    (below,) = plan.beyond("galore", "tuned", rows(0))
-    assert below.config.lr == points[0].lr / 2 and below.config.steps == points[0].steps
-    assert below.config.other_lr == points[0].other_lr / 2
-    assert plan.beyond("galore", "tuned", rows(1)) == []
-    made = rows(0)
-    made[3]["valid_loss"] = 4.0
-    (above,) = plan.beyond("galore", "tuned", made)
-    assert above.config.lr == 2 * points[3].lr and above.config.other_lr == 2 * points[3].other_lr
-    assert len(plan.beyond("galore", "tuned", rows(0, 5))) == 1
-    assert plan.beyond("galore", "tuned", rows(0, 6)) == [], "two at most"
-    assert Plan("60m-full").beyond("galore", "paper", rows(0)) == []
+    start = plan.search("galore", "tuned").start["lr"]
+    assert len(rows(1.0, 9)) == 3 and plan.edges("galore", "tuned", rows(1.0, 9)) == []
+    for best in (0.5, 2.0):
+        made = rows(best, 9)
+        assert made[3]["config"]["lr"] == pytest.approx(start * best**2)
+        assert len(made) == 4 and plan.edges("galore", "tuned", made) == []
+        assert plan.edges("galore", "tuned", made[:3]) == ["lr"]
+    assert len(rows(8.0, 9)) == MOST_ON_A_LINE and plan.edges("galore", "tuned", rows(8.0, 9))
+    full = Plan("60m-full").tuning_runs("galore", "paper", [])
+    assert [e.config.lr for e in full] == [0.01]
 
 
 @pytest.mark.parametrize("size", [s for s in MODEL_SIZES if s.endswith("-full")])
@@ -144,7 +148,7 @@ def test_the_published_protocol_is_the_published_one(size):
 def entries(name: str = "nano", count: int = 2):
     plan = Plan(name)
     methods = list(plan.methods)[:count]
-    grid = [e for m in methods for e in plan.grid(m, "tuned")]
+    grid = [e for m in methods for e in plan.tuning_runs(m, "tuned", [])]
     return [plan.entry(m, "tuned", 0, lr=0.1, other_lr=1.0, clip=1.0) for m in methods], grid
 
 

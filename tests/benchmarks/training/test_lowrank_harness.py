@@ -149,31 +149,25 @@ def test_the_committed_plan():
         *("adamw", "galore", "fira", "low_rank", "low_rank_restarts", "low_rank_refactorize"),
         *("low_rank_reset", "lora", "relora", "sltrain", "sltrain_restarts"),
     }
-    budgets, ranks, configs = set(), set(), []
+    searches, ranks, configs = set(), set(), []
     for method, protocol in plan.pairs(plan.select(None), ["tuned", "paper"]):
         assert protocol == "tuned"
-        rules, grid = plan.methods[method]["tuned"], plan.grid(method, "tuned")
-        get_info(grid[0].config.optimizer)
-        lengths = tuple((name, len(values)) for name, values in rules["grid"].items())
-        budgets.add((lengths, str(rules["fixed"]), str(rules.get("then"))))
-        lowrank = grid[0].config.lowrank
-        ranks.add(lowrank.get("rank", grid[0].config.hyper.get("rank")))
-        configs += [entry.config for entry in grid]
-    assert len(budgets) == 1 and ranks == {None, 32}
+        search = plan.search(method, "tuned")
+        runs = [entry.config for entry in plan.tuning_runs(method, "tuned", [])]
+        get_info(runs[0].optimizer)
+        searches.add((search.axes, str(search.choices), search.start["clip"]))
+        ranks.add(runs[0].lowrank.get("rank", runs[0].hyper.get("rank")))
+        configs += runs
+    assert len(searches) == 1 and ranks == {None, 32}
     common = ("model", "steps", "batch_size", "seq_len", "accumulate", "eval_tokens", "seed")
     assert len({tuple(getattr(config, name) for name in common) for config in configs}) == 1
-    nano = Plan("nano")  # the dense methods are run as they are in the main comparison
-    for method in ("adamw", "galore", "fira"):
-        ours = [entry.config for entry in plan.grid(method, "tuned")]
-        theirs = [entry.config for entry in nano.grid(method, "tuned")]
-        assert ours == [config for config in theirs if config.other_lr in (0.008, 0.016)]
 
 
 def test_each_method_of_the_plan_trains(corpus):
     plan = Plan("nano-lowrank")
     found = {}
     for method in plan.methods:
-        entry = plan.grid(method, "tuned")[0]
+        entry = plan.tuning_runs(method, "tuned", [])[0]
         lowrank = dict(entry.config.lowrank)
         for key in ("restarts", "relora"):
             if key in lowrank:

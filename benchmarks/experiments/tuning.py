@@ -1,0 +1,93 @@
+"""Search for a method's best options and rates, until the best rates are inside."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Values = dict[str, Any]
+Tried = Sequence[tuple[Values, float]]  # tuned values, and the loss they led to
+FACTOR = 2.0  # between neighbouring learning rates
+
+
+def is_rate(name: str) -> bool:
+    """Return whether a tuned value is a learning rate."""
+    return name == "lr" or name.endswith("_lr")
+
+
+@dataclass(frozen=True)
+class Search:
+    """Coordinate search over options, then over learning rates.
+
+    At the learning rates of the start the options are chosen, one after another, each by its
+    neighbours in its list. Then, from the best point so far, half and twice of one learning rate
+    after another are tried, until both are worse for each of them: the best rates are inside what
+    was tried.
+
+    Attributes:
+        start: first point.
+        axes: names of the learning rates, those of one axis change together.
+        choices: lists of values of options.
+        most: limit of the number of points; a best rate may then be at an edge.
+    """
+
+    start: Values
+    axes: tuple[tuple[str, ...], ...] = ()
+    choices: dict[str, list[Any]] = field(default_factory=dict)
+    most: int | None = None
+
+    def next(self, tried: Tried) -> list[Values]:
+        """Return the points to try next; none: the search has ended."""
+        if not tried:
+            return [self.start, *self.next([(self.start, 0.0)])]
+        if self.most is not None and len(tried) >= self.most:
+            return []
+        at_start = [p for p in tried if _same(p[0], self.start, but=tuple(self.choices))]
+        missing = [*self._other_choices(at_start or tried), *self._beside(_best(tried), tried)]
+        return next((points for points in missing if points), [])
+
+    def edges(self, tried: Tried) -> list[str]:
+        """Return the learning rates whose best value has no worse one above or below."""
+        missing = zip(self.axes, self._beside(_best(tried), tried), strict=True)
+        return [axis[0] for axis, points in missing if points]
+
+    def _beside(self, best: Values, tried: Tried) -> Iterator[list[Values]]:
+        """Yield for each axis the neighbours beyond which nothing was tried."""
+        for axis in self.axes:
+            known = [v[axis[0]] for v, _ in tried if _same(v, best, but=axis)]
+            yield [
+                point
+                for point in _neighbours(best, axis)
+                if not any(_beyond(value, best[axis[0]], point[axis[0]]) for value in known)
+            ]
+
+    def _other_choices(self, tried: Tried) -> Iterator[list[Values]]:
+        """Yield for each option the neighbours of its best value that were not tried."""
+        best = _best(tried)
+        for name, values in self.choices.items():
+            if name not in best:  # the values of an older search
+                continue
+            at = values.index(best[name])
+            points = [{**best, name: value} for value in values[max(0, at - 1) : at + 2]]
+            yield [p for p in points if not any(_same(v, p) for v, _ in tried)]
+
+
+def _best(tried: Tried) -> Values:
+    return min(tried, key=lambda point: point[1])[0]
+
+
+def _neighbours(point: Values, axis: tuple[str, ...]) -> list[Values]:
+    return [scaled(point, axis, factor) for factor in (FACTOR, 1 / FACTOR)]
+
+
+def scaled(point: Values, names: Sequence[str], factor: float) -> Values:
+    """Return a point with some of its values multiplied."""
+    return {**point, **{name: float(f"{point[name] * factor:.6g}") for name in names}}
+
+
+def _same(a: Values, b: Values, but: tuple[str, ...] = ()) -> bool:
+    return a.keys() == b.keys() and all(a[name] == b[name] for name in a if name not in but)
+
+
+def _beyond(value: float, best: float, neighbour: float) -> bool:
+    """Return whether a value is on the neighbour's side of the best one."""
+    return value > best if neighbour > best else value < best
