@@ -106,6 +106,7 @@ TABLES = {
         "memory params+optimizer",
         SCALE_MAIN,
         notes=(
+            "paper: v1, and v3 for Adam and Muon at 7B; where both have a figure it is the same.",
             "Muon as the paper counts it: momentum for all matrices. APOLLO up to 1B with a stored "
             "projector, as the paper counts; ours draws it anew, 0.58 instead of 0.61 at 130M.",
             "?: at 350M 1.59 would be rank 384 (1.58), not the 256 of the scripts; which rank was "
@@ -143,8 +144,11 @@ TABLES = {
 
 
 def published_value(paper: str, metric: str, method: str, size: str) -> float | None:
-    """Return the first published figure of a metric, matched by its prefix, or None."""
-    for record in published():
+    """Return a published figure of a metric, matched by its prefix, or None.
+
+    Of a paper's versions the earliest that has the figure counts.
+    """
+    for record in sorted(published(), key=lambda record: record.get("version", "")):
         if record["paper"].startswith(paper) and record["metric"].startswith(metric):
             value = record["values"].get(method, {}).get(size)
             if value is not None:

@@ -22,17 +22,20 @@ WARNING = (
 def paper_values(
     table: PaperComparison, names: dict[str, str | None]
 ) -> dict[str, dict[str, float]]:
-    """Return published perplexities by size and our method; the first record of a size counts."""
+    """Return published perplexities by size and our method, all of the table's version."""
     values: dict[str, dict[str, float]] = {}
     for record in published():
-        if record["paper"].startswith(table.paper) and record["metric"].startswith(table.metric):
-            if table.paper == "SCALE" and record["table"].startswith("7B"):
-                continue  # the same runs at four lengths
+        if _is_of(record, table):
             for method, name in names.items():
                 for size, value in record["values"].get(name, {}).items():
                     number = math.exp(value) if table.log else float(value)
-                    values.setdefault(size, {}).setdefault(method, number)
+                    values.setdefault(size, {})[method] = number
     return values
+
+
+def _is_of(record: dict[str, Any], table: PaperComparison) -> bool:
+    found = (record["paper"].rsplit(" ", 1)[0], record.get("version"), record["metric"])
+    return found == (table.paper, table.version, table.metric)
 
 
 def plans_at(table: PaperComparison, size: str) -> list[Plan]:
@@ -158,9 +161,10 @@ def lines_below(table: PaperComparison, made: list[Row]) -> list[str]:
     )
     size = made[0]["size"] if made else table.size
     seeds = sorted({r["seeds"] for r in made})
+    version = f"{table.version}, " if table.version else ""
     lines.append(
-        f"paper: C4 at {size}. {WARNING} Ranks count the methods that both have. MiB: parameters + "
-        f"optimizer state as trained, exact. Seeds: {', '.join(map(str, seeds))}."
+        f"paper: {version}C4 at {size}. {WARNING} Ranks count the methods that both have. MiB: "
+        f"parameters + optimizer state as trained, exact. Seeds: {', '.join(map(str, seeds))}."
     )
     counts = sorted({r["tried"] for r in made}, reverse=True)
     by_count = [(n, [r["label"] for r in made if r["tried"] == n]) for n in counts]

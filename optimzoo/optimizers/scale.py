@@ -102,9 +102,11 @@ class SCALE(RoleOptimizer):
     Example:
         >>> optimizer = optimzoo.SCALE(optimzoo.param_groups(model), lr=1e-3, vector_lr=1e-2)
 
-    Source: arXiv 2506.16659; OptimAI-Lab/Minimalist_LLM_Pretraining. Ours differs from that code:
-    fp32 norms and fp32 Adam moments under low-precision weights; roles kept in the groups, so that
-    training goes on after a resume; weights above two dimensions; tied weights (the head's rule).
+    Source: "Memory-Efficient LLM Pretraining via Minimalist Optimizer Design" (ICML 2026; arXiv
+    2506.16659), formerly "A Minimalist Optimizer Design for LLM Pretraining";
+    OptimAI-Lab/Minimalist_LLM_Pretraining. Ours differs from that code: fp32 norms and fp32
+    Adam moments under low-precision weights; roles kept in the groups, so that training goes on
+    after a resume; weights above two dimensions; tied weights (the head's rule).
     """
 
     _matrix_roles: ClassVar[tuple[str, ...]] = ("hidden", "embedding", "head")

@@ -1,4 +1,4 @@
-"""Stable-SPAM: Adam with adaptive clipping and momentum reset (arXiv 2502.17055)."""
+"""Stable-SPAM: Adam with adaptive clipping and momentum reset (arXiv 2502.17055v2)."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -47,7 +47,7 @@ _AVERAGES = ("max_avg", "norm_avg", "norm_avg_sq")
 @register(
     "stable_spam",
     "Adam with adaptive clipping and momentum reset",
-    source="arXiv 2502.17055",
+    source="arXiv 2502.17055v2",
     state="2 x",
 )
 class StableSPAM(MatrixOptimizer):
@@ -90,7 +90,8 @@ class StableSPAM(MatrixOptimizer):
     With `capturable` the moments are multiplied by 1, or at a reset by 0, at each step; with
     `total_steps` too, no kernels step.
 
-    Source: arXiv 2502.17055; TianjinYellow/StableSPAM.
+    Source: arXiv 2502.17055v2 (v3 is another method, GradientStabilizer);
+    TianjinYellow/StableSPAM.
     """
 
     _matrix_roles: ClassVar[tuple[str, ...]] = ROLES

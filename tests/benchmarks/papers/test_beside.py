@@ -16,6 +16,7 @@ from benchmarks.experiments.tuning import is_rate
 from benchmarks.papers import cast as cast_beside
 from benchmarks.papers import perplexity_tables, table_runs
 from benchmarks.papers.perplexity_tables import TABLES
+from benchmarks.papers.published import published
 
 SCALE = TABLES["scale-main"]
 
@@ -61,6 +62,43 @@ def test_ratios_ranks_and_tau_are_those_of_the_rows():
     tau = next(t for t in perplexity_tables.taus(SCALE, list(made.values())) if t["size"] == "60M")
     assert tau["methods"] == len(common) == 9
     assert tau["tau"] == pytest.approx(sum(agree) / len(agree))
+
+
+def test_a_table_takes_its_figures_from_one_version_of_the_paper():
+    """Both versions of SCALE's main table are there, and differ at 1B alone."""
+    methods = {m: name for m, name in SCALE.methods.items() if name}
+    by_version = {
+        version: perplexity_tables.paper_values(replace(SCALE, version=version), methods)
+        for version in ("v1", "v3")
+    }
+    five = ("adamw", "muon", "galore", "apollo_mini", "scale")
+    columns = {
+        "v1": dict(zip(five, (16.52, 14.18, 15.57, 14.13, 14.25), strict=True)),
+        "v3": dict(zip(five, (15.79, 13.67, 15.05, 13.48, 13.49), strict=True)),
+    }
+    for version, column in columns.items():
+        assert by_version[version]["1B"].items() >= column.items()
+    assert by_version["v3"]["1B"] == columns["v3"] and set(by_version["v1"]["1B"]) == set(methods)
+    for size in ("60M", "130M", "350M"):
+        assert by_version["v1"][size].items() >= by_version["v3"][size].items()
+
+    used = {name: table.version for name, table in TABLES.items() if table.paper == "SCALE"}
+    assert used == {"scale-main": "v1", "scale-ablation": "v3", "full": "v1"}
+    assert perplexity_tables.paper_values(SCALE, methods) == by_version["v1"]
+    for name, version in used.items():
+        notes = perplexity_tables.lines_below(TABLES[name], [])
+        assert any(line.startswith(f"paper: {version}, C4 at 60M.") for line in notes)
+        assert any(f"{version} of arXiv 2506.16659" in line for line in notes)
+
+
+def test_the_order_of_the_records_does_not_matter(monkeypatch):
+    values = {
+        name: perplexity_tables.paper_values(table, table.methods) for name, table in TABLES.items()
+    }
+    backwards = published()[::-1]
+    monkeypatch.setattr(perplexity_tables, "published", lambda: backwards)
+    for name, table in TABLES.items():
+        assert perplexity_tables.paper_values(table, table.methods) == values[name]
 
 
 def test_log_perplexities_become_perplexities():

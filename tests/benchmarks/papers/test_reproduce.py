@@ -148,7 +148,7 @@ def test_every_published_figure_says_where_it_is_from():
             for value in row.values():
                 assert isinstance(value, int | float) or re.fullmatch(r"\d+/\d+", value), record
             count += len(row)
-    assert count == 419
+    assert count == 461
     assert {r["paper"].split()[0] for r in records} == {
         "SCALE",
         "Natural",
@@ -157,6 +157,21 @@ def test_every_published_figure_says_where_it_is_from():
         "GaLore",
         "APOLLO",
     }
+
+
+def test_versions_of_a_paper_agree_on_memory_and_the_secondary_one_says_so():
+    figures: dict[tuple[str, str], set[float]] = {}
+    for record in memory_columns.published():
+        if not record["paper"].startswith("SCALE"):
+            continue
+        assert record["version"] in ("v1", "v3")
+        assert record["provenance"].startswith("secondary") == (record["version"] == "v3")
+        if record["metric"].startswith("memory"):
+            for method, row in record["values"].items():
+                for size, value in row.items():
+                    figures.setdefault((method, size), set()).add(value)
+    assert all(len(values) == 1 for values in figures.values())
+    assert figures["Muon", "7B"] == {26.95}
 
 
 def test_a_figure_that_is_not_published_is_none():
