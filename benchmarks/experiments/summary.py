@@ -52,6 +52,13 @@ def bytes_at(size: str, optimizer: str, hyper: str, lowrank: str = "{}", groups:
     return counted.params + support_bytes(model) + counted.state_total
 
 
+def bytes_60m(config: Row) -> int:
+    """Return the bytes of the 60M Llama's parameters and state with a run's optimizer."""
+    options = (config.get(name, {}) for name in ("hyper", "lowrank", "groups"))
+    texts = [json.dumps(rescaled(values, MODEL_SIZES["60m"])) for values in options]
+    return bytes_at("60m", config["optimizer"], *texts)
+
+
 def summarise(plan: Plan, rows: list[Row]) -> list[Row]:
     """Return one record per method and protocol: mean and spread over seeds, and all columns."""
     records = []
@@ -65,7 +72,6 @@ def summarise(plan: Plan, rows: list[Row]) -> list[Row]:
         losses = [perplexity(r["test_loss"]) for r in mine]
         finite = all(map(math.isfinite, losses))
         times = [r["optimizer_ms"] for r in mine if r["optimizer_ms"] is not None]
-        first = mine[0]["config"]
         records.append(
             {
                 "method": method,
@@ -79,26 +85,14 @@ def summarise(plan: Plan, rows: list[Row]) -> list[Row]:
                 "seeds": len(mine),
                 "difference": paired(mine, reference),
                 "held_bytes": mine[0]["parameter_bytes"] + mine[0]["state_bytes"],
-                "bytes_60m": bytes_at(
-                    "60m",
-                    first["optimizer"],
-                    *(
-                        json.dumps(rescaled(first.get(name, {}), MODEL_SIZES["60m"]))
-                        for name in ("hyper", "lowrank", "groups")
-                    ),
-                ),
-                "peak_bytes": statistics.median(r["peak_bytes"] for r in mine),
+                "bytes_60m": bytes_60m(mine[0]["config"]),
                 "optimizer_ms": statistics.median(times) if times else math.nan,
-                "tokens_per_second": statistics.median(r["tokens_per_second"] for r in mine),
             }
         )
     return sorted(records, key=lambda r: (r["protocol"] != "tuned", r["perplexity"]))
 
 
-HEADERS = (
-    *("method", "protocol", "lr hid/emb/head", "test ppl", "held MiB", "60M MB", "peak MiB"),
-    "step ms",
-)
+HEADERS = ("method", "protocol", "lr hid/emb/head", "test ppl", "held MiB", "60M MB", "step ms")
 
 
 def _short(rates: list[float]) -> list[float]:
@@ -115,7 +109,6 @@ def cells(record: Row) -> list[str]:
         f"{record['perplexity']:.2f}{spread}",
         f"{record['held_bytes'] / MIB:.1f}",
         f"{record['bytes_60m'] / 1e6:.0f}",
-        f"{record['peak_bytes'] / MIB:.0f}",
         f"{record['optimizer_ms']:.1f}",
     ]
 
@@ -127,8 +120,7 @@ LEGEND = (
     "momentum, weight decay; paper: one learning rate, no clipping. edge: the best rate is the "
     "largest or the smallest that was tried. held: parameters + optimizer state of this model, "
     "measured from the tensors. 60M: the same for the 58 M Llama in bf16, 1e6 bytes, from shapes, "
-    "of rank 128 where a method has a rank. peak: of the process, the interpreter and torch "
-    "included (on a GPU: allocated). step: the optimizer alone."
+    "of rank 128 where a method has a rank. step: the optimizer alone."
 )
 
 

@@ -100,7 +100,7 @@ TABLES = {
         notes=(
             "v3 of arXiv 2506.16659 (ICML 2026), from a secondary source; v1's ablation was not at "
             "hand.",
-            "SCALE, SCALE spectral and Adam are those of scale-main, tuned on its larger grid.",
+            "SCALE, SCALE spectral and Adam are those of scale-main.",
         ),
     ),
     "natural-galore": PaperComparison(

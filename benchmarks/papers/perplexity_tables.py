@@ -132,7 +132,7 @@ def cells(record: Row) -> list[str]:
 
     spread = "" if record["spread"] is None else f" ±{record['spread']:.2f}"
     return [
-        record["label"],
+        record["label"] + ", edge" * bool(record["edges"]),
         number("paper", ".2f"),
         number("paper_ratio", ".3f"),
         number("paper_rank", "d"),
@@ -166,6 +166,8 @@ def lines_below(table: PaperComparison, made: list[Row]) -> list[str]:
         f"paper: {version}C4 at {size}. {WARNING} Ranks count the methods that both have. MiB: "
         f"parameters + optimizer state as trained, exact. Seeds: {', '.join(map(str, seeds))}."
     )
+    if any(r["edges"] for r in made):
+        lines.append("edge: its best rate is the largest or the smallest that was tried.")
     counts = sorted({r["tried"] for r in made}, reverse=True)
     by_count = [(n, [r["label"] for r in made if r["tried"] == n]) for n in counts]
     texts = [f"{n} ({', '.join(labels)})" for n, labels in by_count]

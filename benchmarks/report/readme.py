@@ -25,7 +25,7 @@ from benchmarks.experiments.summary import (
     write_report,
 )
 from benchmarks.papers import perplexity_tables
-from benchmarks.report import results_page
+from benchmarks.report import findings, results_page
 from benchmarks.training.flops import speed_text
 from optimzoo.models.llama import get_config
 from optimzoo.options import refuse
@@ -87,6 +87,7 @@ def _headline(name: str) -> str:
 def _methods(name: str) -> str:
     """Return the table of the registry's methods, with the best rates of a plan."""
     plan, rows = Plan(name), []
+    tuning = read_rows(plan.tune_path)
     for method in optimzoo.list_optimizers():
         info = optimzoo.get_info(method)
         if not info.make.__module__.startswith("optimzoo."):
@@ -94,7 +95,7 @@ def _methods(name: str) -> str:
         number = info.source.removeprefix("arXiv ")
         source = f"[{number}](https://arxiv.org/abs/{number})" if number in info.source else ""
         rates = "-"
-        if method in plan.methods:
+        if method in plan.methods and not plan.edges(method, "tuned", tuning):
             rates = " / ".join(f"{r:g}" for r in role_rates(plan.best(method, "tuned")))
         source = source if info.source.startswith("arXiv") else info.source
         rows.append([f"`{method}`", info.description, source, info.state, rates])
@@ -107,7 +108,8 @@ def _methods(name: str) -> str:
         "`adamw`, `sgd`, `adafactor` and torch's others have the same names as in torch. state: in "
         "weights of that role; rest: embedding, head and vectors; r: the rank, s: the history. "
         f"lr: `lr`, `embedding_lr` and `head_lr`, each by the same search on {name} "
-        f"({_size(name)}), with `vector_lr` {plan.methods['scale']['hyper']['vector_lr']:g}."
+        f"({_size(name)}), with `vector_lr` {plan.methods['scale']['hyper']['vector_lr']:g}; "
+        "-: not tuned by it yet."
     )
     return f"{table.markdown()}\n\n{note}"
 
@@ -218,8 +220,13 @@ def _utilisation(name: str) -> str:
     )
 
 
+def _findings(_: str) -> str:
+    return findings.table().markdown()
+
+
 _MADE: dict[str, Callable[[str], str]] = {
     "headline": _headline,
+    "findings": _findings,
     "methods": _methods,
     "results": _results,
     "table": _comparison,

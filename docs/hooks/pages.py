@@ -22,7 +22,7 @@ import torch
 import optimzoo
 from benchmarks.common.tables import Table
 from benchmarks.experiments.plan import Plan
-from benchmarks.experiments.summary import HEADERS, bytes_at, cells, read_rows, summarise
+from benchmarks.experiments.summary import HEADERS, bytes_60m, bytes_at, cells, read_rows, summarise
 from benchmarks.report.readme import filled
 from optimzoo.memory import account
 from optimzoo.models.llama import Llama, get_config
@@ -73,8 +73,10 @@ def compared(plan: str) -> dict[str, dict[str, Any]]:
 
 
 def perplexity(method: str) -> str:
-    """Return the test perplexity on nano, relative to AdamW's."""
+    """Return the test perplexity on nano, relative to AdamW's; a dash for one not yet tuned."""
     records = compared("nano")
+    if method not in records:
+        return "-"
     ratio = records[method]["perplexity"] / records["adamw"]["perplexity"]
     return f"{round(100 * (ratio - 1)):+d} %"
 
@@ -98,8 +100,9 @@ def large(method: str) -> str:
 
 def memory(method: str) -> str:
     """Return the bytes of the 60M Llama and its state in bfloat16, and their share of AdamW's."""
-    records = compared("nano")
-    mine, adamw = (records[m]["bytes_60m"] for m in (method, "adamw"))
+    plan = Plan("nano")
+    starts = {m: plan.tuning_runs(m, "tuned", [])[0].config for m in (method, "adamw")}
+    mine, adamw = (bytes_60m(vars(config)) for config in starts.values())
     return f"{mine / 1e6:.0f} MB ({100 * mine / adamw:.0f} %)"
 
 
@@ -125,7 +128,7 @@ def figure(name: str, method: str) -> str:
     Raises:
         ValueError: an unknown figure, or a method without a row.
     """
-    if name not in FIGURES or method not in compared("nano"):
+    if name not in FIGURES or method not in Plan("nano").methods:
         raise ValueError(f"no figure {{{{ {name} {method} }}}}; there are {', '.join(FIGURES)}")
     return FIGURES[name](method)
 
@@ -208,7 +211,7 @@ def result_table(name: str) -> str:
     records = summarise(plan, read_rows(plan.results_path))
     mine = [r for r in records if r["method"] in methods]
     if not mine:
-        return "## Results\n\nThis method is not in the [comparison](../choosing.md)."
+        return "## Results\n\nThis method is not yet in the [comparison](../choosing.md)."
     adamw = [r for r in records if r["method"] == "adamw" and name != "adamw"]
     table = Table(HEADERS, [cells(record) for record in [*mine, *adamw]], left=3)
     text = "Its rows of the [comparison](../choosing.md#the-comparison), and AdamW's."

@@ -164,7 +164,7 @@ def test_the_widest_table_fits(monkeypatch, capsys):
     summary.comparison(nano, rows).print()
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80 and "…" not in out
-    for cell in ("0.00025/0.064/0.016", "156.22 ±11.04", "130.0", "1024", "123.4"):
+    for cell in ("0.00025/0.064/0.016", "156.22 ±11.04", "130.0", "123.4"):
         assert out.count(cell) == len(nano.methods), cell
 
 

@@ -1,0 +1,95 @@
+"""Findings: differences of two methods, as the committed rows have them."""
+
+from dataclasses import dataclass
+
+from benchmarks.common.tables import Table
+from benchmarks.experiments.plan import Plan, Row
+from benchmarks.experiments.significance import Difference, paired
+from benchmarks.experiments.summary import read_rows
+from benchmarks.training.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Question:
+    """A method against another, both tuned.
+
+    Attributes:
+        text: what the difference tells.
+        ours: plan and method.
+        theirs: plan and method that it is compared with, of the same model, batch and steps.
+    """
+
+    text: str
+    ours: tuple[str, str]
+    theirs: tuple[str, str]
+
+    def rows(self) -> tuple[list[Row], list[Row]]:
+        """Return the committed rows of both."""
+        return _rows(*self.ours), _rows(*self.theirs)
+
+    def difference(self) -> Difference | None:
+        """Return the paired difference; None where one of them has no rows yet."""
+        return paired(*self.rows())
+
+    def edges(self) -> list[str]:
+        """Return the methods whose best rate is at the edge of what was tried."""
+        return [method for plan, method in (self.ours, self.theirs) if _edges(plan, method)]
+
+
+def _at(plan: str, text: str, ours: str, theirs: str) -> Question:
+    return Question(text, (plan, ours), (plan, theirs))
+
+
+QUESTIONS = (
+    _at("nano", "SCALE against AdamW", "scale", "adamw"),
+    _at("nano", "spectral normalisation against AdamW", "scale_spectral", "adamw"),
+    _at("nano", "spectral normalisation against Muon", "scale_spectral", "muon"),
+    _at("nano", "Muon against AdamW", "muon", "adamw"),
+    _at("nano", "Natural GaLore against GaLore", "natural_galore", "galore"),
+    _at("nano-ablation", "columns against rows, no momentum", "column", "row"),
+    _at("nano-ablation", "columns against signs, no momentum", "column", "sign"),
+    Question("momentum on the last layer", ("nano", "scale"), ("nano-ablation", "column")),
+    *(
+        _at(f"nano-{batch}", f"{text} against {other}", ours, theirs)
+        for batch in ("1k", "4k", "16k")
+        for text, other, ours, theirs in (
+            ("SCALE", "AdamW", "scale", "adamw"),
+            ("spectral normalisation", "Muon", "scale_spectral", "muon"),
+        )
+    ),
+    _at("nano-lowrank-long", "restarts against none", "low_rank_restarts", "low_rank"),
+)
+
+
+def table() -> Table:
+    """Return the findings whose two methods are tuned and have rows."""
+    lines = []
+    for question in QUESTIONS:
+        difference = question.difference()
+        if difference is None or question.edges():
+            continue
+        config = RunConfig(**question.rows()[0][0]["config"])
+        p = "-" if difference.p is None else f"{difference.p:.3f}"
+        lines.append(
+            [
+                question.text,
+                difference.text(),
+                f"{difference.seeds}",
+                p,
+                f"{config.tokens_per_step:,}",
+                f"{config.steps * config.tokens_per_step / 1e6:.1f} M",
+            ]
+        )
+    headers = ("question", "difference in perplexity", "seeds", "p", "batch", "tokens")
+    return Table(headers, lines, left=2)
+
+
+def _rows(plan: str, method: str) -> list[Row]:
+    path = Plan(plan).results_path
+    rows = read_rows(path) if path.exists() else []
+    return [row for row in rows if (row["method"], row["protocol"]) == (method, "tuned")]
+
+
+def _edges(name: str, method: str) -> list[str]:
+    plan = Plan(name)
+    return plan.edges(method, "tuned", read_rows(plan.tune_path) if plan.tune_path.exists() else [])

@@ -1,0 +1,78 @@
+"""What the pages may say: tuned rows alone, and verdicts that follow from the rows."""
+
+import re
+
+import pytest
+
+from benchmarks.common.files import ROOT
+from benchmarks.experiments.plan import Plan
+from benchmarks.experiments.significance import paired
+from benchmarks.experiments.summary import read_rows, summarise
+from benchmarks.papers import perplexity_tables
+from benchmarks.report import findings
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MARKS = [
+    (page.name, *mark)
+    for page in PAGES
+    for mark in re.findall(r"<!-- (\w+): (\S+) -->", page.read_text(encoding="utf-8"))
+]
+
+
+def records(kind: str, name: str):
+    """The records of the rows that a mark's table shows."""
+    if kind in ("table", "results", "headline"):
+        plan = Plan(name)
+        made = summarise(plan, read_rows(plan.results_path))
+        return [r for r in made if kind == "table" or r["protocol"] == "tuned"]
+    table, size = perplexity_tables.TABLES[name.split("@")[0]], name.split("@")[1]
+    return perplexity_tables.records(table, size, perplexity_tables.stored_rows(table, size))
+
+
+@pytest.mark.parametrize(
+    ("page", "kind", "name"),
+    [m for m in MARKS if m[1] in ("table", "results", "headline", "beside", "rows")],
+)
+def test_no_row_of_a_page_has_its_best_rate_at_an_edge(page, kind, name):
+    made = records(kind, name)
+    assert made and {r["label"]: r["edges"] for r in made if r["edges"]} == {}
+
+
+def test_the_marks_that_are_checked_are_there():
+    assert {(page, kind) for page, kind, _ in MARKS} >= {
+        *(("README.md", kind) for kind in ("headline", "methods", "results")),
+        *((page, "table") for page in ("choosing.md", "results.md")),
+        ("results.md", "findings"),
+    }
+
+
+def test_findings_are_of_tuned_methods_on_the_same_batches():
+    lines = findings.table().rows
+    assert lines
+    shown = [q for q in findings.QUESTIONS if q.text in {line[0] for line in lines}]
+    for question in findings.QUESTIONS:
+        ours, theirs = question.rows()
+        if question in shown and (ours and theirs):
+            assert question.edges() == []
+            same = {
+                tuple(row["config"][k] for k in ("model", "steps", "batch_size", "seq_len"))
+                for row in [*ours, *theirs]
+            }
+            assert len(same) == 1 and len({row["corpus"]["sha256"] for row in ours + theirs}) == 1
+
+
+def test_a_verdict_turns_with_its_rows(monkeypatch):
+    question = next(q for q in findings.QUESTIONS if q.ours == ("nano", "scale"))
+    ours, theirs = question.rows()
+    monkeypatch.setattr(findings.Question, "rows", lambda self: (theirs, ours))
+    monkeypatch.setattr(findings.Question, "edges", lambda self: [])
+    there, back = paired(ours, theirs), paired(theirs, ours)
+    assert there.mean == -back.mean and there.p == pytest.approx(back.p)
+    cells = {line[0]: line[1] for line in findings.table().rows}
+    assert cells[question.text] == back.text() != there.text()
+
+
+def test_questions_name_methods_that_plans_have():
+    for question in findings.QUESTIONS:
+        for plan, method in (question.ours, question.theirs):
+            assert "tuned" in Plan(plan).methods[method]
