@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("table", nargs="+", choices=names, metavar="TABLE", help=text)
     parser.add_argument("--memory-only", action="store_true", help="the memory column, in seconds")
     sizes = ("nano", *MODEL_SIZES)  # --scale: the option's earlier name
-    parser.add_argument("--size", "--scale", default="nano", choices=sizes, metavar="SIZE")
+    parser.add_argument("--size", default="nano", choices=sizes, metavar="SIZE")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="some of the table's methods")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1")
     parser.add_argument(

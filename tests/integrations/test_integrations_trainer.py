@@ -124,6 +124,44 @@ def test_a_model_made_by_model_init(tmp_path):
     assert trainer.model.model.layers[0].mlp.down_proj.weight in optimizer.state
 
 
+def test_the_arguments_are_heeded_where_they_are_given(tmp_path):
+    text = "vector_lr=2e-3, other_betas=(0.8, 0.9), rounding=stochastic"
+    options = {"learning_rate": 3e-4, "weight_decay": 0.1, "optim_args": text}
+    args = arguments(tmp_path, **options)
+    pair = trainer_optimizer("galore", args=args, rank=4)
+    how = {"optimizer_cls_and_kwargs": pair, "options": {**options, "max_steps": 1}}
+    groups = optimizer_of(trained(tmp_path, tiny_llama(), **how)).param_groups
+    rates = {g["role"]: g["initial_lr"] for g in groups}
+    assert rates == {"hidden": 3e-4, "embedding": 3e-4, "head": 3e-4, "vector": 2e-3}
+    assert {g["role"]: g["weight_decay"] for g in groups} == {
+        **dict.fromkeys(("hidden", "embedding", "head"), 0.1),
+        "vector": 0.0,
+    }
+    assert {tuple(g["betas"]) for g in groups if g["role"] != "hidden"} == {(0.8, 0.9)}
+    assert {(g["rank"], g["rounding"]) for g in groups} == {(4, "stochastic")}
+    given = {"lr": 1e-2, "weight_decay": 0.0, "other_betas": (0.9, 0.95)}
+    named = trainer_optimizer("scale", args=args, **given)[1]
+    assert {key: named[key] for key in given} == given and named["vector_lr"] == 2e-3
+    args.optim_args = "lr=5e-4"
+    assert trainer_optimizer("scale", args=args)[1]["lr"] == 5e-4
+    assert "weight_decay" not in trainer_optimizer("adafactor", args=arguments(tmp_path))[1]
+
+
+def test_the_methods_own_rate_is_told(caplog):
+    assert trainer_optimizer("scale")[1]["lr"] is None
+    assert "the method's own learning rate; give lr=, or args=" in caplog.text
+    caplog.clear()
+    trainer_optimizer("scale", lr=1e-3)
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("text", ["lr", "1e-3", "lr=1e-3; x=1", "lr=f()", "**{'lr': 1}"])
+def test_optim_args_that_cannot_be_read_are_named(text, tmp_path):
+    with pytest.raises(ValueError, match="cannot be read; write options as in") as error:
+        trainer_optimizer("scale", args=arguments(tmp_path, optim_args=text))
+    assert repr(text) in str(error.value)
+
+
 def test_wrong_arguments_are_refused_before_training():
     with pytest.raises(ValueError, match="unknown optimizer 'scal'; did you mean scale"):
         trainer_optimizer("scal")

@@ -264,7 +264,7 @@ def test_what_a_stopped_table_has_is_stored_and_not_run_again(words, tmp_path, m
         return train(self, entry, *rest)
 
     monkeypatch.setattr(table_runs.Session, "_train", stopping)
-    words = ["reproduce", "scale-main", "--scale", "dry", *words, "--store", "--out"]
+    words = ["reproduce", "scale-main", "--size", "dry", *words, "--store", "--out"]
     stop = lambda keys: len(keys) == 5  # noqa: E731 - in the second method's first three
     assert main([*words, "first"]) == 130
     rows = json.loads((tmp_path / "results" / "dry-tune.json").read_text())["rows"]
