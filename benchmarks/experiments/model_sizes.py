@@ -12,7 +12,7 @@ class ModelSize:
         sizes: fields of `RunConfig` for every run.
         rank: of the low-rank methods.
         gap: steps between two refreshes of a subspace, and between two restarts.
-        grid_steps: steps of a tuning run.
+        tuning_steps: steps of a tuning run.
         centre: where tuning starts, as multiples of nano's best `lr` and of its other rates.
         one_line: tune all learning rates together; else each of them, and the options.
     """
@@ -20,7 +20,7 @@ class ModelSize:
     sizes: dict[str, Any]
     rank: int
     gap: int
-    grid_steps: int
+    tuning_steps: int
     centre: tuple[float, float] = (1.0, 1.0)
     one_line: bool = True
 
@@ -31,7 +31,7 @@ NANO_TOKENS = 4 << 20  # three a weight
 def _pico(batch: int) -> ModelSize:
     """Return the settings of pico at a batch size; the paper's order of norms depends on it."""
     sizes = {"model": "pico", "steps": 100, "batch_size": batch, "seq_len": 64}
-    return ModelSize({**sizes, "eval_tokens": 65536}, 16, 50, grid_steps=100, centre=(4.0, 0.5))
+    return ModelSize({**sizes, "eval_tokens": 65536}, 16, 50, tuning_steps=100, centre=(4.0, 0.5))
 
 
 def _batch(tokens: int) -> ModelSize:
@@ -63,7 +63,7 @@ MODEL_SIZES = {
         {"model": "pico", "steps": 4, "batch_size": 2, "seq_len": 32, "eval_tokens": 256},
         rank=4,
         gap=2,
-        grid_steps=2,
+        tuning_steps=2,
     ),
     "pico-1k": _pico(16),
     "pico-4k": _pico(64),
@@ -73,7 +73,7 @@ MODEL_SIZES = {
         {"model": "9m", "steps": 500, "batch_size": 8, "seq_len": 128, "eval_tokens": 65536},
         rank=64,
         gap=100,
-        grid_steps=125,
+        tuning_steps=125,
     ),
     # Of half, once and twice nano's rates the lowest were best by far (60m-first-tune.json).
     "60m": ModelSize(

@@ -1,4 +1,4 @@
-"""Plans of comparisons: methods, protocols, grids and tuned hyperparameters."""
+"""Plans of comparisons: methods, protocols, searches and tuned hyperparameters."""
 
 import difflib
 import json
@@ -149,7 +149,7 @@ class Plan:
             raise ValueError(f"plan {self.name} is tuned by plan {by}; run compare --tune on that")
         search = self.search(method, protocol)
         points = search.next(tried(rows, method, protocol, search))
-        steps = {"steps": min(self.size.grid_steps, self.values["steps"])} if self.size else {}
+        steps = {"steps": min(self.size.tuning_steps, self.values["steps"])} if self.size else {}
         return [self.entry(method, protocol, 0, **point, **steps) for point in points]
 
     def edges(self, method: str, protocol: str, rows: list[Row]) -> list[str]:
