@@ -28,8 +28,8 @@ class SinkGD(MatrixOptimizer):
 
         X ← G
         `iterations` times:
-            X_i ← √n X_i / ‖X_i‖      each row i
-            X_j ← √m X_j / ‖X_j‖      each column j
+            X_i: ← √n X_i: / ‖X_i:‖      each row i
+            X_:j ← √m X_:j / ‖X_:j‖      each column j
         W ← (1 − α η λ) W − α η X
 
     After a pass the squares of each column of X have the mean 1, so α η is the RMS of the update;
@@ -42,10 +42,10 @@ class SinkGD(MatrixOptimizer):
 
     Args:
         params: groups from :func:`optimzoo.param_groups`; bare parameters fall back by shape.
-        lr: η. The paper has one rate for all parameters. A group may carry its own.
+        lr: η, one rate for all parameters unless others are given. A group may carry its own.
         betas: Adam's betas, for the rest.
         eps: Adam's eps (before the bias correction), for the rest. The normalisation has none.
-        weight_decay: λ, decoupled; of a hidden weight by its own rate α η. The paper has none.
+        weight_decay: λ, decoupled; of a hidden weight by its own rate α η.
         iterations: passes over rows and columns, L in the paper.
         alpha: α, what the learning rate of the hidden weights is multiplied by. With 1, `lr` is in
             the unit of the other methods.
@@ -55,11 +55,11 @@ class SinkGD(MatrixOptimizer):
         ValueError: a hyperparameter out of range.
         RuntimeError: a sparse gradient, at `step`.
 
-    Source: arXiv 2502.06742, whose rule has no eps, no momentum and no weight decay; `iterations`,
-    `alpha` and `lr` are those of its runs. There is no public code of the authors: a
-    re-implementation. Ours are the guard of zero rows and columns (others clamp the norms at 1e-8,
-    under which the rule would not be the same for every multiple of a small gradient), float32 for
-    16-bit gradients, and weight decay.
+    Source: arXiv 2502.06742; a re-implementation, the authors published no code. `iterations`,
+    `alpha` and `lr` are what other re-implementations (axolotl, Forgather) give as the paper's.
+    Ours are Adam's betas and eps, weight decay, float32 for 16-bit gradients, and the guard of zero
+    rows and columns: a norm of zero divides nothing. Others clamp norms at 1e-8, with which small
+    gradients are normalised otherwise.
     """
 
     _counts_steps = False
