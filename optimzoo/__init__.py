@@ -12,6 +12,7 @@ from optimzoo.optimizers.galore import GaLore
 from optimzoo.optimizers.muon import Muon
 from optimzoo.optimizers.natural_galore import NaturalGaLore
 from optimzoo.optimizers.scale import SCALE
+from optimzoo.optimizers.sinkgd import SinkGD
 from optimzoo.optimizers.stable_spam import StableSPAM
 from optimzoo.optimizers.swan import SWAN
 from optimzoo.registry import OptimInfo, create_optimizer, get_info, list_optimizers
@@ -31,6 +32,7 @@ __all__ = [
     "NaturalGaLore",
     "OptimInfo",
     "Release",
+    "SinkGD",
     "StableSPAM",
     "__version__",
     "create_optimizer",

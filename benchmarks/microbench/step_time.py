@@ -31,7 +31,7 @@ from optimzoo.roles import ROLES
 
 DEFAULT = (
     *("sgd", "adamw", "scale", "scale_spectral", "adams", "muon", "galore", "natural_galore"),
-    *("fira", "apollo", "apollo_mini", "swan", "stable_spam"),
+    *("fira", "apollo", "apollo_mini", "swan", "sinkgd", "stable_spam"),
 )
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "scale_spectral": ("scale", {"normalize": "spectral"})

@@ -23,6 +23,7 @@ OPTIONS = {
     "apollo": {"rank": 2, "update_proj_gap": 3},
     "apollo_mini": {},
     "swan": {},
+    "sinkgd": {},
     "muon": {},
     "stable_spam": {"update_proj_gap": 7, "total_steps": 20},
 }

@@ -26,6 +26,7 @@ CASES = {
     "apollo": [RANK, {**RANK, "scale_front": True, "maximize": True}],
     "apollo_mini": [{"update_proj_gap": 12}],
     "swan": [{}, {"weight_decay": 0.1}],
+    "sinkgd": [{"alpha": 1.0}, {"iterations": 2, "weight_decay": 0.1}],
     "muon": [{}, {"nesterov": False, "weight_decay": 0.1}],
     "scale": [{"normalize": n, "weight_decay": 0.1} for n in ("column", "row", "spectral")],
 }
@@ -190,6 +191,7 @@ MOST = {
     "spectral": 140,
     "muon": 130,
     "swan": 200,
+    "sinkgd": 150,
     "galore": 120,
     "apollo": 145,
     "apollo_mini": 145,

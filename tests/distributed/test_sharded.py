@@ -25,7 +25,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from optimzoo.distributed import traffic
 
 STEPS = 8
-SMALL = ["scale", "galore", "natural_galore", "swan", "adams"]
+SMALL = ["scale", "galore", "natural_galore", "swan", "sinkgd", "adams"]
 
 
 def everything(rank, world, folder, cases):
@@ -85,6 +85,8 @@ def communication_is_counted():
     weights = len(list(net().parameters()))
     assert sent("stable_spam together", 1) == {"all_reduce": (2, 2 * weights * 8)}
     assert sent("stable_spam", 1) == {"all_reduce": (2 * weights, 2 * weights * 8)}
+    # The squares of the columns of five hidden weights, five times: rows are cut.
+    assert sent("sinkgd", 1) == {"all_reduce": (5 * 5, 5 * (12 + 19 + 12 + 12 + 3) * 8)}
     # Six hidden weights of which each process sends its part, and gets it back, in two rounds each.
     assert sent("swan", 1)["all_to_all"][0] == 2 * 3
 

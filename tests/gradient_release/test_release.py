@@ -85,10 +85,11 @@ def test_scale_is_exact_under_clipping(hyper, dtype):
     assert norms[1] == pytest.approx(norms[0], rel=near)
 
 
-def test_swan_is_exact_under_clipping():
+@pytest.mark.parametrize("name", ["swan", "sinkgd"])
+def test_scale_invariant_methods_are_exact_under_clipping(name):
     models = [llama(torch.float64), llama(torch.float64)]
     for i, model in enumerate(models):
-        optimizer = make("swan", model)
+        optimizer = make(name, model)
         released = release(optimizer, max_norm=0.3) if i else None
         train(model, optimizer, range(20), clip=0.3, released=released)
     assert distance(*models) < 1e-12

@@ -29,6 +29,7 @@ CASES = [
     ("scale", 3, {"batch": 2, "seq": 33, "release": True}),
     ("galore", 2, {"batch": 1, "seq": 3, "rank": 8, "update_proj_gap": 2}),
     ("swan", 2, {"batch": 1, "seq": 3}),
+    ("sinkgd", 2, {"batch": 1, "seq": 3}),
 ]
 
 

@@ -11,7 +11,17 @@ import torch
 from reference.spectral_numpy import whitened_exact
 from zoo_runs import GAP, HIDDEN, SHAPES, compare
 
-from optimzoo import APOLLO, SWAN, APOLLOMini, Fira, GaLore, Muon, NaturalGaLore, StableSPAM
+from optimzoo import (
+    APOLLO,
+    SWAN,
+    APOLLOMini,
+    Fira,
+    GaLore,
+    Muon,
+    NaturalGaLore,
+    SinkGD,
+    StableSPAM,
+)
 from optimzoo.optimizers.swan import normalize_rows
 from optimzoo.subspace.newton_schulz import whiten
 
@@ -97,6 +107,13 @@ SWAN_CASES = {
     "decay": DECAY,
     "up": {**UP, "eps": 1e-3},
 }
+SINKGD = {
+    "default": {},
+    "once": {"iterations": 1, "alpha": 1.0},
+    "long": {"iterations": 12, "alpha": 0.3},
+    "decay": {**DECAY, "alpha": 1.0},
+    "up": {**UP, "eps": 1e-3},
+}
 SPAM = {
     f"{kind}{'-cosine' * bool(total)}": {
         "update_proj_gap": GAP,
@@ -131,6 +148,7 @@ CASES = {
         (APOLLO, APOLLO_CASES),
         (APOLLOMini, MINI),
         (SWAN, SWAN_CASES),
+        (SinkGD, SINKGD),
         (StableSPAM, SPAM),
         (Muon, MUON),
     )
@@ -178,6 +196,8 @@ def test_the_references_would_notice():
         (Fira, {**SVD, "rank": 4}, {"residual_scale": "one"}),
         (APOLLO, APOLLO_CASES["channel-rank3"], {"scale_front": True, "scale": 4.4}),
         (SWAN, {}, {"steps": 4}),
+        (SinkGD, {}, {"iterations": 4}),
+        (SinkGD, {}, {"alpha": 0.051}),
         (StableSPAM, SPAM["clean"], {"reset_step": "authors"}),
         (StableSPAM, SPAM["clean"], {"gamma3": 0.99}),
     ]

@@ -1,4 +1,4 @@
-"""SWAN and Stable-SPAM in float64 NumPy: methods that act on the gradient, not in a subspace."""
+"""SWAN, SinkGD, Stable-SPAM in float64 NumPy: methods on the gradient, not in a subspace."""
 
 from collections.abc import Mapping, Set
 from typing import Any
@@ -85,6 +85,45 @@ class SwanReference(Reference):
         if self.rescale and size > 0:
             white = white * float(np.linalg.norm(normal)) / size
         return white
+
+
+def sr_sinkhorn(g: Array, iterations: int) -> Array:
+    """The paper's SR-Sinkhorn: diag(q)^-1 with row norms q, then diag(r)^-1 with column norms r."""
+    m, n = g.shape
+    x = g
+    for _ in range(iterations):
+        q = np.array([np.linalg.norm(x[i, :]) for i in range(m)])
+        x = np.sqrt(n) * np.diag(inverse(q)) @ x
+        r = np.array([np.linalg.norm(x[:, j]) for j in range(n)])
+        x = np.sqrt(m) * x @ np.diag(inverse(r))
+    return x
+
+
+def inverse(norms: Array) -> Array:
+    """1 / norm; of the zero norm, which the paper does not speak of, zero."""
+    return np.array([1 / norm if norm > 0 else 0.0 for norm in norms])
+
+
+class SinkgdReference(Reference):
+    """SinkGD: SR-Sinkhorn of the raw gradient, without state, at alpha times the rate."""
+
+    def __init__(
+        self,
+        params: Mapping[str, NDArray[Any]],
+        hidden: Set[str],
+        *,
+        lr: float = 2e-2,
+        other_lr: float | None = None,
+        iterations: int = 5,
+        alpha: float = 0.05,
+        **common: Any,
+    ) -> None:
+        other_lr = lr if other_lr is None else other_lr
+        super().__init__(params, hidden, lr=alpha * lr, other_lr=other_lr, **common)
+        self.iterations = iterations
+
+    def matrix_update(self, key: str, g: Array, t: int) -> Array:
+        return sr_sinkhorn(g, self.iterations)
 
 
 class StableSpamReference(Reference):

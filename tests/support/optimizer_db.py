@@ -33,6 +33,7 @@ from optimzoo import (
     GaLore,
     Muon,
     NaturalGaLore,
+    SinkGD,
     StableSPAM,
     param_groups,
 )
@@ -420,6 +421,14 @@ ZOO = [
         SWAN,
         {"raw": {"rescale": False, "steps": 3}, "other_beta": {"beta": 0.8, "steps": 6}},
         {"steps": (0, "Invalid steps: 0"), "beta": (0.0, r"Invalid beta: 0.0; .* \(0, 1\]")},
+    ),
+    _zoo_info(
+        SinkGD,
+        {"once": {"iterations": 1}, "unscaled": {"alpha": 1.0, "iterations": 8}},
+        {
+            "iterations": (0, "Invalid iterations: 0; it must be at least 1"),
+            "alpha": (0.0, "Invalid alpha: 0.0; it must be > 0"),
+        },
     ),
     _zoo_info(
         StableSPAM,

@@ -46,6 +46,7 @@ HYPER: dict[str, dict[str, Any]] = {
     "apollo": {"lr": 1e-2, "hyper": LOW},
     "apollo_mini": {"lr": 1e-2, "hyper": {"update_proj_gap": 3}},
     "swan": {"lr": 1e-2},
+    "sinkgd": {"lr": 1e-2, "hyper": {"alpha": 1.0}},
     "stable_spam": {"lr": 1e-2, "hyper": {"update_proj_gap": 3}},
 }
 SIZES = {"model": "tiny", "batch_size": 4, "seq_len": 16, "eval_tokens": 256, "accumulate": 2}

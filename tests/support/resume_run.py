@@ -30,6 +30,7 @@ HYPER: dict[str, dict[str, Any]] = {
     "apollo": LOW_RANK,
     "apollo_mini": {"lr": 1e-2, "update_proj_gap": HALF},
     "swan": {"lr": 1e-2, "other_lr": 5e-3, "weight_decay": 0.1},
+    "sinkgd": {"lr": 0.1, "other_lr": 5e-3, "weight_decay": 0.1},
     "stable_spam": {"lr": 5e-3, "update_proj_gap": 4, "total_steps": STEPS},
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

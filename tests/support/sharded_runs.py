@@ -25,6 +25,7 @@ HYPER = {
     "apollo": LOW,
     "apollo_mini": {"update_proj_gap": 7, "lr": 0.002},
     "swan": {"lr": 0.005, "weight_decay": 0.1},
+    "sinkgd": {"lr": 0.005, "alpha": 1.0, "weight_decay": 0.1},
     "stable_spam": {"update_proj_gap": 8, "lr": 0.01},
     "muon": {"lr": 0.01, "other_lr": 0.01, "weight_decay": 0.1},
     "adams": {"lr": 0.005, "l1": 0.1, "total_steps": 15, "mask_every": 5},

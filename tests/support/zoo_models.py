@@ -13,6 +13,7 @@ from optimzoo import (
     GaLore,
     Muon,
     NaturalGaLore,
+    SinkGD,
     StableSPAM,
     param_groups,
 )
@@ -26,6 +27,7 @@ METHODS = {
     "apollo": (APOLLO, {**LOW, "lr": 0.02}),
     "apollo_mini": (APOLLOMini, {"update_proj_gap": 4, "lr": 0.01}),
     "swan": (SWAN, {"lr": 0.005}),
+    "sinkgd": (SinkGD, {"lr": 0.005, "alpha": 1.0}),
     "stable_spam": (StableSPAM, {"update_proj_gap": 10, "lr": 0.01}),
     "muon": (Muon, {"lr": 0.01, "other_lr": 0.01}),
 }

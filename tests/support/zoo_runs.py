@@ -8,11 +8,21 @@ import numpy as np
 import torch
 from reference.muon_numpy import MuonReference
 from reference.natural_galore_numpy import NaturalGaLoreReference
-from reference.spectral_numpy import StableSpamReference, SwanReference
+from reference.spectral_numpy import SinkgdReference, StableSpamReference, SwanReference
 from reference.subspace_numpy import ApolloReference, FiraReference, GaLoreReference
 from torch import nn
 
-from optimzoo import APOLLO, SWAN, APOLLOMini, Fira, GaLore, Muon, NaturalGaLore, StableSPAM
+from optimzoo import (
+    APOLLO,
+    SWAN,
+    APOLLOMini,
+    Fira,
+    GaLore,
+    Muon,
+    NaturalGaLore,
+    SinkGD,
+    StableSPAM,
+)
 from optimzoo.subspace.projector import gaussian
 
 GAP, STEPS = 10, 31  # refreshes at 1, 11 and 21 of each weight's own steps
@@ -43,6 +53,7 @@ REFERENCES = {
     APOLLO: ApolloReference,
     APOLLOMini: ApolloReference,
     SWAN: SwanReference,
+    SinkGD: SinkgdReference,
     StableSPAM: StableSpamReference,
     Muon: MuonReference,
 }
