@@ -101,8 +101,8 @@ def large(method: str) -> str:
 def memory(method: str) -> str:
     """Return the bytes of the 60M Llama and its state in bfloat16, and their share of AdamW's."""
     plan = Plan("nano")
-    starts = {m: plan.tuning_runs(m, "tuned", [])[0].config for m in (method, "adamw")}
-    mine, adamw = (bytes_60m(vars(config)) for config in starts.values())
+    runs = [plan.tuning_runs(name, "tuned", [])[0] for name in (method, "adamw")]
+    mine, adamw = (bytes_60m(vars(run.config)) for run in runs)
     return f"{mine / 1e6:.0f} MB ({100 * mine / adamw:.0f} %)"
 
 
