@@ -26,7 +26,7 @@ from optimzoo.models.llama import Llama, get_config
 from optimzoo.roles import ROLES, role_of
 
 
-def make_optimizer(config: RunConfig, model: Llama) -> Optimizer:
+def make_optimizer(config: RunConfig, model: nn.Module) -> Optimizer:
     """Create the run's optimizer on a model's weights."""
     groups = optimzoo.param_groups(model)
     for group in groups:
@@ -69,9 +69,7 @@ class Run:
             raise ValueError(f"release is for one process; leave out --parallel {parallel.kind}")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.precision = resolve_precision(config)
-        shape = replace(get_config(config.model), vocab_size=corpus.vocab_size)
-        self.model = Llama(shape)
-        self.model.reset_parameters(config.seed)
+        self.model = self.make_model()
         convert_model(self.model, config.lowrank, config.seed)
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         self.model.to(self.device, dtype)
@@ -102,6 +100,11 @@ class Run:
         self.seconds = 0.0
         self.curve: list[tuple[int, float]] = []
         self.valid_curve: list[tuple[int, float]] = []
+
+    def make_model(self) -> nn.Module:
+        """Return the model, drawn from the seed: the Llama that the configuration names."""
+        shape = replace(get_config(self.config.model), vocab_size=self.corpus.vocab_size)
+        return Llama(shape, seed=self.config.seed)
 
     def autocast(self) -> Any:
         """Return the autocast context of this run's precision."""
