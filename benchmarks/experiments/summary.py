@@ -17,6 +17,7 @@ from benchmarks.experiments import pictures
 from benchmarks.experiments.model_sizes import MODEL_SIZES, rescaled
 from benchmarks.experiments.plan import Plan, Row, choose, role_rates, settings, tuned_text
 from benchmarks.experiments.significance import paired
+from benchmarks.experiments.tuning import is_rate
 from benchmarks.training.low_rank_model import on_meta
 from benchmarks.training.metrics import perplexity
 from optimzoo import create_optimizer
@@ -79,7 +80,7 @@ def summarise(plan: Plan, rows: list[Row]) -> list[Row]:
                 "protocol": protocol,
                 "rates": role_rates(settings(mine[0])),
                 "settings": settings(mine[0]),
-                "edges": plan.edges(method, protocol, tuning),
+                "edges": _edges(plan, mine[0], tuning),
                 "perplexity": statistics.fmean(losses),
                 "spread": statistics.stdev(losses) if len(losses) > 1 and finite else None,
                 "seeds": len(mine),
@@ -93,6 +94,17 @@ def summarise(plan: Plan, rows: list[Row]) -> list[Row]:
 
 
 HEADERS = ("method", "protocol", "lr hid/emb/head", "test ppl", "held MiB", "60M MB", "step ms")
+
+
+def _edges(plan: Plan, row: Row, tuning: list[Row]) -> list[str]:
+    """Return the row's learning rates at an edge of what was tried; all, if it is another point."""
+    values = settings(row)
+    try:
+        if values == plan.best(row["method"], row["protocol"]):
+            return plan.edges(row["method"], row["protocol"], tuning)
+    except ValueError:  # not tuned
+        pass
+    return [name for name in values if is_rate(name)]
 
 
 def _short(rates: list[float]) -> list[float]:

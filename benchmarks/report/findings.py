@@ -69,7 +69,8 @@ def table() -> Table:
         if difference is None or question.edges():
             continue
         config = RunConfig(**question.rows()[0][0]["config"])
-        p = "-" if difference.p is None else f"{difference.p:.3f}"
+        p = "-" if difference.p is None else f"{max(difference.p, 0.001):.3f}"
+        p = f"< {p}" if difference.p is not None and difference.p < 0.001 else p
         lines.append(
             [
                 question.text,
