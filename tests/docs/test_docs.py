@@ -24,7 +24,7 @@ def test_every_mark_is_expanded(name):
     assert "{{" not in text
     marks = re.findall(r"<!-- (\w+)", text)
     made = {"table", "steps", "gpu", "utilisation", "gradients", "beside", "rows", "headline"}
-    assert set(marks) <= made | {"end"}
+    assert set(marks) <= made | {"findings", "end"}
     assert 2 * marks.count("end") == len(marks)
 
 
@@ -35,7 +35,7 @@ def test_the_comparison_has_the_figures_of_the_readme():
     readme = (pages.ROOT / "README.md").read_text(encoding="utf-8")
     [short] = re.findall(r"<!-- results: nano -->.*?<!-- end -->", readme, re.S)
     rows = [line.split(" | ") for line in short.splitlines() if re.match(r"\| [A-Z]", line)]
-    assert len(rows) == 12
+    assert len(rows) == len(pages.compared("nano")) >= 5
     for label, megabytes, perplexity, *_ in rows:
         cells = f"{label} | tuned | ", f" | {perplexity} | ", f" | {megabytes} | "
         assert any(all(cell in line for cell in cells) for line in table.splitlines()), label

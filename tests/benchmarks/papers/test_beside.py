@@ -53,15 +53,15 @@ def test_ratios_ranks_and_tau_are_those_of_the_rows():
     assert made["scale_spectral"]["paper"] is None and "rank" not in made["scale_spectral"]
     common = [m for m in made if SCALE.methods[m]]
     assert sorted(made[m]["rank"] for m in common) == list(range(1, len(common) + 1))
-    assert made["stable_spam"]["paper_rank"] == 1
     paper = perplexity_tables.paper_values(SCALE, SCALE.methods)["60M"]
+    assert made[min(common, key=lambda m: paper[m])]["paper_rank"] == 1
     agree = [
         math.copysign(1, (paper[a] - paper[b]) * (means[a] - means[b]))
         for i, a in enumerate(common)
         for b in common[:i]
     ]
     tau = next(t for t in perplexity_tables.taus(SCALE, list(made.values())) if t["size"] == "60M")
-    assert tau["methods"] == len(common) == 9
+    assert tau["methods"] == len(common) >= 3
     assert tau["tau"] == pytest.approx(sum(agree) / len(agree))
 
 
@@ -241,8 +241,9 @@ def test_the_command_tunes_trains_and_writes(words, tmp_path, capsys, monkeypatc
     assert {r["method"] for r in made["records"]} == {"adamw", "galore"}
     assert all(r["seeds"] == 1 and r["tokens"] == 4 * 64 for r in made["records"])
     runs = list((tmp_path / "out" / "scale-main-dry" / "runs").iterdir())
-    # The highest of the three rates is best in so few steps, so the next is tried, and worse.
-    assert sum("steps2" in run.name for run in runs) == 8 and len(runs) == 10
+    # Three rates a method, and two more at most where the best is at an end.
+    tuning = [run.name for run in runs if "steps2" in run.name]
+    assert 6 <= len(tuning) <= 10 and len(runs) == len(tuning) + 2
     markdown = (tmp_path / "out" / "scale-main-dry" / "scale-main.md").read_text()
     assert re.search(r"\| GaLore(, edge)? \| 34.58 \| 1.151 \|", markdown)
     assert "do not compare" in markdown
