@@ -31,6 +31,15 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 SIZE = "60m"
 DTYPES = {"adams": torch.float32}
+# Other rules for the embedding and the head, as in a plan.
+SMALLER = {
+    f"{method}{'_8bit' * (bits is not None)}{f'_{other}' * (other != 'adam')}": {
+        "optimizer": method,
+        "hyper": {"state_bits": bits, "other": other},
+    }
+    for method, bits in (("muon", None), ("muon", 8), ("sinkgd", None))
+    for other in ("adam", "scale", "adafactor")
+}
 PAGES = {"CONTRIBUTING.md": "adding.md", "CHANGELOG.md": "changes.md"}
 
 
@@ -91,8 +100,8 @@ def paper(method: str) -> str:
 
 def large(method: str) -> str:
     """Return the gigabytes of parameters and state of the 7B Llama in bfloat16."""
-    plan = Plan("nano")
-    record = plan.methods[method]
+    methods = {**Plan("nano").methods, **SMALLER}
+    record = methods[method]
     name, hyper = record.get("optimizer", method), record.get("hyper", {})
     hyper = {**hyper, **({"rank": 1024} if hyper.get("rank", 1) > 1 else {})}
     return f"{bytes_at('7b', name, json.dumps(hyper)) / 1e9:.1f}"
@@ -128,7 +137,7 @@ def figure(name: str, method: str) -> str:
     Raises:
         ValueError: an unknown figure, or a method without a row.
     """
-    if name not in FIGURES or method not in Plan("nano").methods:
+    if name not in FIGURES or method not in {**Plan("nano").methods, **SMALLER}:
         raise ValueError(f"no figure {{{{ {name} {method} }}}}; there are {', '.join(FIGURES)}")
     return FIGURES[name](method)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimzoo.core.matrix_optimizer import Context
+from optimzoo.core.rule import Context
 from optimzoo.core.update import Number, Update
 from optimzoo.distributed import UNSHARDED, Shards
 from optimzoo.kernels import dispatch

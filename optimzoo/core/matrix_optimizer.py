@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any, ClassVar, NamedTuple, Unpack
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
@@ -20,11 +20,14 @@ from optimzoo.core.adam import (
     step_as_tensor,
 )
 from optimzoo.core.optimizer import RoleOptimizer, scalar_lr
+from optimzoo.core.other_rules import OTHER_RULES
 from optimzoo.core.role_options import SharedOptions
-from optimzoo.core.update import Update, subtract_each_
+from optimzoo.core.rule import Context, Matrix, Rule
+from optimzoo.core.update import subtract_each_
 from optimzoo.core.validation import (
     check_betas,
     check_capturable,
+    check_choice,
     check_lr,
     check_nonnegative,
     check_rounding,
@@ -40,7 +43,7 @@ from optimzoo.lowbit import (
     moment_dtype,
     widened,
 )
-from optimzoo.roles import matrix_view, role_of
+from optimzoo.roles import ROLES, matrix_view, role_of
 from optimzoo.stacks import State
 
 REST_DEFAULTS: dict[str, Any] = {
@@ -56,37 +59,8 @@ REST_DEFAULTS: dict[str, Any] = {
 _ADAM = ("betas", "eps", "weight_decay", "maximize", "foreach", "capturable")
 
 
-class Context(NamedTuple):
-    """What a rule reads beside the gradient, the state and the options.
-
-    Attributes:
-        step: the step's number, from 1; with `capturable` a tensor on the device, ``[k, 1, 1]`` in
-            a stack, but for `refresh`, which gets the number.
-        position: the weight's among all of the optimizer's, for rules that draw.
-        shards: how the weight is sharded.
-        weight: the weight, if it is stepped alone; None in a stack.
-    """
-
-    step: Any
-    position: int
-    shards: Shards
-    weight: Tensor | None
-
-
-class Matrix(NamedTuple):
-    """A parameter with a gradient; this process's part of both as matrices."""
-
-    param: Tensor
-    weight: Tensor
-    grad: Tensor
-    state: State
-    shards: Shards
-    position: int
-    step: Any  # a number; with `capturable` a tensor
-
-
-class MatrixOptimizer(RoleOptimizer):
-    """Base of the matrix methods: a subclass gives the direction of a hidden weight.
+class MatrixOptimizer(RoleOptimizer, Rule):
+    """Base of the matrix methods: a subclass is the rule of the hidden weights.
 
     Subclasses define :meth:`direction` and list their own options' checks in
     :meth:`_check_options`. This class counts steps, applies learning rate and decay, and rounds;
@@ -97,15 +71,12 @@ class MatrixOptimizer(RoleOptimizer):
     _eps_before: ClassVar[bool] = True  # the others' Adam adds eps before the bias correction
 
     _options: ClassVar[type] = SharedOptions
-    _counts_steps: ClassVar[bool] = True
-    #: Keys of the state with one number a matrix.
-    _numbers: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], **options: Unpack[SharedOptions]
     ) -> None:
         shared: dict[str, Any] = {"maximize": False, "foreach": None, "capturable": False}
-        shared |= {"rounding": "nearest", "seed": 0, "state_bits": None}
+        shared |= {"rounding": "nearest", "seed": 0, "state_bits": None, "other": "adam"}
         others: dict[str, Any] = dict(options)
         given = {name: others.pop(name, None) for name in shared}
         shared |= {name: value for name, value in given.items() if value is not None}
@@ -123,39 +94,20 @@ class MatrixOptimizer(RoleOptimizer):
             check_rounding(options)
             check_state_bits(options["state_bits"])
             check_capturable(options)
+            self._check_other(options["other"])
             self._check_options(options)
         super().add_param_group(group)
 
     def _check_options(self, options: dict[str, Any]) -> None:
         """Refuse the subclass's own options where they are out of range."""
 
-    def _letters(self, group: dict[str, Any], shape: torch.Size) -> dict[str, str]:
-        """Which dimensions of state tensors are those of a weight (see `Shards.to_dtensor`)."""
-        return {}
-
-    def direction(
-        self, grad: Tensor, state: State, group: dict[str, Any], context: Context
-    ) -> Update:
-        """Return the update of a gradient ``[..., m, n]``, and change the state.
-
-        Args:
-            grad: the gradient as a matrix, or those of several weights of one shape in a stack; of
-                a sharded weight, what this process has.
-            state: the weight's state, or a :class:`StateStack`.
-            group: the options.
-            context: step count, sharding, and the weight if it is stepped alone.
-        """
-        raise NotImplementedError
-
-    def _init_matrix(self, p: Tensor, state: State, group: dict[str, Any]) -> None:
-        """Create state of a weight's layout where it is missing."""
-
-    def refresh_due(self, state: State, group: dict[str, Any], step: int) -> bool:
-        """Return whether :meth:`refresh` comes before the direction in this step."""
-        return False
-
-    def refresh(self, grad: Tensor, state: State, group: dict[str, Any], context: Context) -> None:
-        """Renew what is computed from one gradient now and then, such as a subspace."""
+    def _check_other(self, other: str) -> None:
+        check_choice("other", other, ("adam", *OTHER_RULES))
+        if other != "adam" and set(self._matrix_roles) >= set(ROLES):
+            raise ValueError(
+                f"other={other!r}: {type(self).__name__} trains every role by its own rule; "
+                "leave it out"
+            )
 
     def _step_matrices(
         self,
@@ -163,9 +115,19 @@ class MatrixOptimizer(RoleOptimizer):
         group: dict[str, Any],
         rng_keys: dict[Tensor, RngKey],
     ) -> None:
-        """Step the weights by the method's rule: alike ones together on a GPU, else one by one."""
-        matrices = self._matrices(params, group)
-        if any(matrix.shards is not UNSHARDED for matrix in matrices):
+        """Step weights by the method's own rule."""
+        self._step_by(self, params, group, rng_keys)
+
+    def _step_by(
+        self,
+        rule: Rule,
+        params: list[tuple[int, Tensor]],
+        group: dict[str, Any],
+        rng_keys: dict[Tensor, RngKey],
+    ) -> None:
+        """Step weights by a rule: alike ones together on a GPU, else one by one."""
+        matrices = self._matrices(rule, params, group)
+        if rule is self and any(matrix.shards is not UNSHARDED for matrix in matrices):
             sharded = [matrix for matrix in matrices if matrix.shards.is_sharded()]
             self._step_sharded(sharded, group, rng_keys)
             matrices = [matrix for matrix in matrices if not matrix.shards.is_sharded()]
@@ -173,20 +135,22 @@ class MatrixOptimizer(RoleOptimizer):
         for indices in stacks.batches(keys, lambda i: _largest(matrices[i])):
             batch = [matrices[i] for i in indices]
             if len(batch) == 1:
-                self._step_alone(batch[0], group, rng_keys)
+                self._step_alone(rule, batch[0], group, rng_keys)
             else:
-                self._step_stack(batch, group, rng_keys)
+                self._step_stack(rule, batch, group, rng_keys)
 
-    def _matrices(self, params: list[tuple[int, Tensor]], group: dict[str, Any]) -> list[Matrix]:
+    def _matrices(
+        self, rule: Rule, params: list[tuple[int, Tensor]], group: dict[str, Any]
+    ) -> list[Matrix]:
         """Count a step of each weight and return what its rule reads."""
         states = [self.state[p] for _, p in params]
         steps = [0] * len(params)
-        if self._counts_steps:
+        if rule.counts_steps:
             steps = count_steps(states, [p for _, p in params], group["capturable"])
         layout = {key: bool(group[key]) for key in ("transposed", "stacked")}
         matrices = []
         for (position, p), state, step in zip(params, states, steps, strict=True):
-            self._init_matrix(p, state, group)
+            rule.init_state(p, state, group)
             weight, grad, shards = p, p.grad, Shards.of(p, **layout)
             if layout["transposed"] or p.ndim > 2 or shards is not UNSHARDED:
                 weight = oriented(local_part(p), group)
@@ -197,16 +161,16 @@ class MatrixOptimizer(RoleOptimizer):
     def _step_sharded(
         self, matrices: list[Matrix], group: dict[str, Any], rng_keys: dict[Tensor, RngKey]
     ) -> None:
-        """Step matrices of which each process has a part."""
+        """Step matrices of which each process has a part, by the method's own rule."""
         for matrix in matrices:
-            self._step_alone(matrix, group, rng_keys)
+            self._step_alone(self, matrix, group, rng_keys)
 
     def _step_alone(
-        self, matrix: Matrix, group: dict[str, Any], rng_keys: dict[Tensor, RngKey]
+        self, rule: Rule, matrix: Matrix, group: dict[str, Any], rng_keys: dict[Tensor, RngKey]
     ) -> None:
         p, shards, rng_key = matrix.param, matrix.shards, rng_keys.get(matrix.param)
         grad = descent(matrix.grad, group)
-        letters = self._letters(group, shards.shape(grad.shape))
+        letters = rule.state_letters(group, shards.shape(grad.shape))
         with ExitStack() as stack:
             state = stack.enter_context(shards.local_state(matrix.state, letters))
             if group["state_bits"] == 8:
@@ -216,23 +180,18 @@ class MatrixOptimizer(RoleOptimizer):
             step = matrix.step
             if isinstance(step, Tensor):
                 step = step.double()
-            if self._is_due(matrix, state, group):
-                self._refresh(matrix, grad, state, group)
+            if _is_due(rule, matrix, state, group):
+                _refresh(rule, matrix, grad, state, group)
             context = Context(step, matrix.position, shards, weight)
-            update = self.direction(grad, state, group, context)
+            update = rule.direction(grad, state, group, context)
             update.subtract_from(weight, lr=step_lr(group), weight_decay=group["weight_decay"])
 
-    def _is_due(self, matrix: Matrix, state: State, group: dict[str, Any]) -> bool:
-        step = group["calls"] if group["capturable"] else matrix.step
-        return self.refresh_due(state, group, step) and not is_capturing()
-
-    def _refresh(self, matrix: Matrix, grad: Tensor, state: State, group: dict[str, Any]) -> None:
-        step = group["calls"] if group["capturable"] else matrix.step
-        context = Context(step, matrix.position, matrix.shards, matrix.weight)
-        self.refresh(grad, state, group, context)
-
     def _step_stack(
-        self, batch: list[Matrix], group: dict[str, Any], rng_keys: dict[Tensor, RngKey]
+        self,
+        rule: Rule,
+        batch: list[Matrix],
+        group: dict[str, Any],
+        rng_keys: dict[Tensor, RngKey],
     ) -> None:
         numbers = [rng_keys.get(matrix.param) if rng_keys else None for matrix in batch]
         step = batch[0].step
@@ -243,12 +202,12 @@ class MatrixOptimizer(RoleOptimizer):
             if group["state_bits"] == 8:
                 for matrix, number in zip(batch, numbers, strict=True):
                     codes.enter_context(dequantized_moments(matrix.state, 8, number))
-            if self._is_due(batch[0], batch[0].state, group):  # so all are: of one age
+            if _is_due(rule, batch[0], batch[0].state, group):  # so all are: of one age
                 for matrix in batch:
-                    self._refresh(matrix, descent(matrix.grad, group), matrix.state, group)
-            stack = stacks.StateStack([matrix.state for matrix in batch], self._numbers)
+                    _refresh(rule, matrix, descent(matrix.grad, group), matrix.state, group)
+            stack = stacks.StateStack([matrix.state for matrix in batch], rule.numbers)
             grad = descent(torch.stack([matrix.grad for matrix in batch]), group)
-            update = self.direction(grad, stack, group, context)
+            update = rule.direction(grad, stack, group, context)
             stack.write_back()
         dense = update.dense()
         del grad, stack  # before there is one more tensor of the stack's size
@@ -293,7 +252,8 @@ class MatrixOptimizer(RoleOptimizer):
         self, group: dict[str, Any], first: int, rng_keys: dict[Tensor, RngKey]
     ) -> list[Tensor]:
         """Step the group's matrices; return the parameters that Adam steps."""
-        matrices, others = [], []
+        own, others = [], []
+        by_other_rule: list[tuple[int, Tensor]] = []
         for position, p in enumerate(group["params"], start=first):
             grad = p.grad
             if grad is None:
@@ -301,7 +261,11 @@ class MatrixOptimizer(RoleOptimizer):
             if grad.is_sparse:
                 self._refuse_sparse(grad)
             self.state[p]  # there even if empty: a distributed checkpoint asks for each
-            if not self._is_own(p, group):
+            if self._is_own(p, group):
+                own += [(position, p)] * (p.numel() > 0)
+            elif group["other"] != "adam" and role_of(p, group) in ("embedding", "head"):
+                by_other_rule += [(position, p)] * (p.numel() > 0)
+            else:
                 self._init_other(p, group)
                 if group["state_bits"] == 8:  # one after the other: their moments are wide
                     t, betas = self.state[p]["step"] + 1, group["betas"]
@@ -312,9 +276,9 @@ class MatrixOptimizer(RoleOptimizer):
                         self._step_others([p], [rng_keys.get(p)], lr=scalar_lr(group), **rule)
                 else:
                     others.append(p)
-            elif p.numel() > 0:
-                matrices.append((position, p))
-        self._step_matrices(matrices, group, rng_keys)
+        self._step_matrices(own, group, rng_keys)
+        if by_other_rule:
+            self._step_by(OTHER_RULES[group["other"]], by_other_rule, group, rng_keys)
         return others
 
     def _is_own(self, p: Tensor, group: dict[str, Any]) -> bool:
@@ -351,6 +315,17 @@ def _key(matrix: Matrix, group: dict[str, Any]) -> Any:
 
 def _largest(matrix: Matrix) -> int:
     return max(t.numel() for t in (matrix.weight, *matrix.state.values()))
+
+
+def _is_due(rule: Rule, matrix: Matrix, state: State, group: dict[str, Any]) -> bool:
+    step = group["calls"] if group["capturable"] else matrix.step
+    return rule.refresh_due(state, group, step) and not is_capturing()
+
+
+def _refresh(rule: Rule, matrix: Matrix, grad: Tensor, state: State, group: dict[str, Any]) -> None:
+    step = group["calls"] if group["capturable"] else matrix.step
+    context = Context(step, matrix.position, matrix.shards, matrix.weight)
+    rule.refresh(grad, state, group, context)
 
 
 def _calls(group: dict[str, Any]) -> int:

@@ -6,19 +6,16 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from optimzoo.core.adam import bias_correction
 from optimzoo.core.channel_rule import channel_ratio, check_limiter, scaled_channels
-from optimzoo.core.matrix_optimizer import (
-    Context,
-    MatrixOptimizer,
-    State,
-    adam_direction,
-    bias_correction,
-)
+from optimzoo.core.matrix_optimizer import MatrixOptimizer, adam_direction
 from optimzoo.core.optimizer import options_of
 from optimzoo.core.record import register
 from optimzoo.core.role_options import SharedOptions
+from optimzoo.core.rule import Context
 from optimzoo.core.update import Update
 from optimzoo.core.validation import check_choice
+from optimzoo.stacks import State
 from optimzoo.subspace.projector import gaussian, resolve_side
 
 
@@ -70,7 +67,7 @@ class APOLLO(MatrixOptimizer):
     and was not used.
     """
 
-    _numbers = ("update_norm", "projector_seed")
+    numbers = ("update_norm", "projector_seed")
 
     def __init__(
         self,
@@ -99,7 +96,8 @@ class APOLLO(MatrixOptimizer):
         check_choice("scale_type", options["scale_type"], ("channel", "tensor"))
         check_limiter(options["limiter"])
 
-    def _letters(self, group: dict[str, Any], shape: torch.Size) -> dict[str, str]:
+    def state_letters(self, group: dict[str, Any], shape: torch.Size) -> dict[str, str]:
+        """Return the dimensions of the low-rank moments."""
         low = ".n" if resolve_side("auto", shape) == "left" else "m."
         return {"exp_avg": low, "exp_avg_sq": low}
 

@@ -7,24 +7,22 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from optimzoo.core.adam import bias_correction
 from optimzoo.core.channel_rule import (
     ChannelUpdate,
     channel_ratio,
     check_limiter,
     limit_norm_growth,
 )
-from optimzoo.core.matrix_optimizer import (
-    Context,
-    State,
-    adam_direction,
-    bias_correction,
-)
+from optimzoo.core.matrix_optimizer import adam_direction
 from optimzoo.core.optimizer import options_of
 from optimzoo.core.record import register
 from optimzoo.core.role_options import SharedOptions
+from optimzoo.core.rule import Context
 from optimzoo.core.update import Number, Update
 from optimzoo.core.validation import check_choice
 from optimzoo.optimizers.galore import LowRankOptimizer, LowRankUpdate
+from optimzoo.stacks import State
 from optimzoo.subspace.projector import project, project_back, resolve_side
 
 
@@ -73,7 +71,7 @@ class Fira(LowRankOptimizer):
     Source: arXiv 2410.01623; xichen-fy/Fira.
     """
 
-    _numbers = ("update_norm",)
+    numbers = ("update_norm",)
 
     def __init__(
         self,

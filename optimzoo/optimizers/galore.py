@@ -7,18 +7,15 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optimzoo.core.matrix_optimizer import (
-    Context,
-    MatrixOptimizer,
-    State,
-    adam_direction,
-    bias_correction,
-)
+from optimzoo.core.adam import bias_correction
+from optimzoo.core.matrix_optimizer import MatrixOptimizer, adam_direction
 from optimzoo.core.optimizer import options_of
 from optimzoo.core.record import register
 from optimzoo.core.role_options import SharedOptions
+from optimzoo.core.rule import Context
 from optimzoo.core.update import Number, Update
 from optimzoo.core.validation import check_choice
+from optimzoo.stacks import State
 from optimzoo.subspace.bases import KINDS, has_direction
 from optimzoo.subspace.natural import rotate_history
 from optimzoo.subspace.projector import (
@@ -47,7 +44,8 @@ class LowRankOptimizer(MatrixOptimizer):
         check_choice("projector", options["projector"], KINDS)
         check_choice("side", options["side"], SIDES)
 
-    def _letters(self, group: dict[str, Any], shape: torch.Size) -> dict[str, str]:
+    def state_letters(self, group: dict[str, Any], shape: torch.Size) -> dict[str, str]:
+        """Return the dimensions of projector, moments and history."""
         low = {"n": ".n", "m": "m.", "": ".."}[low_dimension(group, shape)]
         return {
             **{"exp_avg": low, "exp_avg_sq": low, "history": "." + low},

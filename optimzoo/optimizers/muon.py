@@ -9,24 +9,17 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from optimzoo.core.matrix_optimizer import (
-    Context,
-    Matrix,
-    MatrixOptimizer,
-    State,
-    as_matrix,
-    descent,
-    step_lr,
-)
+from optimzoo.core.matrix_optimizer import MatrixOptimizer, as_matrix, descent, step_lr
 from optimzoo.core.optimizer import copy_group, options_of
 from optimzoo.core.record import register
 from optimzoo.core.role_options import RoleRates, with_role_options
+from optimzoo.core.rule import Context, Matrix
 from optimzoo.core.update import Update, subtract_
 from optimzoo.core.validation import check_betas, check_choice, check_nonnegative
 from optimzoo.distributed import map_whole_matrices
 from optimzoo.lowbit import RngKey, fp32_working_copy, moment_dtype
 from optimzoo.roles import ROLES, role_of
-from optimzoo.stacks import in_chunks
+from optimzoo.stacks import State, in_chunks
 from optimzoo.subspace.newton_schulz import (
     COEFFICIENTS,
     Triple,
@@ -98,6 +91,9 @@ class Muon(MatrixOptimizer):
         state_bits: 8 keeps momentum and moments of 4,096 elements and up as 8-bit codes, with a
             float32 scale for each 256, rounded as `rounding` says; they are float32 temporaries
             while their weight is stepped. Not for sharded weights.
+        other: rule of the embedding and the head: `adam`; `scale`, SCALE's, with momentum on the
+            head alone; `adafactor`, a factored second moment. See
+            :class:`~optimzoo.core.role_options.SharedOptions`.
 
     Raises:
         ValueError: a hyperparameter out of range; `heads` that do not divide a matrix's rows.
@@ -109,7 +105,7 @@ class Muon(MatrixOptimizer):
     matrices are iterated on by their Gram matrix, in float32 and above (ours).
     """
 
-    _counts_steps = False
+    counts_steps = False
     _eps_before = False
 
     def __init__(
@@ -135,6 +131,7 @@ class Muon(MatrixOptimizer):
         rounding: str = "nearest",
         seed: int = 0,
         state_bits: int | None = None,
+        other: str = "adam",
         fused: bool | None = None,
         **rates: Unpack[RoleRates],
     ) -> None:
@@ -216,7 +213,8 @@ class Muon(MatrixOptimizer):
     def _is_own(self, p: Tensor, group: dict[str, Any]) -> bool:
         return super()._is_own(p, group) and is_matrix(p, group)
 
-    def _init_matrix(self, p: Tensor, state: State, group: dict[str, Any]) -> None:
+    def init_state(self, p: Tensor, state: State, group: dict[str, Any]) -> None:
+        """Create the momentum."""
         if "momentum_buffer" not in state and "momentum_buffer_codes" not in state:
             state["momentum_buffer"] = torch.zeros_like(p, dtype=moment_dtype(p, group))
 

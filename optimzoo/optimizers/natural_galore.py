@@ -6,19 +6,16 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optimzoo.core.matrix_optimizer import (
-    Context,
-    State,
-    adam_direction,
-    bias_correction,
-)
+from optimzoo.core.adam import bias_correction
+from optimzoo.core.matrix_optimizer import adam_direction
 from optimzoo.core.optimizer import options_of
 from optimzoo.core.record import register
 from optimzoo.core.role_options import SharedOptions
+from optimzoo.core.rule import Context
 from optimzoo.core.update import Update
 from optimzoo.core.validation import check_choice, check_nonnegative
 from optimzoo.optimizers.galore import LowRankOptimizer, LowRankUpdate, low_dimension
-from optimzoo.stacks import each
+from optimzoo.stacks import State, each
 from optimzoo.subspace.natural import natural_gradient
 from optimzoo.subspace.projector import project
 

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optimzoo.core.matrix_optimizer import Context, MatrixOptimizer, State
+from optimzoo.core.matrix_optimizer import MatrixOptimizer
 from optimzoo.core.optimizer import options_of
 from optimzoo.core.record import register
 from optimzoo.core.role_options import SharedOptions
+from optimzoo.core.rule import Context
 from optimzoo.core.update import Update
 from optimzoo.distributed import UNSHARDED, Shards
 from optimzoo.lowbit import RngKey
+from optimzoo.stacks import State
 
 
 @register(
@@ -62,7 +64,7 @@ class SinkGD(MatrixOptimizer):
     gradients are normalised otherwise.
     """
 
-    _counts_steps = False
+    counts_steps = False
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from optimzoo.core.adam import (
     read_counts,
     step_as_tensor,
 )
-from optimzoo.core.matrix_optimizer import MatrixOptimizer, State, as_matrix, oriented
+from optimzoo.core.matrix_optimizer import MatrixOptimizer, as_matrix, oriented
 from optimzoo.core.optimizer import options_of, scalar_lr
 from optimzoo.core.record import register
 from optimzoo.core.role_options import SharedOptions
@@ -34,6 +34,7 @@ from optimzoo.lowbit import (
     widened,
 )
 from optimzoo.roles import ROLES
+from optimzoo.stacks import State
 
 # Options of the rule; weights that share them, and their counts, are stepped together.
 _RULE = (
@@ -128,7 +129,8 @@ class StableSPAM(MatrixOptimizer):
             raise ValueError("state_bits=8 counts its steps in Python; it excludes capturable=True")
         check_choice("reset_step", options["reset_step"], ("authors", "clean"))
 
-    def _letters(self, group: dict[str, Any], shape: torch.Size) -> dict[str, str]:
+    def state_letters(self, group: dict[str, Any], shape: torch.Size) -> dict[str, str]:
+        """Return the dimensions of the moments."""
         whole = "mn" if len(shape) > 1 else "m"
         return {"exp_avg": whole, "exp_avg_sq": whole}
 
@@ -171,7 +173,7 @@ class StableSPAM(MatrixOptimizer):
             together = foreach and not coded and exact
             with nullcontext(self._open) if together else ExitStack() as stack:
                 if shards.mesh is not None:
-                    letters = self._letters(group, shards.shape(grad.shape))
+                    letters = self.state_letters(group, shards.shape(grad.shape))
                     state = stack.enter_context(shards.local_state(state, letters))
                 if coded:
                     stack.enter_context(dequantized_moments(state, 8, rng_key))

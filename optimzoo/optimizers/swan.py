@@ -8,21 +8,16 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optimzoo.core.matrix_optimizer import (
-    Context,
-    Matrix,
-    MatrixOptimizer,
-    State,
-    descent,
-    step_lr,
-)
+from optimzoo.core.matrix_optimizer import MatrixOptimizer, descent, step_lr
 from optimzoo.core.optimizer import options_of
 from optimzoo.core.record import register
 from optimzoo.core.role_options import SharedOptions
+from optimzoo.core.rule import Context, Matrix
 from optimzoo.core.update import Update, subtract_
 from optimzoo.distributed import map_whole_matrices
 from optimzoo.kernels import dispatch
 from optimzoo.lowbit import RngKey, fp32_working_copy
+from optimzoo.stacks import State
 from optimzoo.subspace.newton_schulz import whiten
 
 
@@ -69,7 +64,7 @@ class SWAN(MatrixOptimizer):
     `beta` and the unit of `lr` are our choices.
     """
 
-    _counts_steps = False
+    counts_steps = False
 
     def __init__(
         self,

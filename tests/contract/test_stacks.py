@@ -27,7 +27,12 @@ CASES = {
     "apollo_mini": [{"update_proj_gap": 12}],
     "swan": [{}, {"weight_decay": 0.1}],
     "sinkgd": [{"alpha": 1.0}, {"iterations": 2, "weight_decay": 0.1}],
-    "muon": [{}, {"nesterov": False, "weight_decay": 0.1}],
+    "muon": [
+        {},
+        {"other": "scale", "maximize": True},
+        {"other": "adafactor", "weight_decay": 0.1},
+        {"nesterov": False, "weight_decay": 0.1},
+    ],
     "scale": [{"normalize": n, "weight_decay": 0.1} for n in ("column", "row", "spectral")],
 }
 FLAT = [(9, 17), (17, 9), (9, 17), (16, 16), (9, 17), (17, 9), (1, 7), (7, 1), (16, 16), (9, 17)]
@@ -48,8 +53,10 @@ def groups_of(generator, device):
         {"params": weights((8, 12), (12, 8), (8, 12)), "role": "hidden", "transposed": True},
         {"params": weights((3, 6, 10), (3, 6, 10)), "role": "hidden", "stacked": True},
         {"params": weights((4, 3, 2, 2), (4, 3, 2, 2)), "role": "hidden"},
-        {"params": weights((20, 8)), "role": "embedding"},
-        {"params": weights((20, 8)), "role": "head"},
+        {"params": weights((20, 8), (20, 8)), "role": "embedding"},
+        {"params": weights((8, 20), (8, 20)), "role": "embedding", "transposed": True},
+        {"params": weights((20, 8), (20, 8)), "role": "head"},
+        {"params": weights((8, 20), (8, 20)), "role": "head", "transposed": True},
         {"params": weights((8,), (8,)), "role": "vector"},
     ]
 

@@ -32,6 +32,7 @@ CASES += [
 ]
 if "muon" in NAMES:
     CASES += [("muon", {"roles": ("hidden", "embedding", "head")})]
+    CASES += [("muon", {"other": "adafactor"}), ("muon", {"other": "scale", "state_bits": 8})]
 
 
 def bytes_of(tensors) -> int:

@@ -139,6 +139,11 @@ MUON = {
     "decay": {**DECAY, "other_weight_decay": 0.2},
     "up": {**UP, "other_eps": 0.1, "other_betas": (0.8, 0.99)},
 }
+OTHERS = {
+    f"{other}{name}": {"other": other, **hyper}
+    for other in ("scale", "adafactor")
+    for name, hyper in (("", {}), ("-up", UP), ("-beta2", {"other_betas": (0.7, 0.9)}))
+}
 CASES = {
     (make, name): hyper
     for make, cases in (
@@ -147,10 +152,10 @@ CASES = {
         (Fira, FIRA),
         (APOLLO, APOLLO_CASES),
         (APOLLOMini, MINI),
-        (SWAN, SWAN_CASES),
+        (SWAN, {**SWAN_CASES, **OTHERS}),
         (SinkGD, SINKGD),
         (StableSPAM, SPAM),
-        (Muon, MUON),
+        (Muon, {**MUON, **OTHERS}),
     )
     for name, hyper in cases.items()
 }

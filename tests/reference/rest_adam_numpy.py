@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from reference.other_rules_numpy import OTHER_RULES
+
 Array = NDArray[np.float64]
 
 
@@ -27,6 +29,7 @@ class Reference(ABC):
         weight_decay: float = 0.0,
         stacked: Set[str] = frozenset(),
         maximize: bool = False,
+        other: str = "adam",
     ) -> None:
         # A copy, so that the caller's arrays, often views of torch memory, never move.
         self.params = {name: np.array(p, dtype=np.float64) for name, p in params.items()}
@@ -43,6 +46,7 @@ class Reference(ABC):
         self.other_eps = eps if other_eps is None else other_eps
         self.weight_decay = weight_decay
         self.maximize = maximize
+        self.other = None if other == "adam" else OTHER_RULES[other]()
         self.steps = dict.fromkeys(self.params, 0)
         # Keys are a parameter's name, or name[i] for slice i of a stack.
         self.exp_avg: dict[str, Array] = {}
@@ -64,6 +68,8 @@ class Reference(ABC):
 
     def update(self, name: str, g: Array, t: int) -> Array:
         """What the learning rate multiplies, in the parameter's shape."""
+        if self.other is not None and name in ("embedding", "head"):
+            return self.other.update(name, g, t, self.other_betas, self.other_eps)
         if name not in self.hidden:
             scale = correction(self.other_betas, t)
             return scale * self.normalized(name, g, self.other_betas, self.other_eps)

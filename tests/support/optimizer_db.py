@@ -162,6 +162,8 @@ def muon_inputs(device, dtype=None) -> list[OptimizerInput]:
         codes={"state_bits": 8},
         AdamW={"other_lr": 2**-8, "other_betas": (0.5, 0.75), "other_eps": 1e-6},
         all_matrices={"roles": ("hidden", "embedding", "head")},
+        other_scale={"other": "scale", "weight_decay": 0.1},
+        other_adafactor={"other": "adafactor", "maximize": True},
         stochastic=STOCHASTIC,
     )
 

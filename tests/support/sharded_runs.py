@@ -39,6 +39,8 @@ VARIANTS = {
     "galore both": ("galore", {"side": "both"}),
     "galore power": ("galore", {"projector": "power", "rotate": False}),
     "natural_galore both": ("natural_galore", {"side": "both", "relative_damping": True}),
+    "sinkgd other scale": ("sinkgd", {"other": "scale"}),
+    "muon other adafactor": ("muon", {"other": "adafactor"}),
     "stable_spam together": ("stable_spam", {"foreach": True}),
     "apollo tensor": ("apollo", {"scale_type": "tensor", "scale_front": True}),
 }

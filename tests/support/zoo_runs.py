@@ -150,7 +150,7 @@ def compare(
         "rounding",
         "state_bits",
     }
-    known = {*inspect.signature(make).parameters, "maximize"} - ours
+    known = {*inspect.signature(make).parameters, "maximize", "other", "other_betas"} - ours
     options = {k: v for k, v in {**optimizer.defaults, **hyper}.items() if k in known}
     kind = options.pop("projector", None)
     if make in (GaLore, NaturalGaLore, Fira):
