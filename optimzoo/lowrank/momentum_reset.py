@@ -19,7 +19,7 @@ _MOMENTS |= {
     "col_var",
     "variance",
 }  # RMSprop to Adafactor
-_MOMENTS |= {"max_avg", "norm_avg", "norm_avg_sq", "history", "gram"}  # Stable-SPAM, Natural GaLore
+_MOMENTS |= {"max_avg", "norm_avg", "norm_avg_sq", "history", "history_scale", "gram"}
 # Counts that correct the bias of the moments, and the value that they start at.
 _COUNTS = {"step": 0, "moment_step": 0, "mu_product": 1}
 # Not momentum: subspaces, masks, the growth limiter.

@@ -49,6 +49,7 @@ class LowRankOptimizer(MatrixOptimizer):
         low = {"n": ".n", "m": "m.", "": ".."}[low_dimension(group, shape)]
         return {
             **{"exp_avg": low, "exp_avg_sq": low, "history": "." + low},
+            "history_scale": f".{low[0]}.",
             **{"projector_left": "m.", "projector_right": "n."},
         }
 

@@ -19,7 +19,7 @@ from optimzoo.stacks import State, each
 from optimzoo.subspace.natural import natural_gradient
 from optimzoo.subspace.projector import project
 
-HISTORY_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+HISTORY_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64", "int8")
 
 
 @register(
@@ -44,7 +44,8 @@ class NaturalGaLore(LowRankOptimizer):
 
     State of a hidden weight, in elements: GaLore's ``2 r max(m, n) + r min(m, n)`` and the
     history's ``s r max(m, n) + s²``. At s = 20 that is ten times the moments: the paper's memory
-    column, equal to GaLore's, leaves it out. `history_dtype="bfloat16"` halves it under float32.
+    column, equal to GaLore's, leaves it out. `history_dtype="int8"`, which `state_bits=8` takes by
+    itself, holds it in a byte an element, and a float32 scale for each row of a gradient.
 
     Args:
         params: groups from :func:`optimzoo.param_groups`; bare parameters fall back by shape.
@@ -60,7 +61,9 @@ class NaturalGaLore(LowRankOptimizer):
         relative_damping: λ in units of μ, the mean squared norm of the history, and
             ``n = (1 + λ) μ F⁻¹ g`` (ours): without it the transform fades away where ‖g‖² is far
             below λ. Strong damping then gives GaLore: ``n → g``.
-        history_dtype: `auto` (the gradient's), `float32`, `bfloat16`, `float16`, `float64`.
+        history_dtype: `auto` (the gradient's; codes with `state_bits=8`), `float32`, `bfloat16`,
+            `float16`, `float64`; `int8`: each gradient of the history is rounded once, to codes
+            that are off by at most 1/254 of its row's largest magnitude.
         projector: `randomized` (ours), `svd` or `power`.
         side: `auto` (the paper, one-sided) or `both` (the authors' code: r × r), `left`, `right`.
         rotate: at a refresh, rotate moments and history into the new subspace (ours); `False`, the
@@ -134,7 +137,12 @@ class NaturalGaLore(LowRankOptimizer):
 def _init_history(state: State, low: Tensor, group: dict[str, Any]) -> None:
     size, name = group["history"], group["history_dtype"]
     batch, shape = low.shape[:-2], low.shape[-2:]
+    if name == "auto" and group["state_bits"] == 8:
+        name = "int8"
     dtype = low.dtype if name == "auto" else getattr(torch, name)
     gram = torch.promote_types(dtype, torch.promote_types(low.dtype, torch.float32))
     state["history"] = torch.zeros(*batch, size, *shape, dtype=dtype, device=low.device)
+    if name == "int8":
+        scale = torch.zeros(*batch, size, shape[0], 1, dtype=torch.float32, device=low.device)
+        state["history_scale"] = scale
     state["gram"] = torch.zeros(*batch, size, size, dtype=gram, device=low.device)

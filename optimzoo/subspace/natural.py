@@ -14,6 +14,7 @@ from optimzoo.stacks import State, StateStack, each
 
 _JITTERS = (0.0, 1e-10, 1e-8, 1e-6, 1e-4)
 _COLUMNS = 2**16  # columns of a low-precision history that are widened at a time
+_TOP = 127  # the largest code of 8 bits
 
 
 def natural_gradient(
@@ -39,6 +40,10 @@ def natural_gradient(
     one Cholesky of s × s in float64. A low-precision history is summed in the Gram matrix's dtype:
     rounded to bfloat16, the Gram matrix of similar gradients is not positive definite.
 
+    A history of codes has ``history_scale`` ``[..., s, a, 1]`` beside it. Then ``h`` are the codes'
+    values, that of ``g`` among them: Gram matrix and result are those of one matrix, so ``F`` stays
+    positive definite whatever the codes lose.
+
     A damping too small for that dtype (such as zero, with a gradient that repeats) is raised to the
     first sufficient jitter, for each matrix of a stack by itself.
 
@@ -58,17 +63,15 @@ def natural_gradient(
         RuntimeError: the damped Gram matrix is not positive definite, even with jitter.
     """
     gram = state["gram"]
-    dim = each(state, "gram")[0].ndim - 2
-    lows = low.unbind() if isinstance(state, StateStack) else [low]
-    if isinstance(index, Tensor):
-        for history, i, x in zip(each(state, "history"), index.view(-1), lows, strict=True):
-            history.index_copy_(dim, i.view(1), x.unsqueeze(dim).to(history.dtype))
+    if "history_scale" in state:
+        codes, scale = quantized(low, shards, over)
+        _put(state, "history", index, codes)
+        _put(state, "history_scale", index, scale)
+        g = (codes.to(gram.dtype) * scale).flatten(-2)
     else:
-        rows = [history.select(dim, index) for history in each(state, "history")]
-        torch._foreach_copy_(rows, [x.view(row.shape) for row, x in zip(rows, lows, strict=True)])
-    history = state["history"].flatten(gram.ndim - 1)
-    g = low.flatten(-2)
-    row = _products(history, g.to(history.dtype), gram)
+        _put(state, "history", index, low)
+        g = low.flatten(-2).to(each(state, "history")[0].dtype)
+    row = _products(state, g)
     shards.sum_([row], over)
     if isinstance(index, Tensor):
         places = torch.arange(gram.shape[-1], device=gram.device)
@@ -80,24 +83,56 @@ def natural_gradient(
         gram[..., index, :] = row
         gram[..., :, index] = row
         weights = _solve_unit(gram, index, damping, relative).to(gram.dtype)
-    return _combination(history, weights).to(g.dtype).reshape(low.shape)
+    return _combination(state, weights).to(low.dtype).reshape(low.shape)
 
 
-def _products(history: Tensor, g: Tensor, gram: Tensor) -> Tensor:
-    """Return the product of each gradient of ``history`` with ``g``, in the dtype of ``gram``."""
+def quantized(low: Tensor, shards: Shards = UNSHARDED, over: str = "") -> tuple[Tensor, Tensor]:
+    """Return codes of 8 bits, and the float32 scale of each row of a low-rank gradient.
+
+    A code's value is off by at most half a scale, 1/254 of the row's largest magnitude. The scale
+    of a row that is not finite is not, and so is all of the row.
+    """
+    scale = shards.norm(low, math.inf, dim=-1, over=over.replace("m", "")).float() / _TOP
+    codes = torch.nan_to_num(low / scale, nan=0.0, posinf=0.0, neginf=0.0).round_()
+    return codes.to(torch.int8), scale
+
+
+def _put(state: State, key: str, index: int | Tensor, values: Tensor) -> None:
+    """Write the newest gradient's values into the ring of each weight."""
+    dim = each(state, "gram")[0].ndim - 2
+    rings = each(state, key)
+    parts = values.unbind() if isinstance(state, StateStack) else [values]
+    if isinstance(index, Tensor):
+        for ring, i, x in zip(rings, index.view(-1), parts, strict=True):
+            ring.index_copy_(dim, i.view(1), x.unsqueeze(dim).to(ring.dtype))
+    else:
+        rows = [ring.select(dim, index) for ring in rings]
+        torch._foreach_copy_(rows, [x.view(row.shape) for row, x in zip(rows, parts, strict=True)])
+
+
+def _products(state: State, g: Tensor) -> Tensor:
+    """Return the product of each gradient of the history with ``g``, in the Gram matrix's dtype."""
+    history, gram = _rows(state), state["gram"]
     if _has_kernel(history, gram):
-        return native.CPU.history_dot(history, g)
-    blocks = zip(*(_widened(t, gram.dtype) for t in (history, g)), strict=True)
-    rows = [(h @ part.unsqueeze(-1)).squeeze(-1) for h, part in blocks]
+        return native.CPU.history_dot(history, g.contiguous())
+    parts = g.split(_columns(state, gram.dtype), dim=-1)
+    blocks = zip(_widened(state, gram.dtype), parts, strict=True)
+    rows = [(h @ part.to(gram.dtype).unsqueeze(-1)).squeeze(-1) for h, part in blocks]
     return functools.reduce(torch.add, rows)
 
 
-def _combination(history: Tensor, weights: Tensor) -> Tensor:
+def _combination(state: State, weights: Tensor) -> Tensor:
     """Return ``Hᵀ w``."""
+    history = _rows(state)
     if _has_kernel(history, weights):
         return native.CPU.history_combine(history, weights)
-    parts = [h.mT @ weights.unsqueeze(-1) for h in _widened(history, weights.dtype)]
+    parts = [h.mT @ weights.unsqueeze(-1) for h in _widened(state, weights.dtype)]
     return torch.cat(parts, dim=-2) if len(parts) > 1 else parts[0]
+
+
+def _rows(state: State) -> Tensor:
+    """Return the history as a matrix ``[..., s, k]``."""
+    return state["history"].flatten(state["gram"].ndim - 1)
 
 
 def _has_kernel(history: Tensor, other: Tensor) -> bool:
@@ -107,10 +142,27 @@ def _has_kernel(history: Tensor, other: Tensor) -> bool:
     return plain and floats and dispatch.backend("cpu") is not None
 
 
-def _widened(history: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Yield the history in ``dtype``, in blocks of columns where that takes a copy."""
-    columns = history.shape[-1] if history.dtype == dtype else _COLUMNS
-    return (part.to(dtype) for part in history.split(columns, dim=-1))
+def _widened(state: State, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yield the history ``[..., s, k]`` in ``dtype``, by columns where that takes a copy."""
+    scale = state.get("history_scale")
+    width, row = state["history"].shape[-1], 0
+    for block in _rows(state).split(_columns(state, dtype), dim=-1):
+        block = block.to(dtype)
+        if scale is not None:
+            block = block.unflatten(-1, (-1, width))
+            scales = scale.narrow(-2, row, block.shape[-2])
+            row += block.shape[-2]
+            block = (block * scales).flatten(-2)
+        yield block
+
+
+def _columns(state: State, dtype: torch.dtype) -> int:
+    """Return how many columns of the history are widened at a time: of codes, whole rows."""
+    history = _rows(state)
+    if history.dtype == dtype:
+        return max(1, history.shape[-1])
+    width = state["history"].shape[-1] if "history_scale" in state else 1
+    return width * max(1, _COLUMNS // max(1, width))
 
 
 def _solve_unit(gram: Tensor, index: int, damping: float, relative: bool) -> Tensor:
@@ -190,15 +242,22 @@ def _solve_one(
 
 def rotate_history(state: State, rotation: Any, shards: Shards = UNSHARDED, over: str = "") -> None:
     """Rotate the history into a new subspace and recompute its Gram matrix."""
-    history = state["history"]
-    if history.ndim > 3:  # a stack of matrices: [n, s, a, b], its rotations [n, a', a]
-        rotation = type(rotation)(
-            *(None if r is None else r.unsqueeze(-3) for r in (rotation.left, rotation.right))
-        )
-    history.copy_(rotation(history))
+    history, dim = state["history"], state["gram"].ndim - 2
+    if "history_scale" in state:  # one gradient after the other: widened, all take four times it
+        for j in range(history.shape[dim]):
+            codes, scale = (state[key].select(dim, j) for key in ("history", "history_scale"))
+            new = quantized(rotation(codes.to(state["gram"].dtype) * scale), shards, over)
+            codes.copy_(new[0])
+            scale.copy_(new[1])
+    else:
+        if history.ndim > 3:  # a stack of matrices: [n, s, a, b], its rotations [n, a', a]
+            rotation = type(rotation)(
+                *(None if r is None else r.unsqueeze(-3) for r in (rotation.left, rotation.right))
+            )
+        history.copy_(rotation(history))
     gram = state["gram"]
     gram.zero_()
-    for h in _widened(history.flatten(-2), gram.dtype):
+    for h in _widened(state, gram.dtype):
         gram += h @ h.mT
     shards.sum_([gram], over)
     # Not every BLAS gives a symmetric product to the bit, and a later update writes row and column.

@@ -21,7 +21,11 @@ no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds n
 RANK = {"rank": 3, "update_proj_gap": 12}
 CASES = {
     "galore": [RANK, {**RANK, "side": "both", "weight_decay": 0.1}],
-    "natural_galore": [{**RANK, "history": 5}, {**RANK, "history": 4, "relative_damping": True}],
+    "natural_galore": [
+        {**RANK, "history": 5},
+        {**RANK, "history": 3, "history_dtype": "int8"},
+        {**RANK, "history": 4, "relative_damping": True},
+    ],
     "fira": [RANK, {**RANK, "residual_scale": "one", "weight_decay": 0.1}],
     "apollo": [RANK, {**RANK, "scale_front": True, "maximize": True}],
     "apollo_mini": [{"update_proj_gap": 12}],

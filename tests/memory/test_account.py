@@ -23,6 +23,7 @@ CASES += [
     ("galore", {"rank": 5, "projector": "power", "side": "left"}),
     ("natural_galore", {"rank": 5, "side": "both", "history": 3, "history_dtype": "float32"}),
     ("natural_galore", {"rank": 5, "relative_damping": True}),
+    ("natural_galore", {"rank": 5, "state_bits": 8}),
     ("fira", {"rank": 5, "side": "right"}),
     ("scale", {"momentum": 0.0}),
     ("scale", {"capturable": True}),

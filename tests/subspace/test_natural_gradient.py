@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from optimzoo import NaturalGaLore
-from optimzoo.subspace.natural import natural_gradient, rotate_history
+from optimzoo.subspace.natural import natural_gradient, quantized, rotate_history
 from optimzoo.subspace.projector import Rotation
 
 ROWS, COLUMNS = 3, 8
@@ -25,6 +25,22 @@ def ring(size, *shape, batch=(), dtype=torch.float64, gram=None):
         "history": torch.zeros(*batch, size, *shape, dtype=dtype),
         "gram": torch.zeros(*batch, size, size, dtype=gram),
     }
+
+
+def coded(size, *shape, batch=(), dtype=torch.float64):
+    """A ring of codes."""
+    return {
+        "history": torch.zeros(*batch, size, *shape, dtype=torch.int8),
+        "history_scale": torch.zeros(*batch, size, shape[0], 1),
+        "gram": torch.zeros(*batch, size, size, dtype=dtype),
+    }
+
+
+def decoded(gradient):
+    """A gradient as its codes have it: 127 steps to the largest magnitude of each row."""
+    rows = gradient.double().numpy()
+    steps = np.abs(rows).max(-1, keepdims=True).astype(np.float32) / np.float32(127)
+    return torch.tensor(np.round(rows / np.where(steps > 0, steps, 1)) * steps.astype(np.float64))
 
 
 def direct(gradients, damping):
@@ -200,6 +216,57 @@ def test_a_bfloat16_history_is_off_by_its_rounding(noise):
             assert distance(natural, expected) < 2**-8 / noise + 2**-8, t
 
 
+@pytest.mark.parametrize(("damping", "relative"), [(1e-3, False), (0.1, True), (100.0, True)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_codes_give_the_inverse_of_what_they_stand_for(dtype, damping, relative):
+    """With a row of zeros, and through a history that wraps around."""
+    gradients = [normal(4, 128, seed=t, dtype=dtype) * 2.0 ** (t % 3) for t in range(12)]
+    gradients[5][2] = 0
+    naturals = walk(coded(5, 4, 128, dtype=dtype), gradients, damping, relative)
+    for t, natural in enumerate(naturals):
+        known = [decoded(g) for g in gradients[max(0, t - 4) : t + 1]]
+        mean = sum(g.square().sum().item() for g in known) / len(known)
+        expected = expectation(known, damping, mean if relative else None)
+        assert natural.dtype == dtype
+        assert distance(natural, expected) < {torch.float64: 1e-8, torch.float32: 2e-3}[dtype], t
+
+
+def test_codes_are_off_by_half_a_step_and_keep_what_is_not_finite():
+    low = normal(6, 40, dtype=torch.float32)
+    low[3] = 0
+    codes, scale = quantized(low)
+    assert (codes * scale - low).abs().le(low.abs().amax(-1, keepdim=True) / 253.9).all()
+    for bad in (torch.nan, torch.inf):
+        low[1, 2] = bad
+        codes, scale = quantized(low)
+        values = codes * scale
+        assert not values[1].isfinite().any() and values[[0, 2, 3, 4, 5]].isfinite().all()
+
+
+@pytest.mark.parametrize("noise", [1.0, 0.3])
+def test_a_history_of_codes_is_off_by_their_rounding(noise):
+    """Half a step of a row, which weighs as much as it does beside what tells gradients apart."""
+    gradients = similar(30, noise)
+    naturals = walk(coded(20, 4, 128, dtype=torch.float32), gradients, 0.1, relative=True)
+    exact = walk(ring(20, 4, 128, dtype=torch.float32), gradients, 0.1, relative=True)
+    for natural, expected in zip(naturals, exact, strict=True):
+        assert distance(natural, expected.double()) < 2**-5 / noise
+
+
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+def test_a_rotated_history_of_codes_has_its_gram_matrix(batch):
+    state = coded(4, ROWS, COLUMNS, batch=batch)
+    gradients = [normal(*batch, ROWS, COLUMNS, seed=t) for t in range(4)]
+    walk(state, gradients, 0.1)
+    before = state["history"].double() * state["history_scale"]
+    turn = torch.linalg.qr(normal(*batch, ROWS, ROWS, seed=9))[0]
+    rotate_history(state, Rotation(turn, None))
+    values = state["history"].double() * state["history_scale"]
+    assert distance(values, turn.unsqueeze(-3) @ before) < 2**-6
+    rows = values.flatten(-2)
+    assert_close(state["gram"], rows @ rows.mT)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_long_low_precision_history_is_summed_in_parts(dtype):
     """More columns than are widened at a time; float16 alone would overflow at 65504."""
@@ -210,7 +277,9 @@ def test_a_long_low_precision_history_is_summed_in_parts(dtype):
         assert distance(natural, expected.double()) < 1e-2
 
 
-@pytest.mark.parametrize("history_dtype", ["auto", "float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize(
+    "history_dtype", ["auto", "float32", "bfloat16", "float16", "float64", "int8"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_history_dtype_is_that_of_the_state_and_trains(history_dtype, dtype):
     weight = nn.Parameter(normal(12, 7, dtype=dtype))

@@ -41,6 +41,7 @@ VARIANTS = {
     "natural_galore both": ("natural_galore", {"side": "both", "relative_damping": True}),
     "sinkgd other scale": ("sinkgd", {"other": "scale"}),
     "muon other adafactor": ("muon", {"other": "adafactor"}),
+    "natural_galore int8": ("natural_galore", {"history_dtype": "int8"}),
     "stable_spam together": ("stable_spam", {"foreach": True}),
     "apollo tensor": ("apollo", {"scale_type": "tensor", "scale_front": True}),
 }
