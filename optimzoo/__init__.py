@@ -5,6 +5,7 @@ import torch as _torch
 from optimzoo._version import __version__
 from optimzoo._version import warn_of_untested_torch as _warn_of_untested_torch
 from optimzoo.gradient_release import Release, release
+from optimzoo.gradient_stabilizer import GradientStabilizer, stabilize
 from optimzoo.optimizers.adams import AdamS
 from optimzoo.optimizers.apollo import APOLLO, APOLLOMini
 from optimzoo.optimizers.fira import Fira
@@ -28,6 +29,7 @@ __all__ = [
     "AdamS",
     "Fira",
     "GaLore",
+    "GradientStabilizer",
     "Muon",
     "NaturalGaLore",
     "OptimInfo",
@@ -41,4 +43,5 @@ __all__ = [
     "list_optimizers",
     "param_groups",
     "release",
+    "stabilize",
 ]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from optimzoo.flattened import flattened_by
+from optimzoo.gradient_stabilizer import stabilizer_of
 
 
 def release(
@@ -64,7 +65,7 @@ def release(
     Raises:
         TypeError: not a torch optimizer.
         ValueError: LBFGS; parameters that are released already; `max_norm` for a method none of
-            whose parameters are scale-invariant.
+            whose parameters are scale-invariant, or for an optimizer that is stabilized.
         RuntimeError: parameters of DistributedDataParallel or of FSDP1 (FSDP2's are fine); in a
             backward, a second gradient for a parameter that was stepped, float16 gradients with
             `scaler`, an optimizer that is gone (it lives as long as something holds it or this).
@@ -165,6 +166,7 @@ class Release:
                 self._begin()
             if not self._checked:
                 _refuse_replicated(self._places)  # the model may be wrapped by now
+                _refuse_stabilized(self._optimizer, self.max_norm)
                 self._checked = True
             if param in self._stepped:
                 param.grad = None
@@ -192,7 +194,12 @@ class Release:
         alone._optimizer_step_post_hooks = OrderedDict()
         alone.param_groups = [{**group, "params": [param]}]
         alone.__dict__["first_index"] = position
+        stabilizer = stabilizer_of(self._optimizer)
+        if stabilizer is not None:
+            stabilizer.before_step(alone, (alone,), {})
         self._rule(alone)
+        if stabilizer is not None:
+            stabilizer.after_step(alone)
 
     @torch.no_grad()
     def _clip(self) -> None:
@@ -306,6 +313,7 @@ def _check(optimizer: Optimizer, max_norm: float | None) -> None:
         if flattened_by(p):
             raise RuntimeError("FSDP1 reduces a gradient after its hooks; use fully_shard (FSDP2)")
     _refuse_replicated(dict(params))
+    _refuse_stabilized(optimizer, max_norm)
     if max_norm is None:
         return
     if not max_norm > 0:
@@ -315,6 +323,15 @@ def _check(optimizer: Optimizer, max_norm: float | None) -> None:
             f"{name} cannot clip what it releases: the norm is known when the last gradient is, "
             "and all its steps depend on the gradients' size; release it without max_norm, or clip "
             "without release"
+        )
+
+
+def _refuse_stabilized(optimizer: Optimizer, max_norm: float | None) -> None:
+    """Refuse clipping: the running norms of gradients that go at once would be unclipped ones."""
+    if max_norm is not None and stabilizer_of(optimizer) is not None:
+        raise ValueError(
+            f"max_norm={max_norm} of a stabilized {type(optimizer).__name__}: it bounds "
+            "each gradient's norm by itself; release it without max_norm"
         )
 
 

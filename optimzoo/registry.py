@@ -21,6 +21,7 @@ from optimzoo.core.role_options import (
 )
 from optimzoo.core.rounded import Rounded
 from optimzoo.flattened import refuse_flattened
+from optimzoo.gradient_stabilizer import stabilize as stabilized
 from optimzoo.optimizers import METHODS  # noqa: F401  (registers them)
 from optimzoo.roles import ROLES, param_groups
 
@@ -75,7 +76,7 @@ def hyperparameters(info: OptimInfo) -> list[str]:
     ]
     shared = getattr(info.make, "_options", RoleRates).__annotations__
     accepted += [name for name in shared if name not in accepted]
-    return accepted if _is_ours(info) else [*accepted, *_ROUNDING]
+    return [*accepted, *(() if _is_ours(info) else _ROUNDING), "stabilize"]
 
 
 def _is_ours(info: OptimInfo) -> bool:
@@ -87,6 +88,7 @@ def create_optimizer(
     model_or_params: nn.Module | ParamsT,
     *,
     lr: float | None = None,
+    stabilize: bool = False,
     **hyper: Any,
 ) -> Optimizer:
     """Make an optimizer by name.
@@ -99,6 +101,8 @@ def create_optimizer(
         model_or_params: a model (sorted by :func:`optimzoo.param_groups`), groups, or parameters.
         lr: learning rate; of the hidden weights, where `embedding_lr`, `head_lr`, `vector_lr` or
             `other_lr` (:class:`~optimzoo.core.role_options.RoleOptions`) name others.
+        stabilize: whether :func:`optimzoo.stabilize` replaces the gradients' norms before each
+            step.
         **hyper: the method's other hyperparameters; torch's optimizers take `embedding_lr`,
             `head_lr` and `vector_lr`, and `rounding` and `seed` too: rounded stochastically, they
             step weight by weight, with float32 state.
@@ -126,6 +130,14 @@ def create_optimizer(
         raise ValueError(f"{info.name} has no default for {' and '.join(needed)}; give it")
     if lr is not None:
         hyper["lr"] = lr
+    optimizer = _make(info, model_or_params, hyper)
+    return stabilized(optimizer) if stabilize else optimizer
+
+
+def _make(
+    info: OptimInfo, model_or_params: nn.Module | ParamsT, hyper: dict[str, Any]
+) -> Optimizer:
+    """Make the optimizer, from hyperparameters that are known to be its own."""
     groups: Any = model_or_params
     if isinstance(groups, nn.Module):
         groups = param_groups(groups)
@@ -134,7 +146,8 @@ def create_optimizer(
     if isinstance(groups, list):
         _refuse_flattened(groups)
     if _is_ours(info):
-        return info.make(groups, **hyper)
+        ours: Optimizer = info.make(groups, **hyper)
+        return ours
     rates = {key: hyper.pop(key, None) for key in RoleRates.__annotations__}
     rates = check_role_options(info.name, rates, ROLES)
     if rates:

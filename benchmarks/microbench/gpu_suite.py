@@ -140,7 +140,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         tests("kernels", *KERNELS),
         tests("triton", *TRITON),
         tests("contract", *contract, "-m", "not distributed", "-k", "CUDA or cuda"),
-        tests("release", "tests/gradient_release"),
+        tests("release", "tests/gradient_release", "tests/gradient_stabilizer"),
         tests("compiled", "tests/contract/test_compile.py"),
         tests("stacks", "tests/contract/test_stacks.py", "tests/optimizers/test_multi_tensor.py"),
         tests("sparsity", "tests/sparsity/test_sparsity.py", "-k", "semi_structured"),

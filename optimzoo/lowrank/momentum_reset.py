@@ -22,8 +22,9 @@ _MOMENTS |= {
 _MOMENTS |= {"max_avg", "norm_avg", "norm_avg_sq", "history", "history_scale", "gram"}
 # Counts that correct the bias of the moments, and the value that they start at.
 _COUNTS = {"step": 0, "moment_step": 0, "mu_product": 1}
-# Not momentum: subspaces, masks, the growth limiter.
+# Not momentum: subspaces, masks, the growth limiter, the norms of a gradient stabilizer.
 _KEPT = {"projector_left", "projector_right", "projector_seed", "update_norm", "mask"}
+_KEPT |= {"grad_norm_avg", "grad_norm_avg_sq", "grad_norm_step"}
 _MOMENTS |= {"exp_avg_codes", "exp_avg_sq_codes"}  # of 8 bits: 0 is the code of 0, whatever the
 _KEPT |= {"exp_avg_scale", "exp_avg_sq_scale", "rounding_step"}  # scale of its block
 

@@ -35,6 +35,7 @@ ORDER = {
         ["sparsity", "lowrank"],
         ["core"],
         ["optimizers"],
+        ["gradient_stabilizer"],
         ["gradient_release", "registry", "doctor"],
         ["memory", "integrations"],
         ["cli"],
