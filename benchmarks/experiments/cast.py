@@ -28,7 +28,7 @@ from optimzoo.options import refuse
 
 Row = dict[str, Any]
 
-# Rates and decays: the best of a small grid each, at the default sizes.
+# Rates and decays: the best of a few tried each, at the default sizes.
 METHODS = {
     "dense": Method("dense, as trained", trained=False, distill=False),
     "continued": Method("dense, trained further", lr=2e-3, distill=False),

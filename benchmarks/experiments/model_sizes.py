@@ -42,7 +42,7 @@ def _batch(tokens: int) -> ModelSize:
     return ModelSize({**sizes, "eval_tokens": 65536}, 32, gap, steps // 4, one_line=False)
 
 
-# 60m: 16,384 tokens a step, the grid 10 M tokens a run, the final runs 60 M. bf16 throughout, as
+# 60m: 16,384 tokens a step, a tuning run 10 M tokens, a final one 60 M. bf16 throughout, as
 # the papers train.
 _GPU = {"seq_len": 256, "eval_tokens": 1_048_576, "precision": "bf16", "compile": True}
 _FULL = {**_GPU, "batch_size": 64, "accumulate": 8, "eval_tokens": 10_000_000}

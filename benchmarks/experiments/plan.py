@@ -270,5 +270,5 @@ def choose(rows: list[Row], method: str, protocol: str) -> Row:
     finite = [r for r in mine if r["valid_loss"] is not None]
     if not finite:
         what = "diverged everywhere" if mine else "has no tuning row"
-        raise ValueError(f"{method} ({protocol}) {what}; run compare --tune, or lower its grid")
+        raise ValueError(f"{method} ({protocol}) {what}; run compare --tune, or start lower")
     return min(finite, key=lambda r: float(r["valid_loss"]))

@@ -1,4 +1,4 @@
-"""Reduction of seeds, grids and steps to a time budget, decided once per folder of runs."""
+"""Reduction of seeds, tuning and steps to a time budget, decided once per folder of runs."""
 
 import json
 import os
@@ -65,32 +65,32 @@ def _measured(entry: Entry, corpus: Corpus, steps: int) -> float:
 def fit(
     minutes: float,
     final: list[Entry],
-    grid: list[Entry],
+    tuning: list[Entry],
     seconds: dict[str, float],
     *,
     seeds: int,
     workers: int = 1,
 ) -> Cut:
-    """Return the largest cut that fits: all runs; one seed; no grid; then fewer steps per run.
+    """Return the largest cut that fits: all runs; one seed; no tuning; then fewer steps per run.
 
-    ``final`` has one run per method, ``grid`` the runs that choose its rates (empty, if they are
-    committed).
+    ``final`` has one run per method, ``tuning`` the first runs of their searches (empty, if the
+    rates are committed).
 
     Raises:
         ValueError: not even `FEWEST_STEPS` steps of each run fit.
     """
     available = 60 * minutes * workers
     once = sum(seconds_of(e, seconds[e.method]) for e in final)
-    tuning = sum(seconds_of(e, seconds[e.method]) for e in grid)
+    search = sum(seconds_of(e, seconds[e.method]) for e in tuning)
     notes: list[str] = []
-    tune = bool(grid)
-    if seeds * once + tuning > available and seeds > 1:
+    tune = bool(tuning)
+    if seeds * once + search > available and seeds > 1:
         notes.append(f"1 seed instead of {seeds}")
         seeds = 1
-    if once + tuning > available and tune:
-        notes.append("no learning-rate grid: the rates that are best on nano")
-        tune, tuning = False, 0.0
-    share = min(1.0, (available - tuning) / (seeds * once))
+    if once + search > available and tune:
+        notes.append("no tuning: the rates that are best on nano")
+        tune, search = False, 0.0
+    share = min(1.0, (available - search) / (seeds * once))
     steps = min((e.config.steps for e in final), default=0)
     if share < 1:
         if share * steps < FEWEST_STEPS:

@@ -96,7 +96,7 @@ def records(table: PaperComparison, size: str, rows: dict[str, list[Row]]) -> li
 
 
 def _tried(plan: Plan, method: str, protocol: str) -> int:
-    """Return the number of committed grid points from which a method's rates were chosen."""
+    """Return the number of committed runs from which a method's rates were chosen."""
     rows = read_rows(plan.tune_path) if plan.tune_path.exists() else []
     return sum((row["method"], row["protocol"]) == (method, protocol) for row in rows)
 
@@ -146,7 +146,7 @@ def cells(record: Row) -> list[str]:
 
 
 def lines_below(table: PaperComparison, made: list[Row]) -> list[str]:
-    """Return the notes below a table: tau, how to read it, seeds, grid points."""
+    """Return the notes below a table: tau, how to read it, seeds, tuning runs."""
     lines = (
         [
             "Kendall's tau with the paper's order: "
@@ -171,11 +171,11 @@ def lines_below(table: PaperComparison, made: list[Row]) -> list[str]:
     counts = sorted({r["tried"] for r in made}, reverse=True)
     by_count = [(n, [r["label"] for r in made if r["tried"] == n]) for n in counts]
     texts = [f"{n} ({', '.join(labels)})" for n, labels in by_count]
-    lines.append(f"Points of the grid tried, as committed: {'; '.join(texts)}.")
+    lines.append(f"Tuning runs, as committed: {'; '.join(texts)}.")
     return [*lines, *table.notes]
 
 
-def grid(table: PaperComparison, made: list[Row], more: Iterable[str] = ()) -> Table:
+def to_table(table: PaperComparison, made: list[Row], more: Iterable[str] = ()) -> Table:
     """Return the table with its notes."""
     rows = [cells(record) for record in made]
     return Table(HEADERS, rows, title=table.title, notes=[*lines_below(table, made), *more])
@@ -183,14 +183,14 @@ def grid(table: PaperComparison, made: list[Row], more: Iterable[str] = ()) -> T
 
 def markdown(table: PaperComparison, made: list[Row], more: Iterable[str] = ()) -> str:
     """Return the table as Markdown with its notes."""
-    result = grid(table, made, more)
+    result = to_table(table, made, more)
     return f"{result.markdown()}\n\n" + " ".join(result.notes)
 
 
 def show(name: str, made: list[Row], out: Path, more: list[str]) -> None:
     """Print a table, and write it as Markdown and as JSON."""
     table = TABLES[name]
-    grid(table, made, more).print()
+    to_table(table, made, more).print()
     write_atomic(out / f"{name}.md", f"# {table.title}\n\n{markdown(table, made, more)}\n")
     value: Any = {"records": [_plain(r) for r in made], "tau": taus(table, made), "notes": more}
     write_json(out / f"{name}.json", value)

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="some of the table's methods")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1")
     parser.add_argument(
-        "--budget-minutes", type=float, help="cut seeds, grid and steps so that all runs finish"
+        "--budget-minutes", type=float, help="cut seeds, tuning and steps so that all runs finish"
     )
     parser.add_argument(
         "--stop-after", type=float, metavar="MINUTES", help="stop; the same command goes on"

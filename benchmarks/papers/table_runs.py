@@ -1,4 +1,4 @@
-"""Runs of a published table: a grid where no rates are committed, then one run per seed."""
+"""Runs of a published table: a search where no rates are committed, then one run per seed."""
 
 import argparse
 import os
@@ -36,7 +36,7 @@ class TableRuns:
         model = self.pairs[0][0].values["model"]
         self.corpus: Corpus = corpus_from(args, model)
 
-    def grid(self) -> list[Entry]:
+    def tuning(self) -> list[Entry]:
         """Return the first tuning runs of each method without committed rates."""
         missing = [(p, m) for p, m in self.pairs if not self._committed(p, m)]
         return [e for p, m in missing for e in self._tuning_runs(p, [m], [])]
@@ -75,11 +75,11 @@ class TableRuns:
             return Cut(args.seeds, tune=True, share=1.0)
 
         def decide() -> Cut:
-            final, grid = self.final(), self.grid()
+            final, tuning = self.final(), self.tuning()
             seconds = budget.measure(final, self.corpus, threads=threads_each(args.jobs))
             workers = args.jobs * int(os.environ.get("WORLD_SIZE", "1"))
             return budget.fit(
-                args.budget_minutes, final, grid, seconds, seeds=args.seeds, workers=workers
+                args.budget_minutes, final, tuning, seconds, seeds=args.seeds, workers=workers
             )
 
         return budget.load_or_decide(Path(args.out) / "budget.json", _asked(args), decide)

@@ -59,7 +59,7 @@ def _beside(name: str, *, notes: bool = True) -> str:
     if notes:
         return perplexity_tables.markdown(table, compared)
     every = [row for mine in rows.values() for row in mine]
-    return f"{perplexity_tables.grid(table, compared).markdown()}\n\n{caption(every)}."
+    return f"{perplexity_tables.to_table(table, compared).markdown()}\n\n{caption(every)}."
 
 
 def _tuned(name: str) -> dict[str, dict[str, Any]]:

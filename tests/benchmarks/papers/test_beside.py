@@ -187,19 +187,19 @@ def test_the_published_protocol_is_the_published_one(size):
 def entries(name: str = "nano", count: int = 2):
     plan = Plan(name)
     methods = list(plan.methods)[:count]
-    grid = [e for m in methods for e in plan.tuning_runs(m, "tuned", [])]
-    return [plan.entry(m, "tuned", 0, lr=0.1, other_lr=1.0, clip=1.0) for m in methods], grid
+    tuning = [e for m in methods for e in plan.tuning_runs(m, "tuned", [])]
+    return [plan.entry(m, "tuned", 0, lr=0.1, other_lr=1.0, clip=1.0) for m in methods], tuning
 
 
-def test_a_budget_cuts_seeds_then_the_grid_then_steps():
-    final, grid = entries()
+def test_a_budget_cuts_seeds_then_tuning_then_steps():
+    final, tuning = entries()
     seconds = {e.method: 0.1 for e in final}
     run = budget.seconds_of(final[0], 0.1)  # 400 steps and 2 x 64 evaluations a third each
     assert run == pytest.approx(0.1 * (400 + 2 * 65536 / 1024 / 3))
-    minutes = run * (len(grid) + 3 * len(final)) / 60
+    minutes = run * (len(tuning) + 3 * len(final)) / 60
 
     def cut(share, **options):
-        return budget.fit(share * minutes, final, grid, seconds, seeds=3, **options)
+        return budget.fit(share * minutes, final, tuning, seconds, seeds=3, **options)
 
     assert cut(1.01) == budget.Cut(3, True, 1.0)
     assert cut(0.501, workers=2).share == 1.0
@@ -208,12 +208,12 @@ def test_a_budget_cuts_seeds_then_the_grid_then_steps():
     bare = cut(0.2)
     assert (bare.seeds, bare.tune, bare.share) == (1, False, 1.0)
     short = cut(0.04)
-    assert short.share == pytest.approx(0.04 * (len(grid) + 3 * len(final)) / len(final))
+    assert short.share == pytest.approx(0.04 * (len(tuning) + 3 * len(final)) / len(final))
     assert f"{int(400 * short.share)} steps a run instead of 400" in short.notes[0]
     with pytest.raises(ValueError, match="minutes are 1 steps") as error:
         cut(0.0003)
     least = float(re.search(r"at least ([\d.]+)", str(error.value))[1])
-    assert budget.fit(least + 0.1, final, grid, seconds, seeds=3).share > 0
+    assert budget.fit(least + 0.1, final, tuning, seconds, seeds=3).share > 0
 
 
 def test_the_first_decision_is_everyones(tmp_path):
