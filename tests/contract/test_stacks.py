@@ -28,6 +28,7 @@ CASES = {
     "swan": [{}, {"weight_decay": 0.1}],
     "sinkgd": [{"alpha": 1.0}, {"iterations": 2, "weight_decay": 0.1}],
     "muon": [{}, {"nesterov": False, "weight_decay": 0.1}],
+    "rmnp": [{}, {"nesterov": False, "weight_decay": 0.1}],
     "scale": [{"normalize": n, "weight_decay": 0.1} for n in ("column", "row", "spectral")],
 }
 FLAT = [(9, 17), (17, 9), (9, 17), (16, 16), (9, 17), (17, 9), (1, 7), (7, 1), (16, 16), (9, 17)]
@@ -190,6 +191,7 @@ MOST = {
     "scale": 60,
     "spectral": 140,
     "muon": 130,
+    "rmnp": 60,
     "swan": 200,
     "sinkgd": 150,
     "galore": 120,
