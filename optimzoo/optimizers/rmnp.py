@@ -1,12 +1,11 @@
 """RMNP: momentum with normalised rows on the hidden weights, AdamW on the rest."""
 
-from dataclasses import dataclass
 from typing import Any, Unpack
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optimzoo.core.matrix_optimizer import Context, State
+from optimzoo.core.matrix_optimizer import Context, State, as_matrix, step_lr
 from optimzoo.core.momentum_optimizer import (
     MomentumOptimizer,
     MomentumOptions,
@@ -15,8 +14,9 @@ from optimzoo.core.momentum_optimizer import (
 )
 from optimzoo.core.optimizer import options_of
 from optimzoo.core.record import register
-from optimzoo.core.update import Number, Update
+from optimzoo.core.update import Update
 from optimzoo.kernels import dispatch
+from optimzoo.lowbit import RngKey
 
 FLOOR = 1e-12  # of a row's norm: rows of zeros stay zero, and those that underflow do not explode
 
@@ -87,50 +87,43 @@ class RMNP(MomentumOptimizer):
         self, grad: Tensor, state: State, group: dict[str, Any], context: Context
     ) -> Update:
         """Return the momentum with its rows normalised."""
-        scale = adjustment(context.shards.shape(grad.shape), group)
-        fused = FusedUpdate.of(grad, scale, state, group, context)
-        if fused is not None:
-            return fused
         momentum = momentum_of(grad, state, group)
-        norms = context.shards.norm(momentum, dim=-1, over="n")
-        return Update(momentum / norms.clamp_min_(FLOOR), scale)
+        norms = context.shards.norm(momentum, dim=-1, over="n").clamp_min_(FLOOR)
+        return Update(momentum / norms, adjustment(context.shards.shape(grad.shape), group))
 
+    def _step_matrices(
+        self,
+        params: list[tuple[int, Tensor]],
+        group: dict[str, Any],
+        rng_keys: dict[Tensor, RngKey],
+    ) -> None:
+        """Step what the CPU's kernels take in one pass, and the others by `direction`."""
+        items = [self._kernel_item(p, group, rng_keys.get(p)) for _, p in params]
+        others = [param for param, item in zip(params, items, strict=True) if item is None]
+        calls, _ = dispatch.partition_by_backend([x for x in items if x is not None], fused=None)
+        for kernels, call in calls:
+            shapes = [as_matrix(item.param.detach(), group).shape for item in call]
+            scales = [adjustment(shape, group) for shape in shapes]
+            lr = float(step_lr(group))
+            kernels.scale_(
+                *dispatch.to_argument_lists(call),
+                lr=[lr * scale for scale in scales],
+                weight_decay=[group["weight_decay"] / scale for scale in scales],
+                **{key: group[key] for key in ("momentum", "nesterov", "maximize")},
+                **{"l2": True, "eps": FLOOR, "betas": (0.0, 0.0), "adam_eps": 0.0},
+                **dispatch.rounding(call),
+            )
+        super()._step_matrices(others, group, rng_keys)
 
-@dataclass(frozen=True)
-class FusedUpdate(Update):
-    """Update of a gradient by a kernel that takes momentum, norms and step in one pass.
-
-    So the momentum changes as the update is subtracted.
-
-    Attributes:
-        item: what the kernel reads: the weight, the gradient and the momentum.
-        group: the options.
-    """
-
-    item: Any = None
-    group: Any = None
-
-    @classmethod
-    def of(
-        cls, grad: Tensor, scale: float, state: State, group: dict[str, Any], context: Context
-    ) -> "FusedUpdate | None":
-        """Return the update, or None if no kernel of the CPU takes the weight."""
-        weight, shards = context.weight, context.shards
-        if weight is None or shards.is_sharded("n") or dispatch.backend("cpu") is None:
+    def _kernel_item(
+        self, p: Tensor, group: dict[str, Any], rng_key: RngKey | None
+    ) -> dispatch.TensorArgs | None:
+        """Return what a kernel of the CPU reads of a weight, or None if it takes another path."""
+        plain = p.device.type == "cpu" and dispatch.backend("cpu") is not None
+        if not plain or group["transposed"] or group["state_bits"] or hasattr(p, "device_mesh"):
             return None
-        mean = state["momentum_buffer"]
-        item = dispatch.matrices(weight, grad, mean, dispatch.ROWS, stacked=group["stacked"])[0]
-        fits = weight.device.type == "cpu" and dispatch.is_supported(item)
-        return cls(grad, scale, item, group) if fits else None
-
-    def subtract_from(self, weight: Tensor, *, lr: Number, weight_decay: float) -> None:
-        """Take the gradient into the momentum and subtract the update, rounded once."""
-        kernels: Any = dispatch.backend("cpu")
-        kernels.scale_(
-            *dispatch.to_argument_lists([self.item]),
-            lr=dispatch.lr_argument(lr * self.scale, weight.device),
-            weight_decay=weight_decay / self.scale,
-            momentum=self.group["momentum"],
-            nesterov=self.group["nesterov"],
-            **{"l2": True, "eps": FLOOR, "betas": (0.0, 0.0), "adam_eps": 0.0, "maximize": False},
-        )
+        state = self.state[p]
+        self._init_matrix(p, state, group)
+        mean, layout = state["momentum_buffer"], {"stacked": group["stacked"], "rng_key": rng_key}
+        [item] = dispatch.matrices(p, p.grad, mean, dispatch.ROWS, **layout)
+        return item if dispatch.is_supported(item) else None
