@@ -12,6 +12,7 @@ from optimzoo.optimizers.fira import Fira
 from optimzoo.optimizers.galore import GaLore
 from optimzoo.optimizers.muon import Muon
 from optimzoo.optimizers.natural_galore import NaturalGaLore
+from optimzoo.optimizers.rmnp import RMNP
 from optimzoo.optimizers.scale import SCALE
 from optimzoo.optimizers.sinkgd import SinkGD
 from optimzoo.optimizers.stable_spam import StableSPAM
@@ -23,6 +24,7 @@ _warn_of_untested_torch(_torch.__version__)
 
 __all__ = [
     "APOLLO",
+    "RMNP",
     "SCALE",
     "SWAN",
     "APOLLOMini",

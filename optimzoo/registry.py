@@ -109,7 +109,7 @@ def create_optimizer(
 
     Raises:
         ValueError: an unknown name or hyperparameter, one without a default that is missing
-            (`adams` has two), a rate of a role for parameters without roles (Muon alone splits
+            (`adams` has two), a rate of a role for parameters without roles (Muon and RMNP split
             those by shape).
     """
     info = get_info(name)

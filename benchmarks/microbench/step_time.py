@@ -30,8 +30,8 @@ from optimzoo.models.llama import Llama, get_config
 from optimzoo.roles import ROLES
 
 DEFAULT = (
-    *("sgd", "adamw", "scale", "scale_spectral", "adams", "muon", "galore", "natural_galore"),
-    *("fira", "apollo", "apollo_mini", "swan", "sinkgd", "stable_spam"),
+    *("sgd", "adamw", "scale", "scale_spectral", "adams", "muon", "rmnp", "galore"),
+    *("natural_galore", "fira", "apollo", "apollo_mini", "swan", "sinkgd", "stable_spam"),
 )
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "scale_spectral": ("scale", {"normalize": "spectral"})

@@ -11,7 +11,7 @@ namespace {
 /* What holds for all tensors. */
 struct Rule {
   float sign, rest, eps;
-  bool l2;
+  bool l2, nesterov;
 };
 
 /* The factor that takes the place of g / s, from the sum of the squares of g before its scale. */
@@ -42,20 +42,32 @@ struct Plain {
     return m;
   }
 
+  bool looks_ahead() const { return r.nesterov && t.exp_avg; }
+
+  Ahead<TYPE> ahead(int64_t at) const {
+    const raw *m = static_cast<const raw *>(t.exp_avg), *g = static_cast<const raw *>(t.grad);
+    return {m + at, g + at, r.sign, r.rest};
+  }
+
   float step_and_sum(int64_t row, float by) const {
     const int64_t at = row * t.cols, next = at + t.cols;
     raw *p = static_cast<raw *>(t.param) + at;
     const raw *g = static_cast<const raw *>(t.grad);
     raw *m = static_cast<raw *>(t.exp_avg);
     if (!m)
-      return subtract_and_sum<TYPE>(p, g + at, t.cols, lr, by, decay, Values<TYPE>{g + next});
+      return subtract_and_sum<TYPE>(p, Values<TYPE>{g + at}, t.cols, lr, by, decay,
+                                    Values<TYPE>{g + next});
     const Averages<TYPE> averages = {m + next, g + next, r.sign, r.rest};
-    return subtract_and_sum<TYPE>(p, m + at, t.cols, lr, by, decay, averages);
+    if (looks_ahead())
+      return subtract_and_sum<TYPE>(p, ahead(at), t.cols, lr, by, decay,
+                                    AveragesAhead<TYPE>{averages, ahead(next)});
+    return subtract_and_sum<TYPE>(p, Values<TYPE>{m + at}, t.cols, lr, by, decay, averages);
   }
 
   void rows(int64_t from, int64_t to) const {
     const raw *first = direction(from * t.cols, t.cols, true);
-    float sum = sum_of_squares<TYPE>(first, t.cols);
+    float sum = looks_ahead() ? sum_of_row(ahead(from * t.cols), t.cols)
+                              : sum_of_squares<TYPE>(first, t.cols);
     for (int64_t row = from; row < to; ++row) {
       const float by = factor(sum, t.cols, r, scale_of(t, r));
       if (row + 1 < to) {
@@ -64,7 +76,10 @@ struct Plain {
       }
       const int64_t at = row * t.cols;
       raw *p = static_cast<raw *>(t.param) + at;
-      subtract<TYPE, TYPE>(p, direction(at, t.cols, false), t.cols, lr, by, decay);
+      if (looks_ahead())
+        subtract_row<TYPE>(p, ahead(at), t.cols, lr, by, decay);
+      else
+        subtract<TYPE, TYPE>(p, direction(at, t.cols, false), t.cols, lr, by, decay);
     }
   }
 
@@ -108,6 +123,17 @@ struct Mixed {
     return load(t.exp_avg, at, n, t.state_type, buffer); /* as it is stored */
   }
 
+  /* What a row's step follows: the direction or, of Nesterov's momentum, what it looks ahead to. */
+  const float *followed(int64_t at, int64_t n, bool update, float *buffer) const {
+    const float *x = direction(at, n, update, buffer);
+    if (!r.nesterov || !t.exp_avg) return x;
+    float other[BLOCK];
+    const float *g = load(t.grad, at, n, t.grad_type, other);
+    if (x != buffer) std::memcpy(buffer, x, n * sizeof(float));
+    average<OZ_F32, OZ_F32>(buffer, g, n, r.sign, r.rest);
+    return buffer;
+  }
+
   template <typename Change>
   void change(int64_t at, int64_t n, Change step) const {
     float buffer[BLOCK];
@@ -125,13 +151,13 @@ struct Mixed {
       float sum = 0.0f;
       for (int64_t at = begin; at < end; at += BLOCK) {
         const int64_t n = std::min(BLOCK, end - at);
-        const float *x = direction(at, n, true, buffer);
+        const float *x = followed(at, n, true, buffer);
         sum += sum_of_squares<OZ_F32>(x, n);
       }
       const float by = factor(sum, t.cols, r, scale_of(t, r));
       for (int64_t at = begin; at < end; at += BLOCK) {
         const int64_t n = std::min(BLOCK, end - at);
-        const float *x = direction(at, n, false, buffer);
+        const float *x = followed(at, n, false, buffer);
         change(at, n, [&](float *p) { subtract<OZ_F32, OZ_F32>(p, x, n, lr, by, decay); });
       }
     }
@@ -222,7 +248,7 @@ OZ_FUNCTION(scale) {
   const Scalars s = scalars_of(o);
   if (s.skip) return 0;
   const Rule r = {s.sign, static_cast<float>(1.0 - o.momentum), static_cast<float>(o.eps),
-                  o.l2 != 0};
+                  o.l2 != 0, o.nesterov != 0};
   std::vector<int64_t> offset(count + 1, 0); /* of a tensor's columns among those of all */
   for (int64_t i = 0; i < count; ++i) {
     const int64_t cols = tensors[i].kind == OZ_COLUMNS ? tensors[i].cols : 0;

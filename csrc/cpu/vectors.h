@@ -121,38 +121,51 @@ inline float total(floats v) {
   return (g[0] + g[1]) + (g[2] + g[3]);
 }
 
-/* The sum of the squares of x[0, n). */
+/* A row as it is. */
+template <int TYPE>
+struct Values {
+  const typename Element<TYPE>::raw *x;
+
+  floats lanes(int64_t i) const { return get<TYPE>(x + i); }
+  float one(int64_t i) const { return Element<TYPE>::get(x[i]); }
+};
+
+/* The sum of the squares of a row. */
+template <typename Row>
+inline float sum_of_row(Row x, int64_t n) {
+  floats sums[4] = {};
+  int64_t i = 0;
+  const auto lanes = [&](int64_t k, floats &sum) {
+    const floats v = x.lanes(k);
+    sum += v * v;
+  };
+  for (; i + 4 * LANES <= n; i += 4 * LANES)
+    for (int64_t k = 0; k < 4; ++k) lanes(i + k * LANES, sums[k]);
+  for (; i + LANES <= n; i += LANES) lanes(i, sums[0]);
+  float rest = 0.0f;
+  for (; i < n; ++i) rest += x.one(i) * x.one(i);
+  return total((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
+}
+
 template <int TYPE>
 inline float sum_of_squares(const typename Element<TYPE>::raw *x, int64_t n) {
-  floats a = {}, b = {}, c = {}, d = {};
-  int64_t i = 0;
-  for (; i + 4 * LANES <= n; i += 4 * LANES) {
-    const floats w = get<TYPE>(x + i), y = get<TYPE>(x + i + LANES);
-    const floats z = get<TYPE>(x + i + 2 * LANES), q = get<TYPE>(x + i + 3 * LANES);
-    a += w * w;
-    b += y * y;
-    c += z * z;
-    d += q * q;
-  }
-  for (; i + LANES <= n; i += LANES) {
-    const floats w = get<TYPE>(x + i);
-    a += w * w;
-  }
-  float rest = 0.0f;
-  for (; i < n; ++i) rest += Element<TYPE>::get(x[i]) * Element<TYPE>::get(x[i]);
-  return total((a + b) + (c + d)) + rest;
+  return sum_of_row(Values<TYPE>{x}, n);
 }
 
 /* p[i] = p[i] - lr (by x[i] + decay p[i]) */
+template <int TYPE, typename Row>
+inline void subtract_row(typename Element<TYPE>::raw *p, Row x, int64_t n, float lr, float by,
+                         float decay) {
+  const float keep = 1.0f - lr * decay, size = lr * by;
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) put<TYPE>(p + i, keep * get<TYPE>(p + i) - size * x.lanes(i));
+  for (; i < n; ++i) p[i] = Element<TYPE>::make(keep * Element<TYPE>::get(p[i]) - size * x.one(i));
+}
+
 template <int TYPE, int XTYPE>
 inline void subtract(typename Element<TYPE>::raw *p, const typename Element<XTYPE>::raw *x,
                      int64_t n, float lr, float by, float decay) {
-  const float keep = 1.0f - lr * decay, size = lr * by;
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES)
-    put<TYPE>(p + i, keep * get<TYPE>(p + i) - size * get<XTYPE>(x + i));
-  for (; i < n; ++i)
-    p[i] = Element<TYPE>::make(keep * Element<TYPE>::get(p[i]) - size * Element<XTYPE>::get(x[i]));
+  subtract_row<TYPE>(p, Values<XTYPE>{x}, n, lr, by, decay);
 }
 
 /* As subtract, with a factor by[i] an element. */
@@ -167,15 +180,6 @@ inline void subtract_each(typename Element<TYPE>::raw *p, const typename Element
     p[i] = Element<TYPE>::make(keep * Element<TYPE>::get(p[i]) -
                                lr * by[i] * Element<XTYPE>::get(x[i]));
 }
-
-/* A row as it is. */
-template <int TYPE>
-struct Values {
-  const typename Element<TYPE>::raw *x;
-
-  floats lanes(int64_t i) const { return get<TYPE>(x + i); }
-  float one(int64_t i) const { return Element<TYPE>::get(x[i]); }
-};
 
 /* A row of the momentum, m[i] = m[i] + rest (sign g[i] - m[i]), as it is stored. */
 template <int TYPE>
@@ -196,18 +200,44 @@ struct Averages {
   }
 };
 
+/* What Nesterov's momentum looks ahead to once a row of it has taken the gradient in. */
+template <int TYPE>
+struct Ahead {
+  const typename Element<TYPE>::raw *m, *g;
+  float sign, rest;
+
+  floats lanes(int64_t i) const {
+    const floats mean = get<TYPE>(m + i);
+    return mean + rest * (sign * get<TYPE>(g + i) - mean);
+  }
+  float one(int64_t i) const {
+    const float mean = Element<TYPE>::get(m[i]);
+    return mean + rest * (sign * Element<TYPE>::get(g[i]) - mean);
+  }
+};
+
+/* The same of a row that takes the gradient in. */
+template <int TYPE>
+struct AveragesAhead {
+  Averages<TYPE> averages;
+  Ahead<TYPE> ahead;
+
+  floats lanes(int64_t i) const { return averages.lanes(i), ahead.lanes(i); }
+  float one(int64_t i) const { return averages.one(i), ahead.one(i); }
+};
+
 /* p[i] = p[i] - lr (by x[i] + decay p[i]), and the sum of the squares of the next row: so the
  * memory's streams flow as evenly as those of a step without a norm. */
-template <int TYPE, typename Next>
-inline float subtract_and_sum(typename Element<TYPE>::raw *p, const typename Element<TYPE>::raw *x,
-                              int64_t n, float lr, float by, float decay, Next next) {
+template <int TYPE, typename Row, typename Next>
+inline float subtract_and_sum(typename Element<TYPE>::raw *p, Row x, int64_t n, float lr, float by,
+                              float decay, Next next) {
   const float keep = 1.0f - lr * decay, size = lr * by;
   floats sums[4] = {};
   int64_t i = 0;
   const auto lanes = [&](int64_t k, floats &sum) {
     const floats v = next.lanes(k);
     sum += v * v;
-    put<TYPE>(p + k, keep * get<TYPE>(p + k) - size * get<TYPE>(x + k));
+    put<TYPE>(p + k, keep * get<TYPE>(p + k) - size * x.lanes(k));
   };
   for (; i + 4 * LANES <= n; i += 4 * LANES)
     for (int64_t k = 0; k < 4; ++k) lanes(i + k * LANES, sums[k]);
@@ -216,7 +246,7 @@ inline float subtract_and_sum(typename Element<TYPE>::raw *p, const typename Ele
   for (; i < n; ++i) {
     const float v = next.one(i);
     rest += v * v;
-    p[i] = Element<TYPE>::make(keep * Element<TYPE>::get(p[i]) - size * Element<TYPE>::get(x[i]));
+    p[i] = Element<TYPE>::make(keep * Element<TYPE>::get(p[i]) - size * x.one(i));
   }
   return total((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
 }

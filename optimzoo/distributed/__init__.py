@@ -11,6 +11,7 @@ low-rank methods          a sketch ``[m, r]`` and its image ``[n, r]`` at a refr
                           them ``[r, n]`` where the projected dimension is sharded, and a norm
                           (Fira, APOLLO) or ``s`` products (Natural GaLore)
 SinkGD                    squares of sharded rows or columns, of each weight at each iteration
+RMNP                      squares of sharded rows; nothing for weights sharded by rows
 Stable-SPAM               a maximum and a norm per weight
 Muon, SWAN, SCALE         whole matrices, each at one process (`map_whole_matrices`): the processes
  spectral                 share the work, and the result is that of one process

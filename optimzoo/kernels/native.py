@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from optimzoo.kernels.table import TYPES, Rate, Shapes, States, Table, Tensors
 
-_ABI = 5
+_ABI = 6
 _ROWS, _COLUMNS, _SIGN, _ADAM = range(4)
 
 
@@ -34,7 +34,7 @@ class _Options(ctypes.Structure):
         ("step", ctypes.c_uint64),
         ("first_index", ctypes.c_uint32),
         *((name, ctypes.c_int32) for name in ("l2", "maximize", "rounding", "eps_before")),
-        *((name, ctypes.c_int32) for name in ("direction", "threads", "reserved")),
+        *((name, ctypes.c_int32) for name in ("direction", "threads", "nesterov")),
     ]
 
 
@@ -114,10 +114,14 @@ class Library:
         betas: tuple[float, float],
         adam_eps: float,
         maximize: bool,
+        nesterov: bool = False,
         table: Table | None = None,
         **shared: Any,
     ) -> None:
-        """Take SCALE's step (``oz_*_scale``); ``shared`` and ``table`` are :meth:`_call`'s."""
+        """Take SCALE's step (``oz_*_scale``); ``shared`` and ``table`` are :meth:`_call`'s.
+
+        ``nesterov`` is the CPU's, of rows.
+        """
         extras: States = [] if table else self._scale_scratch(params, kinds, shapes)
         options = _Options(
             momentum=momentum,
@@ -127,6 +131,7 @@ class Library:
             beta2=betas[1],
             adam_eps=adam_eps,
             maximize=maximize,
+            nesterov=nesterov,
         )
         columns = (params, grads, exp_avgs, exp_avg_sqs, [None] * len(params), steps, extras)
         shared.update(lr=lr, weight_decay=weight_decay, table=table)

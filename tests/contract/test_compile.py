@@ -25,6 +25,7 @@ OPTIONS = {
     "swan": {},
     "sinkgd": {},
     "muon": {},
+    "rmnp": {},
     "stable_spam": {"update_proj_gap": 7, "total_steps": 20},
 }
 

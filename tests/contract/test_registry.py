@@ -121,10 +121,10 @@ def test_takes_a_model_groups_or_parameters():
     assert by_role["head"] == ["lm_head.weight"]
 
 
-def test_lr_alone_is_everyones_but_for_the_rest_of_muon():
+def test_lr_alone_is_everyones_but_for_the_rest_of_muon_and_rmnp():
     for name in NAMES:
         found = rates(create(name, Tiny(), lr=0.5))
-        rest = {0.5} if name != "muon" else {Muon([torch.zeros(1)]).param_groups[0]["lr"]}
+        rest = {{"muon": 3e-4, "rmnp": 1e-3}.get(name, 0.5)}
         assert {found[role] for role in ROLES if role == "hidden"} == {0.5}, name
         assert {found[role] for role in ROLES if role != "hidden"} == rest, name
 
@@ -174,7 +174,7 @@ def test_the_others_rule_is_theirs_alone():
         for group in optimizer.param_groups:
             values = group["betas"], group["eps"], group["weight_decay"]
             other = group["role"] != "hidden"
-            assert (values[:2] == ((0.5, 0.25), 0.125)) == (other or name == "muon"), name
+            assert (values[:2] == ((0.5, 0.25), 0.125)) == (other or name in ("muon", "rmnp")), name
             assert (values[2] == 0.0625) == (group["role"] in ("embedding", "head")), name
 
 
@@ -242,8 +242,9 @@ def test_a_checkpoint_with_the_names_of_before_loads():
         assert "vector_betas" not in group and group["fused"] is None
 
 
-def test_muon_splits_bare_parameters_by_shape():
-    optimizer = create_optimizer("muon", Tiny().parameters(), lr=0.5, other_lr=0.25)
+@pytest.mark.parametrize("name", ["muon", "rmnp"])
+def test_muon_and_rmnp_split_bare_parameters_by_shape(name):
+    optimizer = create_optimizer(name, Tiny().parameters(), lr=0.5, other_lr=0.25)
     assert rates(optimizer) == {"hidden": 0.5, "vector": 0.25}
 
 

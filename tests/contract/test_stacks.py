@@ -37,6 +37,7 @@ CASES = {
         {"other": "adafactor", "weight_decay": 0.1},
         {"nesterov": False, "weight_decay": 0.1},
     ],
+    "rmnp": [{}, {"nesterov": False, "weight_decay": 0.1}],
     "scale": [{"normalize": n, "weight_decay": 0.1} for n in ("column", "row", "spectral")],
 }
 FLAT = [(9, 17), (17, 9), (9, 17), (16, 16), (9, 17), (17, 9), (1, 7), (7, 1), (16, 16), (9, 17)]
@@ -201,6 +202,7 @@ MOST = {
     "scale": 60,
     "spectral": 140,
     "muon": 130,
+    "rmnp": 60,
     "swan": 200,
     "sinkgd": 150,
     "galore": 120,

@@ -7,7 +7,7 @@ from itertools import islice
 
 import pytest
 import torch
-from optimizer_db import MUON_INFO, OPTIM_DB, SCALE_INFO, Tiny, build, configurations, train
+from optimizer_db import MOMENTUM_INFOS, OPTIM_DB, SCALE_INFO, Tiny, build, configurations, train
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.testing._internal.common_device_type import instantiate_device_type_tests
@@ -354,7 +354,7 @@ class TestState(TestCase):
             ({"params": [matrix], "role": "tail"}, ValueError, "unknown role 'tail'"),
             ({"params": [model.hidden.bias], "role": "vector"}, ValueError, "more than one"),
         ]
-        if optim_info is MUON_INFO:
+        if optim_info in MOMENTUM_INFOS:
             stack = {"params": [cube], "role": "hidden", "stacked": True, "heads": 2}
             refused.append((stack, ValueError, "Invalid heads: 2; it must divide the 3 rows"))
         for group, error, regex in refused:

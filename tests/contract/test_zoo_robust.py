@@ -169,7 +169,7 @@ def test_hyperparameters_reach_the_groups(name):
     hyper = {**own, "betas": (0.5, 0.75), "eps": 1e-3, "weight_decay": 0.25, "maximize": True}
     hyper.pop("other_lr", None)
     given = dict(hyper)
-    if name == "muon":
+    if name in ("muon", "rmnp"):
         given |= {f"other_{key}": hyper[key] for key in ("betas", "eps", "weight_decay")}
         del given["betas"], given["eps"]
     optimizer = create_optimizer(name, llama(), **others(0.125), **given)

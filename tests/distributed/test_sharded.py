@@ -25,7 +25,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from optimzoo.distributed import traffic
 
 STEPS = 8
-SMALL = ["scale", "galore", "natural_galore", "swan", "sinkgd", "adams"]
+SMALL = ["scale", "galore", "natural_galore", "swan", "sinkgd", "rmnp", "adams"]
 
 
 def everything(rank, world, folder, cases):
@@ -77,7 +77,7 @@ def communication_is_counted():
         return {name: tuple(entry) for name, entry in count.items()}
 
     assert sent("scale", 1) == {"all_reduce": (1, 12 * 8)}  # d squares of the embedding's columns
-    assert sent("scale sign", 1) == sent("adams", 1) == sent("adamw", 1) == {}
+    assert sent("scale sign", 1) == sent("adams", 1) == sent("adamw", 1) == sent("rmnp", 1) == {}
     # Between refreshes r x n for the two weights of fewer rows than columns, rows being cut.
     assert sent("galore", 1) == {"all_reduce": (2, 3 * (19 + 12) * 8)}
     assert sent("galore", 1, side="right") == {}

@@ -13,7 +13,9 @@ import optimzoo
 
 HYPER = {
     **{name: {"rank": 4} for name in ("GaLore", "NaturalGaLore", "Fira", "APOLLO")},
-    **{name: {} for name in ("SCALE", "APOLLOMini", "SWAN", "SinkGD", "StableSPAM", "Muon")},
+    **{
+        name: {} for name in ("SCALE", "APOLLOMini", "SWAN", "SinkGD", "StableSPAM", "Muon", "RMNP")
+    },
     "AdamS": {"l1": 1e-3, "total_steps": 10},
 }
 

@@ -16,6 +16,7 @@ from zoo_models import reloaded
 
 import optimzoo
 from optimzoo import AdamS, NaturalGaLore
+from optimzoo.core.momentum_optimizer import MomentumOptimizer, MomentumOptions
 from optimzoo.kernels import dispatch, native
 from optimzoo.optimizers import apollo, galore
 from optimzoo.subspace import bases
@@ -36,11 +37,17 @@ def registered():
     return {info.make for info in infos if info.make.__module__.startswith("optimzoo.")}
 
 
+def known_options(cls):
+    """The options in a class's signature; of Muon and RMNP the shared ones too."""
+    shared = MomentumOptions.__annotations__ if issubclass(cls, MomentumOptimizer) else {}
+    return {*inspect.signature(cls).parameters, *shared}
+
+
 def cases():
     for cls, info in OWN.items():
         for entry in info.optim_inputs_func(device="cpu"):
             for path in PATHS:
-                if path in ("kernels", "eager") or path in inspect.signature(cls).parameters:
+                if path in ("kernels", "eager") or path in known_options(cls):
                     name = f"{cls.__name__}-{entry.desc}-{path}"
                     yield pytest.param(cls, entry.kwargs, path, id=name)
 

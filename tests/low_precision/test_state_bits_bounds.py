@@ -16,7 +16,7 @@ from optimzoo.lowbit import blockwise
 from optimzoo.optimizers import fira, galore, natural_galore
 
 BETAS = (0.9, 0.999)
-ADAM_METHODS = [name for name in METHODS if name not in ("adams", "muon", "scale")]
+ADAM_METHODS = [name for name in METHODS if name not in ("adams", "muon", "rmnp", "scale")]
 LR, STEPS, SHAPE = 1e-3, 30, (16, 64)
 
 

@@ -34,6 +34,7 @@ TABLE = [
     ("scale", {}, {"exp_avg", "exp_avg_sq"}, {"step"}, set()),
     ("swan", {}, {"exp_avg", "exp_avg_sq"}, {"step"}, set()),
     ("sinkgd", {}, {"exp_avg", "exp_avg_sq"}, {"step"}, set()),
+    ("rmnp", {}, {"momentum_buffer", "exp_avg", "exp_avg_sq"}, {"step"}, set()),
     ("galore", {"rank": 2}, {"exp_avg", "exp_avg_sq"}, {"step"}, {"projector_left"}),
     ("fira", {"rank": 2}, {"exp_avg", "exp_avg_sq"}, {"step"}, {"projector_left", "update_norm"}),
     ("apollo", {"rank": 2}, {"exp_avg", "exp_avg_sq"}, {"step"}, {"projector_seed", "update_norm"}),

@@ -30,6 +30,7 @@ CASES = [
     ("galore", 2, {"batch": 1, "seq": 3, "rank": 8, "update_proj_gap": 2}),
     ("swan", 2, {"batch": 1, "seq": 3}),
     ("sinkgd", 2, {"batch": 1, "seq": 3}),
+    ("rmnp", 2, {"batch": 1, "seq": 3}),
 ]
 
 

@@ -13,6 +13,7 @@ from zoo_runs import GAP, HIDDEN, SHAPES, compare
 
 from optimzoo import (
     APOLLO,
+    RMNP,
     SWAN,
     APOLLOMini,
     Fira,
@@ -139,6 +140,13 @@ MUON = {
     "decay": {**DECAY, "other_weight_decay": 0.2},
     "up": {**UP, "other_eps": 0.1, "other_betas": (0.8, 0.99)},
 }
+RMNP_CASES = {
+    "default": {},
+    "plain": {"nesterov": False, "momentum": 0.8},
+    "rms": {"adjust_lr_fn": "match_rms_adamw"},
+    "decay": {**DECAY, "other_weight_decay": 0.2},
+    "up": {**UP, "other_eps": 0.1, "other_betas": (0.8, 0.99)},
+}
 OTHERS = {
     f"{other}{name}": {"other": other, **hyper}
     for other in ("scale", "adafactor")
@@ -156,6 +164,7 @@ CASES = {
         (SinkGD, SINKGD),
         (StableSPAM, SPAM),
         (Muon, {**MUON, **OTHERS}),
+        (RMNP, RMNP_CASES),
     )
     for name, hyper in cases.items()
 }
@@ -205,6 +214,8 @@ def test_the_references_would_notice():
         (SinkGD, {}, {"alpha": 0.051}),
         (StableSPAM, SPAM["clean"], {"reset_step": "authors"}),
         (StableSPAM, SPAM["clean"], {"gamma3": 0.99}),
+        (RMNP, {}, {"momentum": 0.949}),
+        (RMNP, {}, {"nesterov": False}),
     ]
     for make, hyper, oracle in differences:
         worst, _ = compare(make, hyper, torch.float64, names=["tall", "wide"], oracle=oracle)

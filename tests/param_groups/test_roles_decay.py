@@ -10,7 +10,7 @@ from torch import nn
 from optimzoo import SCALE, Muon, create_optimizer, describe, param_groups
 
 WITH_DECAY = [name for name in NAMES if "weight_decay" in create(name, Tiny()).defaults]
-WITH_DECAY += ["muon"] if "muon" in NAMES else []
+WITH_DECAY += ["muon", "rmnp"] if "muon" in NAMES else []
 
 
 def test_vectors_alone_have_a_decay_and_it_is_none():
@@ -38,7 +38,9 @@ def test_decay_reaches_the_matrices_and_no_vector(name):
     assert decays["hidden"] == 0.25 and decays["vector"] == 0.0
     model = Tiny()
     bare = create(name, list(model.parameters()), weight_decay=0.25)
-    rest = 0.25 if name != "muon" else 0.0  # what Muon does not train has `other_weight_decay`
+    rest = (
+        0.0 if name in ("muon", "rmnp") else 0.25
+    )  # what they do not train has `other_weight_decay`
     expected = {"hidden": 0.25, "vector": rest, None: 0.25}
     assert all(g["weight_decay"] == expected[g.get("role")] for g in bare.param_groups)
 

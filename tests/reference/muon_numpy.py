@@ -1,4 +1,4 @@
-"""Muon in float64 NumPy: momentum, the Newton-Schulz polynomial on singular values, AdamW."""
+"""Muon and RMNP in float64 NumPy: momentum, a polynomial of singular values or rows, AdamW."""
 
 import math
 from collections.abc import Mapping, Sequence, Set
@@ -96,3 +96,31 @@ class MuonReference(Reference):
         blocks = np.split(x, self.heads)
         factor = adjustment(self.adjust, *blocks[0].shape)
         return factor * np.concatenate([iterated(block, self.triples) for block in blocks])
+
+
+class RmnpReference(MuonReference):
+    """RMNP, by the summed momentum of the authors' package: it has the same directions.
+
+    The floor of a norm is 1e-12 for the averaged momentum of their Llama code.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, NDArray[Any]],
+        hidden: Set[str],
+        *,
+        lr: float = 5e-3,
+        floor: float = 1e-12,
+        **muons: Any,
+    ) -> None:
+        super().__init__(params, hidden, lr=lr, **muons)
+        self.floor = floor
+
+    def matrix_update(self, key: str, g: Array, t: int) -> Array:
+        mu = self.momentum
+        total = mu * self.momentum_buffer.get(key, np.zeros_like(g)) + g
+        self.momentum_buffer[key] = total
+        x = g + mu * total if self.nesterov else total
+        rows = [row / max(float(np.linalg.norm(row)), self.floor / (1 - mu)) for row in x]
+        m, n = x.shape
+        return adjustment(self.adjust, m // self.heads, n) * np.stack(rows)

@@ -10,6 +10,7 @@ import sys
 import types
 import unittest
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch.optim.lr_scheduler import (
 
 from optimzoo import (
     APOLLO,
+    RMNP,
     SCALE,
     SWAN,
     AdamS,
@@ -145,7 +147,8 @@ def scale_inputs(device, dtype=None) -> list[OptimizerInput]:
     )
 
 
-def muon_inputs(device, dtype=None) -> list[OptimizerInput]:
+def momentum_inputs(device, dtype=None, **own: dict[str, Any]) -> list[OptimizerInput]:
+    """Return the inputs that Muon and RMNP share, and a method's own."""
     return _inputs(
         default={},
         lr={"lr": 2**-8},
@@ -153,11 +156,8 @@ def muon_inputs(device, dtype=None) -> list[OptimizerInput]:
         momentum={"momentum": 0.5},
         no_nesterov={"nesterov": False},
         weight_decay={"weight_decay": 0.1, "other_weight_decay": 0.2},
-        more_iterations={"ns_steps": 6},
         match_rms_adamw={"adjust_lr_fn": "match_rms_adamw"},
         spectral_unclamped={"adjust_lr_fn": "spectral_unclamped"},
-        iterations_of_their_own={"ns_coefficients": [(4.0, -6.0, 3.0), (2.0, -1.5, 0.5)]},
-        in_float64={"ns_dtype": "float64"},
         maximize={"maximize": True, "weight_decay": 0.1},
         codes={"state_bits": 8},
         AdamW={"other_lr": 2**-8, "other_betas": (0.5, 0.75), "other_eps": 1e-6},
@@ -165,7 +165,15 @@ def muon_inputs(device, dtype=None) -> list[OptimizerInput]:
         other_scale={"other": "scale", "weight_decay": 0.1},
         other_adafactor={"other": "adafactor", "maximize": True},
         stochastic=STOCHASTIC,
+        **own,
     )
+
+
+MUONS_OWN = {
+    "more_iterations": {"ns_steps": 6},
+    "iterations_of_their_own": {"ns_coefficients": [(4.0, -6.0, 3.0), (2.0, -1.5, 0.5)]},
+    "in_float64": {"ns_dtype": "float64"},
+}
 
 
 def zoo_inputs(**own: dict[str, Any]):
@@ -268,7 +276,7 @@ def scale_error_inputs(device, dtype) -> list[ErrorOptimizerInput]:
     return _common_refusals(device, dtype) + _refusals(cases)
 
 
-def muon_error_inputs(device, dtype) -> list[ErrorOptimizerInput]:
+def momentum_error_inputs(device, dtype) -> list[ErrorOptimizerInput]:
     experts = nn.Parameter(torch.randn(4, 3, 2, device=device, dtype=dtype))
     blocks = {"params": [experts], "stacked": True, "heads": 2}
     cases = [
@@ -277,10 +285,6 @@ def muon_error_inputs(device, dtype) -> list[ErrorOptimizerInput]:
         (None, {"momentum": -0.5}, ValueError, "momentum.*-0.5"),
         (None, {"momentum": 1.0}, ValueError, r"Invalid momentum value: 1.0; .* \[0, 1\)"),
         (None, {"adjust_lr_fn": "max"}, ValueError, "adjust_lr_fn: 'max'.*original, match_rms"),
-        (None, {"ns_steps": 0}, ValueError, "Invalid ns_steps: 0; it must be from 1 to 99"),
-        (None, {"ns_dtype": "int8"}, ValueError, "Invalid ns_dtype: 'int8'; .*bfloat16, float16"),
-        (None, {"ns_dtype": torch.int8}, ValueError, "Invalid ns_dtype: 'int8'"),
-        (None, {"ns_coefficients": (1, 2)}, ValueError, r"ns_coefficients: \(1, 2\); .*three"),
         (None, {"state_bits": 4}, ValueError, "Invalid state_bits: 4; it must be None or 8"),
         (None, {"other_lr": -1.0}, ValueError, "Invalid other_lr: -1.0"),
         (None, {"other_lr": torch.ones(2)}, ValueError, "Tensor lr must be 1-element"),
@@ -290,6 +294,16 @@ def muon_error_inputs(device, dtype) -> list[ErrorOptimizerInput]:
         (None, {"roles": ("hidden", "tail")}, ValueError, "unknown role 'tail'"),
     ]
     return _common_refusals(device, dtype) + _refusals(cases)
+
+
+def muon_error_inputs(device, dtype) -> list[ErrorOptimizerInput]:
+    cases = [
+        (None, {"ns_steps": 0}, ValueError, "Invalid ns_steps: 0; it must be from 1 to 99"),
+        (None, {"ns_dtype": "int8"}, ValueError, "Invalid ns_dtype: 'int8'; .*bfloat16, float16"),
+        (None, {"ns_dtype": torch.int8}, ValueError, "Invalid ns_dtype: 'int8'"),
+        (None, {"ns_coefficients": (1, 2)}, ValueError, r"ns_coefficients: \(1, 2\); .*three"),
+    ]
+    return momentum_error_inputs(device, dtype) + _refusals(cases)
 
 
 def zoo_error_inputs(**own: tuple[Any, str]):
@@ -341,12 +355,21 @@ SCALE_INFO = OptimizerInfo(
 )
 MUON_INFO = OptimizerInfo(
     Muon,
-    optim_inputs_func=muon_inputs,
+    optim_inputs_func=partial(momentum_inputs, **MUONS_OWN),
     optim_error_inputs_func=muon_error_inputs,
     scheduler_inputs=SCHEDULERS,
     supported_impls=("foreach",),
     supports_complex=False,
 )
+RMNP_INFO = OptimizerInfo(
+    RMNP,
+    optim_inputs_func=momentum_inputs,
+    optim_error_inputs_func=momentum_error_inputs,
+    scheduler_inputs=SCHEDULERS,
+    supported_impls=("foreach",),
+    supports_complex=False,
+)
+MOMENTUM_INFOS = (MUON_INFO, RMNP_INFO)
 
 
 class PlannedAdamS(AdamS):
@@ -466,4 +489,4 @@ ZOO = [
         },
     ),
 ]
-OPTIM_DB = [SCALE_INFO, MUON_INFO, *ZOO]
+OPTIM_DB = [SCALE_INFO, *MOMENTUM_INFOS, *ZOO]

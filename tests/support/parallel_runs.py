@@ -40,6 +40,7 @@ HYPER: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.5},
     "scale": {"lr": 1e-2, "other_lr": 2e-2},
     "muon": {"lr": 2e-2, "other_lr": 1e-2},
+    "rmnp": {"lr": 2e-2, "other_lr": 1e-2},
     "galore": {"lr": 1e-2, "hyper": LOW},
     "natural_galore": {"lr": 1e-2, "hyper": {**LOW, "history": 4}},
     "fira": {"lr": 1e-2, "hyper": LOW},

@@ -21,6 +21,7 @@ LOW_RANK = {"lr": 1e-2, "other_lr": 5e-3, "rank": 7, "update_proj_gap": HALF}
 HYPER: dict[str, dict[str, Any]] = {
     "scale": {"lr": 1e-2, "other_lr": 2e-2, "weight_decay": 0.1},
     "muon": {"lr": 1e-2, "other_lr": 5e-3, "weight_decay": 0.1},
+    "rmnp": {"lr": 1e-2, "other_lr": 5e-3, "weight_decay": 0.1},
     "adamw": {"lr": 5e-3, "weight_decay": 0.1},
     "sgd": {"lr": 0.5, "momentum": 0.9},
     # Those with a subspace renew it in the first step after the save.

@@ -28,6 +28,7 @@ HYPER = {
     "sinkgd": {"lr": 0.005, "alpha": 1.0, "weight_decay": 0.1},
     "stable_spam": {"update_proj_gap": 8, "lr": 0.01},
     "muon": {"lr": 0.01, "other_lr": 0.01, "weight_decay": 0.1},
+    "rmnp": {"lr": 0.01, "other_lr": 0.01, "weight_decay": 0.1},
     "adams": {"lr": 0.005, "l1": 0.1, "total_steps": 15, "mask_every": 5},
     "adamw": {"lr": 0.01},
     "sgd": {"lr": 0.1, "momentum": 0.9},

@@ -7,6 +7,7 @@ from torch import nn
 
 from optimzoo import (
     APOLLO,
+    RMNP,
     SWAN,
     APOLLOMini,
     Fira,
@@ -30,6 +31,7 @@ METHODS = {
     "sinkgd": (SinkGD, {"lr": 0.005, "alpha": 1.0}),
     "stable_spam": (StableSPAM, {"update_proj_gap": 10, "lr": 0.01}),
     "muon": (Muon, {"lr": 0.01, "other_lr": 0.01}),
+    "rmnp": (RMNP, {"lr": 0.01, "other_lr": 0.01}),
 }
 
 

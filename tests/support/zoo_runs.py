@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from reference.muon_numpy import MuonReference
+from reference.muon_numpy import MuonReference, RmnpReference
 from reference.natural_galore_numpy import NaturalGaLoreReference
 from reference.spectral_numpy import SinkgdReference, StableSpamReference, SwanReference
 from reference.subspace_numpy import ApolloReference, FiraReference, GaLoreReference
@@ -14,6 +14,7 @@ from torch import nn
 
 from optimzoo import (
     APOLLO,
+    RMNP,
     SWAN,
     APOLLOMini,
     Fira,
@@ -56,6 +57,7 @@ REFERENCES = {
     SinkGD: SinkgdReference,
     StableSPAM: StableSpamReference,
     Muon: MuonReference,
+    RMNP: RmnpReference,
 }
 
 
@@ -150,7 +152,7 @@ def compare(
         "rounding",
         "state_bits",
     }
-    known = {*inspect.signature(make).parameters, "maximize", "other", "other_betas"} - ours
+    known = {*inspect.signature(make).parameters, *hyper, "maximize"} - ours
     options = {k: v for k, v in {**optimizer.defaults, **hyper}.items() if k in known}
     kind = options.pop("projector", None)
     if make in (GaLore, NaturalGaLore, Fira):
