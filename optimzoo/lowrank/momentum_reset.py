@@ -11,22 +11,17 @@ from optimzoo.lowrank.clock import Clock
 
 # Running averages of gradients and of their squares, under the names of torch.optim and this zoo.
 _MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "grad_avg"}
-_MOMENTS |= {
-    "square_avg",
-    "acc_delta",
-    "sum",
-    "row_var",
-    "col_var",
-    "variance",
-}  # RMSprop to Adafactor
+# RMSprop to Adafactor
+_MOMENTS |= {"square_avg", "acc_delta", "sum", "row_var", "col_var", "variance"}
 _MOMENTS |= {"max_avg", "norm_avg", "norm_avg_sq", "history", "history_scale", "gram"}
 # Counts that correct the bias of the moments, and the value that they start at.
 _COUNTS = {"step": 0, "moment_step": 0, "mu_product": 1}
 # Not momentum: subspaces, masks, the growth limiter, the norms of a gradient stabilizer.
 _KEPT = {"projector_left", "projector_right", "projector_seed", "update_norm", "mask"}
 _KEPT |= {"grad_norm_avg", "grad_norm_avg_sq", "grad_norm_step"}
-_MOMENTS |= {"exp_avg_codes", "exp_avg_sq_codes"}  # of 8 bits: 0 is the code of 0, whatever the
-_KEPT |= {"exp_avg_scale", "exp_avg_sq_scale", "rounding_step"}  # scale of its block
+_EIGHT_BITS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+_MOMENTS |= {f"{name}_codes" for name in _EIGHT_BITS}  # 0 is the code of 0, whatever the scale
+_KEPT |= {f"{name}_scale" for name in _EIGHT_BITS} | {"rounding_step"}
 
 
 class MomentumReset(Clock):

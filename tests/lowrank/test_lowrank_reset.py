@@ -252,3 +252,19 @@ def test_a_name_that_the_state_does_not_have():
     train(net, optimizer, 1)
     with pytest.raises(ValueError, match="Adam has no state 'momentum'; it has step, exp_avg"):
         MomentumReset(optimizer, what=["momentum"]).fire()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("muon", {}), ("natural_galore", {"rank": 32, "history": 2})],
+)
+def test_moments_of_eight_bits_are_reset_too(name, options):
+    model = nn.Linear(128, 96, bias=False)
+    optimizer = create_optimizer(name, model, state_bits=8, **options)
+    model.weight.grad = torch.randn(96, 128, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    coded = {k: v for k, v in optimizer.state[model.weight].items() if v.dtype == torch.int8}
+    assert coded and all(codes.any() for codes in coded.values())
+    MomentumReset(optimizer, every=1).fire()
+    for key, codes in coded.items():
+        assert optimizer.state[model.weight][key] is codes and not codes.any()
