@@ -135,6 +135,6 @@ for step in range(first + 1, args.steps + 1):
         os.replace(unfinished, args.checkpoint)  # a run killed before this keeps the older one
         print(f"step {step}: validation loss {evaluate():.4f}, saved")
 
-state = [value for entry in optimizer.state.values() for value in entry.values()]
-state_bytes = sum(value.nbytes for value in state if isinstance(value, torch.Tensor))
+held = [value for entry in optimizer.state.values() for value in entry.values()]
+state_bytes = sum(value.nbytes for value in held if isinstance(value, torch.Tensor))
 print(f"validation loss {evaluate():.6f}, {args.optimizer} holds {state_bytes:,} bytes of state")

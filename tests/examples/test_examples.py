@@ -56,7 +56,7 @@ def losses(out):
 
 
 def test_each_example_is_one_file_with_its_command_first():
-    assert len(EXAMPLES) >= 1
+    assert len(EXAMPLES) == 8
     for name in EXAMPLES:
         first = commands(name)[0]
         assert f"examples/{name}.py" in first, name
@@ -115,3 +115,71 @@ def test_fsdp2_goes_on_in_another_number_of_processes(run):
     assert four[0] == pytest.approx(whole[0], abs=1e-4)
     assert resumed[0] < 3  # not from the start
     assert resumed[-1] == pytest.approx(whole[-1], abs=1e-3)
+
+
+@pytest.mark.thorough
+def test_trainer_trains_by_the_method_that_is_named(run):
+    pytest.importorskip("accelerate", reason="Trainer needs accelerate; pip install '.[test]'")
+    out = run(commands("trainer")[0])
+    train = [float(x) for x in re.findall(r"'loss': '?([\d.]+)", out)]
+    assert train[0] > 5 and train[-1] < 3
+    assert re.search(r"^SCALE: validation loss 2\.\d", out, re.M)
+
+
+@pytest.mark.thorough
+def test_accelerate_loop_goes_on_from_its_state(run):
+    pytest.importorskip("accelerate", reason="pip install '.[test]'")
+    [words] = commands("accelerate_loop")
+    whole = losses(run(words))
+    assert whole[0] > 5 and whole[-1] < 3
+    half = run([*words, "--steps", "20"])
+    assert losses(half) == whole[:3]
+    assert losses(run([*words, "--resume"])) == whole[3:]
+
+
+@pytest.mark.thorough
+def test_lightning_module_trains(run):
+    pytest.importorskip("lightning", reason="pip install '.[test]'")
+    found = losses(run(commands("lightning_module")[0]))
+    assert found[0] > 5 and max(found[-2:]) < 3.2
+
+
+@pytest.mark.thorough
+def test_gradient_release_holds_a_part_of_the_gradients(run):
+    out = run(commands("gradient_release")[0])
+    first, last, *again = losses(out)
+    assert first > 5 and last < 3 and again == pytest.approx([first, last], abs=1e-2)
+    usual, released = (int(x.replace(",", "")) for x in re.findall(r"at most ([\d,]+) bytes", out))
+    assert usual == 4 * sum(
+        int(x.replace(",", "")) for x in re.findall(r"^\w+ +\d+ +([\d,]+) ", out, re.M)
+    )
+    assert 5 * released < usual
+
+
+@pytest.mark.thorough
+def test_sparse_ends_with_an_exact_mask_and_the_same_loss(run):
+    out = run(commands("sparse")[0])
+    assert losses(out)[0] > 5
+    dense, trained, pruned = (
+        float(re.search(rf"^{label}: loss ([\d.]+)", out, re.M)[1])
+        for label in ("dense", "trained with AdamS", "pruned to 2:4")
+    )
+    assert dense < 3 and trained < 3 and pruned == pytest.approx(trained, abs=1e-3)
+    assert ("it needs a CUDA device" in out) is not torch.cuda.is_available()
+
+
+@pytest.mark.thorough
+def test_low_rank_restarts_and_merges_to_the_same_loss(run):
+    out = run(commands("low_rank")[0])
+    train = [float(x) for x in re.findall(r"train loss ([\d.]+)", out)]
+    assert train[0] > 5 and max(train[-2:]) < 3.5
+    assert re.findall(r"step (\d+): .*, restarted", out) == ["40", "80"]
+    low, merged = re.findall(r"^(?:low rank|14 layers merged): loss ([\d.]+)", out, re.M)
+    assert float(low) == pytest.approx(float(merged), abs=1e-3)
+
+
+def test_the_readme_of_the_examples_has_each_command():
+    text = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)\.py` \| `(.*?)` \|", text, re.M)
+    assert {name: shlex.split(row) for name, row in rows} == {n: commands(n)[0] for n in EXAMPLES}
+    assert "(examples/README.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
