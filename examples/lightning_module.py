@@ -3,8 +3,8 @@
     python examples/lightning_module.py
 
 needs `pip install lightning` and ends in a quarter of a minute on one CPU core. Lightning picks the
-device; on a GPU, make everything larger: `--text corpus.txt --width 512 --layers 8 --batch 64
---length 1024 --steps 5000`.
+device, and saves into `lightning_module/`; `--resume FILE` goes on from there. On a GPU, make
+everything larger: `--text corpus.txt --width 512 --layers 8 --batch 64 --length 1024 --steps 5000`.
 """
 
 import argparse
@@ -80,6 +80,7 @@ train_rows, valid_rows = rows[:-64].long(), rows[-64:].long()
 
 trainer = lightning.Trainer(
     max_steps=args.steps,
+    default_root_dir="lightning_module",
     precision="bf16-mixed" if torch.cuda.is_available() else "32-true",
     devices=1,
     gradient_clip_val=1.0,

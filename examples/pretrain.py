@@ -24,7 +24,7 @@ import optimzoo
 from optimzoo.models.llama import Llama, LlamaConfig
 
 # The tuned rows of optimzoo's README (benchmarks/results/nano-compare.json): width and layers as
-# here, a vocabulary of 2,048, 400 steps of 1,024 tokens. Muon's was tuned without clipping: `--clip inf`.
+# here, a vocabulary of 2,048, 400 steps of 1,024 tokens. Muon's is without clipping: `--clip inf`.
 TUNED = {
     "scale": {"lr": 0.002, "embedding_lr": 0.032, "head_lr": 0.004, "vector_lr": 0.01},
     "adamw": {"lr": 0.002, "embedding_lr": 0.064, "head_lr": 0.008, "vector_lr": 0.01},
