@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
 import optimzoo
@@ -37,12 +36,13 @@ args = parser.parse_args()
 
 precision = "bf16" if torch.cuda.is_available() else "no"
 accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_steps=args.accumulate)
-set_seed(0)
 
 files = [args.text] if args.text else sorted(Path(os.__file__).parent.glob("*.py"))
 tokens = torch.frombuffer(bytearray(b"\n".join(f.read_bytes() for f in files)), dtype=torch.uint8)
 rows = tokens[: len(tokens) // (args.length + 1) * (args.length + 1)].view(-1, args.length + 1)
-loader = DataLoader(rows.long(), batch_size=args.batch, shuffle=True, drop_last=True)
+# Shuffled here, by a seed, so that a resumed run has the order of the one that it goes on from.
+rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+loader = DataLoader(rows.long(), batch_size=args.batch, drop_last=True)
 
 config = LlamaConfig(
     vocab_size=256,

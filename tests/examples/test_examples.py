@@ -131,7 +131,7 @@ def test_accelerate_loop_goes_on_from_its_state(run):
     pytest.importorskip("accelerate", reason="pip install '.[test]'")
     [words] = commands("accelerate_loop")
     whole = losses(run(words))
-    assert whole[0] > 5 and whole[-1] < 3
+    assert whole[0] > 5 and whole[-1] < 3.5
     half = run([*words, "--steps", "20"])
     assert losses(half) == whole[:3]
     assert losses(run([*words, "--resume"])) == whole[3:]
