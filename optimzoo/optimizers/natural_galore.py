@@ -45,7 +45,7 @@ class NaturalGaLore(LowRankOptimizer):
     State of a hidden weight, in elements: GaLore's ``2 r max(m, n) + r min(m, n)`` and the
     history's ``s r max(m, n) + s²``. At s = 20 that is ten times the moments: the paper's memory
     column, equal to GaLore's, leaves it out. `history_dtype="int8"`, which `state_bits=8` takes by
-    itself, holds it in a byte an element, and a float32 scale for each row of a gradient.
+    itself, holds it in a byte an element, and a scale for each row of a gradient.
 
     Args:
         params: groups from :func:`optimzoo.param_groups`; bare parameters fall back by shape.
@@ -143,6 +143,6 @@ def _init_history(state: State, low: Tensor, group: dict[str, Any]) -> None:
     gram = torch.promote_types(dtype, torch.promote_types(low.dtype, torch.float32))
     state["history"] = torch.zeros(*batch, size, *shape, dtype=dtype, device=low.device)
     if name == "int8":
-        scale = torch.zeros(*batch, size, shape[0], 1, dtype=torch.float32, device=low.device)
+        scale = torch.zeros(*batch, size, shape[0], 1, dtype=gram, device=low.device)
         state["history_scale"] = scale
     state["gram"] = torch.zeros(*batch, size, size, dtype=gram, device=low.device)

@@ -87,12 +87,12 @@ def natural_gradient(
 
 
 def quantized(low: Tensor, shards: Shards = UNSHARDED, over: str = "") -> tuple[Tensor, Tensor]:
-    """Return codes of 8 bits, and the float32 scale of each row of a low-rank gradient.
+    """Return codes of 8 bits, and the scale of each row of a low-rank gradient.
 
     A code's value is off by at most half a scale, 1/254 of the row's largest magnitude. The scale
     of a row that is not finite is not, and so is all of the row.
     """
-    scale = shards.norm(low, math.inf, dim=-1, over=over.replace("m", "")).float() / _TOP
+    scale = shards.norm(low, math.inf, dim=-1, over=over.replace("m", "")) / _TOP
     codes = torch.nan_to_num(low / scale, nan=0.0, posinf=0.0, neginf=0.0).round_()
     return codes.to(torch.int8), scale
 

@@ -31,16 +31,17 @@ def coded(size, *shape, batch=(), dtype=torch.float64):
     """A ring of codes."""
     return {
         "history": torch.zeros(*batch, size, *shape, dtype=torch.int8),
-        "history_scale": torch.zeros(*batch, size, shape[0], 1),
+        "history_scale": torch.zeros(*batch, size, shape[0], 1, dtype=dtype),
         "gram": torch.zeros(*batch, size, size, dtype=dtype),
     }
 
 
 def decoded(gradient):
     """A gradient as its codes have it: 127 steps to the largest magnitude of each row."""
-    rows = gradient.double().numpy()
-    steps = np.abs(rows).max(-1, keepdims=True).astype(np.float32) / np.float32(127)
-    return torch.tensor(np.round(rows / np.where(steps > 0, steps, 1)) * steps.astype(np.float64))
+    rows = gradient.numpy()
+    steps = np.abs(rows).max(-1, keepdims=True) / rows.dtype.type(127)
+    codes = np.round(rows / np.where(steps > 0, steps, 1))
+    return torch.tensor(codes.astype(np.float64) * steps.astype(np.float64))
 
 
 def direct(gradients, damping):

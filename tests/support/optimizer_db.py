@@ -412,7 +412,7 @@ ZOO = [
             **NO_SUBSPACE,
             "history": (0, "Invalid history: 0; it must be at least 1"),
             "damping": (-1.0, "Invalid damping value: -1.0"),
-            "history_dtype": ("int8", "Invalid history_dtype: 'int8'"),
+            "history_dtype": ("int4", "Invalid history_dtype: 'int4'"),
         },
     ),
     _zoo_info(
