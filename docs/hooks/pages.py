@@ -100,8 +100,7 @@ def paper(method: str) -> str:
 
 def large(method: str) -> str:
     """Return the gigabytes of parameters and state of the 7B Llama in bfloat16."""
-    methods = {**Plan("nano").methods, **SMALLER}
-    record = methods[method]
+    record = known_methods()[method]
     name, hyper = record.get("optimizer", method), record.get("hyper", {})
     hyper = {**hyper, **({"rank": 1024} if hyper.get("rank", 1) > 1 else {})}
     return f"{bytes_at('7b', name, json.dumps(hyper)) / 1e9:.1f}"
@@ -131,13 +130,18 @@ FIGURES = {
 }
 
 
+def known_methods() -> dict[str, Any]:
+    """Return the methods that a figure may be of: those of the plan, and those of `SMALLER`."""
+    return {**Plan("nano").methods, **SMALLER}
+
+
 def figure(name: str, method: str) -> str:
     """Return one figure of a method, as text.
 
     Raises:
         ValueError: an unknown figure, or a method without a row.
     """
-    if name not in FIGURES or method not in {**Plan("nano").methods, **SMALLER}:
+    if name not in FIGURES or method not in known_methods():
         raise ValueError(f"no figure {{{{ {name} {method} }}}}; there are {', '.join(FIGURES)}")
     return FIGURES[name](method)
 

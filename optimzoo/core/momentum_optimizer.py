@@ -10,6 +10,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from optimzoo.core.matrix_optimizer import MatrixOptimizer, as_matrix
 from optimzoo.core.optimizer import copy_group
 from optimzoo.core.role_options import SharedOptions, with_role_options
+from optimzoo.core.rule import averaged
 from optimzoo.core.validation import check_betas, check_choice, check_nonnegative
 from optimzoo.lowbit import moment_dtype
 from optimzoo.roles import ROLES, role_of
@@ -130,11 +131,8 @@ class MomentumOptimizer(MatrixOptimizer):
 
 def momentum_of(grad: Tensor, state: State, group: dict[str, Any]) -> Tensor:
     """Take the gradient into the momentum; return it, or Nesterov's, as a matrix."""
-    mean = state["momentum_buffer"]  # laid out as the weight is
-    given = (grad.mT if group["transposed"] else grad).reshape(mean.shape).to(mean.dtype)
-    mean.lerp_(given, 1 - group["momentum"])
-    update = given.lerp(mean, group["momentum"]) if group["nesterov"] else mean
-    return (update.mT if group["transposed"] else update).reshape(grad.shape)
+    mean, beta = state["momentum_buffer"], group["momentum"]
+    return averaged(grad, mean, beta, group, nesterov=group["nesterov"])
 
 
 def adjustment(shape: torch.Size, group: dict[str, Any]) -> float:

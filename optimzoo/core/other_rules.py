@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimzoo.core.rule import Context, Rule
+from optimzoo.core.rule import Context, Rule, averaged
 from optimzoo.core.update import Update
 from optimzoo.lowbit import moment_dtype
 from optimzoo.roles import input_dim, role_of
@@ -36,10 +36,7 @@ class ScaleRule(Rule):
     ) -> Update:
         """Return the gradient, or its average, with rows or columns of RMS one."""
         if "exp_avg" in state:
-            mean = state["exp_avg"]  # laid out as the weight is
-            given = grad.mT if group["transposed"] else grad
-            mean.lerp_(given.reshape(mean.shape).to(mean.dtype), 1 - group["betas"][0])
-            grad = (mean.mT if group["transposed"] else mean).reshape(grad.shape)
+            grad = averaged(grad, state["exp_avg"], group["betas"][0], group)
         dim = input_dim(group["role"], transposed=False)
         norm = context.shards.norm(grad, dim=dim, over="mn"[dim])
         rms = norm / context.shards.shape(grad.shape)[dim] ** 0.5

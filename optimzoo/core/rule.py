@@ -80,3 +80,21 @@ class Rule:
 
     def refresh(self, grad: Tensor, state: State, group: dict[str, Any], context: Context) -> None:
         """Renew what is computed from one gradient now and then, such as a subspace."""
+
+
+def averaged(
+    grad: Tensor, mean: Tensor, beta: float, group: dict[str, Any], *, nesterov: bool = False
+) -> Tensor:
+    """Take a gradient into its average, in place; return that, or Nesterov's, as a matrix.
+
+    Args:
+        grad: the gradient, as a matrix.
+        mean: the average, laid out as the weight is.
+        beta: decay rate of the average.
+        group: the options.
+        nesterov: look ahead by taking the gradient in once more.
+    """
+    given = (grad.mT if group["transposed"] else grad).reshape(mean.shape).to(mean.dtype)
+    mean.lerp_(given, 1 - beta)
+    update = given.lerp(mean, beta) if nesterov else mean
+    return (update.mT if group["transposed"] else update).reshape(grad.shape)

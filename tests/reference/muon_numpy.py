@@ -79,7 +79,7 @@ class MuonReference(Reference):
         return min(shape[-2:] if name in self.stacked else shape[:2]) > 1
 
     def update(self, name: str, g: Array, t: int) -> Array:
-        if self.is_matrix(name):
+        if self.is_matrix(name) or self.takes_other(name):
             return super().update(name, g, t)
         (beta1, beta2), eps = self.other_betas, self.other_eps
         zero = np.zeros_like(g)

@@ -68,7 +68,7 @@ class Reference(ABC):
 
     def update(self, name: str, g: Array, t: int) -> Array:
         """What the learning rate multiplies, in the parameter's shape."""
-        if self.other is not None and name in ("embedding", "head"):
+        if self.takes_other(name):
             return self.other.update(name, g, t, self.other_betas, self.other_eps)
         if name not in self.hidden:
             scale = correction(self.other_betas, t)
@@ -76,6 +76,10 @@ class Reference(ABC):
         if name in self.stacked:
             return np.stack([self.matrix_update(f"{name}[{i}]", g[i], t) for i in range(len(g))])
         return self.matrix_update(name, g.reshape(g.shape[0], -1), t).reshape(g.shape)
+
+    def takes_other(self, name: str) -> bool:
+        """Whether a parameter takes a rule of `other_rules_numpy`, and not Adam."""
+        return self.other is not None and name in ("embedding", "head")
 
     @abstractmethod
     def matrix_update(self, key: str, g: Array, t: int) -> Array:
