@@ -4,6 +4,7 @@ import torch as _torch
 
 from optimzoo._version import __version__
 from optimzoo._version import warn_of_untested_torch as _warn_of_untested_torch
+from optimzoo.audit import describe
 from optimzoo.gradient_release import Release, release
 from optimzoo.gradient_stabilizer import GradientStabilizer, stabilize
 from optimzoo.optimizers.adams import AdamS
@@ -18,7 +19,8 @@ from optimzoo.optimizers.sinkgd import SinkGD
 from optimzoo.optimizers.stable_spam import StableSPAM
 from optimzoo.optimizers.swan import SWAN
 from optimzoo.registry import OptimInfo, create_optimizer, get_info, list_optimizers
-from optimzoo.roles import describe, param_groups
+from optimzoo.roles import param_groups
+from optimzoo.tuned_rates import StartingValues, starting_values
 
 _warn_of_untested_torch(_torch.__version__)
 
@@ -38,6 +40,7 @@ __all__ = [
     "Release",
     "SinkGD",
     "StableSPAM",
+    "StartingValues",
     "__version__",
     "create_optimizer",
     "describe",
@@ -46,4 +49,5 @@ __all__ = [
     "param_groups",
     "release",
     "stabilize",
+    "starting_values",
 ]

@@ -1,4 +1,4 @@
-"""Command line: ``optimzoo list``, ``doctor`` and ``memory``, also ``python -m optimzoo``."""
+"""Command line: ``optimzoo list``, ``doctor``, ``memory``, ``start``; ``python -m optimzoo``."""
 
 import argparse
 import os
@@ -8,7 +8,10 @@ from typing import NoReturn
 
 from optimzoo import __version__, doctor
 from optimzoo.memory import command as memory
+from optimzoo.memory.options import parse_hyper
+from optimzoo.memory.sources import load_model
 from optimzoo.registry import get_info, list_optimizers
+from optimzoo.tuned_rates import starting_values
 
 
 def list_methods(pattern: str) -> int:
@@ -21,6 +24,32 @@ def list_methods(pattern: str) -> int:
         first = f"{name:<15} "
         text = f"{info.description} ({info.source})"
         print(textwrap.fill(text, 80, initial_indent=first, subsequent_indent=" " * len(first)))
+    return 0
+
+
+def _add_start_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="llama-7b, 60m, ..., or a Hugging Face config.json")
+    parser.add_argument("--optimizer", default="scale", help="default: scale")
+    parser.add_argument("--adamw-lr", type=float, help="your learning rate for AdamW")
+    parser.add_argument("--batch-tokens", type=int, help="tokens of a step")
+    parser.add_argument("--steps", type=int, help="steps of the run")
+    text = "options of the optimizer with rows of their own, as normalize=spectral"
+    parser.add_argument("--hyper", nargs="+", default=[], metavar="NAME=VALUE", help=text)
+
+
+def start(args: argparse.Namespace) -> int:
+    """Print the code that makes an optimizer at its starting values for a model."""
+    name = get_info(args.optimizer).name
+    taken = parse_hyper(args.hyper, [name]).values()
+    values = starting_values(
+        name,
+        load_model(args.model),
+        adamw_lr=args.adamw_lr,
+        batch_tokens=args.batch_tokens,
+        steps=args.steps,
+        **{key: value for hyper in taken for key, value in hyper[name].items()},
+    )
+    print(f"import optimzoo\nimport torch\n\n{values}")
     return 0
 
 
@@ -42,6 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("doctor", help="the kernels of this machine, and whether they are right")
     text = "what fits: exact bytes, the peak of a training step, a script's live peak"
     memory.add_arguments(commands.add_parser("memory", help=text, description=text))
+    text = "code to start a run with: learning rates by role, clipping, warm-up"
+    _add_start_arguments(commands.add_parser("start", help=text, description=text))
     args = parser.parse_args(argv)
     try:
         status = _run(args)
@@ -65,6 +96,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     if args.command == "memory":
         return memory.main(args)
+    if args.command == "start":
+        return start(args)
     return doctor.main() if args.command == "doctor" else list_methods(args.pattern)
 
 

@@ -2,7 +2,7 @@
 
 A memory-efficient optimizer treats these four differently, and sending a parameter to the wrong
 rule is the most common mistake made with one. :func:`param_groups` sorts a model's parameters into
-ordinary ``torch.optim`` groups that carry a ``role``; :func:`describe` prints what it decided.
+ordinary ``torch.optim`` groups that carry a ``role``; :func:`optimzoo.describe` shows them.
 """
 
 import re
@@ -144,46 +144,6 @@ def weight_of(module: Any) -> nn.Parameter | None:
         return getattr(module.parametrizations.weight, "original", None)
     weight = getattr(module, "weight", None)
     return weight if isinstance(weight, nn.Parameter) else None
-
-
-def describe(groups: Any, *, width: int = 80) -> str:
-    """Return an audit of parameter groups, a line each: role, tensors, parameters, an example.
-
-    If a group has a weight decay, each group's is shown; ``-`` is the optimizer's, not known yet.
-
-    Args:
-        groups: what :func:`param_groups` returned, an optimizer, or a model.
-        width: columns to keep within.
-    """
-    if isinstance(groups, nn.Module):
-        groups = param_groups(groups)
-    groups = getattr(groups, "param_groups", groups)
-    total = sum(p.numel() for g in groups for p in g["params"]) or 1
-    decays = [group.get("weight_decay") for group in groups]
-    head = f"{'decay':>8}" if any(decays) else ""
-    lines = [f"{'role':<10}{'tensors':>8}{'parameters':>15}{'share':>7}{head}  example"]
-    for group, decay in zip(groups, decays, strict=True):
-        role = group.get("role") or "by shape"
-        count = sum(p.numel() for p in group["params"])
-        notes = [flag for flag in ("transposed", "stacked") if group.get(flag)]
-        notes += ["tied"] if group.get("tied") else []
-        note = f" ({', '.join(notes)})" if notes else ""
-        row = f"{role:<10}{len(group['params']):>8}{count:>15,}{count / total:>7.1%}"
-        row += f"{'-' if decay is None else format(decay, 'g'):>8}  " if head else "  "
-        if group["params"]:
-            first, shape = group["params"][0], "x".join(map(str, group["params"][0].shape))
-            name = group.get("param_names", [f"{first.ndim}-D tensor"])[0]
-            example = _shorten(f"{name} [{shape}]", width - len(row) - len(note)) + note
-            row += _shorten(example, width - len(row))
-        lines.append(row.rstrip())
-    roles = {group.get("role") for group in groups}
-    if None not in roles and "head" not in roles:
-        lines.append("no output head was found: name it with overrides={'REGEX': 'head'}")
-    return "\n".join(lines)
-
-
-def _shorten(text: str, width: int) -> str:
-    return text if len(text) <= max(width, 8) else "…" + text[-(max(width, 8) - 1) :]
 
 
 def _compile(overrides: Overrides) -> list[tuple[re.Pattern[str], dict[str, Any]]]:

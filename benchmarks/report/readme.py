@@ -25,7 +25,7 @@ from benchmarks.experiments.summary import (
     write_report,
 )
 from benchmarks.papers import perplexity_tables
-from benchmarks.report import findings, results_page
+from benchmarks.report import findings, results_page, tuned_rates
 from benchmarks.training.flops import speed_text
 from optimzoo.models.llama import get_config
 from optimzoo.options import refuse
@@ -220,6 +220,10 @@ def _utilisation(name: str) -> str:
     )
 
 
+def _starting(_: str) -> str:
+    return tuned_rates.table().markdown()
+
+
 def _findings(_: str) -> str:
     return findings.table().markdown()
 
@@ -227,6 +231,7 @@ def _findings(_: str) -> str:
 _MADE: dict[str, Callable[[str], str]] = {
     "headline": _headline,
     "findings": _findings,
+    "starting": _starting,
     "methods": _methods,
     "results": _results,
     "table": _comparison,
@@ -246,16 +251,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Write the README's tables, the page and the pictures, or check the README's tables."""
+    """Write the README's tables, the starting values, the page and the pictures, or check them."""
     if args.check:
         refuse(args, ["out"], args.given, "--check writes nothing; leave {option} out")
     old = README.read_text(encoding="utf-8")
     new = filled(old)
+    values = tuned_rates.text()
     if args.check:
-        if new != old:
-            print("README.md differs from the results; run python -m benchmarks report")
-        return int(new != old)
+        differ = {README: new != old, tuned_rates.PATH: values != tuned_rates.stored()}
+        for path in (path for path, other in differ.items() if other):
+            print(f"{path.name} differs from the results; run python -m benchmarks report")
+        return int(any(differ.values()))
     write_atomic(README, new)
+    write_atomic(tuned_rates.PATH, values)
     for kind, name in re.findall(r"<!-- (\w+): (\S+) -->", new):
         if kind == "headline":
             write_atomic(README.parent / "docs" / "memory.svg", picture(name))

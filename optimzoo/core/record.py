@@ -23,6 +23,9 @@ class OptimInfo:
         aliases: other names.
         required: values for the hyperparameters that have no default; state and time do not depend
             on them.
+        width_power: by role, the power of the width with which the entries of a step shrink where
+            Adam's do not: 1/2 where a row, a column or the spectrum has a fixed norm
+            (:func:`optimzoo.starting_values`).
     """
 
     name: str
@@ -32,6 +35,7 @@ class OptimInfo:
     state: str
     aliases: tuple[str, ...] = ()
     required: Mapping[str, Any] = field(default_factory=dict)
+    width_power: Mapping[str, float] = field(default_factory=dict)
 
 
 def register(

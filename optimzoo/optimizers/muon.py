@@ -38,6 +38,7 @@ NS_DTYPES = ("bfloat16", "float16", "float32", "float64")
     "orthogonalised momentum on hidden weights, AdamW on the rest",
     source="kellerjordan.github.io/posts/muon",
     state="1 x hidden + 2 x rest",
+    width_power={"hidden": 0.5},
 )
 class Muon(MomentumOptimizer):
     r"""Momentum, orthogonalised by Newton–Schulz iteration (Muon), and AdamW on the rest.

@@ -28,6 +28,7 @@ FLOOR = 1e-12  # of a row's norm: rows of zeros stay zero, and those that underf
     "momentum with normalised rows on hidden weights, AdamW on the rest",
     source="arXiv 2603.20527",
     state="1 x hidden + 2 x rest",
+    width_power={"hidden": 0.5},
 )
 class RMNP(MomentumOptimizer):
     r"""Row-Momentum Normalized Preconditioning: Muon with its iteration replaced by row norms.

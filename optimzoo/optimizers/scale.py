@@ -43,6 +43,7 @@ NORMALIZATIONS = ("column", "row", "sign", "spectral")
     "column-normalised SGD, momentum on the output head alone",
     source="arXiv 2506.16659",
     state="1 x head",
+    width_power={"hidden": 0.5, "embedding": 0.5},
 )
 class SCALE(RoleOptimizer):
     r"""Stochastic Column-normalised Last-layer momentum (SCALE).

@@ -264,7 +264,12 @@ def test_describe_fits_and_adds_up(tied):
     assert counted == sum(p.numel() for p in model.parameters())
     assert sum(int(row.split()[1]) for row in rows) == len(list(model.parameters()))
     assert sum(float(row.split()[3].rstrip("%")) for row in rows) == pytest.approx(100, abs=0.5)
-    assert describe(SCALE(groups)) == text
+    told = describe(SCALE(groups, lr=0.25)).splitlines()
+    assert max(map(len, told)) <= 80
+    assert told[0].split() == ["role", "tensors", "parameters", "share", "lr", "example"]
+    rates = [1.0 if "lr" in group else 0.25 for group in groups]
+    assert [float(row.split()[4]) for row in told[1 : len(groups) + 1]] == rates
+    assert [row.split()[:4] for row in told[1 : len(groups) + 1]] == [r.split()[:4] for r in rows]
     if not tied:
         assert describe(model) == describe(param_groups(model))
 

@@ -37,13 +37,19 @@ ORDER = {
         ["optimizers"],
         ["gradient_stabilizer"],
         ["gradient_release", "registry", "doctor"],
-        ["memory", "integrations"],
+        ["tuned_rates"],
+        ["memory", "integrations", "audit"],
         ["cli"],
         ["__main__", "__init__"],
     ],
 }
 # Modules whose names are public although no package lists them.
-PUBLIC = ("optimzoo.roles", "optimzoo.models.llama", "optimzoo.options")
+PUBLIC = (
+    "optimzoo.roles",
+    "optimzoo.models.llama",
+    "optimzoo.options",
+    "optimzoo.tuned_rates",
+)
 MAX_LINES = 300
 
 

@@ -1,0 +1,92 @@
+"""The tuned values that `optimzoo.starting_values` ships, from the committed rows."""
+
+import json
+from typing import Any
+
+import torch
+
+from benchmarks.common.files import ROOT
+from benchmarks.common.tables import Table
+from benchmarks.experiments.plan import Plan, settings
+from benchmarks.experiments.summary import read_rows
+from optimzoo.models.llama import Llama, get_config
+from optimzoo.tuned_rates import (
+    ROLE_RATES,
+    VARIANT,
+    StartingValues,
+    model_width,
+    starting_values,
+)
+
+PATH = ROOT / "optimzoo" / "tuned_rates.json"
+PLANS = ("nano", "nano-1k", "nano-4k", "nano-16k")
+KEPT = ("relative_damping", "damping")  # options that its rates belong to
+
+
+def text() -> str:
+    """Return the file: by comparison its batch, width, and each method's best values.
+
+    A method is left out where one of its best rates is at an edge of what was tried, and a
+    comparison where AdamW is; SGD, whose rates are of the gradient's size.
+    """
+    made: dict[str, Any] = {}
+    for plan in map(Plan, PLANS):
+        if not plan.tune_path.exists():
+            continue
+        rows = read_rows(plan.tune_path)
+        methods = [m for m in plan.methods if m != "sgd" and _is_tuned(plan, m, rows)]
+        if "adamw" in methods:
+            made[plan.name] = _setting(plan, methods)
+    return json.dumps(made, indent=1) + "\n"
+
+
+def stored() -> str:
+    """Return the file as it is, empty if there is none."""
+    return PATH.read_text(encoding="utf-8") if PATH.exists() else ""
+
+
+def table() -> Table:
+    """Return the table of the shipped methods: rates over AdamW's, options, comparisons."""
+    lines = {}
+    for comparison in json.loads(stored()).values():
+        for record in comparison["methods"]:
+            name, variant = record["optimizer"], record["variant"]
+            label = ", ".join([f"`{name}`", *(f"`{k}={v!r}`" for k, v in variant.items())])
+            lines[label] = _line(label, starting_values(name, adamw_lr=1.0, **variant))
+    headers = ("method", "hidden", "embedding", "head", "vectors", "clip", "β or momentum")
+    return Table((*headers, "decay", "from"), [lines[label] for label in sorted(lines)])
+
+
+def _line(label: str, start: StartingValues) -> list[str]:
+    options = start.options
+    rates = [f"{options[key]:.3g}" for key in ROLE_RATES.values()]
+    average = options.get("momentum", options.get("betas", options.get("other_betas", "")))
+    decay = options.get("weight_decay", "")
+    shown = [str(value).strip("()") for value in (start.clip or "none", average, decay)]
+    return [label, *rates, *shown, ", ".join(start.settings)]
+
+
+def _is_tuned(plan: Plan, method: str, rows: list[dict[str, Any]]) -> bool:
+    mine = [r for r in rows if (r["method"], r["protocol"]) == (method, "tuned")]
+    return bool(mine) and not plan.edges(method, "tuned", rows)
+
+
+def _setting(plan: Plan, methods: list[str]) -> dict[str, Any]:
+    with torch.device("meta"):
+        width = model_width(Llama(get_config(plan.values["model"])))
+    tokens = plan.values["batch_size"] * plan.values["seq_len"]
+    head = {"batch_tokens": tokens, "steps": plan.values["steps"], "width": width}
+    return head | {"methods": [_record(plan, method) for method in methods]}
+
+
+def _record(plan: Plan, method: str) -> dict[str, Any]:
+    config = plan.chosen(method, "tuned", 0).config
+    values = settings({"config": vars(config)})
+    hyper = config.hyper
+    rates = {key: values.pop(key, hyper.get(key)) for key in ROLE_RATES.values()}
+    return {
+        "optimizer": config.optimizer,
+        "variant": {key: hyper[key] for key in VARIANT if key in hyper},
+        "hyper": {key: hyper[key] for key in KEPT if key in hyper},
+        "values": rates | values,
+    }

@@ -1,0 +1,226 @@
+"""Starting values: learning rates by role from an AdamW's, as methods were tuned beside it."""
+
+import json
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+from torch import nn
+
+from optimzoo.registry import get_info
+from optimzoo.roles import matrix_view, param_groups
+
+ROLE_RATES = {
+    "hidden": "lr",
+    "embedding": "embedding_lr",
+    "head": "head_lr",
+    "vector": "vector_lr",
+}
+# Options with which a method is tuned apart, and what they are without.
+VARIANT = {"normalize": "column", "state_bits": None, "other": "adam"}
+# A β₂ is for a batch: what it averages over is kept in tokens (arXiv 2507.07101), within these.
+BETA2 = (0.95, 0.999)
+Groups = Sequence[Mapping[str, Any]]
+WARMUP = 0.1  # of the steps; as in the runs that the values are from
+
+
+@dataclass(frozen=True)
+class StartingValues:
+    """What to start a run of one method with.
+
+    Attributes:
+        name: the method's, for :func:`optimzoo.create_optimizer`.
+        options: its options: ``create_optimizer(name, model, **options)``.
+        clip: largest norm of the gradient, for ``clip_grad_norm_``; None: do not clip.
+        warmup: steps of linear warm-up, if the number of steps was given; else their share.
+        settings: the comparisons in which method and AdamW were tuned alike.
+        spread: by role, the largest ratio to AdamW's rate over the smallest among the settings.
+    """
+
+    name: str
+    options: dict[str, Any]
+    clip: float | None
+    warmup: float
+    settings: tuple[str, ...]
+    spread: dict[str, float]
+
+    def __str__(self) -> str:
+        """Format the call and the loop's values, as Python."""
+        options = "".join(f", {key}={_text(value)}" for key, value in self.options.items())
+        call = textwrap.fill(f'"{self.name}", model{options}', 76, break_long_words=False)
+        call = textwrap.indent(call, "    ")
+        lines = ["optimizer = optimzoo.create_optimizer(", call, ")"]
+        if self.clip is not None:
+            lines.append("# before each step:")
+            lines.append(f"torch.nn.utils.clip_grad_norm_(model.parameters(), {self.clip:g})")
+        unit = "of the steps" if self.warmup < 1 else "steps"
+        lines.append(f"# linear warm-up over {self.warmup:g} {unit}, then a cosine to a tenth")
+        spread = max(self.spread.values(), default=1.0)
+        rows = f"{len(self.settings)} comparison{'s' * (len(self.settings) > 1)}"
+        lines.append(
+            f"# from {rows} ({', '.join(self.settings)})"
+            + (f"; between them a rate differs by up to {spread:.1f} x" if spread > 1 else "")
+        )
+        return "\n".join(lines)
+
+
+def starting_values(
+    name: str,
+    model: nn.Module | Groups | None = None,
+    *,
+    adamw_lr: float | None = None,
+    batch_tokens: int | None = None,
+    steps: int | None = None,
+    **variant: Any,
+) -> StartingValues:
+    r"""Return learning rates by role, clipping, warm-up, β₂ and weight decay to start a run with.
+
+    In each comparison of this library's tables the method and AdamW were tuned alike, with a rate
+    for each role. With the ratio ρ of the method's rate of a role to
+    AdamW's of hidden weights, the geometric mean over the comparisons, the rate of the role is::
+
+        ρ · adamw_lr · (width / width of the comparison)^p
+
+    p is 1/2 where the method's rule gives a row, a column or the spectrum of the weight a fixed
+    norm, so that its entries shrink with the width where Adam's do not, and 0 elsewhere; without
+    ``model`` it is 0. Between comparisons of different batches, ρ is interpolated in the logarithm
+    of ``batch_tokens``. The other values are those of the comparison that is nearest to it, β₂ with
+    its half-life kept in tokens, between 0.95 and 0.999.
+
+    They are starting values: of small models and short runs. Try half and twice of each rate.
+
+    Args:
+        name: one of :func:`optimzoo.list_optimizers`.
+        model: the model or its groups, for the width.
+        adamw_lr: the learning rate that you have for AdamW with this model and batch. Default:
+            AdamW's in the comparisons, falling with the square root of the width.
+        batch_tokens: tokens of a step.
+        steps: steps of the run.
+        **variant: options with rows of their own, as ``normalize="spectral"`` of `scale`.
+
+    Raises:
+        ValueError: an unknown name, a method or a variant without tuned rows, a value that is not
+            positive.
+
+    Example:
+        >>> start = optimzoo.starting_values("muon", model, adamw_lr=3e-4, steps=10_000)
+        >>> optimizer = optimzoo.create_optimizer("muon", model, **start.options)
+    """
+    for key, value in (("adamw_lr", adamw_lr), ("batch_tokens", batch_tokens), ("steps", steps)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{key}={value}: it must be positive, or left out")
+    info = get_info(name)
+    tuned = _tuned(info.name, variant)
+    adamw = _tuned("adamw", {})
+    width = None if model is None else model_width(model)
+    if adamw_lr is None:
+        at_width = {s: 1.0 if width is None else (_width(s) / width) ** 0.5 for s in tuned}
+        own = {s: adamw[s]["values"]["lr"] * at_width[s] for s in tuned}
+        adamw_lr = _between(own, batch_tokens)
+    powers = dict.fromkeys(ROLE_RATES, 0.0) | dict(info.width_power)
+    if variant.get("other") == "scale":
+        powers["embedding"] = 0.5
+    options: dict[str, Any] = {}
+    spread = {}
+    for role, key in ROLE_RATES.items():
+        ratio = {}
+        for setting, record in tuned.items():
+            grown = 1.0 if width is None else (width / _width(setting)) ** powers[role]
+            ratio[setting] = record["values"][key] / adamw[setting]["values"]["lr"] * grown
+        options[key] = float(f"{adamw_lr * _between(ratio, batch_tokens):.2g}")
+        spread[role] = max(ratio.values()) / min(ratio.values())
+    nearest = min(tuned, key=lambda s: abs(math.log(_tokens(s) / (batch_tokens or _tokens(s)))))
+    values = dict(tuned[nearest]["values"])
+    for key in ("betas", "other_betas"):
+        if key in values:
+            beta1, beta2 = values[key]
+            moved = beta2 ** ((batch_tokens or _tokens(nearest)) / _tokens(nearest))
+            options[key] = (beta1, float(f"{min(max(moved, BETA2[0]), BETA2[1]):.4g}"))
+    options |= {key: values[key] for key in ("momentum", "weight_decay") if key in values}
+    options |= tuned[nearest]["hyper"] | variant
+    return StartingValues(
+        info.name,
+        options,
+        values.get("clip") or None,
+        WARMUP if steps is None else max(1, round(WARMUP * steps)),
+        tuple(tuned),
+        spread if len(tuned) > 1 else {},
+    )
+
+
+def model_width(model: nn.Module | Groups) -> float:
+    """Return the width of a model, or of its groups: of hidden weights the median shorter side.
+
+    Raises:
+        ValueError: there is no hidden weight.
+    """
+    sides = [
+        min(matrix_view(p, stacked=group.get("stacked", False)).shape[-2:])
+        for group in (param_groups(model) if isinstance(model, nn.Module) else model)
+        if group.get("role") == "hidden"
+        for p in group["params"]
+    ]
+    if not sides:
+        raise ValueError("there is no hidden weight to take the width of; leave the model out")
+    return float(median(sides))
+
+
+@cache
+def _settings() -> dict[str, Any]:
+    text = resources.files("optimzoo").joinpath("tuned_rates.json").read_text(encoding="utf-8")
+    settings: dict[str, Any] = json.loads(text)
+    return settings
+
+
+def _width(setting: str) -> float:
+    return float(_settings()[setting]["width"])
+
+
+def _tokens(setting: str) -> int:
+    return int(_settings()[setting]["batch_tokens"])
+
+
+def _tuned(name: str, variant: Mapping[str, Any]) -> dict[str, Any]:
+    """Return by setting the record of the method with the variant's options."""
+    found, known = {}, []
+    for setting, values in _settings().items():
+        for record in values["methods"]:
+            known.append(_call(record["optimizer"], record["variant"]))
+            if record["optimizer"] == name and record["variant"] == variant:
+                found[setting] = record
+    if not found:
+        raise ValueError(
+            f"{_call(name, variant)} has no tuned rows to start from; there are "
+            f"{', '.join(sorted(set(known)))}"
+        )
+    return found
+
+
+def _call(name: str, variant: Mapping[str, Any]) -> str:
+    options = ", ".join(f"{key}={value!r}" for key, value in variant.items())
+    return f"{name} ({options})" if options else name
+
+
+def _between(values: dict[str, float], batch_tokens: int | None) -> float:
+    """Return the geometric mean over settings, or what lies at a batch, flat beyond the ends."""
+    by_batch: dict[int, list[float]] = {}
+    for setting, value in values.items():
+        by_batch.setdefault(_tokens(setting), []).append(math.log(value))
+    points = sorted((math.log(batch), sum(v) / len(v)) for batch, v in by_batch.items())
+    if batch_tokens is None:
+        return math.exp(sum(y for _, y in points) / len(points))
+    at = min(max(math.log(batch_tokens), points[0][0]), points[-1][0])
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if at <= x1:
+            return math.exp(y0 + (y1 - y0) * (at - x0) / (x1 - x0))
+    return math.exp(points[-1][1])
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else repr(value).replace("'", '"')
