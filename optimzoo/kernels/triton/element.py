@@ -66,6 +66,13 @@ def inverse_length(squares, n, eps, L2: tl.constexpr):
 
 
 @triton.jit
+def stepped(p, u, lr, weight_decay):
+    """Return p less its step; a negative decay is cautious: not where u moves p away from zero."""
+    decays = (weight_decay >= 0) | (u * p >= 0)
+    return p - lr * (u + tl.where(decays, tl.abs(weight_decay), 0.0) * p)
+
+
+@triton.jit
 def hashed(x):
     """Hash uint32 by the 32-bit finaliser of MurmurHash3."""
     x = (x ^ (x >> 16)) * 0x85EBCA6B
