@@ -95,6 +95,9 @@ class LowRankUpdate(Update):
 
     def subtract_from(self, weight: Tensor, *, lr: Number, weight_decay: float) -> None:
         """Subtract it without a tensor of the weight's size, where the dtypes allow that."""
+        if weight_decay < 0:  # cautious: it looks at each element of the update
+            super().subtract_from(weight, lr=lr, weight_decay=weight_decay)
+            return
         decay = lr * weight_decay if weight_decay else 0.0
         low_rank_update_(weight, self.state, self.matrix, size=lr * self.scale, decay=decay)
 

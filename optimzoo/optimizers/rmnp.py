@@ -15,7 +15,7 @@ from optimzoo.core.momentum_optimizer import (
 from optimzoo.core.optimizer import options_of
 from optimzoo.core.record import register
 from optimzoo.core.rule import Context
-from optimzoo.core.update import Update
+from optimzoo.core.update import Update, signed_decay
 from optimzoo.kernels import dispatch
 from optimzoo.lowbit import RngKey
 from optimzoo.stacks import State
@@ -110,7 +110,7 @@ class RMNP(MomentumOptimizer):
             kernels.scale_(
                 *dispatch.to_argument_lists(call),
                 lr=[lr * scale for scale in scales],
-                weight_decay=[group["weight_decay"] / scale for scale in scales],
+                weight_decay=[signed_decay(group) / scale for scale in scales],
                 **{key: group[key] for key in ("momentum", "nesterov", "maximize")},
                 **{"l2": True, "eps": FLOOR, "betas": (0.0, 0.0), "adam_eps": 0.0},
                 **dispatch.rounding(call),
