@@ -151,7 +151,8 @@ def test_adam_is_the_rule(kernels, device, types):
     ptype, gtype, mtype = types
     variants = [
         {"eps_before": False, "weight_decay": 0.1},
-        {"eps_before": False, "weight_decay": -0.5, "l1": 0.5, "alpha": 0.25, "masked": True},
+        # Cautious, with betas of which a momentum that is zero is so in float32 too.
+        {"eps_before": False, "weight_decay": -0.5, "betas": (0.75, 0.99)},
         {"eps_before": True, "maximize": True},
         {"eps_before": False, "l1": 0.5, "alpha": 0.25, "masked": True},
         {"eps_before": True, "clip": (0.7, 0.4, 1.5)},
