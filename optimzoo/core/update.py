@@ -22,12 +22,17 @@ def signed_decay(group: Mapping[str, Any]) -> float:
 def decaying(
     updates: Sequence[Tensor], weights: Sequence[Tensor], weight_decay: float
 ) -> list[Tensor]:
-    r"""Return what decays by ``|weight_decay|``: the weights, or some of their elements.
+    """Return what decays by ``|weight_decay|``: the weights, or some elements, zeros elsewhere.
 
-    Cautious weight decay (arXiv 2510.12402), ``W ← W − η (U + λ · 1[U ∘ W ≥ 0] ∘ W)``, leaves out
-    the elements that the update moves away from zero. Those that it does not move decay, the ≥ of
-    the paper: a row of zeros decays as it does without caution. It takes one temporary of the
-    weights' size, and none of another process.
+    Cautious weight decay, of a negative ``weight_decay``::
+
+        W ← W − η (U + λ · 1[U ∘ W ≥ 0] ∘ W)
+
+    leaves out the elements that the update ``U`` (what η multiplies) moves away from zero. At
+    equality an element decays, as in the paper: a row whose update is zero decays as it does
+    without caution.
+
+    Source: "Cautious Weight Decay", arXiv 2510.12402.
     """
     if weight_decay >= 0:
         return list(weights)

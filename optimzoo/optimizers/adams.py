@@ -90,7 +90,8 @@ class AdamS(RoleOptimizer):
         m: size of a group.
         mask_every: steps between two masks. 10 in the paper.
         decay: `l1` as above, or `l2`, the predecessor's (SR-STE, AST): ``μ̃ = μ + α λ θ``.
-        weight_decay: w, decoupled.
+        weight_decay: w, decoupled, or cautious by `weight_decay_style`, to which the pull of
+            `decay` is a part of the update.
         maximize: ascend instead of descend; the decay still pulls to zero.
         foreach: use torch's multi-tensor operations; default: on CUDA. Three weight-sized
             temporaries and one byte a weight.

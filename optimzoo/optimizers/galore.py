@@ -128,7 +128,7 @@ class GaLore(LowRankOptimizer):
         lr: learning rate; a group (such as the rest) may carry its own.
         betas: Adam's betas.
         eps: 1e-6 in the authors' code, 1e-8 in the paper.
-        weight_decay: λ, decoupled.
+        weight_decay: λ, decoupled, or cautious by `weight_decay_style`.
         rank: rank of the subspace; weights with a smaller dimension use that.
         update_proj_gap: steps between two refreshes of the subspace.
         scale: the paper's α.

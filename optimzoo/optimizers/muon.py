@@ -64,7 +64,7 @@ class Muon(MomentumOptimizer):
             which is orthogonalised and adjusted alone: 3 for a fused ``[3 d, d]`` QKV weight.
         lr: η, Muon's learning rate. A group may carry its own.
         momentum: μ.
-        weight_decay: λ, decoupled.
+        weight_decay: λ, decoupled, or cautious by `weight_decay_style`.
         nesterov: Nesterov momentum.
         ns_steps: Newton–Schulz iterations.
         ns_coefficients: ``(a, b, c)``; or a sequence of them, one an iteration, as Polar Express

@@ -49,7 +49,7 @@ class RMNP(MomentumOptimizer):
             block of ``m / heads`` rows.
         lr: η, RMNP's learning rate. A group may carry its own.
         momentum: μ.
-        weight_decay: λ, decoupled.
+        weight_decay: λ, decoupled, or cautious by `weight_decay_style`.
         nesterov: Nesterov momentum.
         adjust_lr_fn: s: `None` or `original`, √max(1, m/n), with which a row's entries have the RMS
             √(max(m, n)) / n; `match_rms_adamw` and `spectral_unclamped` as in Muon.

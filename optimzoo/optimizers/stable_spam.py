@@ -73,7 +73,7 @@ class StableSPAM(MatrixOptimizer):
         lr: learning rate; a group may carry its own.
         betas: Adam's betas.
         eps: Adam's eps (after the bias correction, as in torch), and the norm clip's.
-        weight_decay: weight decay, decoupled.
+        weight_decay: weight decay, decoupled, or cautious by `weight_decay_style`.
         gamma1: decay rate of the norm's mean. 0.7; the authors' bf16 script has 0.85.
         gamma2: decay rate of the norm's second moment. 0.9; the bf16 script has 0.99999.
         gamma3: decay rate of the largest entry, θ in the paper. 0.999.

@@ -49,7 +49,7 @@ class SWAN(MatrixOptimizer):
             its own.
         betas: Adam's betas, for the rest.
         eps: Adam's eps (before the bias correction), and the floor of the rows' deviation.
-        weight_decay: λ, decoupled.
+        weight_decay: λ, decoupled, or cautious by `weight_decay_style`.
         steps: Newton–Schulz iterations. Re-implementations differ (6, 10); ours is 10.
         beta: the iteration's factor. 0.5 is Newton–Schulz and converges to the whitening; another
             value in use, 0.8, does not.
