@@ -148,6 +148,10 @@ def _make(
     if _is_ours(info):
         ours: Optimizer = info.make(groups, **hyper)
         return ours
+    for group in groups:
+        style = group.get("weight_decay_style") if isinstance(group, dict) else None
+        if style not in (None, "decoupled"):
+            raise ValueError(f"weight_decay_style={style!r}: {info.name} is torch's; leave it out")
     rates = {key: hyper.pop(key, None) for key in RoleRates.__annotations__}
     rates = check_role_options(info.name, rates, ROLES)
     if rates:

@@ -52,7 +52,9 @@ inline F adam_element(F p, F g, F &m, F &v, Kept kept, const AdamRule &r, Root r
   const F limit = F{} + r.limit;
   update = update > limit ? limit : (update < -limit ? -limit : update);  /* NaN stays NaN */
   if constexpr (VARIANT == DIRECTION) return update;
-  return p - r.lr * (update + r.decay * p);
+  const F all = F{} + std::fabs(r.decay);  /* a negative decay is cautious */
+  const F decay = r.decay < 0 ? (update * p >= F{} ? all : F{}) : all;
+  return p - r.lr * (update + decay * p);
 }
 
 /* All ones in the lanes whose bit is set, from the bit of element i. */

@@ -22,20 +22,22 @@ OZ_FUNCTION(apply) {
            const oz_tensor &t = tensors[i];
            const uint32_t key = rounding_key(o, i);
            const float *scales = static_cast<const float *>(t.extra);
-           const float lr = lr_of(t), size = lr * s.sign, keep = 1.0f - lr * t.weight_decay;
+           const float lr = lr_of(t), size = lr * s.sign, decay = t.weight_decay;
            for (int64_t row = from * ROWS; row < std::min(t.rows, to * ROWS); ++row)
              for (int64_t col = 0; col < t.cols; col += BLOCK) {
                const int64_t at = row * t.cols + col, n = std::min(BLOCK, t.cols - col);
                const float *g = load(t.grad, at, n, t.grad_type, a);
                const float *p0 = load(t.param, at, n, t.param_type, b);
                float *p = target(t.param, at, t.param_type, b);
-               if (t.kind == OZ_COLUMNS) {
-                 const float *by = scales + col;
-                 for (int64_t j = 0; j < n; ++j) p[j] = keep * p0[j] - size * by[j] * g[j];
-               } else {
-                 const float by = size * scales[t.kind == OZ_ROWS ? row : 0];
-                 for (int64_t j = 0; j < n; ++j) p[j] = keep * p0[j] - by * g[j];
-               }
+               with_decay(lr, decay, [&](auto step) {
+                 if (t.kind == OZ_COLUMNS) {
+                   const float *by = scales + col;
+                   for (int64_t j = 0; j < n; ++j) p[j] = step(p0[j], size * by[j], g[j]);
+                 } else {
+                   const float by = size * scales[t.kind == OZ_ROWS ? row : 0];
+                   for (int64_t j = 0; j < n; ++j) p[j] = step(p0[j], by, g[j]);
+                 }
+               });
                put(p, t, at, n, o, key);
              }
          });

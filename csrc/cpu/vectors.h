@@ -152,14 +152,45 @@ inline float sum_of_squares(const typename Element<TYPE>::raw *x, int64_t n) {
   return sum_of_row(Values<TYPE>{x}, n);
 }
 
+/* A step of p along size x, which keeps so much of p: of all, or, with a negative decay, which is
+ * cautious, of what is not moved away from zero. For one element and for a register of them. */
+struct Decoupled {
+  float keep;
+
+  template <typename Size, typename F>
+  F operator()(F p, Size size, F x) const {
+    return keep * p - size * x;
+  }
+};
+
+struct Cautious {
+  float keep;
+
+  template <typename Size, typename F>
+  F operator()(F p, Size size, F x) const {
+    const F u = size * x;
+    return (u * p >= F{} ? F{} + keep : F{} + 1.0f) * p - u;
+  }
+};
+
+/* run(step), compiled once for each of the two. */
+template <typename Run>
+inline auto with_decay(float lr, float decay, Run run) {
+  return decay < 0 ? run(Cautious{1.0f + lr * decay}) : run(Decoupled{1.0f - lr * decay});
+}
+
 /* p[i] = p[i] - lr (by x[i] + decay p[i]) */
 template <int TYPE, typename Row>
 inline void subtract_row(typename Element<TYPE>::raw *p, Row x, int64_t n, float lr, float by,
                          float decay) {
-  const float keep = 1.0f - lr * decay, size = lr * by;
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) put<TYPE>(p + i, keep * get<TYPE>(p + i) - size * x.lanes(i));
-  for (; i < n; ++i) p[i] = Element<TYPE>::make(keep * Element<TYPE>::get(p[i]) - size * x.one(i));
+  using P = Element<TYPE>;
+  const float size = lr * by;
+  with_decay(lr, decay, [&](auto step) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+      put<TYPE>(p + i, step(get<TYPE>(p + i), size, x.lanes(i)));
+    for (; i < n; ++i) p[i] = P::make(step(P::get(p[i]), size, x.one(i)));
+  });
 }
 
 template <int TYPE, int XTYPE>
@@ -172,13 +203,14 @@ inline void subtract(typename Element<TYPE>::raw *p, const typename Element<XTYP
 template <int TYPE, int XTYPE>
 inline void subtract_each(typename Element<TYPE>::raw *p, const typename Element<XTYPE>::raw *x,
                           int64_t n, float lr, const float *by, float decay) {
-  const float keep = 1.0f - lr * decay;
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES)
-    put<TYPE>(p + i, keep * get<TYPE>(p + i) - lr * get<OZ_F32>(by + i) * get<XTYPE>(x + i));
-  for (; i < n; ++i)
-    p[i] = Element<TYPE>::make(keep * Element<TYPE>::get(p[i]) -
-                               lr * by[i] * Element<XTYPE>::get(x[i]));
+  using P = Element<TYPE>;
+  with_decay(lr, decay, [&](auto step) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+      put<TYPE>(p + i, step(get<TYPE>(p + i), lr * get<OZ_F32>(by + i), get<XTYPE>(x + i)));
+    for (; i < n; ++i)
+      p[i] = P::make(step(P::get(p[i]), lr * by[i], Element<XTYPE>::get(x[i])));
+  });
 }
 
 /* A row of the momentum, m[i] = m[i] + rest (sign g[i] - m[i]), as it is stored. */
@@ -231,24 +263,27 @@ struct AveragesAhead {
 template <int TYPE, typename Row, typename Next>
 inline float subtract_and_sum(typename Element<TYPE>::raw *p, Row x, int64_t n, float lr, float by,
                               float decay, Next next) {
-  const float keep = 1.0f - lr * decay, size = lr * by;
-  floats sums[4] = {};
-  int64_t i = 0;
-  const auto lanes = [&](int64_t k, floats &sum) {
-    const floats v = next.lanes(k);
-    sum += v * v;
-    put<TYPE>(p + k, keep * get<TYPE>(p + k) - size * x.lanes(k));
-  };
-  for (; i + 4 * LANES <= n; i += 4 * LANES)
-    for (int64_t k = 0; k < 4; ++k) lanes(i + k * LANES, sums[k]);
-  for (; i + LANES <= n; i += LANES) lanes(i, sums[0]);
-  float rest = 0.0f;
-  for (; i < n; ++i) {
-    const float v = next.one(i);
-    rest += v * v;
-    p[i] = Element<TYPE>::make(keep * Element<TYPE>::get(p[i]) - size * x.one(i));
-  }
-  return total((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
+  using P = Element<TYPE>;
+  const float size = lr * by;
+  return with_decay(lr, decay, [&](auto step) {
+    floats sums[4] = {};
+    int64_t i = 0;
+    const auto lanes = [&](int64_t k, floats &sum) {
+      const floats v = next.lanes(k);
+      sum += v * v;
+      put<TYPE>(p + k, step(get<TYPE>(p + k), size, x.lanes(k)));
+    };
+    for (; i + 4 * LANES <= n; i += 4 * LANES)
+      for (int64_t k = 0; k < 4; ++k) lanes(i + k * LANES, sums[k]);
+    for (; i + LANES <= n; i += LANES) lanes(i, sums[0]);
+    float rest = 0.0f;
+    for (; i < n; ++i) {
+      const float v = next.one(i);
+      rest += v * v;
+      p[i] = P::make(step(P::get(p[i]), size, x.one(i)));
+    }
+    return total((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
+  });
 }
 
 /* m[i] = m[i] + rest (sign g[i] - m[i]) */

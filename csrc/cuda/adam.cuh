@@ -57,7 +57,7 @@ OZ_DEVICE void adam_unit(const Slot &t, const Rule &r, const Correction &c, uint
     v[i] = fmaf(r.rest2, fmaf(x, x, -v[i]), v[i]);
     float u = __fdividef(c.by * mean, fmaf(sqrtf(v[i]), c.with, r.adam_eps));
     u = u > r.limit ? r.limit : u < -r.limit ? -r.limit : u;  // NaN stays NaN
-    p[i] = r.direction ? u : fmaf(-s.lr, fmaf(t.decay, p[i], u), p[i]);
+    p[i] = r.direction ? u : fmaf(-s.lr, fmaf(decay_at(t.decay, p[i], u), p[i], u), p[i]);
   }
   store(t.exp_avg, at, count, t.state_type, t.wide, m);
   store(t.exp_avg_sq, at, count, t.state_type, t.wide, v);

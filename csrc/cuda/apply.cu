@@ -14,7 +14,7 @@ OZ_DEVICE void apply_eight(const Slot &t, const Rule &r, int64_t row, int64_t co
   const int64_t at = row * t.cols + col, count = t.cols - col;
   if (count <= 0) return;
   const Scalars s = scalars_of(t, r);
-  const float keep = 1.0f - s.lr * t.decay, step = -s.lr * s.sign;
+  const float step = -s.lr * s.sign;
   float g[EIGHT], p[EIGHT], by[EIGHT];
   if (t.kind == OZ_COLUMNS) {
     unpack(load(t.extra, col, count, OZ_F32, aligned(t.extra)), OZ_F32, by);
@@ -26,7 +26,10 @@ OZ_DEVICE void apply_eight(const Slot &t, const Rule &r, int64_t row, int64_t co
   unpack(raw_g, grad_type, g);
   unpack(raw_p, param_type, p);
 #pragma unroll
-  for (int i = 0; i < EIGHT; ++i) p[i] = fmaf(step * by[i], g[i], keep * p[i]);
+  for (int i = 0; i < EIGHT; ++i) {
+    const float size = step * by[i], keep = 1.0f - decay_at(s.lr * t.decay, p[i], -size * g[i]);
+    p[i] = fmaf(size, g[i], keep * p[i]);
+  }
   round_results(p, param_type, t, r, at);
   store(t.param, at, count, param_type, wide, p);
 }

@@ -70,7 +70,7 @@ OZ_DEVICE void step_vector(const Slot &t, const Rule &r, const Scalars &s, const
   unpack<TYPE>(held, x);
   const int64_t at = (place.first + turn_at(batch, i)) * N;
 #pragma unroll
-  for (int k = 0; k < N; ++k) y[k] = stepped(y[k], x[k], by, t, s);
+  for (int k = 0; k < N; ++k) y[k] = stepped<false>(y[k], x[k], by, t, s);
   round_results(y, TYPE, t, r, at);
   place.store(t.param, batch, i, pack<TYPE>(y));
 }
@@ -87,9 +87,10 @@ OZ_DEVICE float direction(const Slot &t, const Rule &r, int grad_type, int state
   return nearest(m, state_type);
 }
 
+template <bool CAUTIOUS>
 OZ_DEVICE void step_element(const Slot &t, const Rule &r, const Scalars &s, int type, int64_t at,
                             float x, float by) {
-  float p[1] = {stepped(get(t.param, at, type), x, by, t, s)};
+  float p[1] = {stepped<CAUTIOUS>(get(t.param, at, type), x, by, t, s)};
   round_results(p, type, t, r, at);
   put(t.param, at, type, p[0]);
 }
@@ -119,7 +120,7 @@ OZ_DEVICE void step_row(const Slot &t, const Rule &r, const Team &team, int64_t 
   }
   if (edge >= 0) {
     const float x = direction(t, r, TYPE, TYPE, MOMENTUM, 1.0f, edge, false);
-    step_element(t, r, s, TYPE, edge, x, by);
+    step_element<false>(t, r, s, TYPE, edge, x, by);
   }
 }
 
@@ -165,7 +166,7 @@ OZ_DEVICE void any_row(const Slot &t, const Rule &r, uint32_t unit) {
   });
   const float by = factor(team_sum(team, sum), t, r);
   for_elements(t, team, row, [&](int64_t at) {
-    step_element(t, r, s, t.param_type, at, x_at(at, false), by);
+    step_element<true>(t, r, s, t.param_type, at, x_at(at, false), by);
   });
 }
 
@@ -193,7 +194,7 @@ OZ_DEVICE void sign_unit(const Slot &t, const Rule &r, uint32_t unit) {
   }
   unpack(raw_p, t.param_type, p);
 #pragma unroll
-  for (int i = 0; i < EIGHT; ++i) p[i] = stepped(p[i], sign_of(g[i]), 1.0f, t, s);
+  for (int i = 0; i < EIGHT; ++i) p[i] = stepped<true>(p[i], sign_of(g[i]), 1.0f, t, s);
   round_results(p, t.param_type, t, r, at);
   store(t.param, at, count, t.param_type, t.wide, p);
 }
@@ -305,11 +306,11 @@ int64_t long_bytes(const oz_tensor &t) {
 
 enum Way { HELD, ODD, SHARED, BY_ELEMENT };
 
-/* How a tensor's rows are read; `room` is a block's shared memory. */
+/* How a tensor's rows are read; `room` is a block's shared memory. Cautious decay: by element. */
 Way way_of(const oz_tensor &t, int64_t room) {
   const bool one_type =
       t.param_type == t.grad_type && (!t.exp_avg || t.state_type == t.grad_type);
-  if (!one_type || !wide(t, 1) || long_bytes(t) > room) return BY_ELEMENT;
+  if (!one_type || !wide(t, 1) || long_bytes(t) > room || t.weight_decay < 0) return BY_ELEMENT;
   if (long_bytes(t) > 0) return SHARED;
   return t.cols % turn_of(t.grad_type) == 0 ? HELD : ODD;
 }

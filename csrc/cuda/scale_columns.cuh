@@ -30,7 +30,7 @@ OZ_DEVICE void column_factors(const Slot &t, const Rule &r, const Part &part, fl
 }
 
 /* A lane's rows from the last to the first, with the loads of AHEAD rows in flight. */
-template <int AHEAD>
+template <int AHEAD, bool CAUTIOUS>
 OZ_DEVICE void update_rows(const Slot &t, const Rule &r, const Scalars &s, const Part &part,
                            const Lane &lane, const float *by, int type, int param_type, bool wide) {
   const void *from = t.exp_avg ? t.exp_avg : t.grad;
@@ -52,7 +52,7 @@ OZ_DEVICE void update_rows(const Slot &t, const Rule &r, const Scalars &s, const
       unpack(raw_x[k], type, x);
       unpack(raw_p[k], param_type, p);
 #pragma unroll
-      for (int i = 0; i < EIGHT; ++i) p[i] = stepped(p[i], sign * x[i], by[i], t, s);
+      for (int i = 0; i < EIGHT; ++i) p[i] = stepped<CAUTIOUS>(p[i], sign * x[i], by[i], t, s);
       round_results(p, param_type, t, r, at);
       store(t.param, at, lane.count, param_type, wide, p);
     }
@@ -70,13 +70,13 @@ OZ_DEVICE void column_update(const Slot &t, const Rule &r, uint32_t unit) {
   if (lane.count <= 0) return;
   const float *by = factors + threadIdx.x % WARP * EIGHT;
   const int type = t.exp_avg ? t.state_type : t.grad_type;
-  const bool plain = t.wide && type == t.param_type;
+  const bool plain = t.wide && type == t.param_type && !(t.decay < 0.0f);
   if (plain && type == OZ_BF16)
-    update_rows<2>(t, r, s, part, lane, by, OZ_BF16, OZ_BF16, true);
+    update_rows<2, false>(t, r, s, part, lane, by, OZ_BF16, OZ_BF16, true);
   else if (plain && type == OZ_F32)
-    update_rows<1>(t, r, s, part, lane, by, OZ_F32, OZ_F32, true);
+    update_rows<1, false>(t, r, s, part, lane, by, OZ_F32, OZ_F32, true);
   else
-    update_rows<1>(t, r, s, part, lane, by, type, t.param_type, t.wide);
+    update_rows<1, true>(t, r, s, part, lane, by, type, t.param_type, t.wide);
 }
 
 #endif

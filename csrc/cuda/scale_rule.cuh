@@ -10,9 +10,12 @@ OZ_DEVICE float factor(float sum, const Slot &t, const Rule &r) {
   return square <= r.floor ? r.most : rsqrtf(square);
 }
 
-/* p - lr (by x + decay p) */
+/* p - lr (by x + decay p). CAUTIOUS: the decay may be; the loops that hold all they can in registers
+ * have none left for that. */
+template <bool CAUTIOUS>
 OZ_DEVICE float stepped(float p, float x, float by, const Slot &t, const Scalars &s) {
-  return fmaf(-s.lr * by, x, fmaf(-s.lr * t.decay, p, p));
+  const float decay = s.lr * t.decay;
+  return fmaf(-s.lr * by, x, fmaf(-(CAUTIOUS ? decay_at(decay, p, by * x) : decay), p, p));
 }
 
 OZ_DEVICE float averaged(float m, float g, const Rule &r) { return fmaf(r.rest, g - m, m); }

@@ -121,6 +121,11 @@ OZ_DEVICE Scalars scalars_of(const Slot &t, const Rule &r) {
   return {t.lr_tensor ? *t.lr_tensor : t.lr, gradient_sign(r)};
 }
 
+/* By how much p decays. A negative decay is cautious: not where the update u moves p away from zero. */
+OZ_DEVICE float decay_at(float decay, float p, float u) {
+  return fmaxf(u * p >= 0.0f ? fabsf(decay) : decay, 0.0f);
+}
+
 /* Results for the parameter's N elements from `at` on, before they are stored to nearest. */
 template <int N>
 OZ_DEVICE void round_results(float (&x)[N], int type, const Slot &t, const Rule &r, int64_t at) {

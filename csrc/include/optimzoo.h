@@ -15,7 +15,7 @@
 
 #include <stdint.h>
 
-#define OZ_ABI 6
+#define OZ_ABI 7
 
 #ifdef __cplusplus
 extern "C" {
@@ -40,7 +40,7 @@ typedef struct oz_tensor {
   void *extra;         /* float32: scratch, results or channel scales, as the function says; or NULL */
   const float *lr_tensor; /* not NULL: read instead of lr, where the tensors live */
   int64_t rows, cols;
-  float lr, weight_decay;
+  float lr, weight_decay; /* weight_decay < 0: cautious, see below */
   int32_t param_type, grad_type, state_type; /* enum oz_type; state_type is of both moments */
   int32_t kind;                              /* enum oz_kind */
 } oz_tensor;
@@ -76,7 +76,9 @@ typedef struct oz_options {
  *     OZ_SIGN      u = sign(g), instead of u = g / s
  *     param = param - lr (g / s + weight_decay param)
  *     OZ_ADAM      as oz_*_adam with eps_before = 1
- * A row (column) of zeros is not moved but by the decay. `extra` is not used on the CPU; on CUDA,
+ * A row (column) of zeros is not moved but by the decay. A negative weight_decay is cautious: all
+ * functions take |weight_decay| where (what is subtracted beside the decay) * param >= 0, and 0
+ * elsewhere. `extra` is not used on the CPU; on CUDA,
  * OZ_COLUMNS needs `extra`: float32 scratch of oz_cuda_scale_scratch(rows, cols) bytes.
  *
  * Adam, AdamW and AdamS, with t = *step:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _default_to_fused_or_foreach, _get_scalar_dtype
 
+from optimzoo.core.update import decaying
 from optimzoo.distributed import local_part
 from optimzoo.kernels import dispatch
 from optimzoo.kernels.table import Rate
@@ -136,7 +137,7 @@ def adam(
     key are rounded stochastically. What `lr` multiplies, but for the decay, is clamped to
     ``[-max_update, max_update]``. Without `eps_before`, ``eps`` is added after the bias correction,
     as in ``torch.optim.AdamW``: it is ``eps · √(1 − β₂ᵗ)`` above. ``lr`` may be a list with one for
-    each parameter.
+    each parameter. A negative ``weight_decay`` is cautious.
     """
     if not params:
         return
@@ -216,7 +217,8 @@ def _single_tensor_adam(
             update = update.clamp(-max_update, max_update)
         if weight_decay != 0:
             # Inside the update, so that a low-precision weight is rounded once a step, not twice.
-            update = update.add(p, alpha=weight_decay)
+            (decayed,) = decaying([update], [p], weight_decay)
+            update = update.add(decayed, alpha=abs(weight_decay))
         p.sub_(update * lr)
 
 
@@ -249,7 +251,8 @@ def _multi_tensor_adam(
         torch._foreach_clamp_max_(update, max_update)
         torch._foreach_clamp_min_(update, -max_update)
     if weight_decay != 0:
-        torch._foreach_add_(update, params, alpha=weight_decay)
+        decayed = decaying(update, params, weight_decay)
+        torch._foreach_add_(update, decayed, alpha=abs(weight_decay))
     rates: Any = lrs[0] if all(lr is lrs[0] for lr in lrs) else lrs
     if isinstance(rates, list) and any(isinstance(lr, Tensor) for lr in lrs):
         rates = [torch.as_tensor(lr, device=u.device) for lr, u in zip(lrs, update, strict=True)]

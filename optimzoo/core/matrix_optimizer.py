@@ -23,7 +23,7 @@ from optimzoo.core.optimizer import RoleOptimizer, scalar_lr
 from optimzoo.core.other_rules import OTHER_RULES
 from optimzoo.core.role_options import SharedOptions
 from optimzoo.core.rule import Context, Matrix, Rule
-from optimzoo.core.update import subtract_each_
+from optimzoo.core.update import signed_decay, subtract_each_
 from optimzoo.core.validation import (
     check_betas,
     check_capturable,
@@ -55,8 +55,8 @@ REST_DEFAULTS: dict[str, Any] = {
 }
 
 
-# Options of Adam that parameters which are stepped together share.
-_ADAM = ("betas", "eps", "weight_decay", "maximize", "foreach", "capturable")
+# Options of Adam that parameters which are stepped together share, beside the decay.
+_ADAM = ("betas", "eps", "maximize", "foreach", "capturable")
 
 
 class MatrixOptimizer(RoleOptimizer, Rule):
@@ -184,7 +184,7 @@ class MatrixOptimizer(RoleOptimizer, Rule):
                 _refresh(rule, matrix, grad, state, group)
             context = Context(step, matrix.position, shards, weight)
             update = rule.direction(grad, state, group, context)
-            update.subtract_from(weight, lr=step_lr(group), weight_decay=group["weight_decay"])
+            update.subtract_from(weight, lr=step_lr(group), weight_decay=signed_decay(group))
 
     def _step_stack(
         self,
@@ -218,8 +218,8 @@ class MatrixOptimizer(RoleOptimizer, Rule):
             size = size.view(-1, *(1,) * (dense.ndim - 1)).to(dense.dtype)
             dense, size = dense * size, 1.0
         weights = [matrix.weight for matrix in batch]
-        decay = lr * group["weight_decay"] if group["weight_decay"] else 0.0
-        subtract_each_(weights, dense.unbind(), numbers, size=size, decay=decay)
+        rates: Any = {"size": size, "lr": lr, "weight_decay": signed_decay(group)}
+        subtract_each_(weights, dense.unbind(), numbers, **rates)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -238,14 +238,14 @@ class MatrixOptimizer(RoleOptimizer, Rule):
                 rng_keys = self._count(group, first)
                 params = self._update_group(group, first, rng_keys)
             if params:
-                key = (group["fused"], *(_hashable(group[name]) for name in _ADAM))
+                key = (group["fused"], *map(_hashable, _adam_options(group).values()))
                 lr = scalar_lr(group)
                 others.setdefault(key, []).extend((p, rng_keys.get(p), lr) for p in params)
             first += len(group["params"])
         for (fused, *options), rows in others.items():
             with dispatch.fused(fused):
                 params, numbers, rates = map(list, zip(*rows, strict=True))
-                rule: Any = dict(zip(_ADAM, options, strict=True))
+                rule: Any = dict(zip((*_ADAM, "weight_decay"), options, strict=True))
                 self._step_others(params, numbers, lr=rates, **rule)
 
     def _update_group(
@@ -270,7 +270,7 @@ class MatrixOptimizer(RoleOptimizer, Rule):
                 if group["state_bits"] == 8:  # one after the other: their moments are wide
                     t, betas = self.state[p]["step"] + 1, group["betas"]
                     t = t if group["capturable"] else int(t)
-                    rule: Any = {name: group[name] for name in _ADAM}
+                    rule = _adam_options(group)
                     rule["max_update"] = max_direction(t, betas) * bias_correction(t, betas)
                     with dequantized_moments(self.state[p], 8, rng_keys.get(p)):
                         self._step_others([p], [rng_keys.get(p)], lr=scalar_lr(group), **rule)
@@ -297,6 +297,10 @@ class MatrixOptimizer(RoleOptimizer, Rule):
         """Step parameters of the other roles by Adam."""
         rule["eps_before"] = self._eps_before
         adam_step(params, self.state, rng_keys=rng_keys, **rule)
+
+
+def _adam_options(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: group[name] for name in _ADAM} | {"weight_decay": signed_decay(group)}
 
 
 def _hashable(value: Any) -> Any:

@@ -18,6 +18,8 @@ from optimzoo.core.role_options import (
     check_role_options,
     with_role_options,
 )
+from optimzoo.core.update import DECAY_STYLES
+from optimzoo.core.validation import check_choice
 from optimzoo.distributed import Shards, local_part, sum_packed
 from optimzoo.flattened import refuse_flat_matrices
 from optimzoo.lowbit import LOW, RngKey, next_rng_key
@@ -52,7 +54,8 @@ class RoleOptimizer(Optimizer):
         self, params: ParamsT, defaults: dict[str, Any], **options: Unpack[RoleOptions]
     ) -> None:
         given = check_role_options(type(self).__name__, options, self._matrix_roles)
-        defaults.setdefault("fused", given.pop("fused", None))
+        for name, default in (("fused", None), ("weight_decay_style", "decoupled")):
+            defaults.setdefault(name, given.pop(name, default))
         self._role_options = given
         super().__init__(params, defaults)
 
@@ -64,6 +67,8 @@ class RoleOptimizer(Optimizer):
                 parameter that FSDP1 or DeepSpeed has flattened.
         """
         group = self._with_role_options(copy_group(param_group))
+        style = {**self.defaults, **group}["weight_decay_style"]
+        check_choice("weight_decay_style", style, DECAY_STYLES)
         if isinstance(group.get("params"), Iterable):
             params = group["params"]
             if not isinstance(params, Tensor | set):

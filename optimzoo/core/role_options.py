@@ -28,7 +28,7 @@ class RoleRates(TypedDict, total=False):
 
 
 class RoleOptions(RoleRates, total=False):
-    """Rules by role, and whether kernels step.
+    """Rules by role, how weights decay, and whether kernels step.
 
     A parameter group's own value comes first, then the option of its role, then `other_*`, then
     the method's `lr`, `betas`, `eps` or `weight_decay`.
@@ -38,6 +38,9 @@ class RoleOptions(RoleRates, total=False):
         other_betas: Adam's betas for those roles.
         other_eps: Adam's eps for those roles.
         other_weight_decay: weight decay of those roles; vectors of `param_groups` have none.
+        weight_decay_style: `decoupled` (default), or `cautious`: decoupled, but only where the
+            update and the weight agree in sign (:func:`~optimzoo.core.update.decaying`), of every
+            role. A group may have its own.
         fused: `None`, compiled kernels where there are any; `False`, the eager path; `True`,
             kernels, or an error that names the weight they cannot step.
     """
@@ -46,6 +49,7 @@ class RoleOptions(RoleRates, total=False):
     other_betas: tuple[float, float] | None
     other_eps: float | None
     other_weight_decay: float | None
+    weight_decay_style: str | None
     fused: bool | None
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from optimzoo.core.update import signed_decay
 from optimzoo.distributed import local_part
 from optimzoo.kernels import dispatch
 from optimzoo.lowbit import STEP, RngKey
@@ -165,7 +166,7 @@ class LaunchCache:
         weight_decay: list[float] = []
         for group, size in groups:
             lr += [dispatch.lr_argument(group["lr"], device)] * size
-            weight_decay += [group["weight_decay"]] * size
+            weight_decay += [signed_decay(group)] * size
         group = groups[0][0]
         kernels.scale_(
             *columns,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from optimzoo.core.optimizer import scalar_lr
+from optimzoo.core.update import signed_decay
 from optimzoo.distributed import Shards, local_part, map_whole_matrices, sum_packed
 from optimzoo.lowbit import RngKey, fp32_working_copy
 from optimzoo.roles import input_dim, matrix_view
@@ -90,6 +91,6 @@ def _averaged(part: Part) -> Tensor:
 
 def _write(part: Part, direction: Tensor, rule: Rule) -> None:
     update = direction.view_as(part.weight)
-    lr, decay = scalar_lr(part.group), part.group["weight_decay"]
+    lr, decay = scalar_lr(part.group), signed_decay(part.group)
     with fp32_working_copy(part.weight, part.rng_key) as weight:
         rule([weight], [part.grad], [None], lambda _: [update], lr, 0.0, decay)

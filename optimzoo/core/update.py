@@ -1,7 +1,8 @@
 """Updates of hidden weights, and how a step subtracts them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +10,38 @@ from torch import Tensor
 from optimzoo.lowbit import LOW, RngKey, fp32_working_copy
 
 Number = float | Tensor
+DECAY_STYLES = ("decoupled", "cautious")
+
+
+def signed_decay(group: Mapping[str, Any]) -> float:
+    """Return a group's weight decay as rules and kernels take it: negative where it is cautious."""
+    decay: float = group["weight_decay"]
+    return -decay if group["weight_decay_style"] == "cautious" else decay
+
+
+def decaying(
+    updates: Sequence[Tensor], weights: Sequence[Tensor], weight_decay: float
+) -> list[Tensor]:
+    """Return what decays by ``|weight_decay|``: the weights, or some elements, zeros elsewhere.
+
+    Cautious weight decay, of a negative ``weight_decay``::
+
+        W ← W − η (U + λ · 1[U ∘ W ≥ 0] ∘ W)
+
+    leaves out the elements that the update ``U`` (what η multiplies) moves away from zero. At
+    equality an element decays, as in the paper: a row whose update is zero decays as it does
+    without caution.
+
+    Source: "Cautious Weight Decay", arXiv 2510.12402.
+    """
+    if weight_decay >= 0:
+        return list(weights)
+    updates, weights = list(updates), list(weights)
+    masks = list(torch._foreach_mul(updates, weights))
+    torch._foreach_sign_(masks)
+    torch._foreach_add_(masks, 1.0)
+    torch._foreach_clamp_max_(masks, 1.0)
+    return list(torch._foreach_mul(masks, weights))
 
 
 @dataclass(frozen=True)
@@ -31,16 +64,24 @@ class Update:
 
     def subtract_from(self, weight: Tensor, *, lr: Number, weight_decay: float) -> None:
         """Set ``W ← (1 − lr · weight_decay) W − lr · scale · U``, rounded once."""
-        decay = lr * weight_decay if weight_decay else 0.0
-        subtract_(weight, self.dense(), size=lr * self.scale, decay=decay)
+        size = lr * self.scale
+        subtract_(weight, self.dense(), size=size, lr=lr, weight_decay=weight_decay)
 
 
-def subtract_(weight: Tensor, update: Tensor, *, size: Number, decay: Number) -> None:
-    """Set ``W ← (1 − decay) W − size · U``, rounded once where the weight is of low precision."""
+def subtract_(
+    weight: Tensor, update: Tensor, *, size: Number, lr: Number, weight_decay: float
+) -> None:
+    """Set ``W ← (1 − lr · weight_decay) W − size · U``, rounded once.
+
+    A negative decay is cautious.
+    """
     update = update.reshape(weight.shape)
+    decay = lr * abs(weight_decay) if weight_decay else 0.0
     if isinstance(size, Tensor) or isinstance(decay, Tensor) or decay != 0.0:
         wide = torch.promote_types(weight.dtype, torch.float32)
-        weight.sub_(update.to(wide) * size + weight.to(wide) * decay)
+        step = update.to(wide) * size
+        (decayed,) = decaying([step], [weight.to(wide)], weight_decay)
+        weight.sub_(step + decayed * decay)
     else:
         weight.sub_(update, alpha=size)
 
@@ -51,7 +92,8 @@ def subtract_each_(
     rng_keys: Sequence[RngKey | None],
     *,
     size: Number,
-    decay: Number,
+    lr: Number,
+    weight_decay: float,
 ) -> None:
     """Apply :func:`subtract_` to weights of one shape and dtype, by multi-tensor operations.
 
@@ -65,15 +107,18 @@ def subtract_each_(
     if any(rng_keys):
         for weight, update, rng_key in zip(weights, updates, rng_keys, strict=True):
             with fp32_working_copy(weight, rng_key) as wide:
-                subtract_(wide, update, size=size, decay=decay)
+                subtract_(wide, update, size=size, lr=lr, weight_decay=weight_decay)
         return
     targets = weights
     if weights[0].dtype in LOW:  # rounded once, from one float32 stack
         targets = list(torch.stack(weights).float().unbind())
     if isinstance(size, Tensor):
         updates, size = torch._foreach_mul(updates, size), 1.0
-    if isinstance(decay, Tensor) or decay != 0.0:
-        torch._foreach_mul_(targets, 1 - decay)
+    if weight_decay < 0:
+        decayed = torch._foreach_mul(decaying(updates, targets, weight_decay), -lr * weight_decay)
+        torch._foreach_sub_(targets, decayed)
+    elif weight_decay:
+        torch._foreach_mul_(targets, 1 - lr * weight_decay)
     torch._foreach_sub_(targets, updates, alpha=size)
     if targets is not weights:
         torch._foreach_copy_(weights, targets)

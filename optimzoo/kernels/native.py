@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from optimzoo.kernels.table import TYPES, Rate, Shapes, States, Table, Tensors
 
-_ABI = 6
+_ABI = 7
 _ROWS, _COLUMNS, _SIGN, _ADAM = range(4)
 
 
@@ -289,7 +289,7 @@ class Library:
             kinds: ``enum oz_kind`` of each.
             options: options of this operation alone.
             lr: a number or a float32 tensor on the device, or a list with one for each tensor.
-            weight_decay: a number, or a list with one for each tensor.
+            weight_decay: a number, or a list with one for each tensor; negative: cautious.
             seed: seed of stochastic rounding; None rounds to nearest.
             step: step count of stochastic rounding.
             first_index: index of the first tensor in stochastic rounding.

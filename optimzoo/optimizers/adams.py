@@ -16,6 +16,7 @@ from optimzoo.core.matrix_optimizer import REST_DEFAULTS, local_params
 from optimzoo.core.optimizer import RoleOptimizer, copy_group, options_of, scalar_lr
 from optimzoo.core.record import register
 from optimzoo.core.role_options import RoleOptions
+from optimzoo.core.update import decaying, signed_decay
 from optimzoo.core.validation import (
     check_betas,
     check_capturable,
@@ -89,7 +90,8 @@ class AdamS(RoleOptimizer):
         m: size of a group.
         mask_every: steps between two masks. 10 in the paper.
         decay: `l1` as above, or `l2`, the predecessor's (SR-STE, AST): ``μ̃ = μ + α λ θ``.
-        weight_decay: w, decoupled.
+        weight_decay: w, decoupled, or cautious by `weight_decay_style`, to which the pull of
+            `decay` is a part of the update.
         maximize: ascend instead of descend; the decay still pulls to zero.
         foreach: use torch's multi-tensor operations; default: on CUDA. Three weight-sized
             temporaries and one byte a weight.
@@ -234,8 +236,8 @@ class AdamS(RoleOptimizer):
         counts, rest = self._init_group(group)
         rng_keys = self._count(group, first)
         masked = self._step_fused(group, counts, rng_keys)
-        shared = {k: group[k] for k in ("betas", "eps", "weight_decay", "maximize", "foreach")}
-        shared["lr"] = scalar_lr(group)
+        shared = {k: group[k] for k in ("betas", "eps", "maximize", "foreach")}
+        shared |= {"lr": scalar_lr(group), "weight_decay": signed_decay(group)}
         own = {k: group[k] for k in ("l1", "total_steps", "decay")} | shared
         own["rng_keys"] = [rng_keys.get(p) for p in masked]
         own["masks"] = [local_part(self.state[p]["mask"]) for p in masked]
@@ -280,7 +282,7 @@ class AdamS(RoleOptimizer):
             lr=dispatch.lr_argument(group["lr"], items[0].param.device),
             betas=group["betas"],
             eps=group["eps"],
-            weight_decay=group["weight_decay"],
+            weight_decay=signed_decay(group),
             maximize=group["maximize"],
             eps_before=False,
             masks=masks,
@@ -393,7 +395,8 @@ def _single_tensor_adams(
         v.mul_(beta2).addcmul_(modified, modified, value=1 - beta2)
         update = modified / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + eps)
         if weight_decay != 0:
-            update = update.add(theta, alpha=weight_decay)
+            (decayed,) = decaying([update], [theta], weight_decay)
+            update = update.add(decayed, alpha=abs(weight_decay))
         theta.sub_(update * lr)
 
 
@@ -428,7 +431,8 @@ def _multi_tensor_adams(
     torch._foreach_add_(denominators, eps)
     torch._foreach_div_(updates, denominators)
     if weight_decay != 0:
-        torch._foreach_add_(updates, params, alpha=weight_decay)
+        decayed = decaying(updates, params, weight_decay)
+        torch._foreach_add_(updates, decayed, alpha=abs(weight_decay))
     torch._foreach_mul_(updates, lr)
     torch._foreach_sub_(params, updates)
 

@@ -48,7 +48,7 @@ class APOLLO(MatrixOptimizer):
         lr: learning rate; a group may carry its own.
         betas: Adam's betas.
         eps: Adam's eps, before the bias correction.
-        weight_decay: λ, decoupled.
+        weight_decay: λ, decoupled, or cautious by `weight_decay_style`.
         rank: rows of the projection; a quarter of the hidden size in the paper.
         update_proj_gap: steps between two draws of Ω.
         scale: enters as its square root. 1, or 128 for APOLLO-Mini.

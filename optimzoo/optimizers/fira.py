@@ -19,7 +19,7 @@ from optimzoo.core.optimizer import options_of
 from optimzoo.core.record import register
 from optimzoo.core.role_options import SharedOptions
 from optimzoo.core.rule import Context
-from optimzoo.core.update import Number, Update
+from optimzoo.core.update import Number, Update, signed_decay
 from optimzoo.core.validation import check_choice
 from optimzoo.optimizers.galore import LowRankOptimizer, LowRankUpdate
 from optimzoo.stacks import State
@@ -52,7 +52,7 @@ class Fira(LowRankOptimizer):
         lr: learning rate; a group may carry its own.
         betas: Adam's betas.
         eps: Adam's eps, before the bias correction.
-        weight_decay: λ, decoupled.
+        weight_decay: λ, decoupled, or cautious by `weight_decay_style`.
         rank: rank of the subspace.
         update_proj_gap: steps between two refreshes.
         scale: α.
@@ -112,10 +112,11 @@ class Fira(LowRankOptimizer):
         ratio = channel_ratio(adam, low, dim=dim)
         scale = bias_correction(context.step, group["betas"])
         channels = ChannelUpdate.of(grad, ratio, dim, scale, context)
-        # Two parts, one after the other: not for weights that would be rounded after each. With
-        # less = 1 the residual's norm would be a difference of numbers that are nearly equal.
+        # Two parts, one after the other: not for weights that would be rounded after each, nor for
+        # a cautious decay, which looks at their sum. With less = 1 the residual's norm would be a
+        # difference of numbers that are nearly equal.
         two_parts = context.weight is not None and context.weight.dtype == torch.float32
-        if channels is not None and two_parts and less <= 0.5:
+        if channels is not None and two_parts and less <= 0.5 and signed_decay(group) >= 0:
             squares = channels.squares() - back_squares(state, low, less)
             channels = channels.limited(squares.clamp_min(0), state, limit)
             part = alpha * adam - low * (less * channels.ratio.view_as(ratio))

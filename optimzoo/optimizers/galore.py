@@ -95,6 +95,9 @@ class LowRankUpdate(Update):
 
     def subtract_from(self, weight: Tensor, *, lr: Number, weight_decay: float) -> None:
         """Subtract it without a tensor of the weight's size, where the dtypes allow that."""
+        if weight_decay < 0:  # cautious: it looks at each element of the update
+            super().subtract_from(weight, lr=lr, weight_decay=weight_decay)
+            return
         decay = lr * weight_decay if weight_decay else 0.0
         low_rank_update_(weight, self.state, self.matrix, size=lr * self.scale, decay=decay)
 
@@ -125,7 +128,7 @@ class GaLore(LowRankOptimizer):
         lr: learning rate; a group (such as the rest) may carry its own.
         betas: Adam's betas.
         eps: 1e-6 in the authors' code, 1e-8 in the paper.
-        weight_decay: λ, decoupled.
+        weight_decay: λ, decoupled, or cautious by `weight_decay_style`.
         rank: rank of the subspace; weights with a smaller dimension use that.
         update_proj_gap: steps between two refreshes of the subspace.
         scale: the paper's α.

@@ -18,7 +18,7 @@ from optimzoo.core.momentum_optimizer import (
 from optimzoo.core.optimizer import options_of
 from optimzoo.core.record import register
 from optimzoo.core.rule import Context, Matrix
-from optimzoo.core.update import Update, subtract_
+from optimzoo.core.update import Update, signed_decay, subtract_
 from optimzoo.core.validation import check_choice
 from optimzoo.distributed import map_whole_matrices
 from optimzoo.lowbit import RngKey, fp32_working_copy
@@ -65,7 +65,7 @@ class Muon(MomentumOptimizer):
             which is orthogonalised and adjusted alone: 3 for a fused ``[3 d, d]`` QKV weight.
         lr: η, Muon's learning rate. A group may carry its own.
         momentum: μ.
-        weight_decay: λ, decoupled.
+        weight_decay: λ, decoupled, or cautious by `weight_decay_style`.
         nesterov: Nesterov momentum.
         ns_steps: Newton–Schulz iterations.
         ns_coefficients: ``(a, b, c)``; or a sequence of them, one an iteration, as Polar Express
@@ -134,10 +134,11 @@ class Muon(MomentumOptimizer):
             with matrix.shards.local_state(matrix.state, {}) as state:
                 momenta.append(momentum_of(descent(matrix.grad, group), state, group))
         lr = step_lr(group)
+        rates: Any = {"lr": lr, "weight_decay": signed_decay(group)}
         for i, update in map_whole_matrices(partial(orthogonal, group=group), momenta, shards):
             rate = lr * adjustment(shards[i].shape(momenta[i].shape), group)
             with fp32_working_copy(matrices[i].weight, rng_keys.get(matrices[i].param)) as weight:
-                subtract_(weight, update, size=rate, decay=lr * group["weight_decay"])
+                subtract_(weight, update, size=rate, **rates)
 
 
 def _name(dtype: str | torch.dtype) -> str:

@@ -52,7 +52,7 @@ class NaturalGaLore(LowRankOptimizer):
         lr: learning rate; a group may carry its own.
         betas: Adam's betas.
         eps: Adam's eps, before the bias correction.
-        weight_decay: λ', decoupled.
+        weight_decay: λ', decoupled, or cautious by `weight_decay_style`.
         rank: rank of the subspace.
         update_proj_gap: steps between two refreshes.
         scale: the paper's α.

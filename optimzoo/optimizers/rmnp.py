@@ -15,7 +15,7 @@ from optimzoo.core.momentum_optimizer import (
 from optimzoo.core.optimizer import options_of
 from optimzoo.core.record import register
 from optimzoo.core.rule import Context
-from optimzoo.core.update import Update
+from optimzoo.core.update import Update, signed_decay
 from optimzoo.kernels import dispatch
 from optimzoo.lowbit import RngKey
 from optimzoo.stacks import State
@@ -50,7 +50,7 @@ class RMNP(MomentumOptimizer):
             block of ``m / heads`` rows.
         lr: η, RMNP's learning rate. A group may carry its own.
         momentum: μ.
-        weight_decay: λ, decoupled.
+        weight_decay: λ, decoupled, or cautious by `weight_decay_style`.
         nesterov: Nesterov momentum.
         adjust_lr_fn: s: `None` or `original`, √max(1, m/n), with which a row's entries have the RMS
             √(max(m, n)) / n; `match_rms_adamw` and `spectral_unclamped` as in Muon.
@@ -111,7 +111,7 @@ class RMNP(MomentumOptimizer):
             kernels.scale_(
                 *dispatch.to_argument_lists(call),
                 lr=[lr * scale for scale in scales],
-                weight_decay=[group["weight_decay"] / scale for scale in scales],
+                weight_decay=[signed_decay(group) / scale for scale in scales],
                 **{key: group[key] for key in ("momentum", "nesterov", "maximize")},
                 **{"l2": True, "eps": FLOOR, "betas": (0.0, 0.0), "adam_eps": 0.0},
                 **dispatch.rounding(call),

@@ -21,6 +21,7 @@ from optimzoo.core.record import register
 from optimzoo.core.role_options import RoleRates
 from optimzoo.core.scale_fused import LaunchCache, has_momentum, local_average, may_fuse
 from optimzoo.core.scale_sharded import Part, cut_part, step_parts
+from optimzoo.core.update import decaying, signed_decay
 from optimzoo.core.validation import (
     check_betas,
     check_choice,
@@ -68,6 +69,8 @@ class SCALE(RoleOptimizer):
         lr: step of every normalised weight: the RMS of its update. Float or 1-element tensor.
         momentum: β of the head. A group that names its own `momentum` gets it in any role.
         weight_decay: λ, decoupled.
+        weight_decay_style: `decoupled`, or `cautious`, only where update and weight agree in sign
+            (:func:`~optimzoo.core.update.decaying`).
         normalize: `column`, or the paper's ablations: `row` (one scalar per input), `sign`,
             `spectral` (Newton–Schulz; with `norm="rms"` times √max(m, n), so that its RMS is 1).
         norm: `rms` divides by the root mean square (the authors' code, the unit of the published
@@ -119,6 +122,7 @@ class SCALE(RoleOptimizer):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         *,
+        weight_decay_style: str = "decoupled",
         normalize: str = "column",
         norm: str = "rms",
         eps: float = 1e-8,
@@ -255,7 +259,7 @@ class SCALE(RoleOptimizer):
             [local_average(self.state, p) for p in matrices],
             lr=lr,
             momentum=group["momentum"],
-            weight_decay=group["weight_decay"],
+            weight_decay=signed_decay(group),
             dim=input_dim(group["role"] or "hidden", transposed=group["transposed"]),
             stacked=group["stacked"],
             normalize=group["normalize"],
@@ -271,7 +275,7 @@ class SCALE(RoleOptimizer):
             lr=lr,
             betas=group["other_betas"],
             eps=group["other_eps"],
-            weight_decay=group["weight_decay"],
+            weight_decay=signed_decay(group),
             maximize=group["maximize"],
             foreach=foreach,
             capturable=group["capturable"],
@@ -380,7 +384,8 @@ def _single_tensor_scale(
         if weight_decay != 0:
             # Decay inside the update: a low-precision weight is then rounded once a step, not twice
             # (bfloat16 would lose every decay factor above 0.998).
-            update = update.add(p, alpha=weight_decay)
+            (decayed,) = decaying([update], [p], weight_decay)
+            update = update.add(decayed, alpha=abs(weight_decay))
         p.sub_(update * lr)
 
 
@@ -400,6 +405,7 @@ def _multi_tensor_scale(
         grads = buffers
     updates = direction(grads)
     if weight_decay != 0:
-        torch._foreach_add_(updates, params, alpha=weight_decay)
+        decayed = decaying(updates, params, weight_decay)
+        torch._foreach_add_(updates, decayed, alpha=abs(weight_decay))
     torch._foreach_mul_(updates, lr)
     torch._foreach_sub_(params, updates)

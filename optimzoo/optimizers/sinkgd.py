@@ -47,7 +47,8 @@ class SinkGD(MatrixOptimizer):
         lr: η, one rate for all parameters unless others are given. A group may carry its own.
         betas: Adam's betas, for the rest.
         eps: Adam's eps (before the bias correction), for the rest. The normalisation has none.
-        weight_decay: λ, decoupled; of a hidden weight by its own rate α η.
+        weight_decay: λ, decoupled, or cautious by `weight_decay_style`; of a hidden weight by its
+            own rate α η.
         iterations: passes over rows and columns, L in the paper.
         alpha: α, what the learning rate of the hidden weights is multiplied by. With 1, `lr` is in
             the unit of the other methods.

@@ -21,6 +21,7 @@ from optimzoo.core.matrix_optimizer import MatrixOptimizer, as_matrix, oriented
 from optimzoo.core.optimizer import options_of, scalar_lr
 from optimzoo.core.record import register
 from optimzoo.core.role_options import SharedOptions
+from optimzoo.core.update import decaying, signed_decay
 from optimzoo.core.validation import check_betas, check_choice
 from optimzoo.distributed import UNSHARDED, Shards, local_part
 from optimzoo.kernels import dispatch
@@ -72,7 +73,7 @@ class StableSPAM(MatrixOptimizer):
         lr: learning rate; a group may carry its own.
         betas: Adam's betas.
         eps: Adam's eps (after the bias correction, as in torch), and the norm clip's.
-        weight_decay: weight decay, decoupled.
+        weight_decay: weight decay, decoupled, or cautious by `weight_decay_style`.
         gamma1: decay rate of the norm's mean. 0.7; the authors' bf16 script has 0.85.
         gamma2: decay rate of the norm's second moment. 0.9; the bf16 script has 0.99999.
         gamma3: decay rate of the largest entry, θ in the paper. 0.999.
@@ -157,9 +158,10 @@ class StableSPAM(MatrixOptimizer):
         if foreach is None:
             foreach = _default_to_fused_or_foreach([local_part(p) for p in weights], False)[1]
         lr: Any = group["lr"] if group["capturable"] else float(scalar_lr(group))
-        decay, layout = group["weight_decay"], {k: bool(group[k]) for k in _LAYOUT}
+        decay, layout = signed_decay(group), {k: bool(group[k]) for k in _LAYOUT}
         rule = {key: group[key] for key in _RULE} | {"betas": tuple(group["betas"])}
-        common = (*rule.values(), *((id(lr), decay) if group["capturable"] else ()))
+        cautious = decay < 0
+        common = (*rule.values(), cautious, *((id(lr), decay) if group["capturable"] else ()))
         states = [self.state[p] for p in weights]
         counts = self._count_steps(weights, states, group)
         for p, state, count in zip(weights, states, counts, strict=True):
@@ -413,12 +415,12 @@ class _Batch:
         weights = [e.weight for e in self.entries]
         updates = [u.reshape(w.shape) for u, w in zip(updates, weights, strict=True)]
         if isinstance(correction, Tensor):
-            lr, weight_decay = self.entries[0][4:6]  # those of all
+            lr, decay = self.entries[0][4:6]  # those of all
             lr = lr.reshape(()).double() if isinstance(lr, Tensor) else lr
-            sizes, decays = _listed(lr / correction, updates[0]), [lr * weight_decay] * len(updates)
+            sizes, decays = _listed(lr / correction, updates[0]), [lr * abs(decay)] * len(updates)
         else:
             sizes = [e.lr / correction for e in self.entries]
-            decays = [1.0 - (1 - e.lr * e.weight_decay) for e in self.entries]
+            decays = [1.0 - (1 - e.lr * abs(e.weight_decay)) for e in self.entries]
             if not any(decays) and len(set(sizes)) == 1:
                 torch._foreach_sub_(weights, updates, alpha=sizes[0])
                 return
@@ -426,7 +428,8 @@ class _Batch:
         updates = [u.to(w.dtype) for u, w in zip(updates, wide, strict=True)]
         torch._foreach_mul_(updates, sizes)
         if any(e.weight_decay for e in self.entries):
-            torch._foreach_add_(updates, torch._foreach_mul(wide, decays))
+            decayed = decaying(updates, wide, self.entries[0].weight_decay)  # all are of one sign
+            torch._foreach_add_(updates, torch._foreach_mul(decayed, decays))
         torch._foreach_sub_(weights, updates)
 
 

@@ -13,7 +13,7 @@ from optimzoo.core.optimizer import options_of
 from optimzoo.core.record import register
 from optimzoo.core.role_options import SharedOptions
 from optimzoo.core.rule import Context, Matrix
-from optimzoo.core.update import Update, subtract_
+from optimzoo.core.update import Update, signed_decay, subtract_
 from optimzoo.distributed import map_whole_matrices
 from optimzoo.kernels import dispatch
 from optimzoo.lowbit import RngKey, fp32_working_copy
@@ -49,7 +49,7 @@ class SWAN(MatrixOptimizer):
             its own.
         betas: Adam's betas, for the rest.
         eps: Adam's eps (before the bias correction), and the floor of the rows' deviation.
-        weight_decay: λ, decoupled.
+        weight_decay: λ, decoupled, or cautious by `weight_decay_style`.
         steps: Newton–Schulz iterations. Re-implementations differ (6, 10); ours is 10.
         beta: the iteration's factor. 0.5 is Newton–Schulz and converges to the whitening; another
             value in use, 0.8, does not.
@@ -109,9 +109,10 @@ class SWAN(MatrixOptimizer):
         grads = [descent(matrix.grad, group) for matrix in matrices]
         rule = partial(direction, group=group)
         lr = step_lr(group)
+        rates: Any = {"lr": lr, "weight_decay": signed_decay(group)}
         for i, update in map_whole_matrices(rule, grads, [matrix.shards for matrix in matrices]):
             with fp32_working_copy(matrices[i].weight, rng_keys.get(matrices[i].param)) as weight:
-                subtract_(weight, update, size=lr, decay=lr * group["weight_decay"])
+                subtract_(weight, update, size=lr, **rates)
 
 
 def _row_length(p: Tensor, group: dict[str, Any]) -> int:

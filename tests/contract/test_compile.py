@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch.compile's own
 ]
 OPTIONS = {
-    "scale": {"weight_decay": 0.1},
+    "scale": {"weight_decay": 0.1, "weight_decay_style": "cautious"},
     "adams": {"l1": 1e-3, "total_steps": 20, "mask_every": 3, "n": 2, "m": 5},
     "galore": {"rank": 2, "update_proj_gap": 3},
     "natural_galore": {"rank": 2, "update_proj_gap": 3},

@@ -39,7 +39,10 @@ CASES = {
     ],
     "rmnp": [{}, {"nesterov": False, "weight_decay": 0.1}],
     "scale": [{"normalize": n, "weight_decay": 0.1} for n in ("column", "row", "spectral")],
+    "stable_spam": [],
 }
+CAUTIOUS = {"weight_decay": 0.5, "weight_decay_style": "cautious"}
+CASES = {name: [*cases, {**(cases or [{}])[0], **CAUTIOUS}] for name, cases in CASES.items()}
 FLAT = [(9, 17), (17, 9), (9, 17), (16, 16), (9, 17), (17, 9), (1, 7), (7, 1), (16, 16), (9, 17)]
 
 

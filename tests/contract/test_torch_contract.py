@@ -235,7 +235,8 @@ class TestStep(TestCase):
         model = Tiny(device, dtype)
         groups = param_groups(model)
         for i, group in enumerate(groups):
-            group.update(lr=0.5, weight_decay=i / 10)
+            style = ("decoupled", "cautious")[i % 2]  # a weight that is not moved decays by both
+            group.update(lr=0.5, weight_decay=i / 10, weight_decay_style=style)
         optimizer = optim_info.optim_cls(groups)
         before = [values(group["params"]) for group in groups]
         for p in model.parameters():

@@ -46,6 +46,7 @@ def test_scale(kind, mix, momentum):
         p, g = make(shape, mix[0], seed), make(shape, mix[1], seed + 50, 1e-3)
         m = make(shape, mix[2], seed + 90, 1e-3) if momentum else None
         options = {**RULE, "l2": l2, "maximize": True}
+        options["weight_decay"] *= (-1) ** seed  # cautious
         want, average = reference.scale(
             *(exact(p), exact(g), exact(m)),
             **{**options, "kind": kind, "grad_scale": 4.0, "stored": storing(mix[2])},
@@ -99,7 +100,7 @@ def test_adam(mix, n, t, eps_before):
     p, g, m, v = adam_inputs(n, mix, n)
     rule = {**ADAM_RULE, "eps_before": eps_before}
     if n == 7:
-        rule["betas"] = (0.0, 0.5)
+        rule |= {"betas": (0.0, 0.5), "weight_decay": -rule["weight_decay"]}
     want = reference.adam(*map(exact, (p, g, m, v)), t, **rule, maximize=True, grad_scale=4.0)
     adam(
         *([p], [g], [m], [v], [on_device(float(t))]),
@@ -209,7 +210,7 @@ def test_apply(kind, mix):
     for seed, shape in enumerate([*SHAPES, (20, 700)]):
         p, g = make(shape, mix[0], seed), make(shape, mix[1], seed + 50)
         scales = make(((*shape, 1)[kind],), F32, seed).abs()
-        options = {"lr": 0.1, "weight_decay": 0.1, "maximize": True}
+        options = {"lr": 0.1, "weight_decay": (-1) ** seed * 0.1, "maximize": True}
         want = reference.apply(exact(p), exact(g), exact(scales), kind, **options)
         apply([p], [g], [scales], [kind], **options)
         agree(p, want)

@@ -97,12 +97,13 @@ def test_scale_is_the_rule(kernels, device, kind, types):
         [
             {"weight_decay": 0.0, "l2": False, "maximize": False},
             {"weight_decay": 0.3, "l2": True, "maximize": True},
+            {"weight_decay": -0.5, "l2": False, "maximize": True},  # cautious
         ]
     ):
         params = [normal(s, i, ptype, device, offset=turn) for i, s in enumerate(SHAPES)]
         grads = [normal(s, 99 + i, gtype, device, offset=turn) for i, s in enumerate(SHAPES)]
         moments = [
-            normal(s, 55 + i, mtype, device, offset=turn) if i % 2 == turn else None
+            normal(s, 55 + i, mtype, device, offset=turn) if (i + turn) % 2 == 0 else None
             for i, s in enumerate(SHAPES)
         ]
         rule = {"lr": 0.125, "momentum": 0.75, "eps": 1e-8, **options}
@@ -150,6 +151,8 @@ def test_adam_is_the_rule(kernels, device, types):
     ptype, gtype, mtype = types
     variants = [
         {"eps_before": False, "weight_decay": 0.1},
+        # Cautious, with betas of which a momentum that is zero is so in float32 too.
+        {"eps_before": False, "weight_decay": -0.5, "betas": (0.75, 0.99)},
         {"eps_before": True, "maximize": True},
         {"eps_before": False, "l1": 0.5, "alpha": 0.25, "masked": True},
         {"eps_before": True, "clip": (0.7, 0.4, 1.5)},
@@ -201,7 +204,8 @@ def test_adam_is_the_rule(kernels, device, types):
 def test_reduce_apply_and_center_are_the_rules(kernels, device, types):
     ptype, gtype = types
     shapes = [s for s in SHAPES if np.prod(s)]
-    for kind, maximize in product([ROWS, COLUMNS, SIGN], [False, True]):
+    options = product([ROWS, COLUMNS, SIGN], [False, True], [0.2, -0.5])
+    for kind, maximize, weight_decay in options:
         params = [normal(s, i, ptype, device, offset=1) for i, s in enumerate(shapes)]
         grads = [normal(s, 99 + i, gtype, device, offset=1) for i, s in enumerate(shapes)]
         kinds = [kind] * len(shapes)
@@ -216,7 +220,7 @@ def test_reduce_apply_and_center_are_the_rules(kernels, device, types):
             rtol = random_walk(max(*g.shape, min(g.numel(), 4096)))  # what float32 adds up
             np.testing.assert_allclose(wide(out[: len(expected)]), expected, rtol=rtol)
         scales = [normal((n,), 7 + i, F32, device) for i, n in enumerate(sizes)]
-        rule = {"lr": 0.1, "weight_decay": 0.2, "maximize": maximize}
+        rule = {"lr": 0.1, "weight_decay": weight_decay, "maximize": maximize}
         expected = [
             reference.apply(wide(p), wide(g), wide(s), kind, **rule)
             for p, g, s in zip(params, grads, scales, strict=True)

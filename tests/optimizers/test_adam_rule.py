@@ -68,6 +68,7 @@ def fused(monkeypatch):
     [
         {},
         {"weight_decay": 0.1},
+        {"weight_decay": -0.1},  # cautious
         {"maximize": True},
         {"betas": (0.5, 0.75)},
         {"eps": 1.0},

@@ -30,6 +30,7 @@ STACKED, TRANSPOSED = frozenset({"stack"}), frozenset({"conv1d"})
 CASES = {
     "paper": {},
     "decay": {"weight_decay": 0.1},
+    "cautious": {"weight_decay": 0.5, "weight_decay_style": "cautious"},
     "betas": {"betas": (0.7, 0.95), "eps": 1e-4},
     "strong": {"l1": 2.0, "mask_every": 7},
     "one_of_two": {"n": 1, "m": 2, "mask_every": 1},

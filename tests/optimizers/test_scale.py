@@ -127,6 +127,10 @@ FIDELITY = {
     "l2": (llama, {"norm": "l2", "lr": 0.1, "vector_lr": 0.01}),
     "weight_decay": (llama, {"weight_decay": 0.1}),
     "l2-weight_decay": (llama, {"norm": "l2", "weight_decay": 0.1, "vector_lr": 0.02}),
+    "cautious": (llama, {"weight_decay": 0.5, "weight_decay_style": "cautious"}),
+    "odd-cautious-row": (
+        *(odd, {"weight_decay": 0.5, "weight_decay_style": "cautious", "normalize": "row"}),
+    ),
     "vector_lr": (llama, {"vector_lr": 0.03}),
     "other_betas": (llama, {"other_betas": (0.8, 0.95), "other_eps": 1e-3}),
     "maximize": (llama, {"maximize": True, "weight_decay": 0.1}),

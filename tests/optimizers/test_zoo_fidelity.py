@@ -33,6 +33,7 @@ SMALL = [name for name in SHAPES if not name.startswith("odd")]
 
 DECAY = {"weight_decay": 0.1}
 UP = {"maximize": True, "weight_decay": 0.1}
+CAUTIOUS = {"weight_decay": 0.5, "weight_decay_style": "cautious"}
 SVD = {"update_proj_gap": GAP, "projector": "svd"}
 # At a refresh P^T G Q is diagonal, and the rest of it rounding: Adam divides that by eps.
 BOTH = {"side": "both", "eps": 1e-2}
@@ -55,6 +56,7 @@ GALORE = {
     **turning({"randomized": {"update_proj_gap": GAP, "rank": 3}}),
     "decay": {**SVD, **DECAY, "rank": 4},
     "up": {**SVD, **UP, "rank": 4},
+    "cautious": {**SVD, **CAUTIOUS, "rank": 4},
     "betas": {**SVD, "betas": (0.7, 0.95), "eps": 1e-3, "scale": 1.0, "rank": 4},
     "gap1": {**SVD, "update_proj_gap": 1, "rank": 2},
 }
@@ -71,6 +73,7 @@ NATURAL = {
     "power": {**HISTORY, "projector": "power", "rotate": True},
     "randomized": {**HISTORY, "projector": "randomized", "rotate": True},
     "decay": {**HISTORY, **DECAY},
+    "cautious": {**HISTORY, **CAUTIOUS},
     "up": {**HISTORY, **UP},
 }
 FIRA = {
@@ -81,6 +84,7 @@ FIRA = {
     "randomized": {"update_proj_gap": GAP, "rank": 3},
     "limiter": {**SVD, "rank": 3, "limiter": 1.5, "scale": 1.0},
     "decay": {**SVD, **DECAY, "rank": 4},
+    "cautious": {**SVD, **CAUTIOUS, "rank": 4},
     "up": {**SVD, **UP, "rank": 4, "residual_scale": "one"},
 }
 APOLLO_CASES = {
@@ -98,14 +102,20 @@ APOLLO_CASES = {
 APOLLO_CASES |= {
     "limiter": {"update_proj_gap": GAP, "rank": 5, "limiter": 1.5},
     "decay": {"update_proj_gap": GAP, "rank": 5, **DECAY},
+    "cautious": {"update_proj_gap": GAP, "rank": 5, **CAUTIOUS},
     "up": {"update_proj_gap": GAP, "rank": 5, **UP},
 }
-MINI = {"plain": {"update_proj_gap": GAP}, "up": {"update_proj_gap": GAP, **UP}}
+MINI = {
+    "plain": {"update_proj_gap": GAP},
+    "up": {"update_proj_gap": GAP, **UP},
+    "cautious": {"update_proj_gap": GAP, **CAUTIOUS},
+}
 SWAN_CASES = {
     "plain": {},
     "beta0.8": {"beta": 0.8, "steps": 6},
     "raw": {"rescale": False, "steps": 3},
     "decay": DECAY,
+    "cautious": CAUTIOUS,
     "up": {**UP, "eps": 1e-3},
 }
 SINKGD = {
@@ -113,6 +123,7 @@ SINKGD = {
     "once": {"iterations": 1, "alpha": 1.0},
     "long": {"iterations": 12, "alpha": 0.3},
     "decay": {**DECAY, "alpha": 1.0},
+    "cautious": {**CAUTIOUS, "alpha": 1.0},
     "up": {**UP, "eps": 1e-3},
 }
 SPAM = {
@@ -129,6 +140,7 @@ SPAM |= {
     "bf16-script": {"gamma1": 0.85, "gamma2": 0.99999, "update_proj_gap": 7},
     "tight": {"gamma3": 0.5, "eta_min": 0.1, "total_steps": 31, "betas": (0.8, 0.9)},
     "decay": DECAY,
+    "cautious": CAUTIOUS,
     "up": {**UP, "update_proj_gap": 5, "reset_step": "authors"},
 }
 MUON = {
@@ -138,6 +150,7 @@ MUON = {
     "unclamped": {"adjust_lr_fn": "spectral_unclamped", "ns_steps": 7},
     "triples": {"ns_coefficients": [(4.0, -6.0, 3.0), (2.0, -1.5, 0.5)]},
     "decay": {**DECAY, "other_weight_decay": 0.2},
+    "cautious": {**CAUTIOUS, "other_weight_decay": 0.7},
     "up": {**UP, "other_eps": 0.1, "other_betas": (0.8, 0.99)},
 }
 RMNP_CASES = {
@@ -145,12 +158,16 @@ RMNP_CASES = {
     "plain": {"nesterov": False, "momentum": 0.8},
     "rms": {"adjust_lr_fn": "match_rms_adamw"},
     "decay": {**DECAY, "other_weight_decay": 0.2},
+    "cautious": {**CAUTIOUS, "other_weight_decay": 0.7},
     "up": {**UP, "other_eps": 0.1, "other_betas": (0.8, 0.99)},
 }
 OTHERS = {
     f"{other}{name}": {"other": other, **hyper}
     for other in ("scale", "adafactor")
-    for name, hyper in (("", {}), ("-up", UP), ("-beta2", {"other_betas": (0.7, 0.9)}))
+    for name, hyper in (
+        *(("", {}), ("-up", UP), ("-beta2", {"other_betas": (0.7, 0.9)})),
+        ("-cautious", CAUTIOUS),
+    )
 }
 CASES = {
     (make, name): hyper

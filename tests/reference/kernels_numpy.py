@@ -19,6 +19,12 @@ def lengths(g, kind, *, l2, eps):
     return np.where(np.sqrt(squares) < eps, eps, np.sqrt(squares))
 
 
+def decayed(p, u, weight_decay):
+    """The weights that decay; of a negative decay, cautious, those not moved away from zero."""
+    away = np.sign(u) * np.sign(p) < 0
+    return abs(weight_decay) * np.where(away & (weight_decay < 0), 0.0, p)
+
+
 def scale(p, g, m, *, kind, lr, momentum, weight_decay, l2, eps, stored=lambda x: x, **options):
     """p, m after a SCALE step on a matrix; `stored` rounds the momentum as its type does."""
     p, g = np.asarray(p, np.float64), gradient(g, **options)
@@ -26,7 +32,7 @@ def scale(p, g, m, *, kind, lr, momentum, weight_decay, l2, eps, stored=lambda x
         m = stored(m + (1 - momentum) * (g - m))
         g = m
     u = np.sign(g) if kind == SIGN else g / lengths(g, kind, l2=l2, eps=eps)
-    return p - lr * (u + weight_decay * p), m
+    return p - lr * (u + decayed(p, u, weight_decay)), m
 
 
 def adam(
@@ -66,7 +72,7 @@ def adam(
     else:
         u = moved / c1 / (np.sqrt(v / c2) + eps)
     u = np.clip(u, -max_update, max_update)
-    return p - lr * (u + weight_decay * p), m, v
+    return p - lr * (u + decayed(p, u, weight_decay)), m, v
 
 
 def clipped(g, bound, ratio):
@@ -83,7 +89,8 @@ def reduce(g, kind, *, bound=0.0, ratio=0.0, **options):
 def apply(p, g, scales, kind, *, lr, weight_decay, **options):
     g = gradient(g, **options)
     by = {ROWS: scales[:, None], COLUMNS: scales[None, :], SIGN: scales[0]}[kind]
-    return (1 - lr * weight_decay) * np.asarray(p, np.float64) - lr * by * g
+    p = np.asarray(p, np.float64)
+    return p - lr * (by * g + decayed(p, by * g, weight_decay))
 
 
 def center(g, *, eps, **options):

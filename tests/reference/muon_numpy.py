@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .rest_adam_numpy import Array, Reference
+from .rest_adam_numpy import Array, Reference, shrunk
 
 JORDAN = (3.4445, -4.7750, 2.0315)
 
@@ -70,7 +70,8 @@ class MuonReference(Reference):
             lr = lr_factor * (self.lr if name in self.hidden else self.other_lr)
             decay = self.weight_decay if self.is_matrix(name) else self.other_weight_decay
             update = self.update(name, g, self.steps[name])
-            self.params[name] = self.params[name] * (1 - lr * decay) - lr * update
+            kept = shrunk(self.params[name], update, lr * decay, self.cautious)
+            self.params[name] = kept - lr * update
 
     def is_matrix(self, name: str) -> bool:
         shape = self.params[name].shape

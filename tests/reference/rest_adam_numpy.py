@@ -27,6 +27,7 @@ class Reference(ABC):
         other_betas: tuple[float, float] | None = None,
         other_eps: float | None = None,
         weight_decay: float = 0.0,
+        weight_decay_style: str = "decoupled",
         stacked: Set[str] = frozenset(),
         maximize: bool = False,
         other: str = "adam",
@@ -45,6 +46,7 @@ class Reference(ABC):
         self.other_betas = betas if other_betas is None else other_betas
         self.other_eps = eps if other_eps is None else other_eps
         self.weight_decay = weight_decay
+        self.cautious = weight_decay_style == "cautious"
         self.maximize = maximize
         self.other = None if other == "adam" else OTHER_RULES[other]()
         self.steps = dict.fromkeys(self.params, 0)
@@ -63,8 +65,8 @@ class Reference(ABC):
             self.steps[name] += 1
             lr = lr_factor * (self.lr if name in self.hidden else self.other_lr)
             update = self.update(name, g, self.steps[name])
-            self.params[name] = self.params[name] * (1 - lr * self.weight_decay)
-            self.params[name] = self.params[name] - lr * update
+            kept = shrunk(self.params[name], update, lr * self.weight_decay, self.cautious)
+            self.params[name] = kept - lr * update
 
     def update(self, name: str, g: Array, t: int) -> Array:
         """What the learning rate multiplies, in the parameter's shape."""
@@ -93,6 +95,16 @@ class Reference(ABC):
         self.exp_avg_sq[key] = v = beta2 * self.exp_avg_sq.get(key, zero) + (1 - beta2) * g**2
         result: Array = m / (np.sqrt(v) + eps)
         return result
+
+
+def shrunk(param: Array, update: Array, by: float, cautious: bool) -> Array:
+    """The weights less a part of them: of all or, with caution, of those in the update's way.
+
+    The step subtracts the update: one of the weight's own sign moves it towards zero, as the decay
+    does. One of zero is in no way.
+    """
+    agree = (np.sign(update) == np.sign(param)) | (update == 0)
+    return np.where(agree | np.bool_(not cautious), param * (1 - by), param)
 
 
 def correction(betas: tuple[float, float], t: int) -> float:

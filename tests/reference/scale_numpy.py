@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from reference.rest_adam_numpy import shrunk
+
 Array = NDArray[np.float64]
 
 OUTPUTS_ARE_ROWS = {
@@ -33,6 +35,7 @@ class ScaleReference:
         lr: float,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
+        weight_decay_style: str = "decoupled",
         normalize: str = "column",
         norm: str = "rms",
         eps: float = 1e-8,
@@ -57,6 +60,7 @@ class ScaleReference:
         self.lr = lr
         self.momentum = momentum
         self.weight_decay = weight_decay
+        self.cautious = weight_decay_style == "cautious"
         self.normalize = normalize
         self.norm = norm
         self.eps = eps
@@ -81,8 +85,8 @@ class ScaleReference:
                 lr, update = self.vector_lr * lr_factor, self.adam(name, g)
             else:
                 lr, update = self.lr * lr_factor, self.scale(name, g)
-            self.params[name] = self.params[name] * (1 - lr * self.weight_decay)
-            self.params[name] = self.params[name] - lr * update
+            kept = shrunk(self.params[name], update, lr * self.weight_decay, self.cautious)
+            self.params[name] = kept - lr * update
 
     def scale(self, name: str, g: Array) -> Array:
         kind = self.kinds[name]

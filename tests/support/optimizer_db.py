@@ -119,6 +119,7 @@ def _inputs(**named: dict[str, Any]) -> list[OptimizerInput]:
 
 
 STOCHASTIC = {"rounding": "stochastic", "seed": 5, "weight_decay": 0.1}
+CAUTIOUS = {"weight_decay": 0.1, "weight_decay_style": "cautious"}
 
 
 def scale_inputs(device, dtype=None) -> list[OptimizerInput]:
@@ -137,6 +138,7 @@ def scale_inputs(device, dtype=None) -> list[OptimizerInput]:
         weight_decay_and_Tensor_lr={"weight_decay": 0.1, "lr": torch.tensor(LR)},
         maximize={"maximize": True},
         maximize_and_weight_decay={"maximize": True, "weight_decay": 0.1},
+        cautious=CAUTIOUS,
         no_momentum={"momentum": 0.0},
         stochastic=STOCHASTIC,
         stochastic_row={**STOCHASTIC, "normalize": "row"},
@@ -156,6 +158,7 @@ def momentum_inputs(device, dtype=None, **own: dict[str, Any]) -> list[Optimizer
         momentum={"momentum": 0.5},
         no_nesterov={"nesterov": False},
         weight_decay={"weight_decay": 0.1, "other_weight_decay": 0.2},
+        cautious={**CAUTIOUS, "other_weight_decay": 0.2},
         match_rms_adamw={"adjust_lr_fn": "match_rms_adamw"},
         spectral_unclamped={"adjust_lr_fn": "spectral_unclamped"},
         maximize={"maximize": True, "weight_decay": 0.1},
@@ -188,6 +191,7 @@ def zoo_inputs(**own: dict[str, Any]):
             weight_decay={"weight_decay": 0.1},
             weight_decay_and_Tensor_lr={"weight_decay": 0.1, "lr": torch.tensor(LR)},
             maximize_and_weight_decay={"maximize": True, "weight_decay": 0.1},
+            cautious=CAUTIOUS,
             stochastic=STOCHASTIC,
             **own,
         )
@@ -238,6 +242,8 @@ def _common_refusals(device, dtype) -> list[ErrorOptimizerInput]:
         ([{"params": [matrix], "role": "body"}], {}, ValueError, "unknown role 'body'"),
         ([{"params": [vector], "role": "head"}], {}, ValueError, r"\(2,\).*give it the role 'vec"),
         ([{"params": [("v", vector)], "role": "hidden"}], {}, ValueError, r"^v has shape \(2,\)"),
+        (None, {"weight_decay_style": "l2"}, ValueError, "style: 'l2'; .*decoupled, cautious$"),
+        ([{"params": [matrix], "weight_decay_style": "l2"}], {}, ValueError, "style: 'l2'; .*of"),
         (None, {"rounding": "up"}, ValueError, "Invalid rounding: 'up'; .*nearest, stochastic"),
         (None, {"rounding": "stochastic", "seed": -1}, ValueError, "Invalid seed: -1; .*2.62 - 1"),
     ]

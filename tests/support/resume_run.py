@@ -18,20 +18,21 @@ from optimzoo.models.llama import Llama, LlamaConfig
 
 STEPS, HALF, WARMUP = 12, 6, 3
 LOW_RANK = {"lr": 1e-2, "other_lr": 5e-3, "rank": 7, "update_proj_gap": HALF}
+CAUTIOUS = {"weight_decay": 0.1, "weight_decay_style": "cautious"}
 HYPER: dict[str, dict[str, Any]] = {
     "scale": {"lr": 1e-2, "other_lr": 2e-2, "weight_decay": 0.1},
     "muon": {"lr": 1e-2, "other_lr": 5e-3, "weight_decay": 0.1},
-    "rmnp": {"lr": 1e-2, "other_lr": 5e-3, "weight_decay": 0.1},
+    "rmnp": {"lr": 1e-2, "other_lr": 5e-3, **CAUTIOUS},
     "adamw": {"lr": 5e-3, "weight_decay": 0.1},
     "sgd": {"lr": 0.5, "momentum": 0.9},
     # Those with a subspace renew it in the first step after the save.
     "galore": {**LOW_RANK, "lr": 2e-2},
-    "natural_galore": {**LOW_RANK, "history": 4, "weight_decay": 0.1},
+    "natural_galore": {**LOW_RANK, "history": 4, **CAUTIOUS},
     "fira": {**LOW_RANK, "projector": "svd", "rotate": False},
     "apollo": LOW_RANK,
     "apollo_mini": {"lr": 1e-2, "update_proj_gap": HALF},
     "swan": {"lr": 1e-2, "other_lr": 5e-3, "weight_decay": 0.1},
-    "sinkgd": {"lr": 0.1, "other_lr": 5e-3, "weight_decay": 0.1},
+    "sinkgd": {"lr": 0.1, "other_lr": 5e-3, **CAUTIOUS},
     "stable_spam": {"lr": 5e-3, "update_proj_gap": 4, "total_steps": STEPS},
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

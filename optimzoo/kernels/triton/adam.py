@@ -17,6 +17,7 @@ from optimzoo.kernels.triton.element import (
     nearest,
     read,
     rounding_key,
+    stepped,
     write_param,
 )
 from optimzoo.kernels.triton.launch import (
@@ -120,7 +121,7 @@ def _adam(
             update = (root / c1) * moved / (tl.sqrt(v) + adam_eps)
         else:
             update = (1.0 / c1) * moved / (tl.sqrt(v) * (1.0 / root) + adam_eps)
-        p -= lr * (_clamped(update, limit) + weight_decay * p)
+        p = stepped(p, _clamped(update, limit), lr, weight_decay)
     write_param(param + at, p, inside, at, key, P, STOCHASTIC, HUGE)
 
 

@@ -11,7 +11,13 @@ from torch import Tensor
 from optimzoo.kernels.dispatch import COLUMNS, ROWS
 from optimzoo.kernels.table import Rate
 from optimzoo.kernels.triton import table as T
-from optimzoo.kernels.triton.element import gradient_scale, read, rounding_key, write_param
+from optimzoo.kernels.triton.element import (
+    gradient_scale,
+    read,
+    rounding_key,
+    stepped,
+    write_param,
+)
 from optimzoo.kernels.triton.launch import (
     UNSPECIALIZED,
     Plan,
@@ -87,7 +93,7 @@ def _apply(
     g = read(source + at, inside) * factor
     p = read(param + at, inside)
     lr, weight_decay = rates_of(mine, count)
-    p -= lr * (by * g + weight_decay * p)
+    p = stepped(p, by * g, lr, weight_decay)
     write_param(param + at, p, inside, at, key, P, STOCHASTIC, HUGE)
 
 

@@ -66,6 +66,13 @@ def inverse_length(squares, n, eps, L2: tl.constexpr):
 
 
 @triton.jit
+def stepped(p, u, lr, weight_decay):
+    """Return p less its step; a negative decay is cautious: not where u moves p away from zero."""
+    cautious = tl.where(u * p >= 0, -weight_decay, 0.0)
+    return p - lr * (u + tl.where(weight_decay < 0, cautious, weight_decay) * p)
+
+
+@triton.jit
 def hashed(x):
     """Hash uint32 by the 32-bit finaliser of MurmurHash3."""
     x = (x ^ (x >> 16)) * 0x85EBCA6B

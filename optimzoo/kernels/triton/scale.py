@@ -27,6 +27,7 @@ from optimzoo.kernels.triton.element import (
     inverse_length,
     read,
     rounding_key,
+    stepped,
     write_param,
 )
 from optimzoo.kernels.triton.launch import (
@@ -106,7 +107,7 @@ def _rows(
             else:
                 g = read(exp_avg + at, inside)
             p = read(param + at, inside)
-            p -= lr * (g * by + weight_decay * p)
+            p = stepped(p, g * by, lr, weight_decay)
             write_param(param + at, p, inside, at, key, P, STOCHASTIC, HUGE)
     elif ALIGNED == T.FIRST_ROW:
         base, at, inside, edges, at_edge = odd_rows(row, rows, cols, C)
@@ -119,8 +120,8 @@ def _rows(
         q = read(param + edges, at_edge)
         squares = tl.sum(g * g, 1) + tl.sum(h * h, 1)
         by = inverse_length(squares, cols.to(tl.float32), eps, L2)[:, None]
-        p -= lr * (g * by + weight_decay * p)
-        q -= lr * (h * by + weight_decay * q)
+        p = stepped(p, g * by, lr, weight_decay)
+        q = stepped(q, h * by, lr, weight_decay)
         write_param(param + at, p, inside, base + at, key, P, STOCHASTIC, HUGE)
         write_param(param + edges, q, at_edge, base + edges, key, P, STOCHASTIC, HUGE)
     else:
@@ -128,7 +129,7 @@ def _rows(
         p = read(param + at, inside)
         g = direction(grad, exp_avg, at, inside, factor, rest, M, False)
         by = inverse_length(tl.sum(g * g, 1), cols.to(tl.float32), eps, L2)[:, None]
-        p -= lr * (g * by + weight_decay * p)
+        p = stepped(p, g * by, lr, weight_decay)
         write_param(param + at, p, inside, at, key, P, STOCHASTIC, HUGE)
 
 
@@ -166,7 +167,7 @@ def _signs(
     g = direction(grad, exp_avg, at, inside, gradient_scale(sign, grad_scale), rest, M, False)
     g = tl.where(g > 0, 1.0, tl.where(g < 0, -1.0, g))  # zero and NaN stay
     p = read(param + at, inside)
-    p -= lr * (g + weight_decay * p)
+    p = stepped(p, g, lr, weight_decay)
     write_param(param + at, p, inside, at, key, P, STOCHASTIC, HUGE)
 
 
