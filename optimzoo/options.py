@@ -1,6 +1,7 @@
-"""Checks that refuse command-line options without effect."""
+"""Checks that refuse command-line options without effect, and errors on one line."""
 
 import argparse
+import textwrap
 from collections.abc import Iterable
 
 
@@ -23,3 +24,9 @@ def refuse(
             option = f"--{name.replace('_', '-')}"
             shown = option if value is True else f"{option} {value}"
             raise ValueError(f"{shown}: {reason.format(option=option)}")
+
+
+def brief(error: BaseException) -> str:
+    """Return an error as ``Type: message`` on one line, the message cut to 200 characters."""
+    text = textwrap.shorten(str(error), 200, placeholder=" …")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -7,6 +7,13 @@ from pathlib import Path
 
 from benchmarks.common.files import make_folder, write_json
 from benchmarks.experiments import summary
+from benchmarks.experiments.own import (
+    add_own,
+    add_own_arguments,
+    set_model,
+    write_comparison,
+    write_csv,
+)
 from benchmarks.experiments.plan import PROTOCOLS, Plan
 from benchmarks.experiments.run_queue import Session, add_jobs_argument, merged, settle_counts
 from benchmarks.training.cli import add_corpus_arguments, corpus_from, refuse_cache
@@ -19,13 +26,14 @@ def tune(session: Session, methods: list[str], protocols: list[str]) -> int:
     pairs = plan.pairs(methods, protocols)
     while runs := [e for pair in pairs for e in plan.tuning_runs(*pair, session.rows)]:
         session.run(runs, test=False)
-    rows = [{k: v for k, v in row.items() if k != "curve"} for row in session.rows]
-    rows = merged(plan.tune_path, rows)
-    rows.sort(key=lambda r: (r["method"], r["protocol"], r["valid_loss"] or float("inf")))
-    write_json(plan.tune_path, {"rows": rows})
-    print(summary.tuning_text(plan, rows))
+    new = [{k: v for k, v in row.items() if k != "curve"} for row in session.rows]
+    for path in dict.fromkeys(plan.tune_path_of(method) for method, _ in pairs):
+        rows = merged(path, [row for row in new if plan.tune_path_of(row["method"]) == path])
+        rows.sort(key=lambda r: (r["method"], r["protocol"], r["valid_loss"] or float("inf")))
+        write_json(path, {"rows": rows})
+        print(summary.tuning_text(plan, [row for row in rows if row["method"] in plan.methods]))
     for method, protocol in pairs:
-        for rate in plan.edges(method, protocol, rows):
+        for rate in plan.edges(method, protocol, plan.tuning_rows(method)):
             print(f"note: {method} ({protocol}) is best at the edge of what was tried in {rate}")
     return 0
 
@@ -48,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--committed", action="store_true", help="take rows of the repository that fit, not run"
     )
     parser.add_argument("--fresh", action="store_true", help="forget the finished runs in --out")
+    add_own_arguments(parser)
     add_corpus_arguments(parser)
 
 
@@ -56,10 +65,19 @@ def main(args: argparse.Namespace) -> int:
     if args.tune:
         refuse(args, ["seeds"], args.given, "--tune runs seed 0 alone; leave {option} out")
         refuse(args, ["store"], args.given, "--tune always stores its rows; leave {option} out")
+        refuse(args, ["csv"], args.given, "--tune compares nothing; leave {option} out")
+    if args.optimizer or args.model:
+        reason = "what is stored is of the plan's methods and model; leave {option} out"
+        refuse(args, ["store"], args.given, reason)
     refuse_cache(args)
     settle_counts(args)
     plan = Plan(args.plan)
-    methods = plan.select(args.optimizers)
+    if args.model:
+        set_model(plan, args.model, args.out)
+    own = [add_own(plan, where, args.out, **options) for where, options in args.optimizer]
+    # The plan's methods are tuned already, but for another model.
+    alone = args.tune and own and not args.model and not args.optimizers
+    methods = [*([] if alone else plan.select(args.optimizers)), *own]
     protocols = list(PROTOCOLS) if args.protocol == "both" else [args.protocol]
     pairs = plan.pairs(methods, protocols)
     missing = [m for m in methods if m not in dict(pairs)]
@@ -80,7 +98,9 @@ def main(args: argparse.Namespace) -> int:
     if args.tune:
         return tune(session, methods, protocols)
     rows = session.run(entries, test=True)
-    write_json(args.out / "results.json", {"plan": plan.values, "rows": rows})
+    write_comparison(plan, rows, args.out)
+    if args.csv:
+        write_csv(args.csv, [(plan, rows)])
     if args.store:
         stored = merged(plan.results_path, rows)
         write_json(plan.results_path, {"plan": plan.values, "rows": stored})

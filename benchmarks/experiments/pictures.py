@@ -84,7 +84,7 @@ def memory(plan: Plan, records: list[Row], **options: Any) -> bytes:
     points = [
         (r["label"] + f" ({r['protocol']})" * several, r["bytes_60m"] / 1e6, r["perplexity"])
         for r in records
-        if math.isfinite(r["perplexity"])
+        if math.isfinite(r["perplexity"]) and math.isfinite(r["bytes_60m"])
     ]
     _label(axes, sorted(points, key=lambda point: point[2]))
     return saved(canvas, **options)

@@ -70,6 +70,7 @@ class Plan:
         if self.size:
             self.values |= self.size.sizes
         self.tune_path = _RESULTS / f"{self.values.get('tuned_by', name)}-tune.json"
+        self.tune_paths: dict[str, Path] = {}  # by method: those that are not tuned for every user
         self.results_path = _RESULTS / f"{name}-compare.json"
 
     @classmethod
@@ -78,6 +79,18 @@ class Plan:
         return [
             cls(p.stem.removesuffix("-compare")) for p in sorted(_RESULTS.glob("*-compare.json"))
         ]
+
+    def tune_path_of(self, method: str) -> Path:
+        """Return the file that keeps the rows of a method's search."""
+        return self.tune_paths.get(method, self.tune_path)
+
+    def tuning_rows(self, method: str) -> list[Row]:
+        """Return the rows of the file that keeps a method's search, if there is one."""
+        path = self.tune_path_of(method)
+        rows: list[Row] = []
+        if path.exists():
+            rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        return rows
 
     def label(self, method: str) -> str:
         """Return the method's name in tables."""
@@ -173,17 +186,19 @@ class Plan:
             search = self.search(method, protocol)
             if not search.axes:
                 return search.start
-        if not self.tune_path.exists():
-            raise ValueError(f"plan {self.name} has no tuned values; run compare --tune first")
-        rows = json.loads(self.tune_path.read_text(encoding="utf-8"))["rows"]
+        rows = self.tuning_rows(method)
+        if not rows:
+            which = f" for {self.label(method)}" if method in self.tune_paths else ""
+            raise ValueError(
+                f"plan {self.name} has no tuned values{which}; run compare --tune first"
+            )
         return settings(choose(rows, self.methods[method].get("tuned_as", method), protocol))
 
     def centre(self, method: str, protocol: str) -> Row:
         """Return the tuned values where there are any, else the start of their search."""
-        if self.tune_path.exists():
-            rows = json.loads(self.tune_path.read_text(encoding="utf-8"))["rows"]
-            if any((r["method"], r["protocol"]) == (method, protocol) for r in rows):
-                return settings(choose(rows, method, protocol))
+        rows = self.tuning_rows(method)
+        if any((r["method"], r["protocol"]) == (method, protocol) for r in rows):
+            return settings(choose(rows, method, protocol))
         return self.search(method, protocol).start
 
     def chosen(self, method: str, protocol: str, seed: int) -> Entry:

@@ -20,6 +20,7 @@ from benchmarks.experiments.significance import paired
 from benchmarks.experiments.tuning import is_rate
 from benchmarks.training.low_rank_model import on_meta
 from benchmarks.training.metrics import perplexity
+from benchmarks.training.own import create_own, is_own
 from optimzoo import create_optimizer
 from optimzoo.lowrank import support_bytes
 from optimzoo.memory import account
@@ -41,29 +42,39 @@ def bytes_at(size: str, optimizer: str, hyper: str, lowrank: str = "{}", groups:
     parameters.
     """
     model = on_meta(size, json.loads(lowrank))
-    if by_role := json.loads(groups):
+    by_role, options = json.loads(groups), json.loads(hyper)
 
-        def make(params: list[dict[str, Any]]) -> Optimizer:
-            params = [{**group, **by_role.get(group["role"], {})} for group in params]
-            return create_optimizer(optimizer, params, **json.loads(hyper))
+    def make(params: list[dict[str, Any]]) -> Optimizer:
+        params = [{**group, **by_role.get(group["role"], {})} for group in params]
+        if is_own(optimizer):
+            return create_own(optimizer, params, lr=1.0, **options)
+        return create_optimizer(optimizer, params, **options)
 
+    if by_role or is_own(optimizer):
         counted = account(model, make, dtype=torch.bfloat16)
     else:
-        counted = account(model, optimizer, dtype=torch.bfloat16, **json.loads(hyper))
+        counted = account(model, optimizer, dtype=torch.bfloat16, **options)
     return counted.params + support_bytes(model) + counted.state_total
 
 
-def bytes_60m(config: Row) -> int:
-    """Return the bytes of the 60M Llama's parameters and state with a run's optimizer."""
+def bytes_60m(config: Row) -> float:
+    """Return the bytes of the 60M Llama's parameters and state with a run's optimizer.
+
+    NaN: one of one's own cannot be had, or does not step weights on the meta device.
+    """
     options = (config.get(name, {}) for name in ("hyper", "lowrank", "groups"))
     texts = [json.dumps(rescaled(values, MODEL_SIZES["60m"])) for values in options]
-    return bytes_at("60m", config["optimizer"], *texts)
+    try:
+        return bytes_at("60m", config["optimizer"], *texts)
+    except Exception:
+        if is_own(config["optimizer"]):
+            return math.nan
+        raise
 
 
 def summarise(plan: Plan, rows: list[Row]) -> list[Row]:
     """Return one record per method and protocol: mean and spread over seeds, and all columns."""
     records = []
-    tuning = read_rows(plan.tune_path) if plan.tune_path.exists() else []
     pairs = dict.fromkeys((r["method"], r["protocol"]) for r in rows)
     for method, protocol in pairs:
         mine, reference = (
@@ -80,7 +91,7 @@ def summarise(plan: Plan, rows: list[Row]) -> list[Row]:
                 "protocol": protocol,
                 "rates": role_rates(settings(mine[0])),
                 "settings": settings(mine[0]),
-                "edges": _edges(plan, mine[0], tuning),
+                "edges": _edges(plan, mine[0]),
                 "perplexity": statistics.fmean(losses),
                 "spread": statistics.stdev(losses) if len(losses) > 1 and finite else None,
                 "seeds": len(mine),
@@ -96,11 +107,12 @@ def summarise(plan: Plan, rows: list[Row]) -> list[Row]:
 HEADERS = ("method", "protocol", "lr hid/emb/head", "test ppl", "held MiB", "60M MB", "step ms")
 
 
-def _edges(plan: Plan, row: Row, tuning: list[Row]) -> list[str]:
+def _edges(plan: Plan, row: Row) -> list[str]:
     """Return the row's learning rates at an edge of what was tried; all, if it is another point."""
     values = settings(row)
     try:
         if values == plan.best(row["method"], row["protocol"]):
+            tuning = plan.tuning_rows(row["method"])
             return plan.edges(row["method"], row["protocol"], tuning)
     except ValueError:  # not tuned
         pass
@@ -120,7 +132,7 @@ def cells(record: Row) -> list[str]:
         "/".join(f"{r:g}" for r in _short(record["rates"])) + " edge" * bool(record["edges"]),
         f"{record['perplexity']:.2f}{spread}",
         f"{record['held_bytes'] / MIB:.1f}",
-        f"{record['bytes_60m'] / 1e6:.0f}",
+        f"{record['bytes_60m'] / 1e6:.0f}" if math.isfinite(record["bytes_60m"]) else "-",
         f"{record['optimizer_ms']:.1f}",
     ]
 

@@ -39,7 +39,7 @@ PROJECTED = "update_proj_gap"
 
 def real(name: str, dtype: torch.dtype, device: str) -> Llama:
     """Return a model with weights drawn on ``device``: on a CPU 7B would take minutes."""
-    model = on_meta(name).to(dtype).to_empty(device=device)
+    model: Any = on_meta(name).to(dtype).to_empty(device=device)
     for p in model.parameters():
         nn.init.ones_(p) if p.ndim == 1 else nn.init.normal_(p, std=0.02)
     model.model.rope.copy_(rope_table(model.config))

@@ -13,6 +13,7 @@ import optimzoo
 from benchmarks.common.files import RESULTS, ROOT, write_atomic
 from benchmarks.common.tables import Table
 from benchmarks.experiments import pictures
+from benchmarks.experiments.own import read_comparison, write_csv
 from benchmarks.experiments.plan import Plan, role_rates
 from benchmarks.experiments.significance import LEVEL
 from benchmarks.experiments.summary import (
@@ -248,12 +249,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `python -m benchmarks report`."""
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if it would differ")
     parser.add_argument("--out", type=Path, default=Path("runs/report"))
+    parser.add_argument(
+        "--own", type=Path, metavar="FOLDER", help="an --out of compare, shown on the page first"
+    )
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write all rows as CSV, too")
 
 
 def main(args: argparse.Namespace) -> int:
     """Write the README's tables, the starting values, the page and the pictures, or check them."""
     if args.check:
-        refuse(args, ["out"], args.given, "--check writes nothing; leave {option} out")
+        refuse(
+            args, ["out", "own", "csv"], args.given, "--check writes nothing; leave {option} out"
+        )
+    own = read_comparison(args.own) if args.own else None
     old = README.read_text(encoding="utf-8")
     new = filled(old)
     values = tuned_rates.text()
@@ -267,9 +275,14 @@ def main(args: argparse.Namespace) -> int:
     for kind, name in re.findall(r"<!-- (\w+): (\S+) -->", new):
         if kind == "headline":
             write_atomic(README.parent / "docs" / "memory.svg", picture(name))
-    write_atomic(args.out / "index.html", results_page.render())
-    for plan in Plan.stored():
-        write_report(plan, read_rows(plan.results_path), args.out / plan.name)
+    stored = [(plan, read_rows(plan.results_path)) for plan in Plan.stored()]
+    write_atomic(args.out / "index.html", results_page.render(own))
+    for plan, rows in stored:
+        write_report(plan, rows, args.out / plan.name)
+    if own:
+        write_report(*own, args.out / "own")
+    if args.csv:
+        write_csv(args.csv, [*stored, *([own] if own else [])])
     print(
         f"written: {README.name}, its picture, {args.out}/index.html, and loss.png, memory.png by "
         "plan"

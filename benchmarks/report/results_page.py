@@ -23,9 +23,10 @@ LEAD = (
 )
 
 
-def sections() -> list[Row]:
-    """Return the sections of the page: one per table that has rows."""
-    result, stored = [], {plan.name: plan for plan in Plan.stored()}
+def sections(own: tuple[Plan, list[Row]] | None = None) -> list[Row]:
+    """Return the sections of the page: one per table that has rows, that of ``own`` first."""
+    result = [] if own is None else [_protocols(*own, "own", "One's own beside ours")]
+    stored = {plan.name: plan for plan in Plan.stored()}
     for size in ("nano", *MODEL_SIZES):
         for name, table in perplexity_tables.TABLES.items():
             full = table.plans == ("full",)
@@ -36,7 +37,9 @@ def sections() -> list[Row]:
             if len(rows) > 1:
                 result.append(_beside_section(name, table, size, rows))
     if plan := stored.get("nano"):
-        result.append(_protocols(plan, summary.read_rows(plan.results_path)))
+        rows_of_plan = summary.read_rows(plan.results_path)
+        title = "Every method under both protocols"
+        result.append(_protocols(plan, rows_of_plan, "protocols", title))
     if cast.ROWS.exists():
         result.append(_cast())
     return result
@@ -68,20 +71,21 @@ def _beside_section(
     return section
 
 
-def _protocols(plan: Plan, rows: list[Row]) -> Row:
+def _protocols(plan: Plan, rows: list[Row], name: str, title: str) -> Row:
     body = []
     for record in summary.summarise(plan, rows):
         key = (record["method"], record["protocol"])
         mine = [row for row in rows if (row["method"], row["protocol"]) == key]
         values = [None, None, record["rates"][0], record["perplexity"], record["held_bytes"]]
-        values += [record["bytes_60m"], record["optimizer_ms"]]
+        size = record["bytes_60m"] if math.isfinite(record["bytes_60m"]) else None
+        values += [size, record["optimizer_ms"]]
         cells = {"cells": summary.cells(record), "values": values}
         body.append({"method": record["method"], **cells, "made": how_made(mine)})
     headers = list(summary.HEADERS)
-    title = "Every method under both protocols"
-    section = _section("protocols", title, _where(rows), headers, body, [summary.LEGEND])
+    section = _section(name, title, _where(rows), headers, body, [summary.LEGEND])
     labels = {method: plan.label(method) for method in plan.methods}
-    section["curves"] = _curves([r for r in rows if r["protocol"] == "paper"], labels)
+    drawn = "tuned" if name == "own" else "paper"
+    section["curves"] = _curves([r for r in rows if r["protocol"] == drawn], labels)
     return section
 
 
@@ -221,9 +225,9 @@ def _html(section: Row) -> str:
     )
 
 
-def render() -> str:
-    """Return the page as HTML."""
-    parts = sections()
+def render(own: tuple[Plan, list[Row]] | None = None) -> str:
+    """Return the page as HTML; with ``own``, a comparison that is not in the repository."""
+    parts = sections(own)
     style = (PARTS / "page.css").read_text(encoding="utf-8")
     script = (PARTS / "page.js").read_text(encoding="utf-8")
     keys = ("id", "methods", "curves", "front")

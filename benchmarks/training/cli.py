@@ -17,10 +17,13 @@ from benchmarks.training.distributed import KINDS, start
 from benchmarks.training.flops import speed_text
 from benchmarks.training.loop import finished, train
 from benchmarks.training.metrics import perplexity
+from benchmarks.training.models import vocab_size
 from benchmarks.training.run import refuse_early
-from optimzoo.models.llama import get_config
+from optimzoo.models import get_config, is_config
 from optimzoo.options import refuse
 
+OPTIMIZER = "a name of optimzoo.list_optimizers(), package.module:Class, or FILE.py:Class"
+MODEL = "a Llama by name, as nano, or the config.json of a causal Hugging Face model"
 _OF_OUT = ("eval_every", "save_every", "keep", "skip_damaged")
 
 
@@ -56,7 +59,7 @@ def corpus_from(args: argparse.Namespace, model: str, *, progress: bool = True) 
     source = args.data[0] if args.data in (["stdlib"], ["c4"]) else args.data
     return load_corpus(
         source,
-        vocab_size=get_config(model).vocab_size,
+        vocab_size=vocab_size(model),
         cache_dir=args.cache_dir,
         progress=progress,
         max_chars=args.max_chars,
@@ -74,7 +77,7 @@ def as_json(text: str) -> Any:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `python -m benchmarks train`: `RunConfig`'s fields, and the output."""
-    parser.add_argument("--optimizer", required=True, help="a name of optimzoo.list_optimizers()")
+    parser.add_argument("--optimizer", required=True, help=OPTIMIZER)
     parser.add_argument("--lr", type=float, required=True, help="of the method's own weights")
     parser.add_argument("--hyper", type=as_json, default={}, help="JSON, e.g. '{\"eps\": 1e-6}'")
     parser.add_argument(
@@ -92,6 +95,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(name, action="store_true", help="torch.compile the model")
         elif option.name == "release":
             parser.add_argument(name, action="store_true", help="step weights in the backward")
+        elif option.name == "model":
+            parser.add_argument(name, default=option.default, help=MODEL)
         elif option.name == "other_lr":
             parser.add_argument(name, type=float, help="of the rest (see optimzoo.get_info)")
         else:
@@ -151,6 +156,7 @@ def _print_result(config: RunConfig, row: dict[str, Any]) -> int:
         f"{config.optimizer}: validation perplexity {perplexity(row['valid_loss']):.2f}, "
         f"test {perplexity(row['test_loss']):.2f}, {row['tokens_per_second']:,.0f} tokens/s"
     )
-    if torch.cuda.is_available() and row.get("step_ms") and row["optimizer_ms"]:
+    timed = row.get("step_ms") and row["optimizer_ms"] and not is_config(config.model)
+    if torch.cuda.is_available() and timed:
         print(speed_text(row, get_config(config.model)))
     return 0

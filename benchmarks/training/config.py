@@ -9,6 +9,9 @@ import torch
 
 from benchmarks.data.corpus import Corpus
 from benchmarks.training.low_rank_model import check
+from benchmarks.training.models import config_sha256
+from benchmarks.training.own import is_own, source_sha256
+from optimzoo.models import is_config
 from optimzoo.roles import ROLES
 
 PRECISIONS = ("auto", "fp32", "bf16-autocast", "bf16")
@@ -25,7 +28,9 @@ class RunConfig:
     the hidden weights low-rank: arguments of `optimzoo.lowrank.convert`, and `restarts` or
     `relora` with those of `Restarts` or `ReLoRA`; empty: the model is dense. `groups` has further
     options of the parameters of a role, as `{"embedding": {"momentum": 0.9}}`. `release` steps each
-    weight in the backward, with `optimzoo.release`.
+    weight in the backward, with `optimzoo.release`. `optimizer` is a name of the registry, or a
+    class of one's own, `package.module:Class` or `FILE.py:Class`; `model` that of a Llama, or the
+    path of a Hugging Face config.
     """
 
     optimizer: str
@@ -92,6 +97,10 @@ def fingerprint(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
     for later in ("lowrank", "groups", "release"):
         if not values[later]:
             del values[later]  # rows from before it was there stay valid
+    if is_own(config.optimizer):
+        values["source"] = source_sha256(config.optimizer)
+    if is_config(config.model):
+        values["model_config"] = config_sha256(config.model)
     return json.loads(json.dumps(values))
 
 

@@ -16,6 +16,7 @@ from benchmarks.training.config import RunConfig, fingerprint
 from benchmarks.training.distributed import ALONE, Parallel
 from benchmarks.training.interrupts import DeferredInterrupt
 from benchmarks.training.metrics import Scalars, peak_memory, perplexity, reset_peak_memory
+from benchmarks.training.own import is_own
 from benchmarks.training.run import Run
 
 LOG_EVERY = 10
@@ -116,6 +117,7 @@ def _row(run: Run, results: dict[str, Any], optimizer: Spans, steps: Spans) -> d
     params, state = run.state_bytes()
     return {
         "config": asdict(config),
+        **({"own": True} if is_own(config.optimizer) else {}),
         "fingerprint": fingerprint(config, corpus),
         "corpus": {"name": corpus.name, "sha256": corpus.sha256, "vocab_size": corpus.vocab_size},
         "provenance": provenance(),

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
+from benchmarks.training.models import make_model
 from optimzoo.lowrank import ReLoRA, Restarts, convert
-from optimzoo.models.llama import Llama, get_config
 
 _CONVERSION = ("rank", "kind", "alpha", "sparsity", "targets")
 _CLOCKS: dict[str, type[Restarts] | type[ReLoRA]] = {"restarts": Restarts, "relora": ReLoRA}
@@ -38,10 +37,9 @@ def convert_model(model: nn.Module, lowrank: dict[str, Any], seed: int) -> None:
         convert(model, **options, seed=seed)
 
 
-def on_meta(size: str, lowrank: dict[str, Any] | None = None) -> Llama:
-    """Return the Llama of a size on the meta device, with low-rank hidden weights if asked for."""
-    with torch.device("meta"):
-        model = Llama(get_config(size))
+def on_meta(name: str, lowrank: dict[str, Any] | None = None) -> nn.Module:
+    """Return a run's model on the meta device, with low-rank hidden weights if asked for."""
+    model = make_model(name, device="meta")
     convert_model(model, lowrank or {}, seed=0)
     return model
 

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,10 @@ from benchmarks.training.config import RunConfig, fingerprint, lr_factor, resolv
 from benchmarks.training.distributed import ALONE, Parallel, whole
 from benchmarks.training.low_rank_model import convert_model, make_restarts, on_meta
 from benchmarks.training.metrics import UpdateRatios
+from benchmarks.training.models import make_model
+from benchmarks.training.own import create_own, is_own
 from optimzoo.lowrank import support_bytes
-from optimzoo.models.llama import Llama, get_config
+from optimzoo.models import Llama, get_config, is_config
 from optimzoo.roles import ROLES, role_of
 
 
@@ -36,14 +37,22 @@ def make_optimizer(config: RunConfig, model: nn.Module) -> Optimizer:
         names = [f"{role}_lr" for role in ROLES if role != "hidden"]
         rates |= {name: config.other_lr for name in names if name not in config.hyper}
     try:
+        if is_own(config.optimizer):
+            return create_own(config.optimizer, groups, **rates, **config.hyper)
         return optimzoo.create_optimizer(config.optimizer, groups, **rates, **config.hyper)
     except TypeError as error:
         raise ValueError(f"hyper {config.hyper} does not fit: {error}") from error
 
 
 def refuse_early(config: RunConfig) -> None:
-    """Create model and optimizer on the meta device, to raise their errors before text is read."""
-    make_optimizer(config, on_meta(config.model, config.lowrank))
+    """Create model and optimizer on the meta device, to raise their errors before text is read.
+
+    An optimizer of one's own, which may read its weights, gets those of a small Llama.
+    """
+    model: nn.Module = on_meta(config.model, config.lowrank)
+    if is_own(config.optimizer):
+        model = Llama(get_config("pico"))
+    make_optimizer(config, model)
 
 
 class Run:
@@ -65,6 +74,8 @@ class Run:
         self.checkpoints = None if out is None else Checkpoints(out / "checkpoints", keep)
         if config.lowrank and parallel.kind == "fsdp":
             raise ValueError("lowrank weights cannot be sharded; take --parallel ddp")
+        if is_config(config.model) and parallel.kind == "fsdp":
+            raise ValueError(f"model {config.model} cannot be sharded; take --parallel ddp")
         if config.release and parallel.kind != "none":
             raise ValueError(f"release is for one process; leave out --parallel {parallel.kind}")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -102,9 +113,8 @@ class Run:
         self.valid_curve: list[tuple[int, float]] = []
 
     def make_model(self) -> nn.Module:
-        """Return the model, drawn from the seed: the Llama that the configuration names."""
-        shape = replace(get_config(self.config.model), vocab_size=self.corpus.vocab_size)
-        return Llama(shape, seed=self.config.seed)
+        """Return the model that the configuration names, drawn from the seed."""
+        return make_model(self.config.model, self.corpus.vocab_size, seed=self.config.seed)
 
     def autocast(self) -> Any:
         """Return the autocast context of this run's precision."""

@@ -1,8 +1,6 @@
 """Sources of a model to plan for: a name, a Hugging Face config, a function of the user."""
 
 import importlib.util
-import json
-import textwrap
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +11,8 @@ import torch
 from torch import nn
 
 from optimzoo.memory.simulate import Step
-from optimzoo.models import Llama, LlamaConfig, get_config
+from optimzoo.models import Llama, LlamaConfig, from_config, get_config, is_config
+from optimzoo.options import brief
 
 
 def load_model(name: str, seq: int = 1) -> nn.Module:
@@ -25,35 +24,12 @@ def load_model(name: str, seq: int = 1) -> nn.Module:
         ValueError: an unknown name (the message has the nearest ones), a file that is no config.
         ImportError: a config, and `transformers` is not installed.
     """
-    path = Path(name)
-    if path.suffix != ".json" and not path.is_dir():
+    if not is_config(name):
         with torch.device("meta"):
             config = _config_of(name)
             positions = max(seq, config.max_position_embeddings)
             return Llama(replace(config, max_position_embeddings=positions))
-    path = path / "config.json" if path.is_dir() else path
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path} is not a Hugging Face config: {reason}") from None
-    if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
-        raise ValueError(f"{path} is not a Hugging Face config: it has no 'model_type'")
-    kind = fields.pop("model_type")
-    try:
-        from transformers import AutoConfig, AutoModelForCausalLM
-    except ImportError:
-        raise ImportError(
-            f"{path} is a Hugging Face config, which needs transformers: pip install transformers"
-        ) from None
-    fields["use_cache"] = False  # keys and values are for generation, and cost memory
-    try:
-        config = AutoConfig.for_model(kind, **fields)
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # transformers raises many
-        raise ValueError(f"{path} makes no causal language model: {_brief(error)}") from error
-    return model.train()
+    return from_config(name, "meta")
 
 
 def _config_of(name: str) -> LlamaConfig:
@@ -73,13 +49,7 @@ def _explained(path: str) -> Iterator[None]:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [f.lineno for f in frames if str(Path(f.filename).resolve()) == file]
         where = f"{path}:{lines[-1]}" if lines else path
-        raise ValueError(f"{where} failed: {_brief(error)}") from error
-
-
-def _brief(error: BaseException) -> str:
-    """Return an error as ``Type: message`` on one line, the message cut to 200 characters."""
-    text = textwrap.shorten(str(error), 200, placeholder=" …")
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+        raise ValueError(f"{where} failed: {brief(error)}") from error
 
 
 def load_function(where: str) -> tuple[nn.Module, Step | None]:

@@ -1,5 +1,14 @@
 """Language models to compare optimizers on, and to plan memory for."""
 
+from optimzoo.models.hugging_face import from_config, is_config, read_config
 from optimzoo.models.llama import CONFIGS, Llama, LlamaConfig, get_config
 
-__all__ = ["CONFIGS", "Llama", "LlamaConfig", "get_config"]
+__all__ = [
+    "CONFIGS",
+    "Llama",
+    "LlamaConfig",
+    "from_config",
+    "get_config",
+    "is_config",
+    "read_config",
+]

@@ -137,7 +137,7 @@ def test_the_reference_names_what_there_is():
 
 def test_the_notebooks_are_committed_without_outputs():
     paths = sorted((pages.ROOT / "notebooks").glob("*.ipynb"))
-    assert len(paths) == 6
+    assert len(paths) == 7
     for path in paths:
         text = path.read_text(encoding="utf-8")
         cells = json.loads(text)["cells"]

@@ -21,6 +21,7 @@ ORDER = {
         ["__main__"],
     ],
     "optimzoo": [
+        ["options"],
         [
             "_version",
             "flattened",
@@ -28,7 +29,6 @@ ORDER = {
             "kernels",
             "lowbit",
             "models",
-            "options",
             "stacks",
         ],
         ["roles", "subspace"],

@@ -1,0 +1,88 @@
+"""Models of a run: the Llama of a size, or any causal one of a Hugging Face config."""
+
+import hashlib
+import json
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from optimzoo.models import Llama, from_config, get_config, is_config, read_config
+
+
+def vocab_size(name: str) -> int:
+    """Return the size of a model's vocabulary, which its tokenizer is trained to."""
+    if not is_config(name):
+        return get_config(name).vocab_size
+    model: Any = from_config(name, "meta")
+    size: int = model.config.get_text_config().vocab_size
+    return size
+
+
+def config_sha256(name: str) -> str:
+    """Return the sha256 of what a Hugging Face config says."""
+    return hashlib.sha256(json.dumps(read_config(name), sort_keys=True).encode()).hexdigest()
+
+
+def make_model(
+    name: str, vocabulary: int | None = None, *, seed: int = 0, device: str = "cpu"
+) -> nn.Module:
+    """Return the model of a name, drawn from the seed in float32.
+
+    Args:
+        name: of a Llama, or the path of a Hugging Face config.
+        vocabulary: its size; default: the model's own.
+        seed: of its weights.
+        device: where it is drawn; on `meta` it takes no memory.
+
+    Raises:
+        ValueError: an unknown name, or a model that sees the tokens it is to predict.
+    """
+    if not is_config(name):
+        config = get_config(name)
+        with torch.device(device):
+            return Llama(replace(config, vocab_size=vocabulary or config.vocab_size), seed=seed)
+    changes = {} if vocabulary is None else {"vocab_size": vocabulary}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        float32 = {"dtype": "float32", "torch_dtype": "float32"}  # its name then and now
+        model = CausalLM(from_config(name, device, **changes, **float32))
+    if device != "meta" and not _is_causal(model):
+        raise ValueError(f"model {name} is not causal: its tokens see those after them")
+    return model
+
+
+class CausalLM(nn.Module):
+    """Model of `transformers` with the forward of the Llama: labels are shifted by the data.
+
+    It has no dropout, as the Llama has none.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model: Any = model.eval()
+
+    def get_output_embeddings(self) -> Any:
+        """Return the output layer, which has the role `head`."""
+        return self.model.get_output_embeddings()
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return logits [B, T, V], or with labels the mean cross-entropy, computed in fp32."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and input_ids.shape[1] > limit:
+            raise ValueError(
+                f"{input_ids.shape[1]} tokens exceed max_position_embeddings={limit}: shorten the "
+                "sequence or raise the limit in the model's config"
+            )
+        x: Tensor = self.model(input_ids=input_ids).logits
+        return x if labels is None else F.cross_entropy(x.float().flatten(0, 1), labels.flatten())
+
+
+@torch.no_grad()
+def _is_causal(model: CausalLM) -> bool:
+    """Return whether the last token changes nothing before it: encoders have such heads, too."""
+    ids = torch.arange(8)[None]
+    one, other = (model(torch.cat((ids, torch.tensor([[x]])), 1))[:, :-1] for x in (9, 10))
+    return torch.allclose(one, other, atol=1e-5)
