@@ -1,18 +1,20 @@
 """SinkGD: stateless SGD with alternating row and column normalisation (arXiv 2502.06742)."""
 
+import itertools
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optimzoo.core.matrix_optimizer import MatrixOptimizer
+from optimzoo.core.matrix_optimizer import MatrixOptimizer, has_cpu_kernel, oriented, step_lr
 from optimzoo.core.optimizer import options_of
 from optimzoo.core.record import register
 from optimzoo.core.role_options import SharedOptions
 from optimzoo.core.rule import Context
 from optimzoo.core.update import Update
 from optimzoo.distributed import UNSHARDED, Shards
+from optimzoo.kernels import dispatch
 from optimzoo.lowbit import RngKey
 from optimzoo.stacks import State
 
@@ -40,7 +42,9 @@ class SinkGD(MatrixOptimizer):
 
     All other parameters (the embedding and the head among them, as in the paper) take Adam.
 
-    State of a hidden weight: none. The rest: two of their own size.
+    State of a hidden weight: none. The rest: two of their own size. On a CPU a kernel steps all hidden
+    weights of a group without a tensor of a weight's size; stochastic rounding of stacked or
+    transposed weights, sharded weights and GPUs take the eager path.
 
     Args:
         params: groups from :func:`optimzoo.param_groups`; bare parameters fall back by shape.
@@ -99,13 +103,42 @@ class SinkGD(MatrixOptimizer):
         group: dict[str, Any],
         rng_keys: dict[Tensor, RngKey],
     ) -> None:
-        super()._step_matrices(params, {**group, "lr": group["alpha"] * group["lr"]}, rng_keys)
+        """Step what the CPU's kernel takes, all in one call, and the others by `direction`."""
+        group = {**group, "lr": group["alpha"] * group["lr"]}
+        items = [_kernel_items(p, group, rng_keys.get(p)) for _, p in params]
+        calls, _ = dispatch.partition_by_backend(itertools.chain(*items), fused=None)
+        for kernels, call in calls:
+            weights, grads, *_, kinds, shapes = dispatch.to_argument_lists(call)
+            kernels.sinkhorn_(
+                *(weights, grads, kinds, shapes),
+                lr=float(step_lr(group)),
+                **{key: group[key] for key in ("weight_decay", "iterations", "maximize")},
+                **dispatch.rounding(call),
+            )
+        others = [param for param, own in zip(params, items, strict=True) if not own]
+        super()._step_matrices(others, group, rng_keys)
 
     def direction(
         self, grad: Tensor, state: State, group: dict[str, Any], context: Context
     ) -> Update:
         """Return the gradient with its rows and columns normalised."""
         return Update(sinkhorn(grad, group["iterations"], context.shards))
+
+
+def _kernel_items(
+    p: Tensor, group: dict[str, Any], rng_key: RngKey | None
+) -> list[dispatch.TensorArgs]:
+    """Return a weight's matrices as the CPU's kernel reads them; none if it takes another path."""
+    if not has_cpu_kernel(p):
+        return []
+    turned = oriented(p, group) is not p
+    if turned and rng_key is not None:
+        return []  # whose elements are counted in the order of the matrix
+    layout = {"stacked": group["stacked"], "rng_key": rng_key}
+    items = dispatch.matrices(p, p.grad, None, dispatch.COLUMNS, **layout)
+    if not turned:  # each iteration has the rows first
+        items = [item._replace(kind=dispatch.ROWS) for item in items]
+    return items if all(map(dispatch.is_supported, items)) else []
 
 
 def sinkhorn(grad: Tensor, iterations: int, shards: Shards = UNSHARDED) -> Tensor:
