@@ -12,6 +12,7 @@ from optimzoo.core.optimizer import options_of
 from optimzoo.core.record import register
 from optimzoo.core.role_options import SharedOptions
 from optimzoo.core.rule import Context
+from optimzoo.core.spectral_norm import KEY, divide_by_spectral_norm_
 from optimzoo.core.update import Update
 from optimzoo.distributed import UNSHARDED, Shards
 from optimzoo.kernels import dispatch
@@ -40,11 +41,15 @@ class SinkGD(MatrixOptimizer):
     those of each row tend to it. A matrix of one row or one column gives its signs. A row or a
     column of zeros stays zero.
 
+    With `spectral_norm` X is divided by its largest singular value σ, so that α η is the spectral
+    norm of the update at every width; else that is between α η √max(m, n) and α η √(m n).
+
     All other parameters (the embedding and the head among them, as in the paper) take Adam.
 
-    State of a hidden weight: none. The rest: two of their own size. On a CPU a kernel steps all hidden
-    weights of a group without a tensor of a weight's size; stochastic rounding of stacked or
-    transposed weights, sharded weights and GPUs take the eager path.
+    State of a hidden weight: none; with `spectral_norm` `singular_vector`, min(m, n) numbers of
+    float32 at least. The rest: two of their own size. On a CPU a kernel steps all hidden weights of
+    a group without a tensor of a weight's size; stochastic rounding of stacked or transposed
+    weights, `spectral_norm`, sharded weights and GPUs take the eager path.
 
     Args:
         params: groups from :func:`optimzoo.param_groups`; bare parameters fall back by shape.
@@ -55,6 +60,9 @@ class SinkGD(MatrixOptimizer):
         iterations: passes over rows and columns, L in the paper.
         alpha: α, what the learning rate of the hidden weights is multiplied by. With 1, `lr` is in
             the unit of the other methods.
+        spectral_norm: divide X by an estimate of σ: two power iterations a step, from the vector
+            where the last step stopped (:mod:`optimzoo.core.spectral_norm`). The estimate is at
+            most σ, and a few percent below it once the vector follows. On the eager path alone.
         options: shared options, :class:`~optimzoo.core.role_options.SharedOptions`.
 
     Raises:
@@ -63,9 +71,9 @@ class SinkGD(MatrixOptimizer):
 
     Source: arXiv 2502.06742; a re-implementation, the authors published no code. `iterations`,
     `alpha` and `lr` are what other re-implementations (axolotl, Forgather) give as the paper's.
-    Ours are Adam's betas and eps, weight decay, float32 for 16-bit gradients, and the guard of zero
-    rows and columns: a norm of zero divides nothing. Others clamp norms at 1e-8, with which small
-    gradients are normalised otherwise.
+    Ours are `spectral_norm`, Adam's betas and eps, weight decay, float32 for 16-bit gradients, and
+    the guard of zero rows and columns: a norm of zero divides nothing. Others clamp norms at 1e-8,
+    with which small gradients are normalised otherwise.
     """
 
     counts_steps = False
@@ -80,6 +88,7 @@ class SinkGD(MatrixOptimizer):
         *,
         iterations: int = 5,
         alpha: float = 0.05,
+        spectral_norm: bool = False,
         **options: Unpack[SharedOptions],
     ) -> None:
         super().__init__(params, options_of(locals()), **options)
@@ -89,6 +98,10 @@ class SinkGD(MatrixOptimizer):
             raise ValueError(f"Invalid iterations: {options['iterations']}; it must be at least 1")
         if not options["alpha"] > 0:
             raise ValueError(f"Invalid alpha: {options['alpha']}; it must be > 0")
+
+    def state_letters(self, group: dict[str, Any], shape: torch.Size) -> dict[str, str]:
+        """Return that the vector of the spectral norm is whole, but for a stack's dimension."""
+        return {KEY: "."}
 
     def scale_invariant(self, param: Tensor, group: dict[str, Any]) -> bool:
         """Return whether ``param``'s step is the same for every positive multiple of its gradient.
@@ -122,14 +135,17 @@ class SinkGD(MatrixOptimizer):
         self, grad: Tensor, state: State, group: dict[str, Any], context: Context
     ) -> Update:
         """Return the gradient with its rows and columns normalised."""
-        return Update(sinkhorn(grad, group["iterations"], context.shards))
+        update = sinkhorn(grad, group["iterations"], context.shards)
+        if group["spectral_norm"]:
+            divide_by_spectral_norm_(update, state, context.shards)
+        return Update(update)
 
 
 def _kernel_items(
     p: Tensor, group: dict[str, Any], rng_key: RngKey | None
 ) -> list[dispatch.TensorArgs]:
     """Return a weight's matrices as the CPU's kernel reads them; none if it takes another path."""
-    if not has_cpu_kernel(p):
+    if group["spectral_norm"] or not has_cpu_kernel(p):
         return []
     turned = oriented(p, group) is not p
     if turned and rng_key is not None:

@@ -30,7 +30,7 @@ CASES = {
     "apollo": [RANK, {**RANK, "scale_front": True, "maximize": True}],
     "apollo_mini": [{"update_proj_gap": 12}],
     "swan": [{}, {"weight_decay": 0.1}],
-    "sinkgd": [{"alpha": 1.0}, {"iterations": 2, "weight_decay": 0.1}],
+    "sinkgd": [{"alpha": 1.0}, {"iterations": 2, "weight_decay": 0.1, "spectral_norm": True}],
     "muon": [
         {},
         {"other": "scale", "maximize": True},
