@@ -38,7 +38,10 @@ CASES = {
         {"nesterov": False, "weight_decay": 0.1},
     ],
     "rmnp": [{}, {"nesterov": False, "weight_decay": 0.1}],
-    "scale": [{"normalize": n, "weight_decay": 0.1} for n in ("column", "row", "spectral")],
+    "scale": [
+        {"spectral_norm": True},
+        *({"normalize": n, "weight_decay": 0.1} for n in ("column", "row", "spectral")),
+    ],
 }
 FLAT = [(9, 17), (17, 9), (9, 17), (16, 16), (9, 17), (17, 9), (1, 7), (7, 1), (16, 16), (9, 17)]
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from optimzoo import SinkGD
+from optimzoo import SCALE, SinkGD, param_groups
 from optimzoo.core.spectral_norm import KEY, divide_by_spectral_norm_
 from optimzoo.memory import account
 from optimzoo.optimizers.sinkgd import sinkhorn
@@ -127,3 +127,69 @@ def test_account_counts_its_vector():
     model = nn.Sequential(nn.Linear(30, 20, bias=False), nn.Linear(20, 50), nn.Linear(50, 7))
     plain, pinned = (account(model, "sinkgd", spectral_norm=on) for on in (False, True))
     assert pinned.state - plain.state == {("hidden", KEY): 4 * (20 + 20 + 7)}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("foreach", [False, True])
+def test_scale_divides_hidden_weights_alone(shape, foreach):
+    weights = [nn.Parameter(normal(*shape, seed=i)) for i in range(3)]
+    groups = [
+        {"params": [p], "role": role}
+        for p, role in zip(weights, ("hidden", "embedding", "head"), strict=True)
+    ]
+    optimizer = SCALE(groups, lr=1.0, spectral_norm=True, foreach=foreach)
+    for step in range(20):
+        before = weights[0].detach().clone()
+        for i, p in enumerate(weights):
+            p.grad = normal(*shape, seed=7 + i) + 0.5 * normal(*shape, seed=20 * i + step)
+        optimizer.step()
+    assert 1 - 1e-9 <= largest(weights[0].detach() - before) < 1.25
+    assert [KEY in optimizer.state[p] for p in weights] == [True, False, False]
+
+
+def test_scale_takes_the_kernels_for_the_other_roles_and_resumes_to_the_bit():
+    runs = []
+    for resumed in (False, True):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"embed": nn.Embedding(11, 6), "mid": nn.Linear(6, 6)})
+        optimizer = SCALE(param_groups(model), spectral_norm=True)
+        for step in range(6):
+            if resumed and step == 3:
+                saved = copy.deepcopy(optimizer.state_dict())
+                optimizer = SCALE(param_groups(model), spectral_norm=True)
+                optimizer.load_state_dict(saved)
+            for i, p in enumerate(model.parameters()):
+                p.grad = normal(*p.shape, seed=10 * step + i, dtype=torch.float32)
+            optimizer.step()
+        runs.append([*model.parameters(), optimizer.state[model["mid"].weight][KEY]])
+    for one, other in zip(*runs, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_scale_takes_the_option_on_after_a_fused_step():
+    """The cached launches of the kernels are of groups without it."""
+    weight = nn.Parameter(normal(12, 20, dtype=torch.float32))
+    optimizer = SCALE([{"params": [weight], "role": "hidden"}], lr=1.0)
+    for step in range(4):
+        optimizer.param_groups[0]["spectral_norm"] = step > 1
+        before = weight.detach().clone()
+        weight.grad = normal(12, 20, seed=step, dtype=torch.float32)
+        optimizer.step()
+    assert largest(weight.detach() - before) < 1.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"normalize": "spectral"}, "normalize='spectral' needs no spectral_norm=True"),
+        ({"fused": True}, "spectral_norm=True excludes fused=True"),
+        (
+            {"differentiable": True},
+            "spectral_norm=True excludes fused=True and differentiable=True",
+        ),
+    ],
+    ids=str,
+)
+def test_scale_refuses_what_does_not_go_with_it(options, message):
+    with pytest.raises(ValueError, match=message):
+        SCALE([nn.Parameter(torch.ones(2, 2))], spectral_norm=True, **options)
