@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc"
 OBJECTS = ROOT / "build" / "kernels"
 TARGET = ROOT / "optimzoo" / "kernels"
-OPERATIONS = ("scale", "adam", "reduce", "apply", "center", "history", "nm_mask")
+OPERATIONS = ("scale", "adam", "reduce", "apply", "center", "sinkhorn", "history", "nm_mask")
 X86 = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],

@@ -17,6 +17,7 @@ OZ_DECLARE(adam)
 OZ_DECLARE(reduce)
 OZ_DECLARE(apply)
 OZ_DECLARE(center)
+OZ_DECLARE(sinkhorn)
 
 #define OZ_DECLARE_HISTORY(set)                                                                     \
   int history_dot_##set(const void *, const void *, float *, int64_t, int64_t, int, int);          \
@@ -92,6 +93,7 @@ OZ_EXPORT(adam)
 OZ_EXPORT(reduce)
 OZ_EXPORT(apply)
 OZ_EXPORT(center)
+OZ_EXPORT(sinkhorn)
 
 int oz_cpu_history_dot(const void *history, const void *vector, float *out, int64_t rows,
                        int64_t cols, int32_t type, int32_t threads) {

@@ -4,10 +4,10 @@
  * cuts the units of all tensors into contiguous shares, so a unit has one thread, and a thread writes
  * only what belongs to its units: their elements of param and moments, which are disjoint ranges of
  * memory (rows, or blocks of a multiple of eight elements, so that packed masks are read by byte and
- * written by row); their entries of `partial` sums (reduce), or a row of sums of its own (scale,
- * history). What others have written is read behind a barrier alone: factors by the second pass of
- * scale, sums after the parallel region of reduce, under `critical` in history. Options, tables and
- * gradients are only read. */
+ * written by row); their entries of `partial` sums (reduce, sinkhorn), or a row of sums of its own
+ * (scale, history). What others have written is read behind a barrier alone: factors by the second
+ * pass of scale, sums and factors by turns in sinkhorn, sums after the parallel region of reduce,
+ * under `critical` in history. Options, tables and gradients are only read. */
 #ifndef OZ_CPU_WORK_H
 #define OZ_CPU_WORK_H
 

@@ -2,12 +2,12 @@
  * emulator: reads calls from stdin, writes what they wrote to stdout, until stdin ends.
  *
  * A call, all in the byte order of the machine:
- *     int32   operation: 0 scale, 1 adam, 2 reduce, 3 apply, 4 center, 5 history_dot,
- *                        6 history_combine, 7 nm_mask
+ *     int32   operation: 0 scale, 1 adam, 2 reduce, 3 apply, 4 center, 5 sinkhorn, 6 history_dot,
+ *                        7 history_combine, 8 nm_mask
  *     int32   regions of memory; for each:
  *             int64 bytes, int32 written (1) or only read (0), int32 place in a cache line, the bytes
- *     operations 0 to 4: int64 count, `count` oz_tensor, one oz_options
- *     operations 5 to 7: three int64 for pointers, two int64 and four int32 for the other arguments
+ *     operations 0 to 5: int64 count, `count` oz_tensor, one oz_options
+ *     operations 6 to 8: three int64 for pointers, two int64 and four int32 for the other arguments
  * A pointer is the number of its region, counted from 1; 0 is NULL. The answer is the function's int32,
  * and the bytes of the regions that are written, in their order. */
 #include <cstdio>
@@ -69,7 +69,7 @@ int run_on_tensors(int operation) {
   resolve(options.grad_scale);
   resolve(options.found_inf);
   constexpr decltype(&oz_cpu_scale) functions[] = {oz_cpu_scale, oz_cpu_adam, oz_cpu_reduce,
-                                                   oz_cpu_apply, oz_cpu_center};
+                                                   oz_cpu_apply, oz_cpu_center, oz_cpu_sinkhorn};
   return functions[operation](tensors.data(), static_cast<int64_t>(tensors.size()), &options,
                               nullptr);
 }
@@ -83,10 +83,10 @@ int run_on_arrays(int operation) {
   int32_t numbers[4];
   read_all(numbers, sizeof numbers);
   const auto floats_at = [&](int i) { return reinterpret_cast<float *>(pointers[i]); };
-  if (operation == 5)
+  if (operation == 6)
     return oz_cpu_history_dot(pointers[0], pointers[1], floats_at(2), sizes[0], sizes[1],
                               numbers[0], numbers[1]);
-  if (operation == 6)
+  if (operation == 7)
     return oz_cpu_history_combine(pointers[0], floats_at(1), floats_at(2), sizes[0], sizes[1],
                                   numbers[0], numbers[1]);
   return oz_cpu_nm_mask(pointers[0], reinterpret_cast<uint8_t *>(pointers[1]), sizes[0], sizes[1],
@@ -109,7 +109,7 @@ int main() {
       region.begin = region.store.data() + (LINE - base % LINE) % LINE + place;
       read_all(region.begin, region.bytes);
     }
-    const int32_t status = operation < 5 ? run_on_tensors(operation) : run_on_arrays(operation);
+    const int32_t status = operation < 6 ? run_on_tensors(operation) : run_on_arrays(operation);
     std::fwrite(&status, sizeof status, 1, stdout);
     for (const Region &region : regions)
       if (region.written) std::fwrite(region.begin, 1, region.bytes, stdout);

@@ -15,7 +15,7 @@
 
 #include <stdint.h>
 
-#define OZ_ABI 7
+#define OZ_ABI 8
 
 #ifdef __cplusplus
 extern "C" {
@@ -63,6 +63,8 @@ typedef struct oz_options {
   int32_t direction;                      /* Adam: param receives m / (sqrt(v) + eps), no step taken */
   int32_t threads;                        /* CPU */
   int32_t nesterov;                       /* CPU, SCALE by OZ_ROWS: look ahead, see below */
+  int32_t iterations;                     /* CPU, SinkGD */
+  int32_t reserved;
 } oz_options;
 
 /* What every function does first, element by element:
@@ -127,6 +129,15 @@ int oz_cpu_apply(const oz_tensor *tensors, int64_t count, const oz_options *opti
 /* SWAN's row statistics: param_ij = (g_ij - mean_j g_ij) / max(std_j g_ij, eps), std over n. param
  * is an output here, and never read. */
 int oz_cpu_center(const oz_tensor *tensors, int64_t count, const oz_options *options, void *stream);
+
+/* SinkGD, on the CPU only: X = g, then `iterations` times
+ *     X_ij = X_ij / max(sqrt(sum_k X_ik^2 / cols), FLT_MIN)        each row
+ *     X_ij = X_ij / max(sqrt(sum_k X_kj^2 / rows), FLT_MIN)        each column
+ * by OZ_ROWS; by OZ_COLUMNS, for a weight that lies transposed, each iteration has the columns first.
+ *     param = param - lr (X + weight_decay param)
+ * No element of X is stored, and the result does not depend on the threads. */
+int oz_cpu_sinkhorn(const oz_tensor *tensors, int64_t count, const oz_options *options,
+                    void *stream);
 
 /* Natural GaLore's passes over its history [rows, cols] of enum oz_type `type` (float32 or bfloat16),
  * on the CPU only; `vector` is of that type too:

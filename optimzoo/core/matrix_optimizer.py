@@ -356,6 +356,15 @@ def step_lr(group: dict[str, Any]) -> float | Tensor:
     return lr if group["capturable"] else float(lr)
 
 
+def has_cpu_kernel(p: Tensor) -> bool:
+    """Return whether a whole weight may take a kernel that the CPU alone has.
+
+    Not where `optimzoo.memory.simulate` has a GPU's choices on fake tensors of the CPU.
+    """
+    on_cpu = p.device.type == "cpu" and not stacks.on_gpu(p) and not hasattr(p, "device_mesh")
+    return on_cpu and dispatch.backend("cpu") is not None
+
+
 def local_params(group: dict[str, Any]) -> Iterator[Tensor]:
     """Yield this process's parts of the group's parameters that have a gradient."""
     return (local_part(p) for p in group["params"] if p.grad is not None and p.numel() > 0)

@@ -16,7 +16,7 @@ States = Mapping[Tensor, dict[str, Any]]
 # Options that decide how a group is stepped; all others are read at each step.
 _LAYOUT = (
     *("role", "normalize", "averaged", "transposed", "stacked", "fused", "foreach"),
-    *("differentiable", "rounding", "state_bits"),
+    *("differentiable", "rounding", "state_bits", "spectral_norm"),
 )
 # Options that all tensors of a call share; the learning rate and the decay may differ.
 _RULE = ("momentum", "norm", "eps", "other_betas", "other_eps", "maximize")
@@ -27,6 +27,7 @@ Groups = Sequence[dict[str, Any]]
 def may_fuse(group: dict[str, Any]) -> bool:
     """Return whether the group's options allow the kernels."""
     eager = group["foreach"] or group["differentiable"] or group["normalize"] == "spectral"
+    eager = eager or (group["spectral_norm"] and group["role"] in (None, "hidden"))
     return bool(group["fused"] or (group["fused"] is None and not eager))
 
 

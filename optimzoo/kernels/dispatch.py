@@ -124,7 +124,7 @@ def is_supported(item: TensorArgs) -> bool:
         and param.dtype in TYPES
         and grad.dtype in TYPES
         and grad.shape == param.shape
-        and param.is_contiguous()
+        and item.whole.is_contiguous()  # else a stack's matrix may be a copy
         and not grad.is_neg()  # the numbers in memory are then not the gradient's
         and grad.device == param.device
     ):

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from optimzoo.kernels.table import TYPES, Rate, Shapes, States, Table, Tensors
 
-_ABI = 7
+_ABI = 8
 _ROWS, _COLUMNS, _SIGN, _ADAM = range(4)
 
 
@@ -35,6 +35,7 @@ class _Options(ctypes.Structure):
         ("first_index", ctypes.c_uint32),
         *((name, ctypes.c_int32) for name in ("l2", "maximize", "rounding", "eps_before")),
         *((name, ctypes.c_int32) for name in ("direction", "threads", "nesterov")),
+        *((name, ctypes.c_int32) for name in ("iterations", "reserved")),
     ]
 
 
@@ -227,6 +228,29 @@ class Library:
         options = _Options(eps=eps, maximize=maximize)
         columns = (outs, grads, none, none, none, none, none)
         self._call("center", columns, shapes, [_ROWS] * len(outs), options, **shared)
+
+    def sinkhorn_(
+        self,
+        params: Tensors,
+        grads: Tensors,
+        kinds: Sequence[int],
+        shapes: Shapes,
+        *,
+        lr: Rate | list[Rate],
+        weight_decay: float,
+        iterations: int,
+        maximize: bool = False,
+        **shared: Any,
+    ) -> None:
+        """Take SinkGD's step (``oz_cpu_sinkhorn``); CPU only.
+
+        ``kinds`` says what an iteration normalises first, rows or columns.
+        """
+        none: States = [None] * len(params)
+        options = _Options(iterations=iterations, maximize=maximize)
+        columns = (params, grads, none, none, none, none, none)
+        shared.update(lr=lr, weight_decay=weight_decay)
+        self._call("sinkhorn", columns, shapes, kinds, options, **shared)
 
     def history_dot(self, history: Tensor, vector: Tensor) -> Tensor:
         """Return ``history @ vector``, both float32 or bfloat16, in float32; CPU only."""

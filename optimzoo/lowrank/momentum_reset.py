@@ -18,7 +18,7 @@ _MOMENTS |= {"max_avg", "norm_avg", "norm_avg_sq", "history", "history_scale", "
 _COUNTS = {"step": 0, "moment_step": 0, "mu_product": 1}
 # Not momentum: subspaces, masks, the growth limiter, the norms of a gradient stabilizer.
 _KEPT = {"projector_left", "projector_right", "projector_seed", "update_norm", "mask"}
-_KEPT |= {"grad_norm_avg", "grad_norm_avg_sq", "grad_norm_step"}
+_KEPT |= {"singular_vector", "grad_norm_avg", "grad_norm_avg_sq", "grad_norm_step"}
 _EIGHT_BITS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 _MOMENTS |= {f"{name}_codes" for name in _EIGHT_BITS}  # 0 is the code of 0, whatever the scale
 _KEPT |= {f"{name}_scale" for name in _EIGHT_BITS} | {"rounding_step"}

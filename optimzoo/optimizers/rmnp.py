@@ -5,7 +5,7 @@ from typing import Any, Unpack
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optimzoo.core.matrix_optimizer import as_matrix, step_lr
+from optimzoo.core.matrix_optimizer import as_matrix, has_cpu_kernel, step_lr
 from optimzoo.core.momentum_optimizer import (
     MomentumOptimizer,
     MomentumOptions,
@@ -122,8 +122,7 @@ class RMNP(MomentumOptimizer):
         self, p: Tensor, group: dict[str, Any], rng_key: RngKey | None
     ) -> dispatch.TensorArgs | None:
         """Return what a kernel of the CPU reads of a weight, or None if it takes another path."""
-        plain = p.device.type == "cpu" and dispatch.backend("cpu") is not None
-        if not plain or group["transposed"] or group["state_bits"] or hasattr(p, "device_mesh"):
+        if not has_cpu_kernel(p) or group["transposed"] or group["state_bits"]:
             return None
         state = self.state[p]
         self.init_state(p, state, group)

@@ -21,6 +21,7 @@ from optimzoo.core.record import register
 from optimzoo.core.role_options import RoleRates
 from optimzoo.core.scale_fused import LaunchCache, has_momentum, local_average, may_fuse
 from optimzoo.core.scale_sharded import Part, cut_part, step_parts
+from optimzoo.core.spectral_norm import divide_by_spectral_norm_
 from optimzoo.core.update import decaying, signed_decay
 from optimzoo.core.validation import (
     check_betas,
@@ -33,7 +34,7 @@ from optimzoo.core.validation import (
 from optimzoo.distributed import local_part
 from optimzoo.lowbit import RngKey, apply_with_rounding, dequantized_moments
 from optimzoo.roles import input_dim, matrix_view, role_of
-from optimzoo.stacks import batch_by_shape
+from optimzoo.stacks import State, batch_by_shape
 from optimzoo.subspace.newton_schulz import orthogonalize
 
 NORMALIZATIONS = ("column", "row", "sign", "spectral")
@@ -61,7 +62,8 @@ class SCALE(RoleOptimizer):
     two dimensions are flattened to ``[out, -1]``; a stack of matrices is taken slice by slice.
 
     State, in bytes a parameter of the head: its own size (``exp_avg``, in the weight's dtype; in
-    float32 under float16). None for hidden weights and the embedding. Vectors: 8 (two float32
+    float32 under float16). None for hidden weights and the embedding; with `spectral_norm` hidden
+    weights have `singular_vector`, min(m, n) numbers of float32 at least. Vectors: 8 (two float32
     moments), and 4 a tensor.
 
     Args:
@@ -75,6 +77,10 @@ class SCALE(RoleOptimizer):
             `spectral` (Newton–Schulz; with `norm="rms"` times √max(m, n), so that its RMS is 1).
         norm: `rms` divides by the root mean square (the authors' code, the unit of the published
             learning rates), `l2` by the norm (the paper's formula): `lr_l2 = lr · √n_reduced`.
+        spectral_norm: divide the normalised gradient of a hidden weight by an estimate of its
+            spectral norm, so that `lr` is that of the update at every width: two power iterations a
+            step, from the vector where the last step stopped (:mod:`optimzoo.core.spectral_norm`).
+            On the eager path alone; not for sharded hidden weights.
         eps: floor of the divisor. A row whose gradient is zero is not moved.
         other_betas: Adam's betas for the vectors.
         other_eps: Adam's eps, added before the bias correction of the second moment.
@@ -125,6 +131,7 @@ class SCALE(RoleOptimizer):
         weight_decay_style: str = "decoupled",
         normalize: str = "column",
         norm: str = "rms",
+        spectral_norm: bool = False,
         eps: float = 1e-8,
         other_lr: float | Tensor | None = None,
         other_betas: tuple[float, float] = (0.9, 0.999),
@@ -199,6 +206,10 @@ class SCALE(RoleOptimizer):
             else:
                 if has_momentum(group):
                     self._init_average(state, p, group)
+                if _has_unit_norm(p, group) and hasattr(p, "device_mesh"):
+                    raise RuntimeError(
+                        "spectral_norm=True does not step sharded hidden weights; leave it out"
+                    )
                 matrices.append(p)
         return matrices, vectors
 
@@ -268,6 +279,7 @@ class SCALE(RoleOptimizer):
             maximize=group["maximize"],
             foreach=foreach,
             rng_keys=[rng_keys.get(p) for p in matrices],
+            norm_states=[self.state[p] if _has_unit_norm(p, group) else None for p in matrices],
         )
         adam_step(
             vectors,
@@ -297,6 +309,10 @@ def _check_options(options: dict[str, Any]) -> None:
     check_choice("norm", options["norm"], ("rms", "l2"))
     if options["fused"] and options["normalize"] == "spectral":
         raise ValueError("normalize='spectral' has no fused kernel; leave fused=None")
+    if options["spectral_norm"] and options["normalize"] == "spectral":
+        raise ValueError("normalize='spectral' needs no spectral_norm=True; take norm='l2' for it")
+    if options["spectral_norm"] and (options["fused"] or options["differentiable"]):
+        raise ValueError("spectral_norm=True excludes fused=True and differentiable=True")
     if options["fused"] and (options["foreach"] or options["differentiable"]):
         raise ValueError("fused=True excludes foreach=True and differentiable=True; choose one")
     check_rounding(options)
@@ -308,6 +324,10 @@ def _check_options(options: dict[str, Any]) -> None:
             "rounding='stochastic' counts its steps in Python; it excludes capturable=True and "
             "differentiable=True"
         )
+
+
+def _has_unit_norm(p: Tensor, group: dict[str, Any]) -> bool:
+    return bool(group["spectral_norm"]) and role_of(p, group) == "hidden"
 
 
 def scale(
@@ -326,26 +346,35 @@ def scale(
     maximize: bool,
     foreach: bool,
     rng_keys: Sequence[RngKey | None],
+    norm_states: Sequence[State | None],
 ) -> None:
-    """Take one step of :class:`SCALE`, in place, on weights of one layout."""
+    """Take one step of :class:`SCALE`, in place, on weights of one layout.
+
+    ``norm_states`` are the states of those whose update gets the spectral norm one.
+    """
     rule = _multi_tensor_scale if foreach else _single_tensor_scale
     if not params:
         return
     if normalize == "row":
         normalize, dim = "column", -3 - dim
 
-    def direction(grads: list[Tensor]) -> list[Tensor]:
+    def direction(grads: list[Tensor], norm_states: Sequence[State | None]) -> list[Tensor]:
         matrices = [matrix_view(grad, stacked=stacked) for grad in grads]
         how = partial(normalized, dim=dim, normalize=normalize, norm=norm, eps=eps)
         updates = [u for _, u in sorted(batch_by_shape(how, matrices, foreach), key=itemgetter(0))]
+        for update, state in zip(updates, norm_states, strict=False):  # one, or all None
+            if state is not None:
+                divide_by_spectral_norm_(update, state)
         return [update.view_as(grad) for update, grad in zip(updates, grads, strict=True)]
 
-    def step(params: Any, grads: Any, exp_avgs: Any) -> None:
+    def step(params: Any, grads: Any, exp_avgs: Any, norm_states: Any) -> None:
         if maximize:
             grads = [-g for g in grads]
-        rule(params, grads, exp_avgs, direction, lr, momentum, weight_decay)
+        along = partial(direction, norm_states=norm_states)
+        rule(params, grads, exp_avgs, along, lr, momentum, weight_decay)
 
-    apply_with_rounding(step, rng_keys, params, grads, exp_avgs)
+    alone = any(state is not None for state in norm_states)
+    apply_with_rounding(step, rng_keys, params, grads, exp_avgs, norm_states, alone=alone)
 
 
 def normalized(grad: Tensor, *, dim: int, normalize: str, norm: str, eps: float) -> Tensor:

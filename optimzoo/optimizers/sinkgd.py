@@ -1,18 +1,21 @@
 """SinkGD: stateless SGD with alternating row and column normalisation (arXiv 2502.06742)."""
 
+import itertools
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optimzoo.core.matrix_optimizer import MatrixOptimizer
+from optimzoo.core.matrix_optimizer import MatrixOptimizer, has_cpu_kernel, oriented, step_lr
 from optimzoo.core.optimizer import options_of
 from optimzoo.core.record import register
 from optimzoo.core.role_options import SharedOptions
 from optimzoo.core.rule import Context
-from optimzoo.core.update import Update
+from optimzoo.core.spectral_norm import KEY, divide_by_spectral_norm_
+from optimzoo.core.update import Update, signed_decay
 from optimzoo.distributed import UNSHARDED, Shards
+from optimzoo.kernels import dispatch
 from optimzoo.lowbit import RngKey
 from optimzoo.stacks import State
 
@@ -38,9 +41,15 @@ class SinkGD(MatrixOptimizer):
     those of each row tend to it. A matrix of one row or one column gives its signs. A row or a
     column of zeros stays zero.
 
+    With `spectral_norm` X is divided by its largest singular value σ, so that α η is the spectral
+    norm of the update at every width; else that is between α η √max(m, n) and α η √(m n).
+
     All other parameters (the embedding and the head among them, as in the paper) take Adam.
 
-    State of a hidden weight: none. The rest: two of their own size.
+    State of a hidden weight: none; with `spectral_norm` `singular_vector`, min(m, n) numbers of
+    float32 at least. The rest: two of their own size. On a CPU a kernel steps all hidden weights of
+    a group without a tensor of a weight's size; stochastic rounding of stacked or transposed
+    weights, `spectral_norm`, sharded weights and GPUs take the eager path.
 
     Args:
         params: groups from :func:`optimzoo.param_groups`; bare parameters fall back by shape.
@@ -52,6 +61,9 @@ class SinkGD(MatrixOptimizer):
         iterations: passes over rows and columns, L in the paper.
         alpha: α, what the learning rate of the hidden weights is multiplied by. With 1, `lr` is in
             the unit of the other methods.
+        spectral_norm: divide X by an estimate of σ: two power iterations a step, from the vector
+            where the last step stopped (:mod:`optimzoo.core.spectral_norm`). The estimate is at
+            most σ, and a few percent below it once the vector follows. On the eager path alone.
         options: shared options, :class:`~optimzoo.core.role_options.SharedOptions`.
 
     Raises:
@@ -60,9 +72,9 @@ class SinkGD(MatrixOptimizer):
 
     Source: arXiv 2502.06742; a re-implementation, the authors published no code. `iterations`,
     `alpha` and `lr` are what other re-implementations (axolotl, Forgather) give as the paper's.
-    Ours are Adam's betas and eps, weight decay, float32 for 16-bit gradients, and the guard of zero
-    rows and columns: a norm of zero divides nothing. Others clamp norms at 1e-8, with which small
-    gradients are normalised otherwise.
+    Ours are `spectral_norm`, Adam's betas and eps, weight decay, float32 for 16-bit gradients, and
+    the guard of zero rows and columns: a norm of zero divides nothing. Others clamp norms at 1e-8,
+    with which small gradients are normalised otherwise.
     """
 
     counts_steps = False
@@ -77,6 +89,7 @@ class SinkGD(MatrixOptimizer):
         *,
         iterations: int = 5,
         alpha: float = 0.05,
+        spectral_norm: bool = False,
         **options: Unpack[SharedOptions],
     ) -> None:
         super().__init__(params, options_of(locals()), **options)
@@ -86,6 +99,10 @@ class SinkGD(MatrixOptimizer):
             raise ValueError(f"Invalid iterations: {options['iterations']}; it must be at least 1")
         if not options["alpha"] > 0:
             raise ValueError(f"Invalid alpha: {options['alpha']}; it must be > 0")
+
+    def state_letters(self, group: dict[str, Any], shape: torch.Size) -> dict[str, str]:
+        """Return that the vector of the spectral norm is whole, but for a stack's dimension."""
+        return {KEY: "."}
 
     def scale_invariant(self, param: Tensor, group: dict[str, Any]) -> bool:
         """Return whether ``param``'s step is the same for every positive multiple of its gradient.
@@ -100,13 +117,46 @@ class SinkGD(MatrixOptimizer):
         group: dict[str, Any],
         rng_keys: dict[Tensor, RngKey],
     ) -> None:
-        super()._step_matrices(params, {**group, "lr": group["alpha"] * group["lr"]}, rng_keys)
+        """Step what the CPU's kernel takes, all in one call, and the others by `direction`."""
+        group = {**group, "lr": group["alpha"] * group["lr"]}
+        items = [_kernel_items(p, group, rng_keys.get(p)) for _, p in params]
+        calls, _ = dispatch.partition_by_backend(itertools.chain(*items), fused=None)
+        for kernels, call in calls:
+            weights, grads, *_, kinds, shapes = dispatch.to_argument_lists(call)
+            kernels.sinkhorn_(
+                *(weights, grads, kinds, shapes),
+                lr=float(step_lr(group)),
+                weight_decay=signed_decay(group),
+                **{key: group[key] for key in ("iterations", "maximize")},
+                **dispatch.rounding(call),
+            )
+        others = [param for param, own in zip(params, items, strict=True) if not own]
+        super()._step_matrices(others, group, rng_keys)
 
     def direction(
         self, grad: Tensor, state: State, group: dict[str, Any], context: Context
     ) -> Update:
         """Return the gradient with its rows and columns normalised."""
-        return Update(sinkhorn(grad, group["iterations"], context.shards))
+        update = sinkhorn(grad, group["iterations"], context.shards)
+        if group["spectral_norm"]:
+            divide_by_spectral_norm_(update, state, context.shards)
+        return Update(update)
+
+
+def _kernel_items(
+    p: Tensor, group: dict[str, Any], rng_key: RngKey | None
+) -> list[dispatch.TensorArgs]:
+    """Return a weight's matrices as the CPU's kernel reads them; none if it takes another path."""
+    if group["spectral_norm"] or not has_cpu_kernel(p):
+        return []
+    turned = oriented(p, group) is not p
+    if turned and rng_key is not None:
+        return []  # whose elements are counted in the order of the matrix
+    layout = {"stacked": group["stacked"], "rng_key": rng_key}
+    items = dispatch.matrices(p, p.grad, None, dispatch.COLUMNS, **layout)
+    if not turned:  # each iteration has the rows first
+        items = [item._replace(kind=dispatch.ROWS) for item in items]
+    return items if all(map(dispatch.is_supported, items)) else []
 
 
 def sinkhorn(grad: Tensor, iterations: int, shards: Shards = UNSHARDED) -> Tensor:

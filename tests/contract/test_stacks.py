@@ -30,7 +30,7 @@ CASES = {
     "apollo": [RANK, {**RANK, "scale_front": True, "maximize": True}],
     "apollo_mini": [{"update_proj_gap": 12}],
     "swan": [{}, {"weight_decay": 0.1}],
-    "sinkgd": [{"alpha": 1.0}, {"iterations": 2, "weight_decay": 0.1}],
+    "sinkgd": [{"alpha": 1.0}, {"iterations": 2, "weight_decay": 0.1, "spectral_norm": True}],
     "muon": [
         {},
         {"other": "scale", "maximize": True},
@@ -38,7 +38,10 @@ CASES = {
         {"nesterov": False, "weight_decay": 0.1},
     ],
     "rmnp": [{}, {"nesterov": False, "weight_decay": 0.1}],
-    "scale": [{"normalize": n, "weight_decay": 0.1} for n in ("column", "row", "spectral")],
+    "scale": [
+        {"spectral_norm": True},
+        *({"normalize": n, "weight_decay": 0.1} for n in ("column", "row", "spectral")),
+    ],
     "stable_spam": [],
 }
 CAUTIOUS = {"weight_decay": 0.5, "weight_decay_style": "cautious"}

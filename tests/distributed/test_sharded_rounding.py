@@ -31,6 +31,9 @@ def codes_refused(rank, world):
         optimizer = make(name, model, state_bits=8)
         with pytest.raises(RuntimeError, match="state_bits=8 has blocks that no cut"):
             train(model, optimizer, 1)
+    model = shard(net())
+    with pytest.raises(RuntimeError, match="spectral_norm=True does not step sharded hidden"):
+        train(model, make("scale", model, spectral_norm=True), 1)
 
 
 def test_codes_of_sharded_moments_are_refused(tmp_path):

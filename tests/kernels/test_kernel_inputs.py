@@ -122,6 +122,25 @@ def test_what_the_kernels_cannot_read_as_it_lies_is_read_right(case):
     assert eager.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["scale", "sinkgd"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_stack_whose_matrices_lie_in_another_order_is_stepped(name, transposed):
+    """Flattened to a list of matrices it is a copy, which a kernel would step in its place."""
+    weights = []
+    for fused in (False, None):
+        p = torch.nn.Parameter(torch.linspace(-1, 1, 120).view(3, 2, 5, 4).clone())
+        p.data = p.data.transpose(0, 1)
+        layout = {"role": "hidden", "stacked": True, "transposed": transposed}
+        optimizer = optimzoo.create_optimizer(name, [{"params": [p], **layout}], lr=1.0)
+        optimizer.param_groups[0]["fused"] = fused
+        give(p, seed=0)
+        optimizer.step()
+        weights.append(p.detach())
+    torch.testing.assert_close(weights[1], weights[0], rtol=2e-6, atol=2e-6)
+    start = torch.linspace(-1, 1, 120).view(3, 2, 5, 4).transpose(0, 1)
+    assert (weights[1] - start).abs().min() > 0
+
+
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("shape", [(3, 6), (60, 60)])
 def test_a_gradient_of_another_shape_is_refused(steps, shape):

@@ -15,6 +15,7 @@ from reference.kernels_numpy import ADAM, COLUMNS, ROWS, SIGN
 from test_kernels import step_bound
 
 from optimzoo.kernels import native
+from optimzoo.optimizers.sinkgd import sinkhorn
 
 pytestmark = needs_cpu_kernels
 CPU = native.CPU
@@ -38,6 +39,7 @@ ADAM_RULE = {
     "eps_before": False,
 }
 APPLY_RULE = {"lr": 0.1, "weight_decay": 0.1}
+SINKHORN_RULE = {**APPLY_RULE, "iterations": 3}
 FIXED, LAZY = 0x10, mmap.MAP_PRIVATE | 0x4000  # Linux's MAP_FIXED and MAP_NORESERVE
 ROUNDING = {"seed": 2**63 + 9, "step": 2**40, "first_index": 2**31}
 
@@ -133,6 +135,8 @@ def into(operation, dtype, **options):
     elif operation == "apply":
         scales = [normal(c, 4) for _, c in shapes]
         CPU.apply_(params, grads, scales, [COLUMNS] * 2, shapes, **APPLY_RULE, **options)
+    elif operation == "sinkhorn":
+        CPU.sinkhorn_(params, grads, [ROWS, COLUMNS], shapes, **SINKHORN_RULE, **options)
     elif operation == "columns":
         moments = [normal(s, 5 + i) for i, s in enumerate(shapes)]
         none = [None] * 2
@@ -146,7 +150,9 @@ def into(operation, dtype, **options):
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
-@pytest.mark.parametrize("operation", ["columns", "adam", "direction", "apply", "center"])
+@pytest.mark.parametrize(
+    "operation", ["columns", "adam", "direction", "apply", "center", "sinkhorn"]
+)
 def test_stochastic_rounding_of_every_operation(threads, operation, dtype):
     threads(1)
     exact = into(operation, F32)
@@ -173,6 +179,7 @@ def test_an_infinite_gradient_of_the_scaler_writes_nothing_at_all():
         CPU.reduce_([g], [out], [kind], [shape], **found)
     CPU.adam_([p], [g], [m], [v], [one], **ADAM_RULE, **found)
     CPU.center_([p], [g], [shape], eps=1e-8, **found)
+    CPU.sinkhorn_([p], [g], [ROWS], [shape], **SINKHORN_RULE, **found)
     for now, then in zip((p, m, v, out), before, strict=True):
         assert torch.equal(now, then)
 
@@ -188,6 +195,8 @@ def test_the_scale_of_the_gradients_is_divided_out(dtype):
     for grad, options in ((g, {}), (g * factor, scaled)):
         m, v, one = normal(shape, 2), normal(shape, 3).abs(), torch.ones(())
         adam, applied, centred = p.clone(), p.clone(), torch.full_like(p, torch.nan)
+        alternated = p.clone()
+        CPU.sinkhorn_([alternated], [grad], [ROWS], [shape], **SINKHORN_RULE, **options)
         sums = [torch.full((5,), torch.nan), torch.full((300,), torch.nan)]
         clipped = torch.tensor([torch.nan, torch.nan, 0.5, 0.25])
         CPU.adam_([adam], [grad], [m], [v], [one], **ADAM_RULE, **options)
@@ -197,7 +206,7 @@ def test_the_scale_of_the_gradients_is_divided_out(dtype):
         CPU.center_([centred], [grad], [shape], eps=1e-8, **options)
         outs = [*sums, clipped]
         CPU.reduce_([grad] * 3, outs, [ROWS, COLUMNS, SIGN], [shape] * 3, **options)
-        results.append([adam, m, v, applied, centred, *sums, clipped[:2]])
+        results.append([adam, m, v, applied, centred, alternated, *sums, clipped[:2]])
     for plain, divided in zip(*results, strict=True):
         assert plain.isfinite().all() and torch.equal(plain, divided)
 
@@ -223,6 +232,51 @@ def test_what_is_not_finite_goes_through_where_it_belongs(dtype, bad):
     assert (~sums[0].isfinite()).nonzero().tolist() == [[1]]
     assert (~sums[1].isfinite()).nonzero().tolist() == [[17]]
     assert not sums[2][:2].isfinite().any()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("kind", [ROWS, COLUMNS])
+def test_what_is_not_finite_spreads_by_sinkhorn_as_on_the_eager_path(kind, bad):
+    """Along its row and its column, and then to all others."""
+    shape = (70, 300)
+    g = normal(shape, 1)
+    g[1, 17] = bad
+    for iterations in (1, 2):
+        p = normal(shape, 0)
+        CPU.sinkhorn_([p], [g], [kind], [shape], **{**SINKHORN_RULE, "iterations": iterations})
+        eager = sinkhorn(g if kind == ROWS else g.mT, iterations)
+        assert p[1, 17].isnan()
+        assert torch.equal(p.isnan(), (eager if kind == ROWS else eager.mT).isnan())
+
+
+@pytest.mark.parametrize("kind", [ROWS, COLUMNS])
+def test_sinkhorn_gives_the_same_bits_with_any_threads_alone_or_together(threads, kind):
+    shapes = [(513, 70), (1, 5), (130, 4099), (1300, 33), (8, 1), (600, 700)]
+    results = []
+    for count in (1, 2, 3, 4, 7):
+        threads(count)
+        params = [normal(s, i) for i, s in enumerate(shapes)]
+        grads = [normal(s, 9 + i) for i, s in enumerate(shapes)]
+        CPU.sinkhorn_(params, grads, [kind] * len(shapes), shapes, **SINKHORN_RULE)
+        results.append(params)
+    alone = [normal(s, i) for i, s in enumerate(shapes)]
+    for p, g in zip(alone, grads, strict=True):
+        CPU.sinkhorn_([p], [g], [kind], [p.shape], **SINKHORN_RULE)
+    for other in (*results[1:], alone):
+        for p, q, shape in zip(other, results[0], shapes, strict=True):
+            assert torch.equal(p, q), shape
+
+
+@pytest.mark.parametrize("power", [-60, -20, 20, 50])
+def test_sinkhorn_keeps_the_direction_of_gradients_of_any_size(power):
+    """To the bit by a power of two, as long as the squares are numbers of float32."""
+    shape = (40, 300)
+    results = []
+    for factor in (1.0, 2.0**power):
+        p = normal(shape, 0)
+        CPU.sinkhorn_([p], [normal(shape, 1) * factor], [ROWS], [shape], **SINKHORN_RULE)
+        results.append(p)
+    assert torch.equal(*results)
 
 
 def test_a_constant_row_is_centred_to_zero_and_an_empty_call_is_none():

@@ -18,11 +18,13 @@ METHODS = {
     "apollo, one scale": ("apollo", {"rank": 4, "scale_type": "tensor", "maximize": True}),
     "apollo_mini": ("apollo_mini", {}),
     "swan": ("swan", {}),
+    "sinkgd": ("sinkgd", {"alpha": 1.0}),
+    "sinkgd, once": ("sinkgd", {"alpha": 1.0, "iterations": 1, "maximize": True}),
     "stable_spam": ("stable_spam", {"update_proj_gap": 5}),
     "stable_spam, clean": ("stable_spam", {"update_proj_gap": 5, "reset_step": "clean"}),
 }
 CALLS = {"fira": "reduce_ apply_", "apollo": "reduce_ apply_", "swan": "center_"}
-CALLS |= {"apollo_mini": "reduce_ apply_", "stable_spam": "reduce_ adam_"}
+CALLS |= {"sinkgd": "sinkhorn_", "apollo_mini": "reduce_ apply_", "stable_spam": "reduce_ adam_"}
 
 
 def train(name, options, shape, dtype, *, rounding="nearest"):

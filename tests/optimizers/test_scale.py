@@ -145,6 +145,8 @@ FIDELITY = {
     "odd": (odd, {}),
     "odd-l2": (odd, {"norm": "l2", "weight_decay": 0.1, "vector_lr": 0.02, "lr": 0.05}),
     "odd-row": (odd, {"normalize": "row"}),
+    "odd-norm": (odd, {"spectral_norm": True, "weight_decay": 0.1, "lr": 0.1, "vector_lr": 0.01}),
+    "odd-sign-norm": (odd, {"spectral_norm": True, "normalize": "sign", "lr": 0.1}),
 }
 
 

@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from needs import needs_cpu_kernels
 from reference.spectral_numpy import sr_sinkhorn
 from torch import nn
 from torch.testing import assert_close
 
-from optimzoo import SinkGD
+from optimzoo import SinkGD, create_optimizer
+from optimzoo.kernels import native
+from optimzoo.memory import simulate
 from optimzoo.optimizers.sinkgd import sinkhorn
 
 SHAPES = [(12, 7), (7, 12), (9, 9), (129, 5), (1, 7), (7, 1), (1, 1)]
@@ -91,3 +94,86 @@ def test_the_rate_of_a_hidden_weight_is_alpha_times_that_of_the_others():
         optimizer.step()
         assert optimizer.param_groups[0]["lr"] == own["lr"]
     assert_close(*weights)
+
+
+LAYOUTS = {
+    "weights": ([(9, 17), (300, 40), (1, 7), (7, 1), (9, 17)], {}),
+    "transposed": ([(8, 12), (130, 9)], {"transposed": True}),
+    "stacks": ([(3, 6, 10), (2, 3, 70, 9)], {"stacked": True}),
+    "transposed stacks": ([(3, 6, 10), (2, 3, 70, 9)], {"stacked": True, "transposed": True}),
+    "convolutions": ([(4, 3, 2, 2), (6, 1, 4)], {}),
+    "transposed convolutions": ([(4, 3, 2, 2)], {"transposed": True}),
+}
+
+
+def stepped(layout, dtype, fused, **options):
+    """Return weights of a layout after four steps, and what they were."""
+    shapes, how = LAYOUTS[layout]
+    weights = [nn.Parameter(normal(*shape, dtype=dtype)) for shape in shapes]
+    before = [p.detach().clone() for p in weights]
+    groups = [{"params": weights, "role": "hidden", **how}]
+    optimizer = SinkGD(groups, lr=0.1, alpha=0.5, weight_decay=0.1, fused=fused, **options)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(4):
+        for p in weights:
+            grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            p.grad = (grad * 10.0 ** (-2 * step)).to(dtype)
+            p.grad[0] = 0
+        optimizer.step()
+    return [p.detach() for p in weights], before
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_kernel_takes_the_steps_of_the_eager_path(layout, maximize):
+    eager, before = stepped(layout, torch.float32, False, maximize=maximize)
+    fused, _ = stepped(layout, torch.float32, None, maximize=maximize)
+    for p, q, start in zip(fused, eager, before, strict=True):
+        assert_close(p, q, rtol=2e-6, atol=2e-6)
+        assert not torch.equal(p, start)
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_of_16_bits_are_rounded_alike(layout, dtype, rounding):
+    """By the same random bits: hardly an entry falls to the other side."""
+    eager, _ = stepped(layout, dtype, False, rounding=rounding)
+    fused, _ = stepped(layout, dtype, None, rounding=rounding)
+    apart = sum(int((p != q).sum()) for p, q in zip(fused, eager, strict=True))
+    assert apart <= 0.01 * sum(p.numel() for p in eager)
+
+
+@needs_cpu_kernels
+def test_a_group_is_one_call_of_the_kernel(monkeypatch):
+    calls = []
+    run = native.CPU.sinkhorn_
+    monkeypatch.setattr(
+        native.CPU, "sinkhorn_", lambda *a, **k: (calls.append(len(a[0])), run(*a, **k))
+    )
+    stepped("weights", torch.float32, None)
+    assert calls == [5] * 4
+    stepped("weights", torch.bfloat16, True, rounding="stochastic")
+    assert calls[4:] == [5] * 4
+    stepped("weights", torch.float32, False)
+    stepped("weights", torch.float64, None)
+    assert len(calls) == 8
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("name", ["sinkgd", "rmnp"])
+def test_a_gpus_step_is_simulated_without_the_kernel_that_the_cpu_alone_has(name):
+    """It holds a stack of directions there, which the CPU's kernel does without."""
+    model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(4)))
+
+    def peak(device, fused):
+        def make(groups):
+            groups = [{**group, "role": "hidden"} for group in groups]
+            return create_optimizer(name, groups, fused=fused)
+
+        forward = {"step": lambda model: model(torch.zeros(2, 256)).sum(), "device": device}
+        return simulate(model, make, **forward).peak.bytes
+
+    assert peak("cuda", None) == peak("cuda", False) > peak("cpu", None)

@@ -125,6 +125,7 @@ SINKGD = {
     "decay": {**DECAY, "alpha": 1.0},
     "cautious": {**CAUTIOUS, "alpha": 1.0},
     "up": {**UP, "eps": 1e-3},
+    "spectral norm": {**DECAY, "alpha": 8.0, "spectral_norm": True},
 }
 SPAM = {
     f"{kind}{'-cosine' * bool(total)}": {
@@ -229,6 +230,7 @@ def test_the_references_would_notice():
         (SWAN, {}, {"steps": 4}),
         (SinkGD, {}, {"iterations": 4}),
         (SinkGD, {}, {"alpha": 0.051}),
+        (SinkGD, {"spectral_norm": True, "alpha": 8.0}, {"power_iterations": 3}),
         (StableSPAM, SPAM["clean"], {"reset_step": "authors"}),
         (StableSPAM, SPAM["clean"], {"gamma3": 0.99}),
         (RMNP, {}, {"momentum": 0.949}),

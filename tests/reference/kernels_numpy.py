@@ -100,6 +100,15 @@ def center(g, *, eps, **options):
     return g / np.where(deviation < eps, eps, deviation)
 
 
+def sinkhorn(p, g, kind, *, iterations, lr, weight_decay, **options):
+    """p after a SinkGD step; each iteration has the rows first, or the columns."""
+    x = gradient(g, **options)
+    for _ in range(iterations):
+        for reduced in (kind, ROWS + COLUMNS - kind):
+            x = x / lengths(x, reduced, l2=False, eps=2.0**-126)
+    return np.asarray(p, np.float64) - lr * (x + weight_decay * np.asarray(p, np.float64))
+
+
 def finaliser(x):
     """MurmurHash3's, of uint32."""
     x = np.asarray(x, np.uint64) & 0xFFFFFFFF

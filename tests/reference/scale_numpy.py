@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from reference.rest_adam_numpy import shrunk
 
+from .spectral_numpy import PowerIteration
+
 Array = NDArray[np.float64]
 
 OUTPUTS_ARE_ROWS = {
@@ -38,6 +40,7 @@ class ScaleReference:
         weight_decay_style: str = "decoupled",
         normalize: str = "column",
         norm: str = "rms",
+        spectral_norm: bool = False,
         eps: float = 1e-8,
         vector_lr: float | None = None,
         other_betas: tuple[float, float] = (0.9, 0.999),
@@ -63,6 +66,7 @@ class ScaleReference:
         self.cautious = weight_decay_style == "cautious"
         self.normalize = normalize
         self.norm = norm
+        self.spectral_norm = PowerIteration(2) if spectral_norm else None
         self.eps = eps
         self.vector_lr = lr if vector_lr is None else vector_lr
         self.other_betas = other_betas
@@ -95,6 +99,14 @@ class ScaleReference:
             beta = self.momentum
             self.exp_avg[name] = beta * self.exp_avg[name] + (1 - beta) * g
             g = self.exp_avg[name]
+        update = self.normal(kind, g)
+        if self.spectral_norm is None or kind in ("head", "embedding"):
+            return update
+        pieces = update if kind == "stack" else update.reshape(1, len(g), -1)
+        sizes = [self.spectral_norm(f"{name}[{i}]", piece) for i, piece in enumerate(pieces)]
+        return (pieces / np.array(sizes)[:, None, None]).reshape(g.shape)
+
+    def normal(self, kind: str, g: Array) -> Array:
         if self.normalize == "sign":
             return np.sign(g)
         # The "row" ablation gives the scalars to the inputs instead.

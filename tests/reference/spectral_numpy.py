@@ -7,6 +7,7 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
+from .kernels_numpy import random_bits
 from .rest_adam_numpy import Array, Reference, correction
 
 
@@ -116,14 +117,40 @@ class SinkgdReference(Reference):
         other_lr: float | None = None,
         iterations: int = 5,
         alpha: float = 0.05,
+        spectral_norm: bool = False,
+        power_iterations: int = 2,
         **common: Any,
     ) -> None:
         other_lr = lr if other_lr is None else other_lr
         super().__init__(params, hidden, lr=alpha * lr, other_lr=other_lr, **common)
         self.iterations = iterations
+        self.spectral_norm = PowerIteration(power_iterations) if spectral_norm else None
 
     def matrix_update(self, key: str, g: Array, t: int) -> Array:
-        return sr_sinkhorn(g, self.iterations)
+        x = sr_sinkhorn(g, self.iterations)
+        return x if self.spectral_norm is None else x / self.spectral_norm(key, x)
+
+
+class PowerIteration:
+    """The largest singular value of each matrix, from the left vector that the last call left."""
+
+    def __init__(self, iterations: int) -> None:
+        self.iterations = iterations
+        self.vectors: dict[str, Array] = {}
+
+    def __call__(self, key: str, x: Array) -> float:
+        x = x if x.shape[0] <= x.shape[1] else x.T
+        if key not in self.vectors:
+            drawn = (random_bits(len(x), 0, 0, 0) >> 8) * 2.0**-24 - 0.5
+            self.vectors[key] = drawn / np.linalg.norm(drawn)
+        if not x.any():
+            return 1.0
+        for _ in range(self.iterations):
+            v = x.T @ self.vectors[key]
+            w = x @ (v / np.linalg.norm(v))
+            self.vectors[key] = w / np.linalg.norm(w)
+        least = np.sqrt(np.sum(x * x) / len(x))
+        return float(max(np.linalg.norm(w), least))
 
 
 class StableSpamReference(Reference):

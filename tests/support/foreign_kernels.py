@@ -19,7 +19,7 @@ from kernel_differences import disagreement
 
 from optimzoo.kernels import native, table
 
-OPERATIONS = ("scale", "adam", "reduce", "apply", "center")
+OPERATIONS = ("scale", "adam", "reduce", "apply", "center", "sinkhorn")
 ARRAYS = ("history_dot", "history_combine", "nm_mask")
 SIZES = (4, 2, 2)  # bytes of each enum oz_type
 POINTERS = ("param", "grad", "exp_avg", "exp_avg_sq", "mask", "step", "extra", "lr_tensor")
@@ -29,6 +29,7 @@ WRITTEN = {
     "reduce": ("extra",),
     "apply": ("param",),
     "center": ("param",),
+    "sinkhorn": ("param",),
 }
 UNUSED = {"scale": ("extra",), "reduce": ("param",)}
 

@@ -455,7 +455,11 @@ ZOO = [
     ),
     _zoo_info(
         SinkGD,
-        {"once": {"iterations": 1}, "unscaled": {"alpha": 1.0, "iterations": 8}},
+        {
+            "once": {"iterations": 1},
+            "unscaled": {"alpha": 1.0, "iterations": 8},
+            "spectral": {"alpha": 1.0, "spectral_norm": True},
+        },
         {
             "iterations": (0, "Invalid iterations: 0; it must be at least 1"),
             "alpha": (0.0, "Invalid alpha: 0.0; it must be > 0"),

@@ -44,6 +44,7 @@ VARIANTS = {
     "galore power": ("galore", {"projector": "power", "rotate": False}),
     "natural_galore both": ("natural_galore", {"side": "both", "relative_damping": True}),
     "sinkgd other scale": ("sinkgd", {"other": "scale"}),
+    "sinkgd spectral norm": ("sinkgd", {"lr": 0.05, "spectral_norm": True}),
     "muon other adafactor": ("muon", {"other": "adafactor"}),
     "natural_galore int8": ("natural_galore", {"history_dtype": "int8"}),
     "stable_spam together": ("stable_spam", {"foreach": True}),
