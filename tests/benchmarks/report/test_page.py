@@ -69,7 +69,7 @@ def test_a_name_cannot_break_out_of_the_page(monkeypatch):
     for part in ("rows", "curves", "front"):
         for item in section[part]:
             item["label"] = item["method"] = bad
-    monkeypatch.setattr(page, "sections", lambda: [section])
+    monkeypatch.setattr(page, "sections", lambda own: [section])
     assert page.render().count("<script>") == 1
 
 
