@@ -68,8 +68,8 @@ def inverse_length(squares, n, eps, L2: tl.constexpr):
 @triton.jit
 def stepped(p, u, lr, weight_decay):
     """Return p less its step; a negative decay is cautious: not where u moves p away from zero."""
-    cautious = tl.where(u * p >= 0, -weight_decay, 0.0)
-    return p - lr * (u + tl.where(weight_decay < 0, cautious, weight_decay) * p)
+    least = tl.where(weight_decay < 0, 0.0, float("-inf"))
+    return p - lr * (u + tl.where(u * p >= least, tl.abs(weight_decay), 0.0) * p)
 
 
 @triton.jit
