@@ -141,7 +141,8 @@ def _results(name: str) -> str:
         "search ([protocol](docs/protocol.md)). MB: parameters and state of the 60M Llama in "
         "bfloat16. ±: standard deviation over the seeds; to AdamW: mean over paired seeds and "
         "its standard error, level where a t test does not tell them apart "
-        f"(p < {LEVEL})."
+        f"(p < {LEVEL}). The papers' protocol, and what these runs cannot tell: "
+        "[results](docs/results.md)."
     )
 
 

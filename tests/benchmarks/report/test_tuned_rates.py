@@ -33,7 +33,7 @@ def test_its_values_are_those_of_the_row_with_the_lowest_loss():
 def test_a_method_whose_best_rate_is_at_an_edge_is_left_out(monkeypatch):
     monkeypatch.setattr(Plan, "edges", lambda self, method, *_: ["lr"] * (method == "muon"))
     nano = json.loads(tuned_rates.text())["nano"]
-    names = [record["optimizer"] for record in nano["methods"]]
-    assert "muon" not in names and "adamw" in names
+    named = [(record["optimizer"], record["variant"]) for record in nano["methods"]]
+    assert ("muon", {}) not in named and ("adamw", {}) in named
     monkeypatch.setattr(Plan, "edges", lambda self, *_: ["lr"])
     assert json.loads(tuned_rates.text()) == {}, "there is no ratio without AdamW"
