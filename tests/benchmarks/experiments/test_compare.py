@@ -17,6 +17,7 @@ from benchmarks.common.progress import SideBySide
 from benchmarks.experiments import plan, run_queue, summary
 from benchmarks.experiments.plan import Plan
 from benchmarks.report import readme as report
+from benchmarks.report import tuned_rates
 from benchmarks.training.metrics import perplexity
 from benchmarks.training.run import Run
 from optimzoo import get_info
@@ -301,6 +302,9 @@ def test_report_writes_and_checks_the_readme(folder, monkeypatch, capsys):
     old = "# zoo\n\n<!-- table: tiny -->\nold\n<!-- end -->\n\nrest <!-- end -->\n"
     readme.write_text(old)
     monkeypatch.setattr(report, "README", readme)
+    (folder / "rates.json").write_text("{}\n")
+    monkeypatch.setattr(tuned_rates, "PATH", folder / "rates.json")
+    monkeypatch.setattr(tuned_rates, "PLANS", ())
     assert main(["report", "--check"]) == 1
     assert capsys.readouterr().out.count("\n") == 1 and readme.read_text() == old
     assert main(["report"]) == 0
@@ -309,6 +313,11 @@ def test_report_writes_and_checks_the_readme(folder, monkeypatch, capsys):
     assert summary.comparison(Plan("tiny"), stored).markdown() in new
     assert new.startswith("# zoo\n") and new.endswith("<!-- end -->\n\nrest <!-- end -->\n")
     assert main(["report", "--check"]) == 0
+    (folder / "rates.json").write_text("{}")
+    assert main(["report", "--check"]) == 1
+    assert capsys.readouterr().out.endswith(
+        "rates.json differs from the results; run python -m benchmarks report\n"
+    )
     (folder / "results" / "tiny-compare.json").unlink()
     capsys.readouterr()
     assert main(["report", "--check"]) == 2

@@ -15,6 +15,7 @@ from benchmarks.__main__ import main
 from benchmarks.experiments import own, plan
 from benchmarks.experiments.plan import Plan
 from benchmarks.report import readme as report
+from benchmarks.report import tuned_rates
 from benchmarks.training import cli
 from benchmarks.training.config import RunConfig
 from benchmarks.training.loop import train
@@ -362,6 +363,8 @@ def test_the_rows_as_csv_and_in_the_report(folder, monkeypatch, capsys):
     table = (folder / "out" / "table.md").read_text()
     (line,) = (line for line in table.splitlines() if line.startswith("| Reads (own)"))
     assert line.split(" | ")[5] == "-"
+    monkeypatch.setattr(tuned_rates, "PATH", folder / "rates.json")
+    monkeypatch.setattr(tuned_rates, "PLANS", ())
     (folder / "README.md").write_text("# zoo\n")
     monkeypatch.setattr(report, "README", folder / "README.md")
     monkeypatch.setattr(report.Plan, "stored", classmethod(lambda cls: []))
