@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from itertools import pairwise
 from statistics import median
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from optimzoo.registry import get_info
@@ -125,7 +125,7 @@ def starting_values(
         adamw_lr = _between(own, batch_tokens)
     powers = dict.fromkeys(ROLE_RATES, 0.0) | dict(info.width_power)
     if variant.get("other") == "scale":
-        powers["embedding"] = 0.5
+        powers["embedding"] = get_info("scale").width_power["embedding"]
     options: dict[str, Any] = {}
     spread = {}
     for role, key in ROLE_RATES.items():
@@ -215,11 +215,8 @@ def _between(values: dict[str, float], batch_tokens: int | None) -> float:
     points = sorted((math.log(batch), sum(v) / len(v)) for batch, v in by_batch.items())
     if batch_tokens is None:
         return math.exp(sum(y for _, y in points) / len(points))
-    at = min(max(math.log(batch_tokens), points[0][0]), points[-1][0])
-    for (x0, y0), (x1, y1) in pairwise(points):
-        if at <= x1:
-            return math.exp(y0 + (y1 - y0) * (at - x0) / (x1 - x0))
-    return math.exp(points[-1][1])
+    batches, logs = zip(*points, strict=True)
+    return math.exp(float(np.interp(math.log(batch_tokens), batches, logs)))
 
 
 def _text(value: Any) -> str:

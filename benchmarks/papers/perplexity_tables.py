@@ -97,7 +97,7 @@ def records(table: PaperComparison, size: str, rows: dict[str, list[Row]]) -> li
 
 def _tried(plan: Plan, method: str, protocol: str) -> int:
     """Return the number of committed runs from which a method's rates were chosen."""
-    rows = read_rows(plan.tune_path) if plan.tune_path.exists() else []
+    rows = plan.tuning_rows(method)
     return sum((row["method"], row["protocol"]) == (method, protocol) for row in rows)
 
 

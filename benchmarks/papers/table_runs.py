@@ -15,7 +15,6 @@ from benchmarks.data.corpus import Corpus
 from benchmarks.experiments import time_budget as budget
 from benchmarks.experiments.plan import Entry, Plan, Row, choose, near, settings, tried
 from benchmarks.experiments.run_queue import Session, merged, threads_each
-from benchmarks.experiments.summary import read_rows
 from benchmarks.experiments.time_budget import Cut
 from benchmarks.papers import perplexity_tables
 from benchmarks.papers.perplexity_tables import PaperComparison
@@ -93,7 +92,7 @@ class TableRuns:
         search = plan.search(method, protocol)
         if not search.axes or "tuned_by" in plan.values:
             return True
-        rows = read_rows(plan.tune_path) if plan.tune_path.exists() else []
+        rows = plan.tuning_rows(method)
         mine = [r for r in rows if (r["method"], r["protocol"]) == (method, protocol)]
         begun = tried(mine, method, protocol, search)
         return bool(mine) and not (begun and self._tuning_runs(plan, [method], mine))

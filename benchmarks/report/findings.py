@@ -110,4 +110,4 @@ def _rows(plan: str, method: str) -> list[Row]:
 
 def _edges(name: str, method: str) -> list[str]:
     plan = Plan(name)
-    return plan.edges(method, "tuned", read_rows(plan.tune_path) if plan.tune_path.exists() else [])
+    return plan.edges(method, "tuned", plan.tuning_rows(method))

@@ -8,7 +8,6 @@ import torch
 from benchmarks.common.files import ROOT
 from benchmarks.common.tables import Table
 from benchmarks.experiments.plan import Plan, settings
-from benchmarks.experiments.summary import read_rows
 from optimzoo.models.llama import Llama, get_config
 from optimzoo.tuned_rates import (
     ROLE_RATES,
@@ -31,10 +30,11 @@ def text() -> str:
     """
     made: dict[str, Any] = {}
     for plan in map(Plan, PLANS):
-        if not plan.tune_path.exists():
+        rows = plan.tuning_rows("adamw")  # and all the other methods'
+        if not rows:
             continue
-        rows = read_rows(plan.tune_path)
-        methods = [m for m in plan.methods if m != "sgd" and _is_tuned(plan, m, rows)]
+        tuned = [m for m in plan.methods if not plan.edges(m, "tuned", rows)]
+        methods = [m for m in tuned if m != "sgd"]
         if "adamw" in methods:
             made[plan.name] = _setting(plan, methods)
     return json.dumps(made, indent=1) + "\n"
@@ -64,11 +64,6 @@ def _line(label: str, start: StartingValues) -> list[str]:
     decay = options.get("weight_decay", "")
     shown = [str(value).strip("()") for value in (start.clip or "none", average, decay)]
     return [label, *rates, *shown, ", ".join(start.settings)]
-
-
-def _is_tuned(plan: Plan, method: str, rows: list[dict[str, Any]]) -> bool:
-    mine = [r for r in rows if (r["method"], r["protocol"]) == (method, "tuned")]
-    return bool(mine) and not plan.edges(method, "tuned", rows)
 
 
 def _setting(plan: Plan, methods: list[str]) -> dict[str, Any]:

@@ -51,6 +51,16 @@ PLAN: dict[str, Any] = {
 }
 
 
+def patched(monkeypatch: Any, folder: Path) -> Path:
+    """Be in a folder with the model and the plan `tiny`, on 80 columns; return it."""
+    monkeypatch.setitem(llama.CONFIGS, "tiny", TINY)
+    monkeypatch.setattr(plan, "_CONFIGS", folder / "configs")
+    monkeypatch.setattr(plan, "_RESULTS", folder / "results")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "80")
+    return folder
+
+
 def write_text(folder: Path) -> list[Path]:
     """Files of words, some thousand tokens in each split."""
     texts = make_texts(60)

@@ -21,7 +21,6 @@ from benchmarks.report import tuned_rates
 from benchmarks.training.metrics import perplexity
 from benchmarks.training.run import Run
 from optimzoo import get_info
-from optimzoo.models.llama import CONFIGS
 
 PAIRS = [(m, p) for m in ("adamw", "scale") for p in ("tuned", "paper")]
 
@@ -32,15 +31,6 @@ def run(folder: Path, *options: object) -> int:
     return main([*map(str, [*words, "--data", *text, "--cache-dir", folder / "cache"])])
 
 
-def patched(monkeypatch, folder: Path) -> Path:
-    monkeypatch.setitem(CONFIGS, "tiny", tiny_benchmarks.TINY)
-    monkeypatch.setattr(plan, "_CONFIGS", folder / "configs")
-    monkeypatch.setattr(plan, "_RESULTS", folder / "results")
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("COLUMNS", "80")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
     """A folder in which the tiny plan is tuned and compared, made once."""
@@ -48,7 +38,7 @@ def tuned(tmp_path_factory):
     tiny_benchmarks.write_text(folder)
     tiny_benchmarks.write_plan(folder)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        patched(monkeypatch, folder)
+        tiny_benchmarks.patched(monkeypatch, folder)
         assert run(folder, "--tune") == 0
         assert run(folder, "--store") == 0  # in the folder of the tuning runs: not confused
     return folder
@@ -58,7 +48,7 @@ def tuned(tmp_path_factory):
 def folder(monkeypatch, tmp_path, tuned):
     """The tuned plan, its texts and tokens, without any run."""
     shutil.copytree(tuned, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("out"))
-    return patched(monkeypatch, tmp_path)
+    return tiny_benchmarks.patched(monkeypatch, tmp_path)
 
 
 def tuning_rows(folder: Path) -> list[dict]:

@@ -12,8 +12,6 @@ import tiny_benchmarks
 from tiny_benchmarks import start
 
 from benchmarks.__main__ import main
-from benchmarks.experiments import plan
-from optimzoo.models.llama import CONFIGS
 
 pytestmark = [
     pytest.mark.thorough,
@@ -73,10 +71,7 @@ def rows_of(out: Path) -> dict[tuple[str, int], dict]:
 
 def test_two_jobs_give_the_rows_of_one(folder, monkeypatch):
     process = start(folder, compare(folder, 2, "two", "--seeds=2"))
-    monkeypatch.setitem(CONFIGS, "tiny", tiny_benchmarks.TINY)
-    monkeypatch.setattr(plan, "_CONFIGS", folder / "configs")
-    monkeypatch.setattr(plan, "_RESULTS", folder / "results")
-    monkeypatch.chdir(folder)
+    tiny_benchmarks.patched(monkeypatch, folder)
     status = main(compare(folder, 1, "one", "--seeds=2"))
     printed, error = process.communicate(timeout=600)
     assert status == 0

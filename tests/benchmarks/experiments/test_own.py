@@ -23,7 +23,6 @@ from benchmarks.training.models import CausalLM, make_model
 from benchmarks.training.own import create_own, load_class
 from benchmarks.training.run import Run
 from optimzoo import param_groups
-from optimzoo.models.llama import CONFIGS
 
 SIGN = '''"""Sign descent with momentum, and what a constructor or an import may do wrong."""
 import torch
@@ -89,12 +88,7 @@ def folder(monkeypatch, tmp_path):
     rows = [{**row, "protocol": protocol} for protocol in ("tuned", "paper")]
     (tmp_path / "results" / "tiny-tune.json").write_text(json.dumps({"rows": rows}))
     (tmp_path / "mine.py").write_text(SIGN)
-    monkeypatch.setitem(CONFIGS, "tiny", tiny_benchmarks.TINY)
-    monkeypatch.setattr(plan, "_CONFIGS", tmp_path / "configs")
-    monkeypatch.setattr(plan, "_RESULTS", tmp_path / "results")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "80")
-    return tmp_path
+    return tiny_benchmarks.patched(monkeypatch, tmp_path)
 
 
 def run(folder: Path, command: str, *options: object) -> int:
