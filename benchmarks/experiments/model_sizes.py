@@ -36,10 +36,11 @@ def _pico(batch: int) -> ModelSize:
 
 def _batch(tokens: int) -> ModelSize:
     """Return nano at a batch of so many tokens: 4 M tokens a run, tuned on a quarter of them."""
-    steps = NANO_TOKENS // tokens
-    sizes = {"model": "nano", "steps": steps, "batch_size": tokens // 128, "seq_len": 128}
-    gap = max(10, steps // 8)
-    return ModelSize({**sizes, "eval_tokens": 65536}, 32, gap, steps // 4, one_line=False)
+    steps, sequences = NANO_TOKENS // tokens, tokens // 128
+    part = min(sequences, 16)  # the logits of more leave a CPU's cache
+    sizes = {"model": "nano", "steps": steps, "batch_size": part, "seq_len": 128}
+    sizes |= {"accumulate": sequences // part, "eval_tokens": 65536}
+    return ModelSize(sizes, 32, max(10, steps // 8), steps // 4, one_line=False)
 
 
 # 60m: 16,384 tokens a step, a tuning run 10 M tokens, a final one 60 M. bf16 throughout, as

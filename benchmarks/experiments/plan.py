@@ -92,6 +92,12 @@ class Plan:
             rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
         return rows
 
+    @property
+    def batch_tokens(self) -> int:
+        """Return the tokens of a step."""
+        values = self.values
+        return int(values["batch_size"] * values.get("accumulate", 1) * values["seq_len"])
+
     def label(self, method: str) -> str:
         """Return the method's name in tables."""
         return str(self.methods[method]["label"])

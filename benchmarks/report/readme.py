@@ -116,9 +116,8 @@ def _methods(name: str) -> str:
 
 
 def _size(name: str) -> str:
-    values = Plan(name).values
-    tokens = values["batch_size"] * values["seq_len"]
-    return f"batches of {tokens:,} tokens, {values['steps']} steps"
+    plan = Plan(name)
+    return f"batches of {plan.batch_tokens:,} tokens, {plan.values['steps']} steps"
 
 
 def _results(name: str) -> str:

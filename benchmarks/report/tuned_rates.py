@@ -69,8 +69,7 @@ def _line(label: str, start: StartingValues) -> list[str]:
 def _setting(plan: Plan, methods: list[str]) -> dict[str, Any]:
     with torch.device("meta"):
         width = model_width(Llama(get_config(plan.values["model"])))
-    tokens = plan.values["batch_size"] * plan.values["seq_len"]
-    head = {"batch_tokens": tokens, "steps": plan.values["steps"], "width": width}
+    head = {"batch_tokens": plan.batch_tokens, "steps": plan.values["steps"], "width": width}
     return head | {"methods": [_record(plan, method) for method in methods]}
 
 
