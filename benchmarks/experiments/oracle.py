@@ -19,8 +19,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from torch import nn
-
 from benchmarks.common.files import RESULTS, make_folder, write_json
 from benchmarks.common.progress import RunProgress
 from benchmarks.common.provenance import made_on
@@ -28,9 +26,8 @@ from benchmarks.common.tables import Table
 from benchmarks.data.characters import character_corpus
 from benchmarks.data.corpus import Corpus
 from benchmarks.training.config import RunConfig
-from benchmarks.training.gpt import GPT, GPTConfig
 from benchmarks.training.loop import train
-from benchmarks.training.run import Run
+from benchmarks.training.models import CHARACTERS
 from optimzoo.options import refuse
 
 Row = dict[str, Any]
@@ -42,7 +39,7 @@ PUBLISHED: Row = {
     "sha256": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
 }
 SETTING: Row = {
-    "model": "nanogpt-char",
+    "model": CHARACTERS,
     "steps": 2000,
     "batch_size": 12,
     "seq_len": 64,
@@ -70,15 +67,6 @@ class Method:
 METHODS = {
     "adamw": Method("AdamW", {"lr": 1e-3}, {"betas": [0.9, 0.99], "weight_decay": 0.1}),
 }
-
-
-class GPTRun(Run):
-    """Training run of nanoGPT's model."""
-
-    def make_model(self) -> nn.Module:
-        """Return a GPT for the corpus, drawn from the seed."""
-        shape = GPTConfig(self.corpus.vocab_size, context=self.config.seq_len)
-        return GPT(shape, seed=self.config.seed)
 
 
 def make_config(name: str, rates: dict[str, float], seed: int, corpus: Corpus) -> RunConfig:
@@ -212,7 +200,7 @@ def _run(
     shown = "-".join(f"{value:g}" for value in rates_of({"config": vars(config)}))
     out = args.out / f"{name}-lr{shown}-seed{seed}"
     progress = bar.start(label, config.steps)
-    options: Any = {"save_every": 500, "test": False, "progress": progress, "make_run": GPTRun}
+    options: Any = {"save_every": 500, "test": False, "progress": progress}
     row = train(config, corpus, out=out, **options)
     bar.finish(f"{label}: validation loss {mean_text([row['valid_loss']])}")
     return {**row, "method": name}

@@ -11,13 +11,16 @@ import torch
 
 from benchmarks.common.files import make_folder
 from benchmarks.common.progress import RunProgress
+from benchmarks.data.characters import character_corpus
 from benchmarks.data.corpus import Corpus, load_corpus
+from benchmarks.data.gratings import grating_corpus
 from benchmarks.training.config import PRECISIONS, RunConfig
 from benchmarks.training.distributed import KINDS, start
 from benchmarks.training.flops import speed_text
+from benchmarks.training.gpt import GPTConfig
 from benchmarks.training.loop import finished, train
 from benchmarks.training.metrics import perplexity
-from benchmarks.training.models import vocab_size
+from benchmarks.training.models import CHARACTERS, IMAGES, vocab_size
 from benchmarks.training.run import refuse_early
 from optimzoo.models import get_config, is_config
 from optimzoo.options import refuse
@@ -55,7 +58,21 @@ def refuse_cache(args: argparse.Namespace) -> None:
 
 
 def corpus_from(args: argparse.Namespace, model: str, *, progress: bool = True) -> Corpus:
-    """Load the corpus that the options choose, tokenized for a model."""
+    """Load the corpus that the options choose, tokenized for a model.
+
+    Raises:
+        ValueError: options that the model's corpus does not take.
+    """
+    if model in (CHARACTERS, IMAGES):
+        own = ["data"] if model == IMAGES else []
+        reason = f"the data of model {model} are its own, and whole; leave {{option}} out"
+        refuse(args, [*own, "max_chars", "max_tokens"], args.given, reason)
+    if model == IMAGES:
+        return grating_corpus()
+    if model == CHARACTERS:
+        if len(args.data) != 1 or args.data in (["stdlib"], ["c4"]):
+            raise ValueError(f"model {model} reads the characters of a text; give --data FILE")
+        return character_corpus(Path(args.data[0]), GPTConfig.context)
     source = args.data[0] if args.data in (["stdlib"], ["c4"]) else args.data
     return load_corpus(
         source,
@@ -156,7 +173,8 @@ def _print_result(config: RunConfig, row: dict[str, Any]) -> int:
         f"{config.optimizer}: validation perplexity {perplexity(row['valid_loss']):.2f}, "
         f"test {perplexity(row['test_loss']):.2f}, {row['tokens_per_second']:,.0f} tokens/s"
     )
-    timed = row.get("step_ms") and row["optimizer_ms"] and not is_config(config.model)
-    if torch.cuda.is_available() and timed:
+    timed = row.get("step_ms") and row["optimizer_ms"]
+    llama = not is_config(config.model) and config.model not in (CHARACTERS, IMAGES)
+    if torch.cuda.is_available() and timed and llama:
         print(speed_text(row, get_config(config.model)))
     return 0

@@ -1,4 +1,4 @@
-"""Models of a run: the Llama of a size, or any causal one of a Hugging Face config."""
+"""Models of a run: a Llama, nanoGPT's, a vision transformer, or one of a Hugging Face config."""
 
 import hashlib
 import json
@@ -9,7 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.training.gpt import GPT, GPTConfig
+from benchmarks.training.vit import ViT
 from optimzoo.models import Llama, from_config, get_config, is_config, read_config
+
+# Beside the Llamas: nanoGPT's model of characters, and a classifier of images.
+CHARACTERS, IMAGES = "nanogpt-char", "vit"
 
 
 def vocab_size(name: str) -> int:
@@ -32,7 +37,7 @@ def make_model(
     """Return the model of a name, drawn from the seed in float32.
 
     Args:
-        name: of a Llama, or the path of a Hugging Face config.
+        name: of a Llama, `nanogpt-char`, `vit`, or the path of a Hugging Face config.
         vocabulary: its size; default: the model's own.
         seed: of its weights.
         device: where it is drawn; on `meta` it takes no memory.
@@ -40,6 +45,10 @@ def make_model(
     Raises:
         ValueError: an unknown name, or a model that sees the tokens it is to predict.
     """
+    if name in (CHARACTERS, IMAGES):
+        characters = vocabulary or 65
+        model = GPT(GPTConfig(characters), seed=seed) if name == CHARACTERS else ViT(seed=seed)
+        return model.to(device)
     if not is_config(name):
         config = get_config(name)
         with torch.device(device):
@@ -48,10 +57,10 @@ def make_model(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         float32 = {"dtype": "float32", "torch_dtype": "float32"}  # its name then and now
-        model = CausalLM(from_config(name, device, **changes, **float32))
-    if device != "meta" and not _is_causal(model):
+        causal = CausalLM(from_config(name, device, **changes, **float32))
+    if device != "meta" and not _is_causal(causal):
         raise ValueError(f"model {name} is not causal: its tokens see those after them")
-    return model
+    return causal
 
 
 class CausalLM(nn.Module):

@@ -16,7 +16,7 @@ from benchmarks.data.characters import character_corpus
 from benchmarks.experiments import oracle
 from benchmarks.training.config import lr_factor
 from benchmarks.training.gpt import GPT, GPTConfig
-from benchmarks.training.run import make_optimizer
+from benchmarks.training.run import Run, make_optimizer
 from optimzoo import param_groups
 
 SMALL = GPTConfig(vocab_size=11, context=8, layers=2, heads=2, width=6)
@@ -197,7 +197,7 @@ def test_the_batches_are_the_text_and_the_next_character(text):
 def test_the_loss_is_that_of_the_whole_validation_split(text):
     corpus = character_corpus(text, seq_len=64)
     config = oracle.make_config("adamw", {}, 0, corpus)
-    run = oracle.GPTRun(config, corpus)
+    run = Run(config, corpus)
     weights, losses = weights_of(run.model), []
     for start in range(0, len(corpus.valid) - 64, 64):
         window = corpus.valid[start : start + 65].astype(np.int64)
@@ -324,7 +324,7 @@ def test_a_run_its_files_and_its_verdict(text, tmp_path, capsys, monkeypatch, sh
 
     loss = rows[0]["valid_loss"]
     monkeypatch.setitem(oracle.PUBLISHED, "valid_loss", round(loss, 2))
-    monkeypatch.setattr(oracle.GPTRun, "train_step", None)  # a finished run is read
+    monkeypatch.setattr(Run, "train_step", None)  # a finished run is read
     assert run(text, tmp_path / "out") == 0
     assert f"validation loss {loss:.3f}" in capsys.readouterr().out.splitlines()[-1]
 
@@ -386,7 +386,7 @@ def test_the_committed_run_agrees():
 
 def test_the_model_of_a_run_is_a_method_of_it(text):
     corpus = character_corpus(text, 64)
-    run = oracle.GPTRun(oracle.make_config("adamw", {}, 4, corpus), corpus)
+    run = Run(oracle.make_config("adamw", {}, 4, corpus), corpus)
     assert isinstance(run.model, GPT)
     expected = GPT(GPTConfig(corpus.vocab_size), seed=4)
     assert all(map(torch.equal, run.model.parameters(), expected.parameters()))

@@ -1,0 +1,248 @@
+"""Starting values beside each method's own best, on tasks that they were not fitted to."""
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.common.files import RESULTS, make_folder, write_json
+from benchmarks.common.provenance import made_on
+from benchmarks.common.tables import Table
+from benchmarks.data.gratings import WINDOW
+from benchmarks.experiments.plan import Entry, Plan, Row, choose, settings
+from benchmarks.experiments.run_queue import Session, add_jobs_argument, merged, settle_counts
+from benchmarks.experiments.significance import Difference, paired
+from benchmarks.experiments.summary import read_rows
+from benchmarks.experiments.tuning import FACTOR, Values, scaled
+from benchmarks.training.cli import add_corpus_arguments, corpus_from, refuse_cache
+from benchmarks.training.models import CHARACTERS, IMAGES, make_model
+from optimzoo import param_groups, starting_values
+from optimzoo.tuned_rates import ROLE_RATES, VARIANT
+
+WITHIN = 0.02  # of the best perplexity
+PROTOCOL = "tuned"  # of the plan whose methods and labels these are
+
+
+@dataclass(frozen=True)
+class Task:
+    """Training script of somebody who has a learning rate for AdamW.
+
+    Attributes:
+        text: what is trained, for the caption of a table.
+        adamw_lr: the rate of its AdamW.
+        sizes: fields of `RunConfig`.
+        batch_tokens: tokens of a step, if it has tokens.
+    """
+
+    text: str
+    adamw_lr: float
+    sizes: Row
+    batch_tokens: int | None = None
+
+
+TASKS = {
+    "script": Task(
+        "nanoGPT's small GPT (a tied head, learned positions) on characters",
+        1e-3,
+        {"model": CHARACTERS, "steps": 400, "batch_size": 12, "seq_len": 64},
+        12 * 64,
+    ),
+    "classifier": Task(
+        "a vision transformer on images of ten kinds of gratings, under noise",
+        1e-3,
+        {"model": IMAGES, "steps": 400, "batch_size": 32, "seq_len": WINDOW},
+    ),
+}
+
+
+class Check:
+    """Runs of a task: each method at its starting values, and with rates around them."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.task = name, TASKS[name]
+        self.plan = Plan("nano")
+        self.plan.values |= self.task.sizes | {"eval_tokens": 10**9}  # all of a split
+        self.groups = param_groups(make_model(self.task.sizes["model"], device="meta"))
+        self.path = RESULTS / f"starting-values-{name}.json"
+
+    def methods(self) -> list[str]:
+        """Return the plan's methods that have starting values: all but SGD."""
+        return [m for m, record in self.plan.methods.items() if m != "sgd" and PROTOCOL in record]
+
+    def start(self, method: str) -> Values:
+        """Return a method's starting values, as `RunConfig` and its optimizer take them."""
+        record = self.plan.methods[method]
+        variant = {key: record["hyper"][key] for key in VARIANT if key in record.get("hyper", {})}
+        start = starting_values(
+            record.get("optimizer", method),
+            self.groups,
+            adamw_lr=self.task.adamw_lr,
+            batch_tokens=self.task.batch_tokens,
+            **variant,
+        )
+        return {"clip": start.clip or 0.0, "warmup": start.warmup, **start.options}
+
+    def points(self, method: str) -> Iterator[Values]:
+        """Yield the starting values, and half and twice of each role's rate and of all three."""
+        start = self.start(method)
+        roles = {group["role"] for group in self.groups} - {"vector"}
+        rates = [rate for role, rate in ROLE_RATES.items() if role in roles]
+        yield start
+        for axis in ([rate] for rate in rates):
+            yield from (scaled(start, axis, factor) for factor in (FACTOR, 1 / FACTOR))
+        yield from (scaled(start, rates, factor) for factor in (FACTOR, 1 / FACTOR))
+
+    def entry(self, method: str, values: Values, seed: int) -> Entry:
+        """Return the run of a method with these values."""
+        return self.plan.entry(method, PROTOCOL, seed, **values)
+
+    def is_start(self, row: Row) -> bool:
+        """Return whether a row was made with the method's starting values."""
+        entry = self.entry(row["method"], self.start(row["method"]), row["config"]["seed"])
+        return settings(row) == settings({"config": json.loads(json.dumps(vars(entry.config)))})
+
+    def run(self, session: Session, methods: list[str], seeds: int) -> list[Row]:
+        """Train the grid of each method with seed 0; then the start and the best with the rest."""
+        grid = [self.entry(m, point, 0) for m in methods for point in self.points(m)]
+        session.run(grid, test=True)
+        rows = list(session.rows)
+        rest: list[Entry] = []
+        for method in methods:
+            best = settings(choose(rows, method, PROTOCOL))
+            same = {key: value for key, value in self.start(method).items() if key not in best}
+            for seed in range(1, seeds):
+                pair = (self.start(method), {**same, **best})
+                rest += {e.key: e for e in (self.entry(method, v, seed) for v in pair)}.values()
+        return session.run(rest, test=True) if rest else rows
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Starting values of one method beside the best of the grid around them, over the seeds."""
+
+    method: str
+    start: Row
+    best: Row
+    perplexities: tuple[float, float]
+    difference: Difference
+
+    @property
+    def within(self) -> bool:
+        """Return whether the perplexity at the start is at most 2 % above the best."""
+        return math.expm1(self.difference.mean) <= WITHIN
+
+
+def outcomes(check: Check, rows: list[Row]) -> list[Outcome]:
+    """Return what came out for each method, that with the lowest perplexity first."""
+    found = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == method]
+        best = settings(choose([r for r in mine if r["config"]["seed"] == 0], method, PROTOCOL))
+        at_best = [row for row in mine if settings(row) == best]
+        at_start = [row for row in mine if check.is_start(row)]
+        difference = paired(at_start, at_best)
+        assert difference is not None
+        means = [_perplexity(at_start), _perplexity(at_best)]
+        found.append(Outcome(method, at_start[0], at_best[0], (means[0], means[1]), difference))
+    return sorted(found, key=lambda outcome: outcome.perplexities[0])
+
+
+def _perplexity(rows: list[Row]) -> float:
+    losses = [math.inf if row["test_loss"] is None else row["test_loss"] for row in rows]
+    return math.exp(math.fsum(losses) / len(losses))
+
+
+def table(check: Check, rows: list[Row]) -> Table:
+    """Return the table of starting values beside the best."""
+    body = []
+    for outcome in outcomes(check, rows):
+        error = outcome.difference.error
+        percent = f"{100 * math.expm1(outcome.difference.mean):+.1f}"
+        percent += "" if error is None else f" ±{100 * error:.1f}"
+        body.append(
+            [
+                check.plan.label(outcome.method),
+                "/".join(f"{rate:g}" for rate in _rates(outcome.start)),
+                f"{outcome.perplexities[0]:.3f}",
+                f"{outcome.perplexities[1]:.3f}",
+                _moved(outcome),
+                f"{percent} %" + ("" if outcome.within else ", far"),
+            ]
+        )
+    headers = ("method", "hidden / embedding / head", "start", "best", "best at", "difference")
+    return Table(headers, body)
+
+
+def _moved(outcome: Outcome) -> str:
+    """Return how the best point of the grid differs from the start, as ``head x 2``."""
+    ratios = {
+        role: best / start
+        for role, best, start in zip(
+            (role for role in ROLE_RATES if role != "vector"),
+            _rates(outcome.best),
+            _rates(outcome.start),
+            strict=True,
+        )
+        if best != start
+    }
+    if not ratios:
+        return "start"
+    which = next(iter(ratios)) if len(ratios) == 1 else "all"
+    return f"{which} x {next(iter(ratios.values())):.2g}"
+
+
+def _rates(row: Row) -> list[float]:
+    values = settings(row)
+    return [values[rate] for role, rate in ROLE_RATES.items() if role != "vector"]
+
+
+def summary(check: Check, rows: list[Row]) -> str:
+    """Return in one sentence how many methods start within 2 % of their best."""
+    found = outcomes(check, rows)
+    near = sum(outcome.within for outcome in found)
+    seeds = sorted({outcome.difference.seeds for outcome in found})
+    return (
+        f"{near} of {len(found)} methods start within {100 * WITHIN:g} % of the best perplexity of "
+        f"a grid around the start ({' or '.join(map(str, seeds))} seeds)"
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `python -m benchmarks starting-values`."""
+    parser.add_argument("task", choices=list(TASKS))
+    parser.add_argument("--optimizers", nargs="+", metavar="NAME", help="of plan nano")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1")
+    add_jobs_argument(parser)
+    parser.add_argument("--out", type=Path, default=Path("runs/starting-values"))
+    parser.add_argument("--store", action="store_true", help="also keep the rows in the repository")
+    add_corpus_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run what is missing and print the table."""
+    refuse_cache(args)
+    settle_counts(args)
+    args.committed = False
+    check = Check(args.task)
+    methods = check.plan.select(args.optimizers) if args.optimizers else check.methods()
+    if "sgd" in methods:
+        raise ValueError("sgd has no starting values: its rates are of the gradient's size")
+    make_folder(args.out, "--out")
+    session = Session(args, check.plan, corpus_from(args, check.task.sizes["model"]))
+    rows = check.run(session, methods, args.seeds)
+    kept = [{k: v for k, v in r.items() if k not in ("curve", "valid_curve")} for r in rows]
+    write_json(args.out / f"{args.task}.json", {"rows": kept})
+    if args.store:
+        write_json(check.path, {"rows": merged(check.path, kept)})
+    table(check, rows).print()
+    print(f"{summary(check, rows)}; {made_on(rows[0]['provenance'])}")
+    return 0
+
+
+def stored() -> Iterator[tuple[Check, list[Row]]]:
+    """Yield the tasks that have committed rows."""
+    for check in map(Check, TASKS):
+        if check.path.exists():
+            yield check, read_rows(check.path)

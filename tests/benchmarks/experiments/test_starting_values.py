@@ -1,0 +1,107 @@
+"""Starting values beside the best of a grid around them."""
+
+import json
+import math
+
+import pytest
+
+from benchmarks.__main__ import main
+from benchmarks.experiments import starting_values
+from benchmarks.experiments.starting_values import Check, Task, outcomes, summary
+from benchmarks.training.models import CHARACTERS
+
+SIZES = {"model": CHARACTERS, "steps": 2, "batch_size": 2, "seq_len": 16}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setitem(starting_values.TASKS, "script", Task("a test", 1e-3, SIZES, 32))
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "made.txt"
+    path.write_text("to be, or not to be: that is the question. " * 30, encoding="utf-8")
+    return path
+
+
+def made(check, method, values, seed, loss):
+    config = vars(check.entry(method, values, seed).config)
+    config = json.loads(json.dumps(config))
+    return {"method": method, "protocol": "tuned", "config": config} | dict.fromkeys(
+        ("valid_loss", "test_loss"), loss
+    )
+
+
+@pytest.mark.parametrize("task", starting_values.TASKS)
+def test_the_grid_moves_one_rate_or_all_by_two(task):
+    check = Check(task)
+    for method in check.methods():
+        start, *points = check.points(method)
+        assert start == check.start(method)
+        ratios = set()
+        for point in points:
+            changed = {k: v / start[k] for k, v in point.items() if v != start[k]}
+            assert changed.keys() <= {"lr", "embedding_lr", "head_lr"}
+            (ratio,) = {round(r, 4) for r in changed.values()}
+            ratios.add((tuple(sorted(changed)), ratio))
+        assert len(ratios) == 8 and {ratio for _, ratio in ratios} == {0.5, 2.0}
+
+
+def test_all_methods_but_sgd_are_checked():
+    assert set(Check("script").plan.methods) - set(Check("script").methods()) == {"sgd"}
+
+
+def test_the_outcome_is_paired_over_the_seeds():
+    check = Check("script")
+    rows = []
+    for method, gain in (("scale", 0.015), ("muon", 0.03)):
+        start, *points = check.points(method)
+        for seed, loss in enumerate((2.0, 2.1, 2.3)):
+            rows.append(made(check, method, start, seed, loss))
+            rows.append(made(check, method, points[3], seed, loss - gain - 0.001 * seed))
+        rows.append(made(check, method, points[0], 0, None))  # diverged
+    near, far = outcomes(check, rows)
+    assert (near.method, far.method) == ("scale", "muon")
+    assert near.within and not far.within
+    assert near.difference.mean == pytest.approx(0.016) and near.difference.seeds == 3
+    assert near.perplexities == pytest.approx((math.exp(6.4 / 3), math.exp(6.4 / 3 - 0.016)))
+    assert summary(check, rows).startswith("1 of 2 methods start within 2 % of the best")
+    table = starting_values.table(check, rows)
+    assert [row[0] for row in table.rows] == ["SCALE", "Muon"]
+    assert [row[-1].endswith("far") for row in table.rows] == [False, True]
+    assert table.rows[0][4] == "embedding x 0.5"
+
+
+def test_a_start_that_is_the_best_has_no_difference():
+    check = Check("classifier")
+    start, other, *_ = check.points("swan")
+    rows = [made(check, "swan", start, seed, 1.0 + seed) for seed in range(2)]
+    rows.append(made(check, "swan", other, 0, 1.5))
+    (outcome,) = outcomes(check, rows)
+    assert outcome.difference.mean == 0.0 and outcome.within
+
+
+def test_the_command_runs_stores_and_goes_on(small, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(starting_values, "RESULTS", tmp_path)
+    words = ["starting-values", "script", "--data", str(text), "--jobs", "1", "--store"]
+    command = [*words, "--optimizers", "scale", "--seeds", "2", "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "SCALE" in printed and "of 1 methods start within 2 % of the best" in printed
+    path = tmp_path / "starting-values-script.json"
+    stored = json.loads(path.read_text())
+    rows = stored["rows"]
+    assert {row["config"]["steps"] for row in rows} == {2} and "curve" not in rows[0]
+    assert sum(row["config"]["seed"] == 0 for row in rows) == 9
+    assert sum(row["config"]["seed"] == 1 for row in rows) in (1, 2)
+    monkeypatch.setattr("benchmarks.training.run.Run.train_step", None)  # finished runs are read
+    assert main(command) == 0
+    assert json.loads(path.read_text()) == stored
+
+
+def test_sgd_and_unknown_methods_are_refused(text, tmp_path, capsys):
+    for name, message in (("sgd", "sgd has no starting values"), ("mun", "did you mean muon")):
+        words = ["starting-values", "script", "--data", str(text), "--optimizers", name]
+        assert main([*words, "--out", str(tmp_path / "out")]) == 2
+        assert message in capsys.readouterr().err
