@@ -49,7 +49,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokens of a source by split; `sha256` is that of its documents and their splits."""
+    """Tokens of a source by split; `sha256` is that of its documents and their splits.
+
+    `folder` is that of the token cache, with the tokenizer in it.
+    """
 
     name: str
     sha256: str
@@ -57,6 +60,7 @@ class Corpus:
     train: np.ndarray
     valid: np.ndarray
     test: np.ndarray
+    folder: Path | None = None
 
 
 def load_corpus(
@@ -69,6 +73,7 @@ def load_corpus(
     max_tokens: int | None = None,
     c4_dataset: str = "allenai/c4",
     tokenizer: str = "t5-base",
+    tokenized_as: Path | None = None,
 ) -> Corpus:
     """Load the tokens of a source from the cache, or tokenize the source and cache them.
 
@@ -83,6 +88,7 @@ def load_corpus(
         c4_dataset: a dataset on the Hugging Face hub, or a local folder laid out like it
             (which must not change: a cache is found by the name of the dataset alone).
         tokenizer: a tokenizer on the hub, or a local folder. Only for "c4".
+        tokenized_as: a folder of tokens whose tokenizer is taken, not trained. Only for text.
     """
     if vocab_size < MIN_VOCAB:
         raise ValueError(f"vocab_size must be at least {MIN_VOCAB} (bytes first), got {vocab_size}")
@@ -90,9 +96,15 @@ def load_corpus(
     named = source in ("stdlib", "c4")
     with Bars(progress) as bars:
         if not named and len(paths) == 1 and (folder := Path(paths[0])).is_dir():
-            limits = {"max_chars": max_chars, "max_tokens": max_tokens}
+            limits = {
+                "max_chars": max_chars,
+                "max_tokens": max_tokens,
+                "tokenized_as": tokenized_as,
+            }
             return _copied(folder, vocab_size, limits, bars)
         if source == "c4":
+            if tokenized_as is not None:
+                raise ValueError(f"tokenized_as={tokenized_as} is not for 'c4'; give tokenizer")
             if max_chars is not None:
                 raise ValueError(f"max_chars={max_chars} is not for 'c4'; give max_tokens")
             if max_tokens is None or max_tokens < 1:
@@ -102,9 +114,9 @@ def load_corpus(
             if max_tokens is not None:
                 raise ValueError(f"max_tokens={max_tokens} is only for 'c4'; give max_chars")
             text = stdlib_source() if source == "stdlib" else file_source(paths)
-            recipe = _text_recipe(limited(text, max_chars), vocab_size, bars)
-        meta, tokens = _from_cache(recipe, Path(cache_dir))
-    return Corpus(recipe.name, meta["sha256"], vocab_size, **tokens)
+            recipe = _text_recipe(limited(text, max_chars), vocab_size, bars, tokenized_as)
+        meta, tokens, cached = _from_cache(recipe, Path(cache_dir))
+    return Corpus(recipe.name, meta["sha256"], vocab_size, **tokens, folder=cached)
 
 
 @dataclass(frozen=True)
@@ -116,20 +128,22 @@ class _Recipe:
     fill: Callable[[Path], None]
 
 
-def _from_cache(recipe: _Recipe, cache_dir: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _from_cache(
+    recipe: _Recipe, cache_dir: Path
+) -> tuple[dict[str, Any], dict[str, np.ndarray], Path]:
     key = hashlib.sha256(json.dumps(recipe.identity, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_dir / f"{recipe.name}-{key}"
     sweep(cache_dir)
     if folder.exists():
         try:
-            return open_tokens(folder, recipe.identity)
+            return *open_tokens(folder, recipe.identity), folder
         except StaleCacheError as reason:
             log.warning("cached tokens in %s: %s; building them again", folder, reason)
     build(folder, recipe.fill, recipe.identity)
-    return open_tokens(folder, recipe.identity)
+    return *open_tokens(folder, recipe.identity), folder
 
 
-def _copied(folder: Path, vocab_size: int, limits: Mapping[str, int | None], bars: Bars) -> Corpus:
+def _copied(folder: Path, vocab_size: int, limits: Mapping[str, Any], bars: Bars) -> Corpus:
     if not (folder / "meta.json").exists():
         raise ValueError(
             f"{folder} is a folder; give the files in it, or a folder of tokens from the token "
@@ -150,11 +164,13 @@ def _copied(folder: Path, vocab_size: int, limits: Mapping[str, int | None], bar
             f"{folder}: {reason}; take a folder of tokens that was made for this model by this "
             "version, and copied whole"
         ) from reason
-    return Corpus(meta["source"], meta["sha256"], vocab_size, **tokens)
+    return Corpus(meta["source"], meta["sha256"], vocab_size, **tokens, folder=folder)
 
 
-def _text_recipe(source: Source, vocab_size: int, bars: Bars) -> _Recipe:
+def _text_recipe(source: Source, vocab_size: int, bars: Bars, tokenized_as: Path | None) -> _Recipe:
     import tokenizers
+
+    known = None if tokenized_as is None else _tokenizer_of(tokenized_as, vocab_size)
 
     with bars.bar("reading", None, "characters") as advance:
         surveyed = survey(source, advance)
@@ -164,9 +180,11 @@ def _text_recipe(source: Source, vocab_size: int, bars: Bars) -> _Recipe:
         "vocab_size": vocab_size,
         "tokenizers": tokenizers.__version__,
     }
+    if known is not None:
+        identity["tokenizer_sha256"] = hashlib.sha256(known.to_str().encode()).hexdigest()
 
     def fill(folder: Path) -> None:
-        tokenizer = train_tokenizer(source, surveyed, vocab_size, bars)
+        tokenizer = known or train_tokenizer(source, surveyed, vocab_size, bars)
         writer = TokenWriter(folder, _dtype(vocab_size))
         total = sum(surveyed.characters.values())
         try:
@@ -188,6 +206,22 @@ def _text_recipe(source: Source, vocab_size: int, bars: Bars) -> _Recipe:
             writer.close()
 
     return _Recipe(source.name, identity, fill)
+
+
+def _tokenizer_of(folder: Path, vocab_size: int) -> Any:
+    import tokenizers
+
+    path = folder / "tokenizer.json"
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{folder} is no folder of tokens: {error}") from None
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise ValueError(
+            f"the tokenizer of {folder} has {tokenizer.get_vocab_size()} tokens, and the model "
+            f"{vocab_size}; give one of this model"
+        )
+    return tokenizer
 
 
 def _c4_recipe(vocab_size: int, max_tokens: int, dataset: str, name: str, bars: Bars) -> _Recipe:

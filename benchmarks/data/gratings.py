@@ -11,7 +11,7 @@ SIDE = 16
 LEVELS = 16  # of grey
 WINDOW = SIDE * SIDE + 1  # the pixels of an image, then its class
 NOISE = 1.2  # standard deviation; that of the stripes is about 0.4
-_COUNTS = {"train": 16_384, "valid": 2_048, "test": 2_048}
+_COUNTS = (16_384, 2_048, 2_048)  # images to train, to validate and to test
 
 
 def grating_corpus() -> Corpus:
@@ -21,12 +21,11 @@ def grating_corpus() -> Corpus:
     the orientation of its stripes. Wavelength (3 to 8 pixels), phase and contrast are random, so
     the mean of no class differs from another's, and the noise keeps any model from certainty.
     """
-    splits = {
-        name: _split(count, np.random.default_rng(seed))
-        for seed, (name, count) in enumerate(_COUNTS.items())
-    }
-    digest = hashlib.sha256(b"".join(tokens.tobytes() for tokens in splits.values()))
-    return Corpus("gratings", digest.hexdigest(), LEVELS, **splits)
+    train, valid, test = (
+        _split(count, np.random.default_rng(seed)) for seed, count in enumerate(_COUNTS)
+    )
+    digest = hashlib.sha256(b"".join(tokens.tobytes() for tokens in (train, valid, test)))
+    return Corpus("gratings", digest.hexdigest(), LEVELS, train, valid, test)
 
 
 def _split(count: int, random: np.random.Generator) -> np.ndarray:

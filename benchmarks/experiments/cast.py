@@ -18,7 +18,7 @@ from benchmarks.common.provenance import made_on
 from benchmarks.common.tables import Table
 from benchmarks.data.corpus import Corpus
 from benchmarks.experiments import pictures
-from benchmarks.experiments.sparse_run import DenseRun, Method, SparseRun, sparse_config
+from benchmarks.experiments.sparse_run import Method, SparseRun, sparse_config
 from benchmarks.training.cli import add_corpus_arguments, corpus_from, refuse_cache
 from benchmarks.training.config import RunConfig
 from benchmarks.training.loop import train
@@ -57,18 +57,16 @@ def train_or_read(
     args: argparse.Namespace,
     corpus: Corpus,
     bar: RunProgress,
-    make_run: Callable[..., Run],
+    make_run: Callable[..., Run] = Run,
 ) -> Row:
-    """Train a run, or read it if it is finished and its weights are saved. Return its row.
+    """Train a run and keep its weights, or read it if it is finished. Return its row.
 
     Raises:
         ValueError: its loss is not finite.
     """
-    out = args.out / name
-    if not (out / "weights.pt").exists():
-        (out / "row.json").unlink(missing_ok=True)
+    options: Any = {"save_every": 100, "keep_weights": True, "make_run": make_run}
     progress = bar.start(name, config.steps)
-    row = train(config, corpus, out=out, progress=progress, save_every=100, make_run=make_run)
+    row = train(config, corpus, out=args.out / name, progress=progress, **options)
     if row["diverged"]:
         raise ValueError(f"the loss of {name} is not finite; lower the rates")
     return row
@@ -79,7 +77,7 @@ def train_dense(args: argparse.Namespace, corpus: Corpus, bar: RunProgress) -> d
     rates = {"lr": args.dense_lr, "other_lr": args.dense_other_lr}
     hyper = {"weight_decay": 0.0}
     config = RunConfig("adamw", hyper=hyper, steps=args.dense_steps, **rates, **_sizes(args))
-    row = train_or_read("start", config, args, corpus, bar, DenseRun)
+    row = train_or_read("start", config, args, corpus, bar)
     bar.finish(f"dense: validation perplexity {perplexity(row['valid_loss']):.2f}")
     return dict(torch.load(args.out / "start" / "weights.pt", weights_only=True))
 

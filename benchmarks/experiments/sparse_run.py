@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import io
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from benchmarks.common.files import write_atomic
 from benchmarks.data.corpus import Corpus
 from benchmarks.training.config import RunConfig
 from benchmarks.training.run import Run
@@ -75,23 +73,6 @@ class MaskedForward(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """Return the pruned weight, with the identity's gradient (straight-through)."""
         return weight + (weight * self.mask - weight).detach()
-
-
-def save_weights(run: Run) -> None:
-    """Write a run's trained weights to weights.pt in its folder."""
-    assert run.out is not None
-    buffer = io.BytesIO()
-    torch.save({k: v.cpu() for k, v in run.model.state_dict().items()}, buffer)
-    write_atomic(run.out / "weights.pt", buffer.getvalue())
-
-
-class DenseRun(Run):
-    """Training run of the dense model from which all methods start."""
-
-    def results(self, test: bool) -> dict[str, Any]:
-        """Save the weights, and return the losses."""
-        save_weights(self)
-        return {"label": "start", **super().results(test)}
 
 
 def sparse_config(
@@ -225,7 +206,7 @@ class SparseRun(Run):
             self.last = report(self.model, self.optimizer)
 
     def results(self, test: bool) -> dict[str, Any]:
-        """Prune for good, save the weights, and return losses and shares of zeros."""
+        """Prune for good, and return losses and shares of zeros."""
         facts: dict[str, Any] = {"label": self.method.label, "masked_curve": self.masked_curve}
         facts["tokens"] = self.method.trained * self.step * self.config.tokens_per_step
         facts["valid_before"] = self.evaluate("valid")
@@ -240,5 +221,4 @@ class SparseRun(Run):
             raise RuntimeError(f"{self.method.label}: a weight is not {N}:{M}")
         zeros = sum(int((m.weight == 0).sum()) for m in layers)
         facts["zeros"] = zeros / sum(m.weight.numel() for m in layers)
-        save_weights(self)
         return facts | super().results(test)

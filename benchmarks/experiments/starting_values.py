@@ -1,27 +1,32 @@
 """Starting values beside each method's own best, on tasks that they were not fitted to."""
 
 import argparse
-import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks.common.files import RESULTS, make_folder, write_json
+from benchmarks.common.progress import RunProgress
 from benchmarks.common.provenance import made_on
 from benchmarks.common.tables import Table
 from benchmarks.data.gratings import WINDOW
-from benchmarks.experiments.plan import Entry, Plan, Row, choose, settings
+from benchmarks.experiments.plan import Entry, Plan, Row, choose, settings, tuned_text
 from benchmarks.experiments.run_queue import Session, add_jobs_argument, merged, settle_counts
 from benchmarks.experiments.significance import Difference, paired
 from benchmarks.experiments.summary import read_rows
 from benchmarks.experiments.tuning import FACTOR, Values, scaled
 from benchmarks.training.cli import add_corpus_arguments, corpus_from, refuse_cache
+from benchmarks.training.loop import train
+from benchmarks.training.metrics import perplexity
 from benchmarks.training.models import CHARACTERS, IMAGES, make_model
 from optimzoo import param_groups, starting_values
+from optimzoo.options import refuse
 from optimzoo.tuned_rates import ROLE_RATES, VARIANT
 
 WITHIN = 0.02  # of the best perplexity
+ALL = 10**9  # tokens to evaluate: the whole split
 PROTOCOL = "tuned"  # of the plan whose methods and labels these are
 
 
@@ -34,25 +39,34 @@ class Task:
         adamw_lr: the rate of its AdamW.
         sizes: fields of `RunConfig`.
         batch_tokens: tokens of a step, if it has tokens.
+        pretrained: steps of AdamW on another text before, tuned as on nano.
     """
 
     text: str
     adamw_lr: float
     sizes: Row
     batch_tokens: int | None = None
+    pretrained: int = 0
 
 
 TASKS = {
     "script": Task(
         "nanoGPT's small GPT (a tied head, learned positions) on characters",
         1e-3,
-        {"model": CHARACTERS, "steps": 400, "batch_size": 12, "seq_len": 64},
+        {"model": CHARACTERS, "steps": 400, "batch_size": 12, "seq_len": 64, "eval_tokens": ALL},
         12 * 64,
     ),
     "classifier": Task(
         "a vision transformer on images of ten kinds of gratings, under noise",
         1e-3,
-        {"model": IMAGES, "steps": 400, "batch_size": 32, "seq_len": WINDOW},
+        {"model": IMAGES, "steps": 400, "batch_size": 32, "seq_len": WINDOW, "eval_tokens": ALL},
+    ),
+    "fine-tuning": Task(
+        "a nano Llama that AdamW has trained on another text, for 1,600 steps at its tuned rates",
+        2e-4,  # a tenth of the rate that it was trained with
+        {"model": "nano", "steps": 200, "batch_size": 8, "seq_len": 128, "eval_tokens": 65536},
+        8 * 128,
+        pretrained=1600,
     ),
 }
 
@@ -63,7 +77,7 @@ class Check:
     def __init__(self, name: str) -> None:
         self.name, self.task = name, TASKS[name]
         self.plan = Plan("nano")
-        self.plan.values |= self.task.sizes | {"eval_tokens": 10**9}  # all of a split
+        self.plan.values |= self.task.sizes
         self.groups = param_groups(make_model(self.task.sizes["model"], device="meta"))
         self.path = RESULTS / f"starting-values-{name}.json"
 
@@ -101,7 +115,7 @@ class Check:
     def is_start(self, row: Row) -> bool:
         """Return whether a row was made with the method's starting values."""
         entry = self.entry(row["method"], self.start(row["method"]), row["config"]["seed"])
-        return settings(row) == settings({"config": json.loads(json.dumps(vars(entry.config)))})
+        return tuned_text(settings(row)) == tuned_text(settings({"config": vars(entry.config)}))
 
     def run(self, session: Session, methods: list[str], seeds: int) -> list[Row]:
         """Train the grid of each method with seed 0; then the start and the best with the rest."""
@@ -140,7 +154,7 @@ def outcomes(check: Check, rows: list[Row]) -> list[Outcome]:
     for method in dict.fromkeys(row["method"] for row in rows):
         mine = [row for row in rows if row["method"] == method]
         best = settings(choose([r for r in mine if r["config"]["seed"] == 0], method, PROTOCOL))
-        at_best = [row for row in mine if settings(row) == best]
+        at_best = [row for row in mine if tuned_text(settings(row)) == tuned_text(best)]
         at_start = [row for row in mine if check.is_start(row)]
         difference = paired(at_start, at_best)
         assert difference is not None
@@ -209,6 +223,25 @@ def summary(check: Check, rows: list[Row]) -> str:
     )
 
 
+def _pretrain(check: Check, args: argparse.Namespace) -> None:
+    """Train the model that a task begins with, or read it; make ``args`` those of its own text."""
+    if not check.task.pretrained:
+        return refuse(args, ["then"], args.given, "the task has one text; leave {option} out")
+    if args.then is None:
+        raise ValueError(f"{check.name} continues on a second text; give it as --then FILE")
+    corpus = corpus_from(args, check.task.sizes["model"])
+    config = replace(check.plan.base.chosen("adamw", PROTOCOL, 0).config, **check.task.sizes)
+    config = replace(config, steps=check.task.pretrained)
+    out = args.out / "pretrained"
+    with RunProgress(config.steps) as bar:
+        options: Any = {"save_every": 400, "keep_weights": True, "test": False}
+        row = train(config, corpus, out=out, progress=bar.start("AdamW", config.steps), **options)
+        bar.finish(f"pretrained: validation perplexity {perplexity(row['valid_loss']):.2f}")
+    check.plan.values["weights"] = str(out / "weights.pt")
+    args.data, args.tokenizer, args.max_chars = args.then, corpus.folder, None
+    return None
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `python -m benchmarks starting-values`."""
     parser.add_argument("task", choices=list(TASKS))
@@ -218,6 +251,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/starting-values"))
     parser.add_argument("--store", action="store_true", help="also keep the rows in the repository")
     add_corpus_arguments(parser)
+    parser.add_argument(
+        "--then", nargs="+", metavar="SOURCE", help="fine-tuning: the text after that of --data"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -230,9 +266,12 @@ def main(args: argparse.Namespace) -> int:
     if "sgd" in methods:
         raise ValueError("sgd has no starting values: its rates are of the gradient's size")
     make_folder(args.out, "--out")
+    _pretrain(check, args)
     session = Session(args, check.plan, corpus_from(args, check.task.sizes["model"]))
     rows = check.run(session, methods, args.seeds)
     kept = [{k: v for k, v in r.items() if k not in ("curve", "valid_curve")} for r in rows]
+    for row in kept:
+        row["config"] = row["config"] | {"weights": Path(row["config"]["weights"]).name}
     write_json(args.out / f"{args.task}.json", {"rows": kept})
     if args.store:
         write_json(check.path, {"rows": merged(check.path, kept)})

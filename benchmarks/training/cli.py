@@ -27,7 +27,7 @@ from optimzoo.options import refuse
 
 OPTIMIZER = "a name of optimzoo.list_optimizers(), package.module:Class, or FILE.py:Class"
 MODEL = "a Llama by name, as nano, or the config.json of a causal Hugging Face model"
-_OF_OUT = ("eval_every", "save_every", "keep", "skip_damaged")
+_OF_OUT = ("eval_every", "save_every", "keep", "keep_weights", "skip_damaged")
 
 
 def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +43,12 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-chars", type=int, help="take at most this much training text")
     parser.add_argument("--max-tokens", type=int, help="c4: stream this many training tokens")
     parser.add_argument("--cache-dir", type=Path, default=Path(".cache/optimzoo"))
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FOLDER",
+        help="encode the text with that of a folder of tokens; default: it is trained on the text",
+    )
 
 
 def refuse_cache(args: argparse.Namespace) -> None:
@@ -66,7 +72,7 @@ def corpus_from(args: argparse.Namespace, model: str, *, progress: bool = True) 
     if model in (CHARACTERS, IMAGES):
         own = ["data"] if model == IMAGES else []
         reason = f"the data of model {model} are its own, and whole; leave {{option}} out"
-        refuse(args, [*own, "max_chars", "max_tokens"], args.given, reason)
+        refuse(args, [*own, "max_chars", "max_tokens", "tokenizer"], args.given, reason)
     if model == IMAGES:
         return grating_corpus()
     if model == CHARACTERS:
@@ -81,6 +87,7 @@ def corpus_from(args: argparse.Namespace, model: str, *, progress: bool = True) 
         progress=progress,
         max_chars=args.max_chars,
         max_tokens=args.max_tokens,
+        tokenized_as=args.tokenizer,
     )
 
 
@@ -112,6 +119,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(name, action="store_true", help="torch.compile the model")
         elif option.name == "release":
             parser.add_argument(name, action="store_true", help="step weights in the backward")
+        elif option.name == "weights":
+            parser.add_argument(name, default="", metavar="FILE", help="weights.pt to start from")
         elif option.name == "model":
             parser.add_argument(name, default=option.default, help=MODEL)
         elif option.name == "other_lr":
@@ -127,6 +136,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip-damaged", action="store_true", help="go on from the newest whole checkpoint"
     )
+    parser.add_argument("--keep-weights", action="store_true", help="write OUT/weights.pt")
     parser.add_argument("--eval-every", type=int, default=0, metavar="STEPS")
     parser.add_argument(
         "--parallel", choices=KINDS, default="none", help="how the processes of torchrun share it"
@@ -161,6 +171,7 @@ def main(args: argparse.Namespace) -> int:
                 parallel=parallel,
                 keep=args.keep,
                 skip_damaged=args.skip_damaged,
+                keep_weights=args.keep_weights,
             )
     return _print_result(config, row) if parallel.leads else int(row["diverged"])
 

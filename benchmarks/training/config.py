@@ -1,8 +1,10 @@
 """The configuration of a training run."""
 
+import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,9 +30,10 @@ class RunConfig:
     the hidden weights low-rank: arguments of `optimzoo.lowrank.convert`, and `restarts` or
     `relora` with those of `Restarts` or `ReLoRA`; empty: the model is dense. `groups` has further
     options of the parameters of a role, as `{"embedding": {"momentum": 0.9}}`. `release` steps each
-    weight in the backward, with `optimzoo.release`. `optimizer` is a name of the registry, or a
-    class of one's own, `package.module:Class` or `FILE.py:Class`; `model` that of a Llama, or the
-    path of a Hugging Face config.
+    weight in the backward, with `optimzoo.release`. `weights` is a file that the model's weights
+    are read from, `weights.pt` of another run; without it they are drawn from the seed. `optimizer`
+    is a name of the registry, or a class of one's own, `package.module:Class` or `FILE.py:Class`;
+    `model` that of a Llama, `nanogpt-char`, `vit`, or the path of a Hugging Face config.
     """
 
     optimizer: str
@@ -52,6 +55,7 @@ class RunConfig:
     lowrank: dict[str, Any] = field(default_factory=dict)
     groups: dict[str, dict[str, Any]] = field(default_factory=dict)
     release: bool = False
+    weights: str = ""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "seq_len", "accumulate", "eval_tokens"):
@@ -94,7 +98,9 @@ def fingerprint(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
     values = {**asdict(config), "precision": resolve_precision(config), "corpus": corpus.sha256}
     # What rows from before it was an option were made with, on a CPU.
     values["hyper"] = {k: v for k, v in config.hyper.items() if k != "ns_dtype" or v == "bfloat16"}
-    for later in ("lowrank", "groups", "release"):
+    if config.weights:
+        values["weights"] = hashlib.sha256(Path(config.weights).read_bytes()).hexdigest()
+    for later in ("lowrank", "groups", "release", "weights"):
         if not values[later]:
             del values[later]  # rows from before it was there stay valid
     if is_own(config.optimizer):

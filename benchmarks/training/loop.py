@@ -36,6 +36,7 @@ def train(
     parallel: Parallel = ALONE,
     keep: int = 3,
     skip_damaged: bool = False,
+    keep_weights: bool = False,
     make_run: Callable[..., Run] | None = None,
 ) -> dict[str, Any]:
     """Train, and return the run's row: configuration, losses, bytes, times, provenance.
@@ -43,9 +44,12 @@ def train(
     With ``out`` the run writes ``checkpoints`` (the last ``keep``), TensorBoard events and
     ``row.json`` there; a finished run is not repeated, an unfinished one resumes from its newest
     checkpoint, to the same bits, on as many processes as ``parallel`` has. A run stops at the first
-    loss that is not finite, with ``diverged`` in its row.
+    loss that is not finite, with ``diverged`` in its row. ``keep_weights`` writes the trained ones
+    to ``weights.pt`` there.
     """
-    if row := finished(config, corpus, out, test=test):
+    weights = out / "weights.pt" if out is not None and keep_weights else None
+    row = finished(config, corpus, out, test=test)
+    if row and (weights is None or weights.exists()):
         return row
     run = (make_run or Run)(config, corpus, out, parallel=parallel, keep=keep)
     run.resume(skip_damaged=skip_damaged)
@@ -64,6 +68,8 @@ def train(
         row = _row(run, results, optimizer, steps)
         valid = results["valid_loss"]
         scalars.close(row["config"], **{"hparam/valid_loss": math.nan if valid is None else valid})
+        if weights is not None:
+            run.save_weights(weights)
         if run.checkpoints is not None and out is not None and parallel.leads:
             write_json(out / "row.json", row)
             run.checkpoints.clear()

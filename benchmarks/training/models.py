@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from benchmarks.training.gpt import GPT, GPTConfig
 from benchmarks.training.vit import ViT
 from optimzoo.models import Llama, from_config, get_config, is_config, read_config
+from optimzoo.options import brief
 
 # Beside the Llamas: nanoGPT's model of characters, and a classifier of images.
 CHARACTERS, IMAGES = "nanogpt-char", "vit"
@@ -61,6 +63,20 @@ def make_model(
     if device != "meta" and not _is_causal(causal):
         raise ValueError(f"model {name} is not causal: its tokens see those after them")
     return causal
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a model's weights from a file.
+
+    Raises:
+        ValueError: it has no weights, or those of another model.
+    """
+    try:
+        model.load_state_dict(torch.load(path, weights_only=True))
+    except OSError:
+        raise
+    except Exception as error:  # a file of anything
+        raise ValueError(f"weights {path} are not of this model: {brief(error)}") from None
 
 
 class CausalLM(nn.Module):

@@ -1,5 +1,6 @@
 """One training run: model, optimizer, step, evaluation and state."""
 
+import io
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 import optimzoo
+from benchmarks.common.files import write_atomic
 from benchmarks.data.batches import Batches, iterate_eval
 from benchmarks.data.corpus import Corpus
 from benchmarks.training.checkpoint import FORMAT, Checkpoints
@@ -20,7 +22,7 @@ from benchmarks.training.config import RunConfig, fingerprint, lr_factor, resolv
 from benchmarks.training.distributed import ALONE, Parallel, whole
 from benchmarks.training.low_rank_model import convert_model, make_restarts, on_meta
 from benchmarks.training.metrics import UpdateRatios
-from benchmarks.training.models import make_model
+from benchmarks.training.models import load_weights, make_model
 from benchmarks.training.own import create_own, is_own
 from optimzoo.lowrank import support_bytes
 from optimzoo.models import Llama, get_config, is_config
@@ -81,6 +83,8 @@ class Run:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.precision = resolve_precision(config)
         self.model = self.make_model()
+        if config.weights:
+            load_weights(self.model, Path(config.weights))
         convert_model(self.model, config.lowrank, config.seed)
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         self.model.to(self.device, dtype)
@@ -263,6 +267,14 @@ class Run:
         state = self.parallel.gather(self.state_dict())
         if self.parallel.leads:
             self.checkpoints.save(self.step, state, self.identity())
+
+    def save_weights(self, path: Path) -> None:
+        """Write the model's weights, unsharded, to a file."""
+        state = self.parallel.gather(self.model.state_dict())
+        if self.parallel.leads:
+            buffer = io.BytesIO()
+            torch.save({name: tensor.cpu() for name, tensor in state.items()}, buffer)
+            write_atomic(path, buffer.getvalue())
 
     def resume(self, *, skip_damaged: bool = False) -> bool:
         """Load the folder's newest checkpoint. Return False if there is none.

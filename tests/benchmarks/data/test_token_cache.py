@@ -332,3 +332,32 @@ def test_packed_tokens_in_a_folder_that_cannot_be_written(
     monkeypatch.setattr(Path, "open", read_only)
     with pytest.raises(OSError, match=r"valid\.bin\.xz cannot be unpacked .*\(Permission denied\)"):
         load(copied, cache)
+
+
+def test_another_text_takes_the_tokenizer_of_a_folder(corpus_file: Path, cache: Path) -> None:
+    first = load(corpus_file, cache)
+    assert first.folder is not None and entries(cache) == [first.folder]
+    other = corpus_file.with_name("other.txt")
+    other.write_text(corpus_file.read_text("utf-8").upper(), encoding="utf-8")
+    own = load(other, cache)
+    alike = load(other, cache, tokenized_as=first.folder)
+    assert own.folder != alike.folder and own.sha256 == alike.sha256
+    texts = {
+        c.folder: (c.folder / "tokenizer.json").read_text("utf-8") for c in (first, own, alike)
+    }
+    assert texts[alike.folder] == texts[first.folder] != texts[own.folder]
+    assert load(other, cache, tokenized_as=first.folder).folder == alike.folder
+    same = load(corpus_file, cache, tokenized_as=first.folder)
+    assert same.train.tolist() == first.train.tolist()
+
+
+def test_a_tokenizer_that_will_not_do_is_refused(corpus_file: Path, cache: Path) -> None:
+    folder = load(corpus_file, cache).folder
+    with pytest.raises(ValueError, match=f"has {VOCAB} tokens, and the model {VOCAB - 1}"):
+        load(corpus_file, cache, vocab_size=VOCAB - 1, tokenized_as=folder)
+    with pytest.raises(ValueError, match="is no folder of tokens"):
+        load(corpus_file, cache, tokenized_as=cache)
+    with pytest.raises(ValueError, match=r"tokenized_as=.* has no effect on the folder of tokens"):
+        load(folder, cache, tokenized_as=folder)
+    with pytest.raises(ValueError, match=r"tokenized_as=.* is not for 'c4'"):
+        load("c4", cache, tokenized_as=folder)

@@ -2,15 +2,25 @@
 
 import json
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 
 from benchmarks.__main__ import main
+from benchmarks.data.corpus import load_corpus
 from benchmarks.experiments import starting_values
 from benchmarks.experiments.starting_values import Check, Task, outcomes, summary
+from benchmarks.training.config import fingerprint
 from benchmarks.training.models import CHARACTERS
+from benchmarks.training.run import Run
+from optimzoo.models import get_config
 
-SIZES = {"model": CHARACTERS, "steps": 2, "batch_size": 2, "seq_len": 16}
+SIZES = {"model": CHARACTERS, "steps": 2, "batch_size": 2, "seq_len": 16, "eval_tokens": 64}
+
+
+NAMES = ("first", "then")
 
 
 @pytest.fixture
@@ -22,6 +32,16 @@ def small(monkeypatch):
 def text(tmp_path):
     path = tmp_path / "made.txt"
     path.write_text("to be, or not to be: that is the question. " * 30, encoding="utf-8")
+    return path
+
+
+def write_documents(path, seed):
+    """Write documents of random words, enough of them for a vocabulary of 512."""
+    random = np.random.default_rng(seed)
+    letters = random.choice(list("abcdefghijklmnopqrstuvwxyz"), (2000, 6))
+    words = ["".join(row) for row in letters]
+    documents = [{"text": " ".join(random.choice(words, 50))} for _ in range(600)]
+    path.write_text("\n".join(map(json.dumps, documents)), encoding="utf-8")
     return path
 
 
@@ -98,6 +118,37 @@ def test_the_command_runs_stores_and_goes_on(small, text, tmp_path, capsys, monk
     monkeypatch.setattr("benchmarks.training.run.Run.train_step", None)  # finished runs are read
     assert main(command) == 0
     assert json.loads(path.read_text()) == stored
+
+
+def test_fine_tuning_begins_with_the_weights_and_the_tokens_of_the_first_text(
+    tmp_path, capsys, monkeypatch
+):
+    sizes = {"model": "pico", "steps": 2, "batch_size": 2, "seq_len": 16, "eval_tokens": 64}
+    task = Task("a test", 1e-3, sizes, 32, pretrained=3)
+    monkeypatch.setitem(starting_values.TASKS, "fine-tuning", task)
+    monkeypatch.setattr(starting_values, "RESULTS", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    files = [write_documents(tmp_path / f"{name}.jsonl", seed) for seed, name in enumerate(NAMES)]
+    words = ["starting-values", "fine-tuning", "--data", str(files[0]), "--jobs", "1"]
+    command = [*words, "--optimizers", "muon", "--seeds", "1", "--store", "--out", "out"]
+    assert main(command) == 2
+    assert "give it as --then FILE" in capsys.readouterr().err
+    assert main([*command, "--then", str(files[1])]) == 0
+    pretrained = torch.load("out/pretrained/weights.pt", weights_only=True)
+    rows = json.loads((tmp_path / "starting-values-fine-tuning.json").read_text())["rows"]
+    assert len(rows) == 9 and {row["config"]["weights"] for row in rows} == {"weights.pt"}
+    assert {row["corpus"]["name"] for row in rows} == {"then"}
+    check = Check("fine-tuning")
+    config = check.entry("muon", check.start("muon"), 0).config
+    corpus = load_corpus(files[0], vocab_size=get_config("pico").vocab_size)
+    then = load_corpus(
+        files[1], vocab_size=get_config("pico").vocab_size, tokenized_as=corpus.folder
+    )
+    run = Run(replace(config, weights="out/pretrained/weights.pt"), then)
+    assert all(torch.equal(p, pretrained[n]) for n, p in run.model.state_dict().items())
+    assert fingerprint(run.config, then) in [row["fingerprint"] for row in rows]
+    text = [(f.folder / "tokenizer.json").read_text() for f in (corpus, then)]
+    assert text[0] == text[1]
 
 
 def test_sgd_and_unknown_methods_are_refused(text, tmp_path, capsys):

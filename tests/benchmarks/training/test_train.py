@@ -305,3 +305,45 @@ def test_what_is_not_json_says_so(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--optimizer=scale", "--lr=1", "--hyper={rank"])
     assert "argument --hyper: '{rank' is not JSON (" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_from_the_weights_that_another_kept(corpus, tmp_path):
+    train(SGD, corpus, out=tmp_path / "first")
+    assert not (tmp_path / "first" / "weights.pt").exists()
+    row = train(SGD, corpus, out=tmp_path / "first", keep_weights=True)  # again, to keep them
+    kept = tmp_path / "first" / "weights.pt"
+    config = replace(SGD, weights=str(kept), seed=1)
+    run = Run(config, corpus)
+    assert run.evaluate("valid") == row["valid_loss"]
+    assert weights(run).keys() == torch.load(kept, weights_only=True).keys()
+    on = train(config, corpus, out=tmp_path / "on")
+    assert on["valid_loss"] < row["valid_loss"]
+    written = kept.stat().st_mtime_ns
+    assert train(config, corpus, out=tmp_path / "on") == json.loads(
+        (tmp_path / "on" / "row.json").read_text()
+    )
+    assert kept.stat().st_mtime_ns == written
+    torch.save({n: t + 1 for n, t in torch.load(kept, weights_only=True).items()}, kept)
+    assert train(config, corpus, out=tmp_path / "on")["valid_loss"] != on["valid_loss"], "others"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no weights", "weights w.pt are not of this model: UnpicklingError"),
+        (None, "No such file or directory: 'w.pt'"),
+    ],
+)
+def test_weights_that_will_not_do_are_refused(content, message, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path("w.pt").write_bytes(content)
+    command = ["train", "--model", "tiny", "--optimizer", "sgd", "--lr", "1", "--weights", "w.pt"]
+    assert main(command) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_weights_of_another_model_are_refused(corpus, tmp_path):
+    torch.save({"x": torch.zeros(2)}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match="are not of this model: RuntimeError"):
+        Run(replace(SGD, weights=str(tmp_path / "w.pt")), corpus)
