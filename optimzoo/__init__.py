@@ -7,6 +7,7 @@ from optimzoo._version import warn_of_untested_torch as _warn_of_untested_torch
 from optimzoo.audit import describe
 from optimzoo.gradient_release import Release, release
 from optimzoo.gradient_stabilizer import GradientStabilizer, stabilize
+from optimzoo.lr_range_test import LRRangeTest, lr_range_test
 from optimzoo.optimizers.adams import AdamS
 from optimzoo.optimizers.apollo import APOLLO, APOLLOMini
 from optimzoo.optimizers.fira import Fira
@@ -34,6 +35,7 @@ __all__ = [
     "Fira",
     "GaLore",
     "GradientStabilizer",
+    "LRRangeTest",
     "Muon",
     "NaturalGaLore",
     "OptimInfo",
@@ -46,6 +48,7 @@ __all__ = [
     "describe",
     "get_info",
     "list_optimizers",
+    "lr_range_test",
     "param_groups",
     "release",
     "stabilize",

@@ -25,6 +25,7 @@ ORDER = {
         [
             "_version",
             "flattened",
+            "lr_range_test",
             "distributed",
             "kernels",
             "lowbit",
