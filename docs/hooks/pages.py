@@ -24,6 +24,7 @@ from benchmarks.common.tables import Table
 from benchmarks.experiments.plan import Plan
 from benchmarks.experiments.summary import HEADERS, bytes_60m, bytes_at, cells, read_rows, summarise
 from benchmarks.report.readme import filled
+from benchmarks.report.tuned_rates import table as starting_table
 from optimzoo.memory import account
 from optimzoo.models.llama import Llama, get_config
 
@@ -189,12 +190,29 @@ def method_names() -> list[str]:
 
 
 def method_page(name: str) -> str:
-    """Return a method's page: the class's docstring, the bytes of its state, its results."""
+    """Return a method's page: where to start, its docstring, its state, its results."""
     info = optimzoo.get_info(name)
     head = f"# {name}\n\n{info.description[0].upper()}{info.description[1:]} ({info.source})."
-    call = f'```python\noptimzoo.create_optimizer("{name}", model, lr=...)\n```'
     doc = f"::: {info.make.__module__}.{info.make.__name__}"
-    return f"{head}\n\n{call}\n\n{doc}\n\n{state_table(name)}\n\n{result_table(name)}\n"
+    return f"{head}\n\n{start(name)}\n\n{doc}\n\n{state_table(name)}\n\n{result_table(name)}\n"
+
+
+def start(name: str) -> str:
+    """Return the code that makes a method's optimizer, and its rates as multiples of AdamW's."""
+    every = starting_table()
+    rows = [row for row in every.rows if row[0].split(",")[0] == f"`{name}`"]
+    if not rows:
+        return f'```python\noptimzoo.create_optimizer("{name}", model, lr=...)\n```'
+    code = (
+        f'start = optimzoo.starting_values("{name}", model, adamw_lr=1e-3)\n'
+        f'optimizer = optimzoo.create_optimizer("{name}", model, **start.options)'
+    )
+    text = (
+        "[Starting rates](../starting_values.md), as multiples of the rate that you have for "
+        "AdamW, as they were tuned beside it at a width of 128:"
+    )
+    table = Table(every.headers, rows).markdown()
+    return f"```python\n{code}\n```\n\n{text}\n\n{table}"
 
 
 def state_table(name: str) -> str:

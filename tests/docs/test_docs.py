@@ -72,6 +72,9 @@ def test_every_method_has_a_page_with_its_state_and_its_rows():
     for record in summarise(plan, read_rows(plan.results_path)):
         row = "| " + " | ".join(cells(record)) + " |"
         assert (row in text) == (record["label"] in ("SCALE", "SCALE spectral", "AdamW"))
+    assert 'starting_values("scale", model, adamw_lr=1e-3)' in text
+    assert "| `scale`, `normalize='spectral'` |" in text and "| `muon` |" not in text
+    assert 'create_optimizer("adams", model, lr=...)' in pages.method_page("adams")
     assert "not yet in the [comparison]" in pages.method_page("adams")
 
 
