@@ -83,7 +83,9 @@ def plan(without_cuda: bool) -> dict[str, dict[str, str]]:
         if nvcc is None:
             sys.exit("error: no nvcc; install tools/wheels.txt, or leave it out: --without-cuda")
         path = os.pathsep.join([str(nvcc), os.environ["PATH"]])
-        machines[here] = {"OPTIMZOO_CUDA": "1", "PATH": path}
+        # The packages have lib where the toolkit, and nvcc's profile, have lib64.
+        libraries = f"-L{nvcc.parent / 'lib'}"
+        machines[here] = {"OPTIMZOO_CUDA": "1", "PATH": path, "NVCC_APPEND_FLAGS": libraries}
     if here != "aarch64":
         if shutil.which(CROSS):
             machines["aarch64"] = {"OPTIMZOO_CUDA": "0", "CXX": CROSS}

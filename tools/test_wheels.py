@@ -4,8 +4,8 @@
 
 Each claimed Python that is here has an environment, with another torch in each: the one of
 constraints.txt, the oldest, the newest. In the first the sdist is installed too, with a compiler
-and without. What is checked is in tools/check_installed.py. A torch that is a CUDA build, gigabytes,
-is installed with ``--cuda-builds`` alone.
+and without. What is checked is in tools/check_installed.py. A torch that is a CUDA build is
+gigabytes, and installed with ``--cuda-builds`` alone.
 """
 
 import argparse
