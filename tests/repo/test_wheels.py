@@ -26,6 +26,8 @@ while [ $# -gt 0 ]; do
   shift
 done
 """
+# Older ones, which a Python may bring, do not read setup.cfg or have no bdist_wheel.
+pytest.importorskip("setuptools", "77", reason="the backend of pyproject.toml")
 linux = pytest.mark.skipif(platform.system() != "Linux", reason="wheels are built on Linux")
 
 
@@ -159,15 +161,18 @@ def test_each_python_meets_another_torch(tool, tmp_path):
 def test_importing_optimzoo_imports_torch_and_the_standard_library_alone():
     code = (
         "import sys, torch; before = set(sys.modules); import optimzoo; "
-        "print(*{name.split('.')[0] for name in set(sys.modules) - before}); "
-        "print(*(name for name in sys.modules if name.startswith('optimzoo.')))"
+        "print(*(set(sys.modules) - before))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    added, own = (set(line.split()) for line in run.stdout.splitlines())
-    assert added - {"optimzoo"} <= sys.stdlib_module_names
-    # What trains, simulates or draws is for those who ask for it.
-    rooms = {name.split(".")[1] for name in own}
-    assert not rooms & {"memory", "models", "integrations", "cli", "doctor", "lowrank"}
+    added = set(run.stdout.split())
+    assert {name.split(".")[0] for name in added} - {"optimzoo", "torch"} <= sys.stdlib_module_names
+    # What compiles, trains, simulates or draws is for those who ask for it.
+    for heavy in (
+        *("torch._dynamo", "torch._inductor", "torch.onnx", "torch.testing"),
+        *("optimzoo.memory", "optimzoo.models", "optimzoo.integrations", "optimzoo.lowrank"),
+        *("optimzoo.cli", "optimzoo.doctor"),
+    ):
+        assert heavy not in added
 
 
 @linux
