@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python .ci/install
 WITH ?=
 SOURCES := setup.cfg pyproject.toml constraints.txt setup.py .ci/install $(shell find csrc -type f)
 
-.PHONY: help test test-thorough test-distributed test-matrix test-kernels compare tune lint type fmt docs notebooks memory-table gpu gpu-dry-run gpu-tables gpu-tables-dry-run sanitize check-aarch64 check-cuda check-triton clean
+.PHONY: help test test-thorough test-distributed test-matrix test-kernels compare tune lint type fmt docs notebooks memory-table gpu gpu-dry-run gpu-tables gpu-tables-dry-run sanitize check-aarch64 check-cuda check-triton wheels test-wheels clean
 
 help:
 	@echo "make compare   train a small Llama with SGD, AdamW, Muon and SCALE; print the table"
@@ -21,6 +21,7 @@ help:
 	@echo "make tune      the learning-rate grids behind 'make compare' (about an hour)"
 	@echo "make gpu       on a machine with a GPU: build, test, sanitize, measure"
 	@echo "make gpu-tables  on a machine with a GPU: the papers' tables at 60M"
+	@echo "make wheels test-wheels  build wheels and an sdist; install and check them, without a compiler"
 	@echo "make memory-table     the published memory column beside ours"
 
 $(VENV)/bin/python:
@@ -135,6 +136,22 @@ check-cuda: $(VENV)/.dev
 # Compiles every Triton kernel for GPUs that are not here, and looks at the machine code.
 check-triton: $(VENV)/.dev
 	$(BIN)/python tools/check_triton.py
+
+# Wheels and the sdist into build/wheels, with tools of their own: neither torch nor $(VENV) is needed.
+# WITHOUT_CUDA=1 leaves the CUDA library out, a minute and a half of two cores.
+WHEEL_TOOLS := build/wheel-tools
+$(WHEEL_TOOLS)/.installed: tools/wheels.txt
+	$(PYTHON) -m venv $(WHEEL_TOOLS)
+	$(WHEEL_TOOLS)/bin/python -m pip install -q --disable-pip-version-check -r tools/wheels.txt
+	@touch $@
+
+wheels: $(WHEEL_TOOLS)/.installed
+	$(WHEEL_TOOLS)/bin/python tools/build_wheels.py $(if $(WITHOUT_CUDA),--without-cuda)
+
+# What is in build/wheels, in fresh environments with no compiler on PATH: three Pythons and torches,
+# or some: ENVIRONMENTS="python3.12-torch2.9.0". A CUDA build of torch waits for CUDA_BUILDS=1.
+test-wheels: $(WHEEL_TOOLS)/.installed
+	$(WHEEL_TOOLS)/bin/python tools/test_wheels.py $(if $(CUDA_BUILDS),--cuda-builds) $(ENVIRONMENTS)
 
 # The pages, without a warning and without anything that is fetched from elsewhere.
 docs: $(VENV)/.docs

@@ -8,7 +8,8 @@ Python headers. The CPU library is made by ``CXX``, else by the first of g++, cl
 can; without OpenMP it runs in one thread. A library that no compiler makes is left out, the
 installation goes on, and the reason is kept beside it, where ``optimzoo doctor`` reads it;
 ``OPTIMZOO_BUILD=require`` makes that an error. The CUDA library is built where there is a GPU, or
-with ``OPTIMZOO_CUDA=1``; ``OPTIMZOO_CUDA=0`` leaves it out.
+with ``OPTIMZOO_CUDA=1``; ``OPTIMZOO_CUDA=0`` leaves it out. ``OPTIMZOO_OPENMP=torch``, for wheels,
+leaves the OpenMP runtime to be found in the process: optimzoo/kernels/native.py shows it torch's.
 """
 
 import os
@@ -116,7 +117,10 @@ def build_cpu(target: Path = TARGET / "_cpu.so", extra: tuple[str, ...] = ()) ->
         try:
             flags = (*openmp_flags(compiler), *extra)
             objects = compile_cpu(compiler, OBJECTS if not extra else target.parent, flags)
-            return link([*compiler, "-shared", *flags, *objects], target)
+            runtime = flags
+            if os.environ.get("OPTIMZOO_OPENMP") == "torch":
+                runtime = tuple(flag for flag in flags if flag != "-fopenmp")
+            return link([*compiler, "-shared", *runtime, *objects], target)
         except RuntimeError as error:
             failures.append(str(error))
         except OSError as error:

@@ -63,9 +63,11 @@ def check(kernels: Any, device: str) -> dict[str, float]:
 
 
 def _described(kernels: Any) -> str:
-    """Describe available kernels: the instruction set and threads of the native ones, or ROCm."""
+    """Describe available kernels: instruction set and threads, architectures, or ROCm."""
     if not isinstance(kernels, native.Library):
         return "" if torch.version.hip is None else "on ROCm, where nobody but you has tested them"
+    if kernels.kind == "cuda":
+        return kernels.built_for()
     threads = "" if kernels.threaded() else ", in one thread: its compiler had no OpenMP"
     return f"{kernels.variant()}{threads}"
 
@@ -88,6 +90,8 @@ def main() -> int:
             none_at_all = not any(b.available() for b in dispatch.BACKENDS[device])
             eager = none_at_all and (device == "cpu" or torch.cuda.is_available())
             print(f"{name:<14} none{', every step is eager' * eager}; {kernels.why_not()}")
+            if native_one and (built_for := kernels.built_for()):
+                print(f"  {kernels.path.name} is {built_for}")
             continue
         print(f"{name:<14} {_described(kernels)}".rstrip())
         for kernel, error in check(kernels, device).items():

@@ -381,6 +381,20 @@ cudaError_t scale(const oz_tensor *tensors, int64_t count, const oz_options &o,
 
 int oz_cuda_abi(void) { return OZ_ABI; }
 
+int oz_cuda_toolkit(void) { return CUDART_VERSION; }
+
+int oz_cuda_driver(void) {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+int oz_cuda_architectures(int *out, int size) {
+  const int built[] = {__CUDA_ARCH_LIST__};
+  const int count = sizeof(built) / sizeof(built[0]);
+  for (int i = 0; i < count && i < size; ++i) out[i] = built[i] / 10;
+  return count;
+}
+
 int64_t oz_cuda_scale_scratch(int64_t rows, int64_t cols) {
   return chunks_of(rows, cols) * cols * int64_t{sizeof(float)};
 }

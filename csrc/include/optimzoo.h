@@ -156,6 +156,14 @@ int oz_cpu_nm_mask(const void *weight, uint8_t *mask, int64_t rows, int64_t cols
                    int32_t n, int32_t m, int32_t threads);
 
 int oz_cuda_abi(void);
+
+/* What the library was built with and for, and what this machine's driver can run; none needs a GPU.
+ * Versions as CUDA writes them, 13000 for 13.0; the driver's is 0 where there is none. Architectures:
+ * their number, and the first `size` of them, 90 for sm_90, in out. */
+int oz_cuda_toolkit(void);
+int oz_cuda_driver(void);
+int oz_cuda_architectures(int *out, int size);
+
 int64_t oz_cuda_scale_scratch(int64_t rows, int64_t cols);
 int oz_cuda_scale(const oz_tensor *tensors, int64_t count, const oz_options *options, void *stream);
 int oz_cuda_adam(const oz_tensor *tensors, int64_t count, const oz_options *options, void *stream);

@@ -5,6 +5,7 @@ have one entry per tensor. Tensors are dense ``[rows, cols]``, by ``shapes``, an
 state that a tensor does not have is None.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -54,15 +55,35 @@ class Library:
             return None, "OPTIMZOO_NATIVE=0 switches them off; unset it"
         if self.kind == "cuda" and torch.version.hip is not None:
             return None, "the native CUDA kernels are NVIDIA's alone, and this torch is ROCm's"
+        if self.kind == "cuda" and self.path.exists():
+            if not torch.cuda.is_available():
+                return None, "torch finds no CUDA device"
+            if torch.cuda.get_device_capability() < (8, 0):
+                return None, "the CUDA kernels need a GPU of compute capability 8.0 or more"
+        library, why = self._opened
+        if library is not None and self.kind == "cuda":
+            # A driver runs what a toolkit of its own major version has built, and of older ones.
+            toolkit, driver = library.oz_cuda_toolkit(), library.oz_cuda_driver()
+            if driver // 1000 < toolkit // 1000:
+                return None, (
+                    f"{self.path.name} was built with CUDA {_dotted(toolkit)}, the NVIDIA driver "
+                    f"is for CUDA {_dotted(driver)}; update the driver, or build optimzoo on this "
+                    "machine: pip install --no-binary optimzoo optimzoo"
+                )
+        return library, why
+
+    @functools.cached_property
+    def _opened(self) -> tuple[ctypes.CDLL | None, str]:
+        """The library, whether or not the machine has its device; None with the reason."""
         if not self.path.exists():
             return None, self._why_not_built()
-        if self.kind == "cuda" and not torch.cuda.is_available():
-            return None, "torch finds no CUDA device"
-        if self.kind == "cuda" and torch.cuda.get_device_capability() < (8, 0):
-            return None, "the CUDA kernels need a GPU of compute capability 8.0 or more"
+        if self.kind == "cpu":
+            _share_openmp()
         try:
             library = ctypes.CDLL(str(self.path))
             abi = getattr(library, f"oz_{self.kind}_abi")()
+            if self.kind == "cuda":
+                library.oz_cuda_toolkit  # noqa: B018 - of the same ABI, and not in its first builds
         except (OSError, AttributeError) as error:
             return None, f"{self.path.name} cannot be loaded ({error}); install optimzoo again"
         if abi != _ABI:
@@ -83,6 +104,20 @@ class Library:
     def why_not(self) -> str:
         """Return why the library is not available; empty if it is."""
         return self._loaded[1]
+
+    def built_for(self) -> str:
+        """Return the architectures and toolkit of the CUDA library; empty if it cannot be opened.
+
+        It needs no GPU: this is how to see what a wheel holds.
+        """
+        unused = self.kind == "cpu" or torch.version.hip is not None
+        library = None if unused else self._opened[0]
+        if library is None:
+            return ""
+        architectures = (ctypes.c_int * library.oz_cuda_architectures(None, 0))()
+        library.oz_cuda_architectures(architectures, len(architectures))
+        names = ", ".join(f"sm_{number}" for number in architectures)
+        return f"built for {names} with CUDA {_dotted(library.oz_cuda_toolkit())}"
 
     def variant(self) -> str:
         """Return the instruction set that the CPU library has chosen; empty for CUDA."""
@@ -381,6 +416,28 @@ class Library:
                 size = library.oz_cuda_scale_scratch(*map(ctypes.c_int64, shape))
                 scratch[i] = torch.empty(size // 4 + 1, dtype=torch.float32, device=p.device)
         return scratch
+
+
+@functools.cache
+def _share_openmp() -> None:
+    """Make torch's OpenMP runtime the one in which a library's symbols are found.
+
+    Two runtimes in a process keep two pools of threads on the same cores, one spinning while the
+    other works. The library of a wheel links none, one that was built here links its compiler's:
+    both take what is visible to all first. torch itself shows its runtime on x86-64, but not on
+    aarch64, where the runtime also has a name of its own.
+    """
+    torch_folder = Path(torch.__file__).parent
+    folders = (torch_folder / "lib", torch_folder.with_name("torch.libs"))
+    paths = [path for folder in folders for path in folder.glob("libgomp*.so*")]
+    for path in paths or [Path("libgomp.so.1")]:  # torch is not of a wheel: the system's
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+
+
+def _dotted(version: int) -> str:
+    """Return CUDA's version number as people write it: 13.0 for 13000."""
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def _written(columns: tuple[Sequence[Any], ...]) -> Iterable[Tensor]:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import emulated_cuda
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -225,6 +226,30 @@ def test_doctor_tells_of_rocm_and_of_accelerators_without_kernels(rocm, monkeypa
     assert lines[1] == "cuda, Triton:  on ROCm, where nobody but you has tested them"
     assert lines[2] == "mps:           none, every step is eager; there are no kernels for mps"
     assert lines[3] == "xpu:           none, every step is eager; there are no kernels for xpu"
+
+
+def test_a_cuda_library_says_what_it_was_built_for_and_refuses_an_older_driver(
+    backends, monkeypatch, capsys
+):
+    """By the emulated one: for sm_80 and sm_90, by CUDA 13.0, on a driver for CUDA 12.8."""
+    library = native.Library("cuda")
+    library.path = Path(emulated_cuda.built()._name)
+    backends(cpu=(), cuda=(library,))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert library.why_not() == "torch finds no CUDA device"
+    assert main(["doctor"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:3] == [
+        "cuda, native:  none; torch finds no CUDA device",
+        "  emulated_cuda.so is built for sm_80, sm_90 with CUDA 13.0",
+    ]
+    del library.__dict__["_loaded"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert not library.available()
+    assert "was built with CUDA 13.0, the NVIDIA driver is for CUDA 12.8; update" in (
+        library.why_not()
+    )
 
 
 @pytest.mark.parametrize("device", ["xpu", "mps", "meta"])

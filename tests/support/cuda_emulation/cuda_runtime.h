@@ -13,6 +13,8 @@
 #include <functional>
 
 #define OZ_EMULATED
+#define CUDART_VERSION 13000
+#define __CUDA_ARCH_LIST__ 800, 900
 #define __host__
 #define __device__
 #define __global__ static
@@ -72,6 +74,10 @@ constexpr int OZ_SHARED_BYTES = 232448; /* an H200's */
 
 inline cudaError_t cudaGetDevice(int *device) {
   *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDriverGetVersion(int *version) {
+  *version = 12080;
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr what, int) {
