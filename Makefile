@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python .ci/install
 # Other versions than those of constraints.txt: make VENV=build/old WITH="torch==2.9.0" test
 WITH ?=
+# Without compiled modules an import of torch takes three times as long, in each of the tests' processes.
+unexport PYTHONDONTWRITEBYTECODE
 SOURCES := setup.cfg pyproject.toml constraints.txt setup.py .ci/install $(shell find csrc -type f)
 
 .PHONY: help test test-thorough test-distributed test-matrix test-kernels compare tune lint type fmt docs notebooks memory-table gpu gpu-dry-run gpu-tables gpu-tables-dry-run sanitize check-aarch64 check-cuda check-triton wheels test-wheels clean
