@@ -18,6 +18,7 @@ from optimzoo.memory.options import parse_hyper, parse_size, refuse_for_own_step
 from optimzoo.memory.plan import Planner
 from optimzoo.memory.simulate import simulate
 from optimzoo.memory.sources import load_function, load_model
+from optimzoo.models import find_public
 from optimzoo.registry import get_info, list_optimizers
 
 # Without defaults, since they are choices of training; bytes do not depend on them.
@@ -103,8 +104,9 @@ def _plan(given: argparse.Namespace, args: argparse.Namespace) -> _Plan:
 
 
 def _title(args: argparse.Namespace, model: nn.Module) -> str:
-    name = report.cut_left(args.model or args.module, 40)
-    if args.module or name.endswith(".json") or "/" in name:
+    public = find_public(args.model or "")
+    name = public.repository if public else report.cut_left(args.model or args.module, 40)
+    if public is None and (args.module or name.endswith(".json") or "/" in name):
         name = f"{type(model).__name__} ({name})"
     count = report.count_of(sum(p.numel() for p in model.parameters()))
     shards = f", one of {args.shards} shards" if args.shards > 1 else ""

@@ -22,6 +22,7 @@ DEFAULTS: dict[str, Any] = {
     "seq": 256,
     "device": "cpu",
 }
+MODEL = "a name (see `optimzoo models`), or the path of a Hugging Face config.json"
 _FILES = ("json", "picture", "snapshot")
 _OF_A_STEP = ("batch", "seq", "checkpointing", "release", "device", "fits")
 _OF_A_SIMULATION = ("optimizer", "hyper", "dtype", "shards", *_OF_A_STEP, "account")
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def option(name: str, text: str, **more: Any) -> None:
         parser.add_argument(name, help=text, **{"action": _Once, **more})
 
-    source("--model", "llama-60m ... llama-7b, or the path of a Hugging Face config.json")
+    source("--model", MODEL)
     source("--module", "returns an nn.Module, or one and its step", metavar="FILE.py:FUNCTION")
     source("--script", "measure it; all after it are its arguments", nargs=argparse.REMAINDER)
     option("--optimizer", "names, or all (default)", nargs="+", action="extend")
