@@ -4,18 +4,22 @@ Dense and mixture-of-experts ones, tied heads, sliding windows, dropout; convert
 """
 
 import gc
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from optimzoo import create_optimizer, list_optimizers
+from optimzoo.cli import main
 from optimzoo.memory import account, language_model_step, measure, simulate
 from optimzoo.memory.sources import convert_model
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("few_objects")
 
+ROOT = Path(__file__).resolve().parents[2]
 SHAPE = {
     **{"vocab_size": 509, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
     **{"hidden_size": 48, "intermediate_size": 100, "num_hidden_layers": 2},
@@ -111,14 +115,39 @@ def test_frozen_weights():
     assert (counted.state_total, counted.params) == (found.state, found.params)
     assert counted.grads < counted.params / 3
     assert simulated.bytes == pytest.approx(found.bytes, rel=0.01)
-    assert (
-        simulated.bytes < 0.8 * simulate(make("llama", "meta"), "adamw", batch=2, seq=33).peak.bytes
-    )
+    whole = simulate(make("llama", "meta"), "adamw", batch=2, seq=33).peak
+    assert simulated.bytes < 0.8 * whole.bytes
+
+
+def test_adapters_alone_by_a_module(tmp_path, monkeypatch, capsys):
+    """The example of docs/memory.md, of a small model."""
+    text = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    code = text.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    Path("config.json").write_text(json.dumps({"model_type": "llama", **MODELS["llama"]}))
+    Path("own.py").write_text(code.replace("Llama-3.1-8B", "config.json"))
+    options = ("--optimizer", "adamw", "--dtype", "float32", "--seq", "8", "--json", "out.json")
+    assert main(["memory", "--module", "own.py:make", *options]) == 0
+    [found] = json.loads(Path("out.json").read_text())["methods"]
+    layer = 2 * (48 + 48) + 2 * (48 + 24) + 3 * (48 + 100)  # q and o, k and v, the MLP
+    adapters, tensors = 2 * 16 * layer, 2 * 2 * 7
+    assert found["gradients"] == 4 * adapters
+    assert sum(found["state"]["hidden"].values()) == 4 * (2 * adapters + tensors)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", MODELS)
+def test_shards_of_a_model(kind):
+    """Half the weights and state on each of two; the peak is less, and more than half."""
+    whole, half = (simulate(make(kind, "meta"), "adamw", seq=8, shards=n).peak for n in (1, 2))
+    assert 0.5 < half.bytes / whole.bytes < 0.8
+    counted = account(make(kind, "meta"), "adamw", shards=2)
+    assert half.by_category["optimizer state"] == counted.state_total
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_experts_are_simulated_in_every_dtype(dtype):
-    peak = simulate(make("qwen3_moe", "meta"), "scale", dtype=dtype, seq=8).peak
-    assert peak.by_category["parameters"] == dtype.itemsize * sum(
-        p.numel() for p in make("qwen3_moe", "meta").parameters()
-    )
+    model = make("qwen3_moe", "meta")
+    peak = simulate(model, "scale", dtype=dtype, seq=8).peak
+    weights = sum(p.numel() for p in model.parameters())
+    assert peak.by_category["parameters"] == dtype.itemsize * weights
