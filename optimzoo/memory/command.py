@@ -122,8 +122,8 @@ def _title(args: argparse.Namespace, model: nn.Module) -> str:
     if len(shards) > 1:
         several = f"{', '.join(map(str, shards[:-1]))} or {shards[-1]}"
         return f"{name}: {count} parameters, {args.dtype}, on each of {several} GPUs"
-    shards = f", one of {shards[0]} shards" if shards[0] > 1 else ""
-    return f"{name}: {count} parameters, {args.dtype}{shards}"
+    one = f", one of {shards[0]} shards" if shards[0] > 1 else ""
+    return f"{name}: {count} parameters, {args.dtype}{one}"
 
 
 def _table(plan: _Plan) -> int:

@@ -6,7 +6,7 @@ term and the state are the method's: forward and backward are simulated once for
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -141,8 +141,12 @@ class Planner:
             if method.account.params + method.account.state_total + waiting > limit:
                 continue  # whatever the passes take
             peak = partial(self.peak, method, checkpointing=setting[0], release=setting[1])
+
+            def bytes_of(size: int, peak: Callable[[int], Peak] = peak) -> int:
+                return peak(size).bytes
+
             larger = [size for size in sizes if size > best]
-            fitting = bisect_right(larger, limit, key=lambda size, peak=peak: peak(size).bytes)
+            fitting = bisect_right(larger, limit, key=bytes_of)
             if fitting:
                 best = larger[fitting - 1]
                 yield Fit(method.name, *setting, best, peak(best), self.shards)
