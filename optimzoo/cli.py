@@ -1,6 +1,7 @@
-"""Command line: ``optimzoo list``, ``doctor``, ``memory``, ``start``; ``python -m optimzoo``."""
+"""Command line: ``optimzoo list``, ``doctor``, ``memory``, ``models``, ``start``."""
 
 import argparse
+import fnmatch
 import os
 import sys
 import textwrap
@@ -8,8 +9,9 @@ from typing import NoReturn
 
 from optimzoo import __version__, doctor
 from optimzoo.memory import command as memory
-from optimzoo.memory.options import parse_hyper
+from optimzoo.memory.options import MODEL, parse_hyper
 from optimzoo.memory.sources import load_model
+from optimzoo.models import CONFIGS, public_models
 from optimzoo.registry import get_info, list_optimizers
 from optimzoo.tuned_rates import starting_values
 
@@ -27,8 +29,29 @@ def list_methods(pattern: str) -> int:
     return 0
 
 
+def list_models(pattern: str) -> int:
+    """Print the names of models that match a shell pattern, with parameters and release."""
+    rows = [(f"llama-{name}", "", "the benchmarks' own") for name in CONFIGS]
+    rows += [
+        (model.name, f"{model.parameters:,}", f"{model.released}  {model.repository}")
+        for model in public_models()
+        if _matches(pattern, model.repository, *model.names)
+    ]
+    rows = [row for row in rows if row[1] or _matches(pattern, row[0])]
+    if not rows:
+        raise ValueError(f"no model matches {pattern!r}; see `optimzoo models`")
+    width = max(len(name) for name, _, _ in rows)
+    for name, parameters, text in rows:
+        print(f"{name:<{width}} {parameters:>15}  {text}")
+    return 0
+
+
+def _matches(pattern: str, *names: str) -> bool:
+    return any(fnmatch.fnmatch(name.lower(), pattern.lower()) for name in names)
+
+
 def _add_start_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="llama-7b, 60m, ..., or a Hugging Face config.json")
+    parser.add_argument("model", help=MODEL)
     parser.add_argument("--optimizer", default="scale", help="default: scale")
     parser.add_argument("--adamw-lr", type=float, help="your learning rate for AdamW")
     parser.add_argument("--batch-tokens", type=int, help="tokens of a step")
@@ -68,6 +91,9 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list", help="the optimizers of create_optimizer")
     listing.add_argument("pattern", nargs="?", default="*", help="a shell pattern, as 'ada*'")
+    text = "the names of models that memory and start take, with the published parameters"
+    models = commands.add_parser("models", help=text, description=text)
+    models.add_argument("pattern", nargs="?", default="*", help="a shell pattern, as 'qwen*'")
     commands.add_parser("doctor", help="the kernels of this machine, and whether they are right")
     text = "what fits: exact bytes, the peak of a training step, a script's live peak"
     memory.add_arguments(commands.add_parser("memory", help=text, description=text))
@@ -98,6 +124,8 @@ def _run(args: argparse.Namespace) -> int:
         return memory.main(args)
     if args.command == "start":
         return start(args)
+    if args.command == "models":
+        return list_models(args.pattern)
     return doctor.main() if args.command == "doctor" else list_methods(args.pattern)
 
 

@@ -20,7 +20,8 @@ from benchmarks.common.files import write_json
 from benchmarks.common.provenance import provenance
 from benchmarks.training.low_rank_model import on_meta
 from optimzoo.memory import account, checkpoint_blocks, language_model_step, measure, simulate
-from optimzoo.models.llama import Llama, get_config, rope_table
+from optimzoo.models import from_config, is_config
+from optimzoo.models.llama import rope_table
 from optimzoo.options import refuse
 
 CHECKS = ("account", "simulate", "plan")
@@ -37,8 +38,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PROJECTED = "update_proj_gap"
 
 
-def real(name: str, dtype: torch.dtype, device: str) -> Llama:
+def shapes(name: str) -> nn.Module:
+    """Return a model on meta: our Llama of a size, or one of transformers, with its own loss."""
+    return from_config(name, "meta") if is_config(name) else on_meta(name)
+
+
+def real(name: str, dtype: torch.dtype, device: str) -> nn.Module:
     """Return a model with weights drawn on ``device``: on a CPU 7B would take minutes."""
+    if is_config(name):
+        return from_config(name, device).to(dtype)
     model: Any = on_meta(name).to(dtype).to_empty(device=device)
     for p in model.parameters():
         nn.init.ones_(p) if p.ndim == 1 else nn.init.normal_(p, std=0.02)
@@ -55,7 +63,7 @@ def account_rows(models: list[str], names: list[str]) -> Iterator[dict[str, Any]
                 hyper = dict(optimzoo.get_info(name).required)
                 try:
                     start = time.perf_counter()
-                    counted = account(on_meta(model), name, dtype=DTYPES[dtype], **hyper)
+                    counted = account(shapes(model), name, dtype=DTYPES[dtype], **hyper)
                     row["ms"] = round(1000 * (time.perf_counter() - start), 1)
                 except ValueError as error:
                     yield {**row, "method": name, "refused": str(error)}
@@ -104,7 +112,7 @@ def one_peak(
         hyper[PROJECTED] = 2  # the third step refreshes, as the third simulated one does
     start = time.perf_counter()
     simulated = simulate(
-        on_meta(model), name, dtype=DTYPES[dtype], device=device, **settings, **hyper
+        shapes(model), name, dtype=DTYPES[dtype], device=device, **settings, **hyper
     )
     row = {"check": "simulate", "model": model, "method": name, "dtype": dtype, **settings}
     row |= {"seconds": round(time.perf_counter() - start, 1), "simulated": simulated.peak.bytes}
@@ -153,10 +161,13 @@ def cuda_workspaces() -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `python -m benchmarks memory`."""
     parser.add_argument("--checks", nargs="+", choices=CHECKS, default=list(CHECKS))
-    text = "of account and simulate"
+    text = "of account and simulate: Llamas by size, public models by name, or a config.json"
     parser.add_argument("--models", nargs="+", default=["nano", "9m", "60m"], help=text)
     parser.add_argument(
-        "--optimizers", nargs="+", metavar="NAME", help=f"{text}; default: all, to account"
+        "--optimizers",
+        nargs="+",
+        metavar="NAME",
+        help="of account and simulate; default: all, to account",
     )
     of_peaks = "of simulate; account has both, plan bfloat16"
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16", help=of_peaks)
@@ -175,7 +186,7 @@ def main(args: argparse.Namespace) -> int:
             refuse(args, [option], args.given, reason)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name in [*args.models, args.plan_model]:
-        get_config(name)
+        shapes(name)  # an unknown one fails at once
     names = [optimzoo.get_info(n).name for n in args.optimizers or optimzoo.list_optimizers()]
     three = names if args.optimizers else ["adamw", "scale", "galore"]
     makers: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
@@ -198,7 +209,7 @@ def main(args: argparse.Namespace) -> int:
 
 def line(row: dict[str, Any]) -> str:
     """Format a row as a line of text."""
-    head = f"{row['model']:<5} {row['method']:<15} {row['dtype']:<9}"
+    head = f"{row['model']:<14} {row['method']:<15} {row['dtype']:<9}"
     if "refused" in row:
         return f"{head} refused"
     if row["check"] == "account":

@@ -26,7 +26,7 @@ from optimzoo.models import get_config, is_config
 from optimzoo.options import refuse
 
 OPTIMIZER = "a name of optimzoo.list_optimizers(), package.module:Class, or FILE.py:Class"
-MODEL = "a Llama by name, as nano, or the config.json of a causal Hugging Face model"
+MODEL = "a Llama by name, as nano; a public model, as gpt2; or the config.json of a causal one"
 _OF_OUT = ("eval_every", "save_every", "keep", "keep_weights", "skip_damaged")
 
 

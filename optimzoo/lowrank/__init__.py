@@ -1,6 +1,6 @@
 """Low-rank weights for pretraining: layers, conversion, refactorization, momentum reset."""
 
-from optimzoo.lowrank.convert import Audit, Converted, convert, merge, support_bytes
+from optimzoo.lowrank.convert import KINDS, Audit, Converted, convert, merge, support_bytes
 from optimzoo.lowrank.layers import (
     FactoredLinear,
     LoRALinear,
@@ -12,6 +12,7 @@ from optimzoo.lowrank.refactorize import balanced_factors, refactorize_
 from optimzoo.lowrank.restarts import ReLoRA, Restarts, quick_recovery
 
 __all__ = [
+    "KINDS",
     "Audit",
     "Converted",
     "FactoredLinear",

@@ -15,9 +15,10 @@ from optimzoo.memory.account import account
 from optimzoo.memory.measure import measure_script
 from optimzoo.memory.options import add_arguments as add_arguments
 from optimzoo.memory.options import parse_hyper, parse_size, refuse_for_own_step, resolve
-from optimzoo.memory.plan import Planner
+from optimzoo.memory.plan import CHANGES, Planner
 from optimzoo.memory.simulate import simulate
-from optimzoo.memory.sources import load_function, load_model
+from optimzoo.memory.sources import convert_model, load_function, load_model
+from optimzoo.models import find_public
 from optimzoo.registry import get_info, list_optimizers
 
 # Without defaults, since they are choices of training; bytes do not depend on them.
@@ -29,12 +30,18 @@ class _Plan:
     """Plan of a page: the options, the model, and the hyperparameters of each method."""
 
     args: argparse.Namespace
-    planner: Planner
+    planners: list[Planner]
     hypers: dict[str, dict[str, Any]]
     title: str
     notes: list[str]
     refused: dict[str, str]
     fixed_batch: int | None
+    planned: bool = False  # whether a method is, on some number of GPUs
+
+    @property
+    def planner(self) -> Planner:
+        """Return the planner of the first number of shards."""
+        return self.planners[0]
 
     @property
     def from_module_alone(self) -> bool:
@@ -60,7 +67,7 @@ class _Plan:
         if self.from_module_alone and "unexpected keyword argument" in why:
             why += "; or let the function return the module and a function from it to its loss"
         self.refused[name] = why
-        if len(self.refused) == len(self.hypers):
+        if len(self.refused) == len(self.hypers) and not self.planned:
             first, why = next(iter(self.refused.items()))
             _progress("")
             raise ValueError(why if len(self.hypers) == 1 else f"{first}: {why}") from error
@@ -96,19 +103,27 @@ def _plan(given: argparse.Namespace, args: argparse.Namespace) -> _Plan:
         model, step = load_model(args.model, args.seq), None
     if step is not None:
         refuse_for_own_step(given, args.module)
-    settings = {"seq": args.seq, "step": step, "device": args.device, "shards": args.shards}
+    if args.convert is not None:
+        notes.append(convert_model(model, args.convert))
+    settings = {"seq": args.seq, "step": step, "device": args.device}
+    settings["dtype"] = getattr(torch, args.dtype)
     fixed = 1 if step is not None else given.batch
-    planner = Planner(model, dtype=getattr(torch, args.dtype), **settings)
-    return _Plan(args, planner, hypers, _title(args, model), notes, {}, fixed)
+    planners = [Planner(model, shards=shards, **settings) for shards in sorted(set(args.shards))]
+    return _Plan(args, planners, hypers, _title(args, model), notes, {}, fixed)
 
 
 def _title(args: argparse.Namespace, model: nn.Module) -> str:
-    name = report.cut_left(args.model or args.module, 40)
-    if args.module or name.endswith(".json") or "/" in name:
+    public = find_public(args.model or "")
+    name = public.repository if public else report.cut_left(args.model or args.module, 40)
+    if public is None and (args.module or name.endswith(".json") or "/" in name):
         name = f"{type(model).__name__} ({name})"
     count = report.count_of(sum(p.numel() for p in model.parameters()))
-    shards = f", one of {args.shards} shards" if args.shards > 1 else ""
-    return f"{name}: {count} parameters, {args.dtype}{shards}"
+    shards = sorted(set(args.shards))
+    if len(shards) > 1:
+        several = f"{', '.join(map(str, shards[:-1]))} or {shards[-1]}"
+        return f"{name}: {count} parameters, {args.dtype}, on each of {several} GPUs"
+    one = f", one of {shards[0]} shards" if shards[0] > 1 else ""
+    return f"{name}: {count} parameters, {args.dtype}{one}"
 
 
 def _table(plan: _Plan) -> int:
@@ -143,7 +158,7 @@ def _row(plan: _Plan, name: str, hyper: dict[str, Any]) -> report.Row:
     args, planner = plan.args, plan.planner
     if args.account:
         model, dtype = planner.model, planner.dtype
-        return report.Row(name, account(model, name, dtype=dtype, shards=args.shards, **hyper))
+        return report.Row(name, account(model, name, dtype=dtype, shards=planner.shards, **hyper))
     settings = {"checkpointing": args.checkpointing, "release": args.release}
     if args.release and len(plan.hypers) == 1:
         counted = account(planner.model, name, dtype=planner.dtype, shards=planner.shards, **hyper)
@@ -165,18 +180,20 @@ def _row(plan: _Plan, name: str, hyper: dict[str, Any]) -> report.Row:
 
 
 def _fits(plan: _Plan) -> int:
-    args, planner = plan.args, plan.planner
-    limit, own = parse_size(args.fits), planner.step is not None
+    args = plan.args
+    limit, own = parse_size(args.fits), plan.planner.step is not None
     settings = {"checkpointing": args.checkpointing, "release": args.release}
     fits = []
     for name, hyper in plan.methods():
-        try:
-            method = planner.method(name, **hyper)
-            fits += list(planner.fits(method, limit, batch=plan.fixed_batch, **settings))
-        except (ValueError, RuntimeError, TypeError) as error:
-            plan.refuse(name, error)
-    order = {change: i for i, change in enumerate(report.CHANGES)}
-    fits.sort(key=lambda f: (order[f.setting], f.peak.bytes / f.batch))
+        for planner in plan.planners:
+            try:
+                method = planner.method(name, **hyper)
+                fits += list(planner.fits(method, limit, batch=plan.fixed_batch, **settings))
+                plan.planned = True
+            except (ValueError, RuntimeError, TypeError) as error:
+                plan.refuse(name, error)
+    order = {change: i for i, change in enumerate(CHANGES)}
+    fits.sort(key=lambda f: (f.shards, order[f.setting], f.peak.bytes / f.batch))
     what = "its own step" if own else f"{args.seq} tokens a sequence"
     what = f"{plan.fixed_batch} x {args.seq} tokens" if plan.fixed_batch and not own else what
     gpu = ", on a GPU" if args.device == "cuda" else ""
@@ -194,6 +211,7 @@ def _fits(plan: _Plan) -> int:
 
 def _way_out(plan: _Plan) -> str:
     ways = ["a smaller model"] if plan.planner.step else ["a shorter sequence", "a smaller model"]
+    ways = ["more --shards", *ways]
     ways = ["a smaller --batch", *ways] if (plan.fixed_batch or 1) > 1 else ways
     return f"{', '.join(ways[:-1])} or {ways[-1]} may" if ways[1:] else f"{ways[0]} may"
 

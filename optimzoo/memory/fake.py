@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
@@ -57,6 +58,8 @@ class Values(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         if func is torch.ops.aten._local_scalar_dense.default and _is_fake(args[0]):
             return _value(args[0].dtype)
+        if func is torch.ops.aten._grouped_mm.default and _is_fake(args[0]):
+            return _grouped_mm(func, args, kwargs)
         if not self.computes():
             return func(*args, **kwargs)
         fake = tree_any(_is_fake, (args, kwargs))
@@ -68,6 +71,13 @@ class Values(TorchDispatchMode):
         if func._schema.is_mutable or _is_view(func):
             return result
         return tree_map(lambda t: _made_real(t, func) if _is_fake(t) else t, result)
+
+
+def _grouped_mm(func: Any, args: Any, kwargs: Any) -> Tensor:
+    """Return the product of mixture-of-experts weights, whose shapes torch gives in bf16 alone."""
+    half = [a.bfloat16() if _is_fake(a) and a.is_floating_point() else a for a in args]
+    product: Tensor = func(*half, **kwargs)
+    return product.to(args[0].dtype)
 
 
 def _is_fake(value: Any) -> bool:
@@ -102,13 +112,33 @@ def cuda_choices() -> Iterator[None]:
     matrices.
     """
     optim = importlib.import_module("torch.optim.optimizer")  # no attribute of torch.optim
+    with _replaced(
+        (optim, "_foreach_supported_types", [*optim._foreach_supported_types, FakeTensor]),
+        (optim, "_get_foreach_kernels_supported_devices", lambda: ["cpu", "cuda"]),
+        (dispatch, "_backend", lambda device_type: native.CPU),
+        (stacks, "on_gpu", lambda matrix: True),
+    ):
+        yield
+
+
+@contextmanager
+def as_in_training() -> Iterator[None]:
+    """Make transformers build what it builds of real tensors, for fake ones too.
+
+    It takes fake tensors for those of an export, and then writes attention masks out that training
+    leaves to the attention kernel.
+    """
+    module = sys.modules.get("transformers.utils.import_utils")
+    with _replaced((module, "is_fake_tensor", lambda tensor: False)):
+        yield
+
+
+@contextmanager
+def _replaced(*attributes: tuple[Any, str, Any]) -> Iterator[None]:
+    """Set attributes of modules for a time; those that a module does not have are left out."""
     with ExitStack() as stack:
-        for module, name, value in (
-            (optim, "_foreach_supported_types", [*optim._foreach_supported_types, FakeTensor]),
-            (optim, "_get_foreach_kernels_supported_devices", lambda: ["cpu", "cuda"]),
-            (dispatch, "_backend", lambda device_type: native.CPU),
-            (stacks, "on_gpu", lambda matrix: True),
-        ):
-            stack.callback(setattr, module, name, getattr(module, name))
-            setattr(module, name, value)
+        for module, name, value in attributes:
+            if hasattr(module, name):
+                stack.callback(setattr, module, name, getattr(module, name))
+                setattr(module, name, value)
         yield

@@ -17,14 +17,15 @@ DEFAULTS: dict[str, Any] = {
     "optimizer": ["all"],
     "hyper": [],
     "dtype": "bfloat16",
-    "shards": 1,
+    "shards": [1],
     "batch": 1,
     "seq": 256,
     "device": "cpu",
 }
+MODEL = "a name (see `optimzoo models`), or the path of a Hugging Face config.json"
 _FILES = ("json", "picture", "snapshot")
 _OF_A_STEP = ("batch", "seq", "checkpointing", "release", "device", "fits")
-_OF_A_SIMULATION = ("optimizer", "hyper", "dtype", "shards", *_OF_A_STEP, "account")
+_OF_A_SIMULATION = ("convert", "optimizer", "hyper", "dtype", "shards", *_OF_A_STEP, "account")
 _SIZES = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _SIZES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -55,13 +56,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def option(name: str, text: str, **more: Any) -> None:
         parser.add_argument(name, help=text, **{"action": _Once, **more})
 
-    source("--model", "llama-60m ... llama-7b, or the path of a Hugging Face config.json")
+    source("--model", MODEL)
     source("--module", "returns an nn.Module, or one and its step", metavar="FILE.py:FUNCTION")
     source("--script", "measure it; all after it are its arguments", nargs=argparse.REMAINDER)
+    text = "low_rank=128, sltrain=128, lora=16 or cast=2:4, as optimzoo.lowrank and .sparsity do"
+    option("--convert", text, metavar="KIND=VALUE")
     option("--optimizer", "names, or all (default)", nargs="+", action="extend")
     option("--hyper", "rank=256", nargs="+", action="extend", metavar="NAME=VALUE")
     option("--dtype", "default bfloat16", choices=["bfloat16", "float16", "float32"])
-    option("--shards", "GPUs that share all under FSDP2; figures are one's", type=int)
+    text = "GPUs that share all under FSDP2; figures are one's; with --fits several, as 1 2 8"
+    option("--shards", text, type=int, nargs="+", metavar="N")
     option("--batch", "sequences a micro-batch, on one GPU; default 1", type=int)
     option("--seq", "tokens a sequence; default 256", type=int)
     option("--checkpointing", "recompute activations", action="store_true")
@@ -92,9 +96,15 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     if args.account:
         reason = "it changes the peak of a step, which --account leaves out; leave out one of them"
         refuse(args, _OF_A_STEP, given, reason)
-    for name in ("batch", "seq", "shards"):
+    for name in ("batch", "seq"):
         if name in given and getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    for shards in args.shards or []:
+        if shards < 1:
+            raise ValueError(f"--shards is {shards}; it must be at least 1")
+    if len(args.shards or []) > 1 and "fits" not in given:
+        several = " ".join(map(str, args.shards))
+        raise ValueError(f"--shards {several}: several are compared by --fits; give one, or --fits")
     if "fits" in given:
         parse_size(args.fits)
     _check_files({name: getattr(args, name) for name in _FILES if name in given})

@@ -5,9 +5,10 @@ state. So the peak of a method is ``max(passes + state, held + temporaries)``, w
 term and the state are the method's: forward and backward are simulated once for all of them.
 """
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -53,13 +54,14 @@ class Method:
 
 @dataclass(frozen=True)
 class Fit:
-    """Setting that fits: its peak and the largest micro-batch."""
+    """Setting that fits: its peak and the largest micro-batch, on each of ``shards`` GPUs."""
 
     method: str
     checkpointing: bool
     release: bool
     batch: int
     peak: Peak
+    shards: int = 1
 
     @property
     def setting(self) -> tuple[bool, bool]:
@@ -129,23 +131,25 @@ class Planner:
         smaller change is left out.
         """
         best = 0
-        fixed, first = batch is not None, batch or 1
+        sizes = [2**power for power in range(MOST.bit_length())] if batch is None else [batch]
         for setting in CHANGES:
             if setting[0] < checkpointing or setting[1] < release:
                 continue
             if setting[0] > checkpointing and not blocks_of(self.model):
                 continue
-            found: Fit | None = None
-            batch = max(first, best)
-            while batch <= (first if fixed else MOST):
-                peak = self.peak(method, batch, checkpointing=setting[0], release=setting[1])
-                if peak.bytes > limit:
-                    break
-                found = Fit(method.name, *setting, batch, peak)
-                batch *= 2
-            if found is not None and found.batch > best:
-                best = found.batch
-                yield found
+            waiting = 0 if setting[1] else method.account.grads
+            if method.account.params + method.account.state_total + waiting > limit:
+                continue  # whatever the passes take
+            peak = partial(self.peak, method, checkpointing=setting[0], release=setting[1])
+
+            def bytes_of(size: int, peak: Callable[[int], Peak] = peak) -> int:
+                return peak(size).bytes
+
+            larger = [size for size in sizes if size > best]
+            fitting = bisect_right(larger, limit, key=bytes_of)
+            if fitting:
+                best = larger[fitting - 1]
+                yield Fit(method.name, *setting, best, peak(best), self.shards)
 
     def passes(self, batch: int, checkpointing: bool, release: bool) -> Peak:
         """Return the peak of forward and backward without any state, simulated once."""

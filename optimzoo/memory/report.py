@@ -80,15 +80,18 @@ def fits_page(
 ) -> str:
     """Return the page of settings that fit, in the order given; ``nothing`` if none does."""
     lines = _heading(title)
+    several = len({fit.shards for fit in fits}) > 1
     if fits:
         unit, name = _unit(max(fit.peak.bytes for fit in fits))
-        lines.append(f"{'method':<15}{'change':<26}{'micro-batch':>11}{'peak ' + name:>10}")
+        gpus = f"{'GPUs':>6}" if several else ""
+        lines.append(f"{'method':<15}{'change':<26}{gpus}{'micro-batch':>13}{'peak ' + name:>10}")
     else:
         lines.append(_fill(nothing))
     for fit in fits:
         batch = "its own" if own_step else f"{fit.batch}{'+' if fit.batch == MOST else ''}"
         size = _figure(fit.peak.bytes, unit)
-        lines.append(f"{fit.method:<15}{CHANGES[fit.setting]:<26}{batch:>11}{size:>10}")
+        gpus = f"{fit.shards:>6}" if several else ""
+        lines.append(f"{fit.method:<15}{CHANGES[fit.setting]:<26}{gpus}{batch:>13}{size:>10}")
     return "\n".join([*lines, *_refusals(refused), *_notes(notes)])
 
 
@@ -150,8 +153,10 @@ def bars_of(rows: Sequence[Row]) -> list[Bar]:
 def bars_of_fits(fits: Sequence[Fit], own_step: bool) -> list[Bar]:
     """Return a bar for each setting that fits, in the order given."""
     bars = []
+    several = len({fit.shards for fit in fits}) > 1
     for fit in fits:
         words = [fit.method, *([CHANGES[fit.setting]] if any(fit.setting) else [])]
+        words += [f"{fit.shards} GPUs"] if several else []
         words += [] if own_step else [f"batch {fit.batch}"]
         bars.append((", ".join(words), fit.peak.by_category))
     return bars

@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from optimzoo.gradient_release import release as step_in_backward
-from optimzoo.memory.fake import Values, cuda_choices, fake_copy
+from optimzoo.memory.fake import Values, as_in_training, cuda_choices, fake_copy
 from optimzoo.memory.sharded import pretended_mesh, shard_model
 from optimzoo.memory.tracker import MODEL, PARAMETERS, STATE, STEP, WORKSPACES, Peak, Tracker
 from optimzoo.registry import create_optimizer, get_info
@@ -145,6 +145,7 @@ class Session:
             self.mesh = enter(pretended_mesh(self.shards))
         if self.cuda:
             enter(cuda_choices())
+        enter(as_in_training())
         enter(self._fake)
         enter(self._values)
         if self.mesh is not None and any(True for _ in self.model.parameters()):

@@ -1,5 +1,6 @@
 """Sources of a model to plan for: a name, a Hugging Face config, a function of the user."""
 
+import difflib
 import importlib.util
 import traceback
 from collections.abc import Iterator
@@ -10,19 +11,29 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from optimzoo import lowrank, sparsity
 from optimzoo.memory.simulate import Step
-from optimzoo.models import Llama, LlamaConfig, from_config, get_config, is_config
+from optimzoo.models import (
+    CONFIGS,
+    Llama,
+    LlamaConfig,
+    from_config,
+    get_config,
+    is_config,
+    public_models,
+)
 from optimzoo.options import brief
 
 
 def load_model(name: str, seq: int = 1) -> nn.Module:
-    """Return a model on ``meta``: `llama-7b` or `7b`, or that of a Hugging Face ``config.json``.
+    """Return a model on ``meta``, by a name or by the path of a Hugging Face ``config.json``.
 
-    A named one takes sequences of ``seq`` tokens, longer than it was trained with if need be.
+    Names are `llama-7b` or `7b`, and those of :func:`optimzoo.models.public_models`. Our Llama
+    takes sequences of ``seq`` tokens, longer than it was trained with if need be.
 
     Raises:
         ValueError: an unknown name (the message has the nearest ones), a file that is no config.
-        ImportError: a config, and `transformers` is not installed.
+        ImportError: a model of Hugging Face, and `transformers` is not installed.
     """
     if not is_config(name):
         with torch.device("meta"):
@@ -35,8 +46,44 @@ def load_model(name: str, seq: int = 1) -> nn.Module:
 def _config_of(name: str) -> LlamaConfig:
     try:
         return get_config(name)
+    except ValueError:
+        known = [f"llama-{short}" for short in CONFIGS]
+        known += [other for model in public_models() for other in model.names]
+        proper = {other.lower(): other for other in known}
+        near = difflib.get_close_matches(name.rpartition("/")[2].lower(), proper, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(proper[key] for key in near)}? " if near else ""
+        raise ValueError(
+            f"unknown model {name!r}: {hint}`optimzoo models` lists the names; "
+            "or give the path of a Hugging Face config.json"
+        ) from None
+
+
+def convert_model(model: nn.Module, conversion: str) -> str:
+    """Convert a model in place by `low_rank=128`, `sltrain=128`, `lora=16` or `cast=2:4`.
+
+    Returns:
+        A line that says what was converted.
+
+    Raises:
+        ValueError: no such conversion, or one that the model cannot have.
+    """
+    kind, _, value = conversion.partition("=")
+    try:
+        numbers = [int(part) for part in value.split(":")]
+        if kind == "cast" and len(numbers) == 2:
+            layers = sparsity.prepare(model, *numbers)
+            return f"{len(layers)} layers to {value} sparse ones, with CAST's weight scaling."
+        if kind in lowrank.KINDS and len(numbers) == 1:
+            audit = lowrank.convert(model, numbers[0], kind)
+            held, trained = (sum(getattr(r, key) for r in audit) for key in ("held", "trained"))
+            return (
+                f"{len(audit)} layers to {kind}: {held:,} parameters, {trained:,} of them trained."
+            )
     except ValueError as error:
-        raise ValueError(f"{error}; or give the path of a Hugging Face config.json") from None
+        if "invalid literal" not in str(error):
+            raise ValueError(f"--convert {conversion}: {error}") from None
+    kinds = ", ".join(f"{name}=128" for name in lowrank.KINDS)
+    raise ValueError(f"--convert {conversion}: it takes {kinds} or cast=2:4")
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Causal language models from the `config.json` of Hugging Face transformers, without weights."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -7,20 +8,31 @@ from typing import Any
 import torch
 from torch import nn
 
+from optimzoo.models.public import find_public
 from optimzoo.options import brief
 
 
 def is_config(name: str) -> bool:
-    """Return whether a model's name is the path of a ``config.json``, or of a folder with one."""
+    """Return whether a name is that of a Hugging Face config.
+
+    That is the path of a ``config.json``, of a folder with one, or the name of a public model.
+    """
+    return _is_path(name) or find_public(name) is not None
+
+
+def _is_path(name: str) -> bool:
     return Path(name).suffix == ".json" or Path(name).is_dir()
 
 
 def read_config(name: str) -> dict[str, Any]:
-    """Return the fields of a Hugging Face ``config.json``, given by its path or its folder's.
+    """Return the fields of a Hugging Face ``config.json``, by its path, its folder's, or a name.
 
     Raises:
         ValueError: a file that is no config.
     """
+    public = None if _is_path(name) else find_public(name)
+    if public is not None:
+        return copy.deepcopy(public.config)
     path = Path(name)
     path = path / "config.json" if path.is_dir() else path
     try:
@@ -39,7 +51,7 @@ def from_config(name: str, device: str = "cpu", **changes: Any) -> nn.Module:
     Its weights are drawn from torch's generator.
 
     Args:
-        name: path of the file, or of its folder.
+        name: path of the file, of its folder, or the name of a public model.
         device: where its weights are; on `meta` they take no memory.
         **changes: fields that replace those of the file.
 
@@ -52,7 +64,7 @@ def from_config(name: str, device: str = "cpu", **changes: Any) -> nn.Module:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError:
         raise ImportError(
-            f"{name} is a Hugging Face config, which needs transformers: pip install transformers"
+            f"{name} is a Hugging Face model, which needs transformers: pip install transformers"
         ) from None
     try:
         config = AutoConfig.for_model(fields.pop("model_type"), **fields)

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from optimzoo import lowrank, sparsity
 from optimzoo.cli import main
 from optimzoo.memory import account, report, simulate
 from optimzoo.memory.options import parse_size
@@ -90,6 +91,43 @@ def test_what_fits_is_sorted_by_the_change_it_takes(capsys, tmp_path):
     assert "nothing fits in 1KB" in capsys.readouterr().out
 
 
+def test_what_fits_on_several_numbers_of_gpus(capsys, tmp_path):
+    """Each as by itself, fewer GPUs first; what a method refuses on some is said."""
+    sizes = {}
+    for shards in (1, 2):
+        planner = Planner(on_meta(), dtype=torch.bfloat16, seq=8, shards=shards)
+        sizes[shards] = planner.peak(planner.method("adafactor" if shards == 1 else "adamw"), 1)
+    limit = max(peak.bytes for peak in sizes.values())
+    file = tmp_path / "fits.json"
+    options = ("--fits", f"{limit}B", "--batch", "1", "--seq", "8", "--json", str(file))
+    assert run("--model", "tiny", "--optimizer", "adafactor", "--shards", "2", "1", *options) == 0
+    found = json.loads(file.read_text())
+    assert [(fit["shards"], fit["peak"]["bytes"]) for fit in found["fits"]] == [(1, sizes[1].bytes)]
+    assert "does not step sharded weights" in found["refused"]["adafactor"]
+    assert run("--model", "tiny", "--optimizer", "adamw", "--shards", "1", "2", *options) == 0
+    found = {fit["shards"]: fit["peak"]["bytes"] for fit in json.loads(file.read_text())["fits"]}
+    assert found[2] == sizes[2].bytes
+    assert "on each of 1 or 2 GPUs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("conversion", ("low_rank=4", "lora=2", "cast=2:4"))
+def test_conversions_are_those_of_the_library(capsys, tmp_path, conversion):
+    model = on_meta()
+    if conversion.startswith("cast"):
+        sparsity.prepare(model, 2, 4)
+    else:
+        kind, rank = conversion.split("=")
+        lowrank.convert(model, int(rank), kind)
+    counted = account(model, "scale", dtype=torch.bfloat16)
+    file = tmp_path / "out.json"
+    options = ("--optimizer", "scale", "--account", "--json", str(file))
+    assert run("--model", "tiny", "--convert", conversion, *options) == 0
+    out = json.loads(file.read_text())
+    assert out["methods"][0]["held"] == counted.total
+    assert out["notes"][0].startswith("14 layers to ")
+    assert counted.total != account(on_meta(), "scale", dtype=torch.bfloat16).total
+
+
 def test_shards_divide_what_every_process_holds():
     whole, one = account(on_meta(), "adamw"), account(on_meta(), "adamw", shards=4)
     rows = {p: -(-p.shape[0] // 4) * p[:1].numel() for p in on_meta().parameters()}
@@ -129,6 +167,8 @@ def test_a_hugging_face_config_and_a_module_of_ones_own(capsys, tmp_path, monkey
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert run("--model", str(path)) == 2
     assert "needs transformers: pip install transformers" in capsys.readouterr().err
+    assert run("--model", "gpt2") == 2
+    assert capsys.readouterr().err.startswith("error: gpt2 is a Hugging Face model, which needs tr")
 
 
 def test_a_script_with_its_arguments(capsys, tmp_path):
@@ -143,8 +183,13 @@ def test_a_script_with_its_arguments(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--model", "llama-60n"), "unknown model 'llama-60n': did you mean 60m"),
-        (("--model", "Llama-3.1-8B"), "or give the path of a Hugging Face config.json"),
+        (("--model", "llama-60n"), "unknown model 'llama-60n': did you mean llama-60m"),
+        (("--model", "meta-llama/Llama-3.1-9B"), "'meta-llama/Llama-3.1-9B': did you mean Llama-3"),
+        (("--model", "xyz"), "'xyz': `optimzoo models` lists the names; or give the path of"),
+        (("--model", "tiny", "--shards", "1", "2"), "--shards 1 2: several are compared by --fits"),
+        (("--model", "tiny", "--convert", "low=2"), "--convert low=2: it takes low_rank=128, sl"),
+        (("--model", "tiny", "--convert", "lora=x"), "--convert lora=x: it takes low_rank=128, "),
+        (("--model", "tiny", "--convert", "lora=99"), "--convert lora=99: model.layers.0.self_att"),
         (("--model", "tiny", "--fits", "24"), "--fits 24: a size needs its unit; write 24GB"),
         (("--model", "tiny", "--fits", "0GB"), "--fits 0GB: nothing fits in no bytes; write 24GB"),
         (("--model", "tiny", "--hyper", "rnk=2"), "has a hyperparameter 'rnk'; did you mean rank?"),

@@ -37,6 +37,7 @@ VALUES = {
     "model": ["--model", "tiny"],
     "module": ["--module", "own.py:make"],
     "script": ["--script", "script.py"],
+    "convert": ["--convert", "low_rank=2"],
     "optimizer": ["--optimizer", "adamw"],
     "hyper": ["--hyper", "rank=2"],
     "dtype": ["--dtype", "float32"],
