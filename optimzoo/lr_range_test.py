@@ -177,7 +177,8 @@ def _curve(optimizer: Optimizer, closure: Callable[[], Any], role: str, factors:
             loss = closure()
         if loss is None:
             raise ValueError("the closure returned None; it must return the loss")
-        curve.append((first * factor, float(loss)))
+        number = float(loss.detach() if isinstance(loss, Tensor) else loss)
+        curve.append((first * factor, number))
         mean = _smoothed(curve)[-1]
         if not math.isfinite(mean) or mean > lowest + (RISE - 1) * abs(lowest):
             break
