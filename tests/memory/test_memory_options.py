@@ -37,7 +37,7 @@ VALUES = {
     "model": ["--model", "tiny"],
     "module": ["--module", "own.py:make"],
     "script": ["--script", "script.py"],
-    "convert": ["--convert", "low_rank=2"],
+    "convert": ["--convert", "low_rank=8"],
     "optimizer": ["--optimizer", "adamw"],
     "hyper": ["--hyper", "rank=2"],
     "dtype": ["--dtype", "float32"],
