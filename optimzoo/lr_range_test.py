@@ -127,12 +127,11 @@ def lr_range_test(
     before = {role: float(by_role[role][0]["lr"]) for role in chosen}
     snapshot = _Snapshot(optimizer, model)
     curves: dict[str, Curve] = {}
-    try:
-        for role in chosen:
+    for role in chosen:
+        try:
             curves[role] = _curve(optimizer, closure, role, np.geomspace(low, high, steps))
+        finally:
             snapshot.restore()
-    finally:
-        snapshot.restore()
     return LRRangeTest(curves, {role: _steepest(curves[role]) for role in chosen}, before)
 
 

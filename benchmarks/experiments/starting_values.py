@@ -12,7 +12,7 @@ from benchmarks.common.progress import RunProgress
 from benchmarks.common.provenance import made_on
 from benchmarks.common.tables import Table
 from benchmarks.data.gratings import WINDOW
-from benchmarks.experiments.plan import Entry, Plan, Row, choose, settings, tuned_text
+from benchmarks.experiments.plan import Entry, Plan, Row, choose, role_rates, settings, tuned_text
 from benchmarks.experiments.run_queue import Session, add_jobs_argument, merged, settle_counts
 from benchmarks.experiments.significance import Difference, paired
 from benchmarks.experiments.summary import read_rows
@@ -178,7 +178,7 @@ def table(check: Check, rows: list[Row]) -> Table:
         body.append(
             [
                 check.plan.label(outcome.method),
-                "/".join(f"{rate:g}" for rate in _rates(outcome.start)),
+                "/".join(f"{rate:g}" for rate in role_rates(settings(outcome.start))),
                 f"{outcome.perplexities[0]:.3f}",
                 f"{outcome.perplexities[1]:.3f}",
                 _moved(outcome),
@@ -195,8 +195,8 @@ def _moved(outcome: Outcome) -> str:
         role: best / start
         for role, best, start in zip(
             (role for role in ROLE_RATES if role != "vector"),
-            _rates(outcome.best),
-            _rates(outcome.start),
+            role_rates(settings(outcome.best)),
+            role_rates(settings(outcome.start)),
             strict=True,
         )
         if best != start
@@ -205,11 +205,6 @@ def _moved(outcome: Outcome) -> str:
         return "start"
     which = next(iter(ratios)) if len(ratios) == 1 else "all"
     return f"{which} x {next(iter(ratios.values())):.2g}"
-
-
-def _rates(row: Row) -> list[float]:
-    values = settings(row)
-    return [values[rate] for role, rate in ROLE_RATES.items() if role != "vector"]
 
 
 def summary(check: Check, rows: list[Row]) -> str:

@@ -5,13 +5,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from memory_steps import training_step
 
 import optimzoo
 from optimzoo import create_optimizer
 from optimzoo.memory import (
     account,
     checkpoint_blocks,
-    language_model_step,
     measure,
     simulate,
 )
@@ -49,13 +49,7 @@ def really(name, shards, *, batch, seq, checkpointing=False, release=False, **hy
             checkpoint_blocks(model)
         shard_model(model, blocks_of(model), mesh)
         optimizer = create_optimizer(name, model, lr=1e-3, **hyper)
-        loss_of = language_model_step(batch, seq)
-
-        def step():
-            loss_of(model).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
+        step = training_step(model, optimizer, batch, seq)
         with optimzoo.release(optimizer) if release else nullcontext():
             found = measure(step, steps=3).tensors
     return found.bytes - base.bytes, found.phase

@@ -10,10 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from memory_steps import training_step
 
 from optimzoo import create_optimizer, list_optimizers
 from optimzoo.cli import main
-from optimzoo.memory import account, language_model_step, measure, simulate
+from optimzoo.memory import account, measure, simulate
 from optimzoo.memory.sources import convert_model
 
 transformers = pytest.importorskip("transformers")
@@ -53,13 +54,7 @@ def really(make_model, name, batch, seq, **hyper):
     base = measure(lambda: None).tensors.bytes
     model = make_model()
     optimizer = create_optimizer(name, model, lr=1e-3, **hyper)
-    loss_of = language_model_step(batch, seq)
-
-    def step():
-        loss_of(model).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
+    step = training_step(model, optimizer, batch, seq)
     peak = measure(step, steps=3).tensors
     state = [v for values in optimizer.state.values() for v in values.values()]
     held = sum(v.numel() * v.element_size() for v in state if isinstance(v, torch.Tensor))
