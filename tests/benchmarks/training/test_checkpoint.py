@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import shutil
+import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -78,12 +79,15 @@ def test_what_killed_processes_left_goes_when_a_run_goes_on(tmp_path):
 @contextmanager
 def full_after(room: int):
     """As on a disk that is full: no file can become larger."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before, compiled = resource.getrlimit(resource.RLIMIT_FSIZE), sys.dont_write_bytecode
+    # Python keeps a compiled module that was cut short here, and every later process fails at its import.
+    sys.dont_write_bytecode = True
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        sys.dont_write_bytecode = compiled
 
 
 @pytest.mark.parametrize("room", [0, 1, 100, 1000, 3000, 4096])
