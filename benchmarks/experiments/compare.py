@@ -21,17 +21,23 @@ from optimzoo.options import refuse
 
 
 def tune(session: Session, methods: list[str], protocols: list[str]) -> int:
-    """Search for the best values and write the rows that `compare` takes them from."""
+    """Search for the best values and write the rows that `compare` takes them from.
+
+    Rows are written as they come: with `--committed` a search that was stopped goes on elsewhere.
+    """
     plan = session.plan
     pairs = plan.pairs(methods, protocols)
+    paths = dict.fromkeys(plan.tune_path_of(method) for method, _ in pairs)
     while runs := [e for pair in pairs for e in plan.tuning_runs(*pair, session.rows)]:
         session.run(runs, test=False)
-    new = [{k: v for k, v in row.items() if k != "curve"} for row in session.rows]
-    for path in dict.fromkeys(plan.tune_path_of(method) for method, _ in pairs):
-        rows = merged(path, [row for row in new if plan.tune_path_of(row["method"]) == path])
-        rows.sort(key=lambda r: (r["method"], r["protocol"], r["valid_loss"] or float("inf")))
-        write_json(path, {"rows": rows})
-        print(summary.tuning_text(plan, [row for row in rows if row["method"] in plan.methods]))
+        new = [{k: v for k, v in row.items() if k != "curve"} for row in session.rows]
+        for path in paths:
+            rows = merged(path, [row for row in new if plan.tune_path_of(row["method"]) == path])
+            rows.sort(key=lambda r: (r["method"], r["protocol"], r["valid_loss"] or float("inf")))
+            write_json(path, {"rows": rows})
+    for path in paths:
+        rows = [row for row in summary.read_rows(path) if row["method"] in plan.methods]
+        print(summary.tuning_text(plan, rows))
     for method, protocol in pairs:
         for rate in plan.edges(method, protocol, plan.tuning_rows(method)):
             print(f"note: {method} ({protocol}) is best at the edge of what was tried in {rate}")

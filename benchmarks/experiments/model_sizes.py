@@ -34,13 +34,13 @@ def _pico(batch: int) -> ModelSize:
     return ModelSize({**sizes, "eval_tokens": 65536}, 16, 50, tuning_steps=100, centre=(4.0, 0.5))
 
 
-def _batch(tokens: int) -> ModelSize:
+def _batch(tokens: int, centre: tuple[float, float] = (1.0, 1.0)) -> ModelSize:
     """Return nano at a batch of so many tokens: 4 M tokens a run, tuned on a quarter of them."""
     steps, sequences = NANO_TOKENS // tokens, tokens // 128
     part = min(sequences, 16)  # the logits of more leave a CPU's cache
     sizes = {"model": "nano", "steps": steps, "batch_size": part, "seq_len": 128}
-    sizes |= {"accumulate": sequences // part, "eval_tokens": 65536}
-    return ModelSize(sizes, 32, max(10, steps // 8), steps // 4, one_line=False)
+    sizes |= {"accumulate": sequences // part, "eval_tokens": 65536, "compile": True}
+    return ModelSize(sizes, 32, max(10, steps // 8), steps // 4, centre, one_line=False)
 
 
 # 60m: 16,384 tokens a step, a tuning run 10 M tokens, a final one 60 M. bf16 throughout, as
@@ -55,7 +55,9 @@ def _full(model: str, steps: int, rank: int) -> ModelSize:
 
 
 MODEL_SIZES = {
-    **{f"nano-{tokens // 1024}k": _batch(tokens) for tokens in (1024, 4096, 16384)},
+    "nano-1k": _batch(1024),
+    "nano-4k": _batch(4096),
+    "nano-16k": _batch(16384, centre=(2.0, 2.0)),
     "60m-full": _full("60m", 11_000, 128),
     "130m-full": _full("130m", 20_000, 256),
     "350m-full": _full("350m", 60_000, 256),
