@@ -56,7 +56,7 @@ def losses(out):
 
 
 def test_each_example_is_one_file_with_its_command_first():
-    assert len(EXAMPLES) == 8
+    assert len(EXAMPLES) == 9
     for name in EXAMPLES:
         first = commands(name)[0]
         assert f"examples/{name}.py" in first, name
@@ -124,6 +124,16 @@ def test_trainer_trains_by_the_method_that_is_named(run):
     train = [float(x) for x in re.findall(r"'loss': '?([\d.]+)", out)]
     assert train[0] > 5 and train[-1] < 3
     assert re.search(r"^SCALE: validation loss 2\.\d", out, re.M)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("options", [[], ["--optimizer", "muon", "--bf16"]], ids=["scale", "bf16"])
+def test_trl_trains_by_the_optimizer_that_was_given(run, options):
+    pytest.importorskip("trl", reason="pip install '.[test]'")
+    out = run([*commands("trl_sft")[0], *options, "--steps", "90"])
+    name, before, after = re.search(r"^(\w+): validation loss (\S+), then (\S+)$", out, re.M).groups()
+    assert name == ("Muon" if options else "SCALE")
+    assert float(before) > 5 and float(after) < 2.5  # of six letters: 1.8 without the prompt
 
 
 @pytest.mark.thorough
