@@ -28,7 +28,7 @@ from trl import SFTConfig, SFTTrainer
 import optimzoo
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--model", help="a model of the hub or a folder; default: a tiny one, untrained")
+parser.add_argument("--model", help="of the hub, or a folder; default: a tiny one, untrained")
 parser.add_argument("--data", type=Path, help="JSON lines of prompts and completions")
 parser.add_argument("--optimizer", default="scale", help="a name of `optimzoo list`")
 parser.add_argument("--adamw-lr", type=float, default=2e-3, help="rate that AdamW would have here")

@@ -12,6 +12,7 @@ import optimzoo
 from benchmarks.experiments.plan import Plan
 from benchmarks.experiments.summary import cells, read_rows, summarise
 from docs.hooks import pages
+from optimzoo.lowrank import convert
 
 DOCS = pages.ROOT / "docs"
 TEXTS = {p.name: p.read_text(encoding="utf-8") for p in sorted(DOCS.glob("*.md"))}
@@ -121,6 +122,34 @@ def test_the_code_of_the_training_tools_runs(tmp_path):
     scope |= {"batches": range(5), "train_step": lambda b, r: rates.append(r.get_last_lr()[0])}
     exec(code[-1], scope)
     assert len(rates) == 5
+
+
+def test_the_code_of_from_adamw_and_of_fine_tuning_runs(capsys):
+    pytest.importorskip("transformers", reason="pip install '.[test]'")
+    from tiny_llama import batch, rows, tiny_llama
+
+    def trained(block, model):
+        scope = {"torch": torch, "optimzoo": optimzoo, "model": model}
+        exec(block, scope)
+        before = model.lm_head.weight.detach().clone()
+        model(**batch(rows(2))).loss.backward()
+        scope["optimizer"].step()
+        return scope["optimizer"], not torch.equal(before, model.lm_head.weight)
+
+    [switched] = blocks("from_adamw.md")
+    optimizer, moved = trained(switched, tiny_llama())
+    assert type(optimizer) is optimzoo.SCALE and moved
+    assert "embedding" in capsys.readouterr().out
+    full, adapters = blocks("fine_tuning.md")
+    model = tiny_llama().bfloat16()
+    optimizer, moved = trained(full, model)
+    assert optimizer.defaults["rounding"] == "stochastic" and moved
+    model = tiny_llama()
+    convert(model, rank=2, kind="lora")
+    optimizer, _ = trained(adapters, model)
+    trainable = {p for p in model.parameters() if p.requires_grad}
+    assert set(optimizer.param_groups[0]["params"]) == trainable
+    assert all(optimizer.state[p]["step"] == 1 for p in trainable)
 
 
 def test_each_section_of_the_training_tools_is_short():

@@ -131,7 +131,8 @@ def test_trainer_trains_by_the_method_that_is_named(run):
 def test_trl_trains_by_the_optimizer_that_was_given(run, options):
     pytest.importorskip("trl", reason="pip install '.[test]'")
     out = run([*commands("trl_sft")[0], *options, "--steps", "90"])
-    name, before, after = re.search(r"^(\w+): validation loss (\S+), then (\S+)$", out, re.M).groups()
+    ended = re.search(r"^(\w+): validation loss (\S+), then (\S+)$", out, re.M)
+    name, before, after = ended.groups()
     assert name == ("Muon" if options else "SCALE")
     assert float(before) > 5 and float(after) < 2.5  # of six letters: 1.8 without the prompt
 

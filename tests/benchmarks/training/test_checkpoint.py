@@ -80,7 +80,7 @@ def test_what_killed_processes_left_goes_when_a_run_goes_on(tmp_path):
 def full_after(room: int):
     """As on a disk that is full: no file can become larger."""
     before, compiled = resource.getrlimit(resource.RLIMIT_FSIZE), sys.dont_write_bytecode
-    # Python keeps a compiled module that was cut short here, and every later process fails at its import.
+    # Python keeps a compiled module that was cut short here, and later processes fail to import it.
     sys.dont_write_bytecode = True
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
     try:
