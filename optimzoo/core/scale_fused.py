@@ -16,10 +16,10 @@ States = Mapping[Tensor, dict[str, Any]]
 # Options that decide how a group is stepped; all others are read at each step.
 _LAYOUT = (
     *("role", "normalize", "averaged", "transposed", "stacked", "fused", "foreach"),
-    *("differentiable", "rounding", "state_bits", "spectral_norm"),
+    *("differentiable", "rounding", "state_bits", "spectral_norm", "nesterov"),
 )
 # Options that all tensors of a call share; the learning rate and the decay may differ.
-_RULE = ("momentum", "norm", "eps", "other_betas", "other_eps", "maximize")
+_RULE = ("momentum", "nesterov", "norm", "eps", "other_betas", "other_eps", "maximize")
 _STATES = ("exp_avg", "exp_avg_sq", "step")
 Groups = Sequence[dict[str, Any]]
 
@@ -28,6 +28,9 @@ def may_fuse(group: dict[str, Any]) -> bool:
     """Return whether the group's options allow the kernels."""
     eager = group["foreach"] or group["differentiable"] or group["normalize"] == "spectral"
     eager = eager or (group["spectral_norm"] and group["role"] in (None, "hidden"))
+    if group["nesterov"] and has_momentum(group):
+        on_cpu = all(p.device.type == "cpu" for p in group["params"])
+        eager = eager or not on_cpu or _kernel_kind(group) != dispatch.ROWS
     return bool(group["fused"] or (group["fused"] is None and not eager))
 
 
@@ -107,11 +110,7 @@ class LaunchCache:
         rng_keys: dict[Tensor, RngKey],
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Step what the kernels take, in one call per device; return the other parameters."""
-        kind = dispatch.SIGN
-        if group["normalize"] != "sign":
-            dim = input_dim(group["role"] or "hidden", transposed=group["transposed"])
-            along_rows = (dim == -1) == (group["normalize"] == "column")
-            kind = dispatch.ROWS if along_rows else dispatch.COLUMNS
+        kind = _kernel_kind(group)
         items = []
         parts = {p: local_part(p) for p in (*matrices, *vectors)}
         for p in matrices:
@@ -179,11 +178,20 @@ class LaunchCache:
             betas=group["other_betas"],
             adam_eps=group["other_eps"],
             maximize=group["maximize"],
+            **({"nesterov": True} if group["nesterov"] and device.type == "cpu" else {}),
             **scaler,
             **how,
         )
         for count in counts if "found_inf" in scaler else []:  # a skipped step is not counted
             count.sub_(scaler["found_inf"].to(count))
+
+
+def _kernel_kind(group: dict[str, Any]) -> int:
+    """Return along what the group's matrices are normalised, as kernels call it."""
+    if group["normalize"] == "sign":
+        return dispatch.SIGN
+    dim = input_dim(group["role"] or "hidden", transposed=group["transposed"])
+    return dispatch.ROWS if (dim == -1) == (group["normalize"] == "column") else dispatch.COLUMNS
 
 
 def _layout(group: dict[str, Any]) -> tuple[Any, ...]:

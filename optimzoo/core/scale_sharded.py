@@ -84,8 +84,9 @@ def _averaged(part: Part) -> Tensor:
     """Return the gradient, or the updated momentum where the weight has one, as a matrix."""
     grad = -part.grad if part.group["maximize"] else part.grad
     if part.exp_avg is not None and part.group["momentum"] != 0:
-        part.exp_avg.lerp_(grad.to(part.exp_avg.dtype), 1 - part.group["momentum"])
-        grad = part.exp_avg
+        momentum, grad = part.group["momentum"], grad.to(part.exp_avg.dtype)
+        part.exp_avg.lerp_(grad, 1 - momentum)
+        grad = grad.lerp(part.exp_avg, momentum) if part.group["nesterov"] else part.exp_avg
     return matrix_view(grad, stacked=bool(part.group["stacked"]))
 
 

@@ -53,6 +53,7 @@ class SCALE(RoleOptimizer):
     For a weight ``W`` with gradient ``g``, learning rate ``η`` and weight decay ``λ``::
 
         head:      m ← β m + (1 − β) g,   g ← m          (the only momentum)
+                   `nesterov`: g ← β m + (1 − β) g
         matrices:  s_j = max(√(mean_i g_ij²), eps)       (one per output neuron j)
                    W ← (1 − ηλ) W − η g / s
         vectors:   Adam, with `vector_lr`, `other_betas`, `other_eps`
@@ -70,6 +71,8 @@ class SCALE(RoleOptimizer):
         params: groups from :func:`optimzoo.param_groups`; bare parameters fall back by shape.
         lr: step of every normalised weight: the RMS of its update. Float or 1-element tensor.
         momentum: β of the head. A group that names its own `momentum` gets it in any role.
+        nesterov: follow Nesterov's momentum where there is momentum; by a kernel on a CPU, for
+            one scalar per row.
         weight_decay: λ, decoupled.
         weight_decay_style: `decoupled`, or `cautious`, only where update and weight agree in sign
             (:func:`~optimzoo.core.update.decaying`).
@@ -129,6 +132,7 @@ class SCALE(RoleOptimizer):
         weight_decay: float = 0.0,
         *,
         weight_decay_style: str = "decoupled",
+        nesterov: bool = False,
         normalize: str = "column",
         norm: str = "rms",
         spectral_norm: bool = False,
@@ -270,6 +274,7 @@ class SCALE(RoleOptimizer):
             [local_average(self.state, p) for p in matrices],
             lr=lr,
             momentum=group["momentum"],
+            nesterov=group["nesterov"],
             weight_decay=signed_decay(group),
             dim=input_dim(group["role"] or "hidden", transposed=group["transposed"]),
             stacked=group["stacked"],
@@ -313,6 +318,8 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError("normalize='spectral' needs no spectral_norm=True; take norm='l2' for it")
     if options["spectral_norm"] and (options["fused"] or options["differentiable"]):
         raise ValueError("spectral_norm=True excludes fused=True and differentiable=True")
+    if options["fused"] and options["nesterov"]:
+        raise ValueError("nesterov=True has no kernel on every device; leave fused=None")
     if options["fused"] and (options["foreach"] or options["differentiable"]):
         raise ValueError("fused=True excludes foreach=True and differentiable=True; choose one")
     check_rounding(options)
@@ -337,6 +344,7 @@ def scale(
     *,
     lr: float | Tensor,
     momentum: float,
+    nesterov: bool,
     weight_decay: float,
     dim: int,
     stacked: bool,
@@ -371,7 +379,7 @@ def scale(
         if maximize:
             grads = [-g for g in grads]
         along = partial(direction, norm_states=norm_states)
-        rule(params, grads, exp_avgs, along, lr, momentum, weight_decay)
+        rule(params, grads, exp_avgs, along, lr, momentum, weight_decay, nesterov=nesterov)
 
     alone = any(state is not None for state in norm_states)
     apply_with_rounding(step, rng_keys, params, grads, exp_avgs, norm_states, alone=alone)
@@ -403,12 +411,16 @@ def _single_tensor_scale(
     lr: float | Tensor,
     momentum: float,
     weight_decay: float,
+    *,
+    nesterov: bool = False,
 ) -> None:
     for p, g, m in zip(params, grads, exp_avgs, strict=True):
         if m is not None and momentum != 0:
-            m.lerp_(g.to(m.dtype), 1 - momentum)
+            g = g.to(m.dtype)
+            m.lerp_(g, 1 - momentum)
             # With `differentiable` autograd keeps m for the backward, and the next step changes it.
-            g = m.clone() if m.requires_grad else m
+            average = m.clone() if m.requires_grad else m
+            g = g.lerp(average, momentum) if nesterov else average
         (update,) = direction([g])
         if weight_decay != 0:
             # Decay inside the update: a low-precision weight is then rounded once a step, not twice
@@ -426,12 +438,14 @@ def _multi_tensor_scale(
     lr: float | Tensor,
     momentum: float,
     weight_decay: float,
+    *,
+    nesterov: bool = False,
 ) -> None:
     buffers = [m for m in exp_avgs if m is not None]
     if buffers and momentum != 0:
         grads = [g.to(m.dtype) for g, m in zip(grads, buffers, strict=True)]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
-        grads = buffers
+        grads = list(torch._foreach_lerp(grads, buffers, momentum)) if nesterov else buffers
     updates = direction(grads)
     if weight_decay != 0:
         decayed = decaying(updates, params, weight_decay)

@@ -139,6 +139,10 @@ FIDELITY = {
     "sign": (llama, {"normalize": "sign"}),
     "momentum0": (llama, {"momentum": 0.0}),
     "momentum0.5": (llama, {"momentum": 0.5}),
+    "nesterov": (llama, {"nesterov": True}),
+    "nesterov-row": (llama, {"nesterov": True, "normalize": "row", "momentum": 0.8}),
+    "nesterov-sign": (llama, {"nesterov": True, "normalize": "sign", "maximize": True}),
+    "tied-nesterov": (tied_llama, {"nesterov": True, "weight_decay": 0.1}),
     "eps": (llama, {"eps": 3e-3}),
     "tied": (tied_llama, {"weight_decay": 0.1}),
     "tied-row": (tied_llama, {"normalize": "row"}),
@@ -186,11 +190,13 @@ def test_fifty_steps_follow_the_reference(case):
         assert travelled > 0.01 * np.linalg.norm(value), f"{name} hardly moved: nothing was tested"
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("foreach", [False, True])
-def test_a_group_may_give_momentum_to_any_role(foreach):
+def test_a_group_may_give_momentum_to_any_role(foreach, nesterov):
     model = llama()[0].double()
     overrides = {"embed_tokens": {"momentum": 0.9}, "down_proj": {"momentum": 0.5}}
-    optimizer = SCALE(param_groups(model, overrides), lr=0.01, foreach=foreach)
+    groups = param_groups(model, overrides)
+    optimizer = SCALE(groups, lr=0.01, foreach=foreach, nesterov=nesterov)
     embedding, down = model.model.embed_tokens.weight, model.model.layers[0].mlp.down_proj.weight
     expected = [embedding.detach().clone(), down.detach().clone()]
     averages = [torch.zeros_like(p) for p in expected]
@@ -199,8 +205,9 @@ def test_a_group_may_give_momentum_to_any_role(foreach):
         model(*batch(step)).backward()
         for i, (p, beta, dim) in enumerate([(embedding, 0.9, 0), (down, 0.5, 1)]):
             averages[i] = beta * averages[i] + (1 - beta) * p.grad
-            rms = averages[i].square().mean(dim, keepdim=True).sqrt()
-            expected[i] -= 0.01 * averages[i] / rms
+            update = beta * averages[i] + (1 - beta) * p.grad if nesterov else averages[i]
+            rms = update.square().mean(dim, keepdim=True).sqrt()
+            expected[i] -= 0.01 * update / rms
         optimizer.step()
         assert_close([embedding.detach(), down.detach()], expected, rtol=1e-10, atol=1e-13)
     assert {id(p) for p, state in optimizer.state.items() if p.ndim > 1 and state} == {

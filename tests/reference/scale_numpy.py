@@ -36,6 +36,7 @@ class ScaleReference:
         *,
         lr: float,
         momentum: float = 0.9,
+        nesterov: bool = False,
         weight_decay: float = 0.0,
         weight_decay_style: str = "decoupled",
         normalize: str = "column",
@@ -62,6 +63,7 @@ class ScaleReference:
                 raise ValueError(f"{name}: {ndim} dimensions do not fit the kind {kind!r}")
         self.lr = lr
         self.momentum = momentum
+        self.nesterov = nesterov
         self.weight_decay = weight_decay
         self.cautious = weight_decay_style == "cautious"
         self.normalize = normalize
@@ -98,7 +100,8 @@ class ScaleReference:
             # Averaged first, normalised after; C is scale invariant, so no bias correction.
             beta = self.momentum
             self.exp_avg[name] = beta * self.exp_avg[name] + (1 - beta) * g
-            g = self.exp_avg[name]
+            ahead = beta * self.exp_avg[name] + (1 - beta) * g
+            g = ahead if self.nesterov else self.exp_avg[name]
         update = self.normal(kind, g)
         if self.spectral_norm is None or kind in ("head", "embedding"):
             return update

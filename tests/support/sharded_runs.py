@@ -35,6 +35,7 @@ HYPER = {
 }
 VARIANTS = {
     "scale row": ("scale", {"normalize": "row"}),
+    "scale nesterov": ("scale", {"nesterov": True, "normalize": "row"}),
     "scale sign": ("scale", {"normalize": "sign"}),
     "scale spectral": ("scale", {"normalize": "spectral"}),
     "scale cautious": ("scale", {"weight_decay_style": "cautious"}),
