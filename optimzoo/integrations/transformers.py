@@ -31,8 +31,9 @@ class _Factory:
                 "optimizers=(optimzoo.create_optimizer(...), None) to the Trainer"
             )
 
+    # axolotl's Trainer passes its arguments too; `trainer_optimizer` has read what is read of them.
     def __call__(
-        self, model: nn.Module, *, name: str, overrides: Overrides, **options: Any
+        self, model: nn.Module, *_: Any, name: str, overrides: Overrides, **options: Any
     ) -> Optimizer:
         return create_optimizer(name, param_groups(model, overrides), **options)
 

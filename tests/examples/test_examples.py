@@ -189,6 +189,41 @@ def test_low_rank_restarts_and_merges_to_the_same_loss(run):
     assert float(low) == pytest.approx(float(merged), abs=1e-3)
 
 
+@pytest.mark.thorough
+def test_tasks_of_slurm_share_the_runs_of_a_table(tmp_path):
+    """Two tasks, started by a stand-in for srun, train each run once and print one table."""
+    pytest.importorskip("accelerate", reason="pip install '.[test]'")
+    (tmp_path / "examples").mkdir()
+    for name in ("reproduce.slurm", "accelerate_one_gpu.yaml"):
+        shutil.copy(ROOT / "examples" / name, tmp_path / "examples")
+    srun = tmp_path / "srun"
+    start = 'while [[ $1 == --* ]]; do shift; done\n"$@" > 0.log 2>&1 &\n"$@" > 1.log 2>&1\nwait -n'
+    srun.write_text(f"#!/bin/bash\n{start}\n")
+    srun.chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": path}
+    env["SLURM_SUBMIT_DIR"] = str(tmp_path)
+    words = [
+        "scale-main",
+        "--methods",
+        "adamw",
+        "scale",
+        "--size",
+        "dry",
+        "--seeds",
+        "1",
+        "--fresh",
+    ]
+    script = ["bash", str(tmp_path / "examples" / "reproduce.slurm"), *words]
+    ended = subprocess.run(script, env=env, capture_output=True, text=True)
+    logs = [(tmp_path / f"{task}.log").read_text() for task in range(2)]
+    assert ended.returncode == 0, ended.stderr + logs[1]
+    tables = [re.findall(r"^ (?:SCALE|AdamW),? .*$", log, re.M) for log in logs]
+    assert tables[0] == tables[1] and len(tables[0]) == 2, logs
+    runs = [set(re.findall(r"^\[\d+/\d+\] (.*) $", log, re.M)) for log in logs]
+    assert runs[0] == runs[1] and len(runs[0]) >= 8
+
+
 def test_the_readme_of_the_examples_has_each_command():
     text = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)\.py` \| `(.*?)` \|", text, re.M)
