@@ -1,6 +1,7 @@
 """Starting values beside each method's own best, on tasks that they were not fitted to."""
 
 import argparse
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,71 +12,37 @@ from benchmarks.common.files import RESULTS, make_folder, write_json
 from benchmarks.common.progress import RunProgress
 from benchmarks.common.provenance import made_on
 from benchmarks.common.tables import Table
-from benchmarks.data.gratings import WINDOW
 from benchmarks.experiments.plan import Entry, Plan, Row, choose, role_rates, settings, tuned_text
 from benchmarks.experiments.run_queue import Session, add_jobs_argument, merged, settle_counts
 from benchmarks.experiments.significance import Difference, paired
+from benchmarks.experiments.start_tasks import TASKS
 from benchmarks.experiments.summary import read_rows
-from benchmarks.experiments.tuning import FACTOR, Values, scaled
+from benchmarks.experiments.tuning import FACTOR, Search, Values, scaled
 from benchmarks.training.cli import add_corpus_arguments, corpus_from, refuse_cache
 from benchmarks.training.loop import train
 from benchmarks.training.metrics import perplexity
-from benchmarks.training.models import CHARACTERS, IMAGES, make_model
+from benchmarks.training.models import make_model
 from optimzoo import param_groups, starting_values
 from optimzoo.options import refuse
 from optimzoo.tuned_rates import ROLE_RATES, VARIANT
 
 WITHIN = 0.02  # of the best perplexity
-ALL = 10**9  # tokens to evaluate: the whole split
 PROTOCOL = "tuned"  # of the plan whose methods and labels these are
 
 
-@dataclass(frozen=True)
-class Task:
-    """Training script of somebody who has a learning rate for AdamW.
+class Check:
+    """Runs of a task: each method at its starting values, and with rates around them.
+
+    Starting values are for somebody who has tuned AdamW. So AdamW is tuned first, all its rates on
+    one line, until half and twice are worse.
 
     Attributes:
-        text: what is trained, for the caption of a table.
-        adamw_lr: the rate of its AdamW.
-        sizes: fields of `RunConfig`.
-        batch_tokens: tokens of a step, if it has tokens.
-        pretrained: steps of AdamW on another text before, tuned as on nano.
+        adamw_lr: the tuned rate of AdamW's hidden weights.
     """
 
-    text: str
-    adamw_lr: float
-    sizes: Row
-    batch_tokens: int | None = None
-    pretrained: int = 0
-
-
-TASKS = {
-    "script": Task(
-        "nanoGPT's small GPT (a tied head, learned positions) on characters",
-        1e-3,
-        {"model": CHARACTERS, "steps": 400, "batch_size": 12, "seq_len": 64, "eval_tokens": ALL},
-        12 * 64,
-    ),
-    "classifier": Task(
-        "a vision transformer on images of ten kinds of gratings, under noise",
-        1e-3,
-        {"model": IMAGES, "steps": 400, "batch_size": 32, "seq_len": WINDOW, "eval_tokens": ALL},
-    ),
-    "fine-tuning": Task(
-        "a nano Llama that AdamW has trained on another text, for 1,600 steps at its tuned rates",
-        2e-4,  # a tenth of the rate that it was trained with
-        {"model": "nano", "steps": 200, "batch_size": 8, "seq_len": 128, "eval_tokens": 65536},
-        8 * 128,
-        pretrained=1600,
-    ),
-}
-
-
-class Check:
-    """Runs of a task: each method at its starting values, and with rates around them."""
-
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, adamw_lr: float | None = None) -> None:
         self.name, self.task = name, TASKS[name]
+        self.adamw_lr = self.task.adamw_lr if adamw_lr is None else adamw_lr
         self.plan = Plan("nano")
         self.plan.values |= self.task.sizes
         self.groups = param_groups(make_model(self.task.sizes["model"], device="meta"))
@@ -92,7 +59,7 @@ class Check:
         start = starting_values(
             record.get("optimizer", method),
             self.groups,
-            adamw_lr=self.task.adamw_lr,
+            adamw_lr=self.adamw_lr,
             batch_tokens=self.task.batch_tokens,
             **variant,
         )
@@ -117,8 +84,22 @@ class Check:
         entry = self.entry(row["method"], self.start(row["method"]), row["config"]["seed"])
         return tuned_text(settings(row)) == tuned_text(settings({"config": vars(entry.config)}))
 
+    def tune_adamw(self, session: Session) -> None:
+        """Find the rate that AdamW wants here, with seed 0."""
+        search = Search({"adamw_lr": self.adamw_lr}, (("adamw_lr",),))
+        tried: list[tuple[Values, float]] = []
+        while points := search.next(tried):
+            for point in points:
+                self.adamw_lr = point["adamw_lr"]
+                entry = self.entry("adamw", self.start("adamw"), 0)
+                loss = session.run([entry], test=True)[-1]["valid_loss"]
+                tried.append((point, math.inf if loss is None else loss))
+        self.adamw_lr = min(tried, key=lambda point: point[1])[0]["adamw_lr"]
+
     def run(self, session: Session, methods: list[str], seeds: int) -> list[Row]:
         """Train the grid of each method with seed 0; then the start and the best with the rest."""
+        self.tune_adamw(session)
+        session.rows = []  # those that are of the grid are read again
         grid = [self.entry(m, point, 0) for m in methods for point in self.points(m)]
         session.run(grid, test=True)
         rows = list(session.rows)
@@ -267,16 +248,21 @@ def main(args: argparse.Namespace) -> int:
     kept = [{k: v for k, v in r.items() if k not in ("curve", "valid_curve")} for r in rows]
     for row in kept:
         row["config"] = row["config"] | {"weights": Path(row["config"]["weights"]).name}
-    write_json(args.out / f"{args.task}.json", {"rows": kept})
+    found = {"adamw_lr": check.adamw_lr}
+    write_json(args.out / f"{args.task}.json", {**found, "rows": kept})
     if args.store:
-        write_json(check.path, {"rows": merged(check.path, kept)})
+        write_json(check.path, {**found, "rows": merged(check.path, kept)})
     table(check, rows).print()
-    print(f"{summary(check, rows)}; {made_on(rows[0]['provenance'])}")
+    print(
+        f"{summary(check, rows)}; AdamW's tuned rate is {check.adamw_lr:g}; "
+        f"{made_on(rows[0]['provenance'])}"
+    )
     return 0
 
 
 def stored() -> Iterator[tuple[Check, list[Row]]]:
     """Yield the tasks that have committed rows."""
-    for check in map(Check, TASKS):
-        if check.path.exists():
-            yield check, read_rows(check.path)
+    for name in TASKS:
+        path = Check(name).path
+        if path.exists():
+            yield Check(name, json.loads(path.read_text())["adamw_lr"]), read_rows(path)

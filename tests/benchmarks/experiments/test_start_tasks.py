@@ -11,7 +11,8 @@ import torch
 from benchmarks.__main__ import main
 from benchmarks.data.corpus import load_corpus
 from benchmarks.experiments import starting_values
-from benchmarks.experiments.starting_values import Check, Task, outcomes, summary
+from benchmarks.experiments.start_tasks import Task
+from benchmarks.experiments.starting_values import Check, outcomes, summary
 from benchmarks.training.config import fingerprint
 from benchmarks.training.models import CHARACTERS
 from benchmarks.training.run import Run
@@ -102,6 +103,29 @@ def test_a_start_that_is_the_best_has_no_difference():
     assert outcome.difference.mean == 0.0 and outcome.within
 
 
+@pytest.mark.parametrize("best", [1e-3, 2e-3, 5e-4])
+def test_adamw_is_tuned_first(best):
+    """The rate is moved by two until both neighbours are worse; what fails counts as worse."""
+    check, ran = Check("script"), []
+
+    class Session:
+        def __init__(self):
+            self.rows = []
+
+        def run(self, entries, *, test):
+            for entry in entries:
+                rate = entry.config.lr
+                ran.append(rate)
+                loss = None if rate > 3e-3 else abs(math.log(rate / best))
+                self.rows.append({"valid_loss": loss})
+            return self.rows
+
+    check.tune_adamw(Session())
+    assert check.adamw_lr == best and {best / 2, best, 2 * best} <= set(ran)
+    ratio = check.start("scale")["lr"] / Check("script").start("scale")["lr"]
+    assert ratio == pytest.approx(best / 1e-3, rel=0.05)  # two digits
+
+
 def test_the_command_runs_stores_and_goes_on(small, text, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(starting_values, "RESULTS", tmp_path)
     words = ["starting-values", "script", "--data", str(text), "--jobs", "1", "--store"]
@@ -118,6 +142,8 @@ def test_the_command_runs_stores_and_goes_on(small, text, tmp_path, capsys, monk
     monkeypatch.setattr("benchmarks.training.run.Run.train_step", None)  # finished runs are read
     assert main(command) == 0
     assert json.loads(path.read_text()) == stored
+    [(check, again)] = starting_values.stored()
+    assert check.adamw_lr == stored["adamw_lr"] and again == rows
 
 
 def test_fine_tuning_begins_with_the_weights_and_the_tokens_of_the_first_text(
@@ -135,10 +161,9 @@ def test_fine_tuning_begins_with_the_weights_and_the_tokens_of_the_first_text(
     assert "give it as --then FILE" in capsys.readouterr().err
     assert main([*command, "--then", str(files[1])]) == 0
     pretrained = torch.load("out/pretrained/weights.pt", weights_only=True)
-    rows = json.loads((tmp_path / "starting-values-fine-tuning.json").read_text())["rows"]
+    [(check, rows)] = starting_values.stored()
     assert len(rows) == 9 and {row["config"]["weights"] for row in rows} == {"weights.pt"}
     assert {row["corpus"]["name"] for row in rows} == {"then"}
-    check = Check("fine-tuning")
     config = check.entry("muon", check.start("muon"), 0).config
     corpus = load_corpus(files[0], vocab_size=get_config("pico").vocab_size)
     then = load_corpus(
