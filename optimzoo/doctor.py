@@ -9,6 +9,7 @@ from torch import Tensor
 from optimzoo.core.adam import adam
 from optimzoo.kernels import dispatch, native
 from optimzoo.optimizers.scale import normalized
+from optimzoo.optimizers.sinkgd import sinkhorn
 
 _SHAPES = ((129, 65), (7, 2048), (64, 1))
 
@@ -59,6 +60,12 @@ def check(kernels: Any, device: str) -> dict[str, float]:
     counts = [torch.zeros(()) for _ in _SHAPES]
     adam(others[0], grads, others[1], others[2], counts, foreach=False, capturable=False, **rule)
     errors["adam"] = worst(params, others[0])
+    if isinstance(kernels, native.Library) and kernels.kind == "cpu":
+        params, grads = normal(), normal()
+        expected = [p - 0.1 * sinkhorn(g, 5) for p, g in zip(params, grads, strict=True)]
+        kinds, scaled = [dispatch.ROWS] * len(_SHAPES), {"lr": 0.1, "weight_decay": 0.0}
+        kernels.sinkhorn_(params, grads, kinds, _SHAPES, iterations=5, maximize=False, **scaled)
+        errors["sinkhorn"] = worst(params, expected)
     return errors
 
 

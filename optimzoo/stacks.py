@@ -121,6 +121,7 @@ class StateStack(MutableMapping[str, Any]):
 
     def write_back(self) -> None:
         """Copy changed tensors into the states that they are of, and new ones beside them."""
+        changed: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
         for key, stack in self._stacks.items():
             if stack._version == self.versions[key]:
                 continue
@@ -128,10 +129,14 @@ class StateStack(MutableMapping[str, Any]):
             parts = list((stack.view(-1) if number else stack).unbind())
             old = self.states[0].get(key)
             if old is not None and (old.dtype, old.shape) == (parts[0].dtype, parts[0].shape):
-                torch._foreach_copy_([state[key] for state in self.states], parts)
+                targets, sources = changed.setdefault(old.dtype, ([], []))
+                targets += [state[key] for state in self.states]
+                sources += parts
             else:
                 for state, part in zip(self.states, parts, strict=True):
                     state[key] = part.clone()  # of its own: a checkpoint saves whole storages
+        for targets, sources in changed.values():  # in one launch, if they are of one dtype
+            torch._foreach_copy_(targets, sources)
 
 
 def each(state: State, key: str) -> list[Tensor]:

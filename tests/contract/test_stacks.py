@@ -212,8 +212,8 @@ MOST = {
     "swan": 200,
     "sinkgd": 150,
     "galore": 120,
-    "apollo": 145,
-    "apollo_mini": 145,
+    "apollo": 139,
+    "apollo_mini": 139,
     "fira": 150,
     "natural_galore": 200,
 }

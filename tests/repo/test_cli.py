@@ -76,19 +76,23 @@ def test_doctor_finds_the_cpu_kernels_right(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert f"cpu, native:   {native.CPU.variant()}\n" in out
-    assert out.count("  ok\n") >= 3
+    assert out.count("  ok\n") >= 4 and "sinkhorn" in out
     assert "WRONG" not in out
     assert ("torch finds no CUDA device" in out) == (not torch.cuda.is_available())
 
 
 @needs_cpu_kernels
-def test_doctor_fails_for_a_kernel_that_is_wrong(capsys, monkeypatch):
-    class Wrong(native.Library):
-        def adam_(self, params, *args, **kwargs):
-            super().adam_(params, *args, **kwargs)
-            params[0].add_(1e-3)
+@pytest.mark.parametrize("kernel", ["adam_", "scale_", "sinkhorn_"])
+def test_doctor_fails_for_a_kernel_that_is_wrong(kernel, capsys, monkeypatch):
+    library = native.Library("cpu")
+    right = getattr(library, kernel)
 
-    monkeypatch.setitem(doctor.dispatch.BACKENDS, "cpu", (Wrong("cpu"),))
+    def wrong(params, *args, **kwargs):
+        right(params, *args, **kwargs)
+        params[0].add_(1e-3)
+
+    monkeypatch.setattr(library, kernel, wrong)
+    monkeypatch.setitem(doctor.dispatch.BACKENDS, "cpu", (library,))
     assert main(["doctor"]) == 1
     assert "WRONG" in capsys.readouterr().out
 
