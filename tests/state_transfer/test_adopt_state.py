@@ -135,7 +135,7 @@ def test_the_roles_that_take_adam_step_as_the_old_adamw(name):
         assert (step - expected).abs().max() < 1e-6 * ADAM["lr"], key
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(
     "options", [{}, {"state_bits": 8}, {"rounding": "stochastic"}, {"capturable": True}]
 )
