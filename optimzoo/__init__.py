@@ -21,7 +21,9 @@ from optimzoo.optimizers.stable_spam import StableSPAM
 from optimzoo.optimizers.swan import SWAN
 from optimzoo.registry import OptimInfo, create_optimizer, get_info, list_optimizers
 from optimzoo.roles import param_groups
+from optimzoo.state_transfer import AdoptedState, AdoptionReport, adopt_state
 from optimzoo.tuned_rates import StartingValues, starting_values
+from optimzoo.update_statistics import update_statistics
 
 _warn_of_untested_torch(_torch.__version__)
 
@@ -32,6 +34,8 @@ __all__ = [
     "SWAN",
     "APOLLOMini",
     "AdamS",
+    "AdoptedState",
+    "AdoptionReport",
     "Fira",
     "GaLore",
     "GradientStabilizer",
@@ -44,6 +48,7 @@ __all__ = [
     "StableSPAM",
     "StartingValues",
     "__version__",
+    "adopt_state",
     "create_optimizer",
     "describe",
     "get_info",
@@ -53,4 +58,5 @@ __all__ = [
     "release",
     "stabilize",
     "starting_values",
+    "update_statistics",
 ]

@@ -3,41 +3,11 @@
 import math
 import resource
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.optim.optimizer import Optimizer
-
-from benchmarks.training.distributed import whole
-from optimzoo.roles import role_of
-
-
-class UpdateRatios:
-    """‖Δw‖ / ‖w‖ of one optimizer step by role; copies the weights during that step."""
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.optimizer = optimizer
-        self.ratios: dict[str, float] = {}
-
-    @contextmanager
-    def around_step(self) -> Iterator[None]:
-        """Measure the optimizer step taken inside the context."""
-        before = [(p, role_of(p, g), p.detach().clone()) for p, g in self._params()]
-        yield
-        sums: dict[str, list[Tensor]] = {}
-        for p, role, old in before:
-            squares = [x.float().square().sum() for x in (p.detach() - old, old)]
-            sums.setdefault(role, []).append(torch.stack([whole(x) for x in squares]))
-        for role, parts in sums.items():
-            moved, size = torch.stack(parts).sum(0).sqrt().tolist()
-            self.ratios[role] = moved / max(size, 1e-12)
-
-    def _params(self) -> list[tuple[Tensor, dict[str, Any]]]:
-        return [(p, g) for g in self.optimizer.param_groups for p in g["params"]]
 
 
 def reset_peak_memory() -> None:

@@ -21,7 +21,6 @@ from benchmarks.training.checkpoint import FORMAT, Checkpoints
 from benchmarks.training.config import RunConfig, fingerprint, lr_factor, resolve_precision
 from benchmarks.training.distributed import ALONE, Parallel, whole
 from benchmarks.training.low_rank_model import convert_model, make_restarts, on_meta
-from benchmarks.training.metrics import UpdateRatios
 from benchmarks.training.models import load_weights, make_model
 from benchmarks.training.own import create_own, is_own
 from optimzoo.lowrank import support_bytes
@@ -149,23 +148,26 @@ class Run:
 
         Without ``read`` the loss may be that of an earlier step, to avoid waiting for a GPU.
         """
-        ratios = UpdateRatios(self.optimizer)
+        updates: dict[str, float] = {}
         with ExitStack() as around:
             if log and self.released is not None:  # the weights move in the backward
-                around.enter_context(ratios.around_step())
+                updates = around.enter_context(optimzoo.update_statistics(self.optimizer))
             mean = self.accumulate_gradients()
             if read or self.loss is None or self.device.type == "cpu":
                 self.loss = self.parallel.mean(mean.item())
             norm = self._clip(log)
             if log and self.released is None:
-                around.enter_context(ratios.around_step())
+                updates = around.enter_context(optimzoo.update_statistics(self.optimizer))
             self.optimizer.step()
         if self.released is not None and self.config.clip > 0:
             norm = self.released.grad_norm
         scalars: dict[str, float] = {}
         if log:
             scalars = {} if norm is None else {"train/gradient_norm": whole(norm).item()}
-            scalars |= {f"update_ratio/{k}": v for k, v in ratios.ratios.items()}
+            for name, value in updates.items():
+                role, _, what = name.partition("/")
+                if what == "update_to_weight":
+                    scalars[f"update_ratio/{role}"] = value
             for group in self.optimizer.param_groups:
                 scalars[f"lr/{group.get('role', 'all')}"] = float(group["lr"])
         if self.restarts is not None:

@@ -181,7 +181,7 @@ class StableSPAM(MatrixOptimizer):
                     stack.enter_context(dequantized_moments(state, 8, rng_key))
                 if kernels is None:
                     weight = stack.enter_context(fp32_working_copy(weight, rng_key))
-                _init_state(state, grad, dtype)
+                init_moments(state, grad, dtype)
                 # The processes of a collective have the same weights, in the same order.
                 groups = tuple(map(id, shards.groups())) if shards.mesh is not None else ()
                 key = (common, kernels, count, grad.device, at_least_float32(grad), groups)
@@ -449,7 +449,8 @@ def _listed(value: Any, like: Tensor) -> Any:
     return list(value.to(like.dtype).unbind()) if isinstance(value, Tensor) else value
 
 
-def _init_state(state: State, grad: Tensor, dtype: torch.dtype) -> None:
+def init_moments(state: State, grad: Tensor, dtype: torch.dtype) -> None:
+    """Create the moments and the running averages where they are missing, for a matrix."""
     if "exp_avg" not in state:
         state["exp_avg"] = torch.zeros_like(grad, dtype=dtype)
         state["exp_avg_sq"] = torch.zeros_like(grad, dtype=dtype)

@@ -117,7 +117,15 @@ def test_the_code_of_the_training_tools_runs(tmp_path):
         else:
             classes.append(type(getattr(scope["optimizer"], "optimizer", scope["optimizer"])))
     zoo = optimzoo
-    assert classes == [zoo.SCALE, zoo.NaturalGaLore, zoo.SCALE, zoo.Fira, zoo.SCALE, zoo.SCALE]
+    assert classes == [
+        zoo.SCALE,
+        zoo.NaturalGaLore,
+        zoo.SCALE,
+        zoo.Fira,
+        *[zoo.SCALE] * 2,
+        zoo.Muon,
+        zoo.SCALE,
+    ]
     rates = []
     scope |= {"batches": range(5), "train_step": lambda b, r: rates.append(r.get_last_lr()[0])}
     exec(code[-1], scope)
