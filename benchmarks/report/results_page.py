@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.experiments import summary
+from benchmarks.experiments.colors import method_colors
 from benchmarks.experiments.model_sizes import MODEL_SIZES
+from benchmarks.experiments.pictures import pareto_front
 from benchmarks.experiments.plan import Plan, Row
 from benchmarks.papers import cast, perplexity_tables
 from benchmarks.papers.memory_columns import published_value
@@ -62,8 +64,9 @@ def _beside_section(
         for record in compared
     ]
     notes = perplexity_tables.lines_below(table, compared)
+    title = f"{table.title}: {size}"
     section = _section(
-        f"{name}-{size}", table.title, _where(flat), perplexity_tables.HEADERS, body, notes
+        f"{name}-{size}", title, _where(flat), perplexity_tables.HEADERS, body, notes
     )
     labels = {record["method"]: record["label"] for record in compared}
     section["curves"] = _curves(flat, labels)
@@ -111,8 +114,7 @@ def _section(
     name: str, title: str, where: str, headers: Any, body: list[Row], notes: list[str]
 ) -> Row:
     head = {"id": name, "title": title, "where": where, "headers": [*headers, "made"]}
-    methods = [row["method"] for row in body]
-    return {**head, "rows": body, "notes": notes, "methods": methods, "curves": [], "front": []}
+    return {**head, "rows": body, "notes": notes, "curves": [], "front": []}
 
 
 def how_made(rows: list[Row]) -> str:
@@ -154,8 +156,12 @@ def _curves(rows: list[Row], labels: dict[str, str]) -> list[Row]:
 
 
 def _front(table: PaperComparison, made: list[Row]) -> list[Row]:
-    """Return the points of ratio to Adam against memory at 60M, ours and the paper's."""
-    points = []
+    """Return the points of ratio to Adam against memory at 60M, ours and the paper's.
+
+    `best` is true for those of ours that no other of ours beats.
+    """
+    ours: list[Row] = []
+    theirs: list[Row] = []
     reference = next((r["perplexity"] for r in made if r["method"] == table.reference), None)
     if reference is None or table.log or table.size != "60M":
         return []
@@ -164,13 +170,14 @@ def _front(table: PaperComparison, made: list[Row]) -> list[Row]:
         spread = (record["spread"] or 0.0) / reference
         if math.isfinite(record["ratio"]):
             x = record["bytes_60m"] / 1e6
-            points.append({**base, "x": x, "y": record["ratio"], "spread": spread, "paper": False})
+            ours.append({**base, "x": x, "y": record["ratio"], "spread": spread, "paper": False})
         name = perplexity_tables.TABLES["scale-main"].methods.get(record["method"])
         memory = published_value("SCALE", "memory params", name or "", "60M")
         if memory is not None and record["paper_ratio"] is not None:
             y = record["paper_ratio"]
-            points.append({**base, "x": 1e3 * memory, "y": y, "spread": 0.0, "paper": True})
-    return points
+            theirs.append({**base, "x": 1e3 * memory, "y": y, "spread": 0.0, "paper": True})
+    best = pareto_front([(point["x"], point["y"]) for point in ours])
+    return [{**point, "best": i in best} for i, point in enumerate([*ours, *theirs])]
 
 
 def _table(section: Row) -> str:
@@ -179,9 +186,10 @@ def _table(section: Row) -> str:
         for name in section["headers"]
     )
     ways = list(dict.fromkeys(row["made"] for row in section["rows"]))
+    colors = _colors(section)
     lines = []
     for row in section["rows"]:
-        dot = f'<span class="dot" data-method="{html.escape(row["method"])}"></span>'
+        dot = f'<span class="dot" style="--color: {colors[row["method"]]}"></span>'
         cells = []
         for i, (text, value) in enumerate(zip(row["cells"], row["values"], strict=True)):
             known = "" if value is None and text == "-" else value
@@ -190,6 +198,10 @@ def _table(section: Row) -> str:
         way = f'<a href="#{section["id"]}-made">{_letter(ways.index(row["made"]))}</a>'
         lines.append(f'<tr>{"".join(cells)}<td title="{html.escape(row["made"])}">{way}</td></tr>')
     return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+
+
+def _colors(section: Row) -> dict[str, str]:
+    return method_colors(row["method"] for row in section["rows"])
 
 
 def _letter(number: int) -> str:
@@ -213,7 +225,10 @@ def _html(section: Row) -> str:
         text = "mean of five neighbouring values, one seed; press a name to hide it"
         figures += _figure("curves", "Training loss", text)
     if section["front"]:
-        text = "to Adam = 1; filled: ours, with the spread of seeds; ring: the paper's"
+        text = (
+            "to Adam = 1; filled: ours, with the spread of seeds, and the line of those that no "
+            "other beats; ring: the paper's"
+        )
         figures += _figure("front", "Perplexity ratio against memory", text)
     notes = "".join(f"<p>{html.escape(note)}</p>" for note in section["notes"])
     return (
@@ -230,8 +245,9 @@ def render(own: tuple[Plan, list[Row]] | None = None) -> str:
     parts = sections(own)
     style = (PARTS / "page.css").read_text(encoding="utf-8")
     script = (PARTS / "page.js").read_text(encoding="utf-8")
-    keys = ("id", "methods", "curves", "front")
-    data = json.dumps([{key: section[key] for key in keys} for section in parts])
+    keys = ("id", "curves", "front")
+    drawn = [{**{key: part[key] for key in keys}, "colors": _colors(part)} for part in parts]
+    data = json.dumps(drawn)
     data = data.replace("<", "\\u003c")  # no text of a row can end the script
     links = "".join(f'<a href="#{s["id"]}">{html.escape(s["title"])}</a>' for s in parts)
     return (

@@ -84,7 +84,8 @@ def test_docstrings_become_markdown():
     assert griffe
     from docs.hooks.docstrings import markdown
 
-    assert markdown("a rule::\n\n    W\n") == "a rule:\n\n    W\n"
+    assert markdown("text.\n\n::\n\n    step()\n") == "text.\n\n    step()\n"
+    assert markdown("code::\n\n    optimizer.step()\n") == "code:\n\n    optimizer.step()\n"
     assert markdown("see :func:`optimzoo.x` and :class:`~a.B`") == "see `optimzoo.x` and `a.B`"
 
 

@@ -2,14 +2,10 @@
 // Sorting of the tables, and the charts, drawn from the JSON beside this script.
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const W = 460, H = 320, LEFT = 46, RIGHT = 14, TOP = 10, BOTTOM = 40;
-const dark = matchMedia("(prefers-color-scheme: dark)");
-const order = [...new Set(DATA.flatMap(s => s.methods))];
-
-function color(method) {
-  // Hues by the golden angle: neighbours in the list differ, and a method keeps its own.
-  const hue = (order.indexOf(method) * 137.5 + 174) % 360;
-  return `hsl(${hue.toFixed(0)} ${dark.matches ? "62% 64%" : "66% 37%"})`;
-}
+// Around a point, at which sides and how far off a name may stand.
+const SIDES = [1, .5, 0, -.5, -1].flatMap(a => [0, .5, -.5, 1, -1].map(b => [a, b]))
+  .filter(([a, b]) => Math.max(Math.abs(a), Math.abs(b)) === 1);
+const DISTANCES = [6, 9, 13, 18, 24, 31, 39, 48, 60, 75, 95, 120];
 
 function node(parent, name, attributes, text) {
   const made = document.createElementNS("http://www.w3.org/2000/svg", name);
@@ -17,6 +13,10 @@ function node(parent, name, attributes, text) {
   if (text !== undefined) made.textContent = text;
   parent.append(made);
   return made;
+}
+
+function colored(section, method) {
+  return {"data-method": method, style: `--color: ${section.colors[method]}`};
 }
 
 function ticks(low, high, count) {
@@ -73,13 +73,15 @@ function curves(section) {
   for (const line of lines) {
     const path = line.points.map((p, i) => `${i ? "L" : "M"}${x(p[0]).toFixed(1)} ${y(p[1]).toFixed(1)}`);
     const drawn = node(svg, "path", {d: path.join(""), fill: "none", "stroke-width": 1.6,
-      "stroke-linejoin": "round", "clip-path": `url(#${id})`, "data-method": line.method,
+      "stroke-linejoin": "round", "clip-path": `url(#${id})`, ...colored(section, line.method),
       "stroke-dasharray": line.protocol === "paper" ? "4 3" : "none"});
     node(drawn, "title", {}, line.label);
     const button = document.createElement("button");
     button.setAttribute("aria-pressed", "true");
-    button.innerHTML = `<span class="dot" data-method="${line.method}"></span>`;
-    button.append(line.label);
+    const dot = document.createElement("span");
+    dot.className = "dot";
+    dot.style.setProperty("--color", section.colors[line.method]);
+    button.append(dot, line.label);
     button.addEventListener("click", () => {
       const shown = button.getAttribute("aria-pressed") !== "true";
       button.setAttribute("aria-pressed", String(shown));
@@ -92,41 +94,88 @@ function curves(section) {
   holder.append(legend);
 }
 
+const box = (x, y, w, h) => [x, y, x + w, y + h];
+const area = (a, b) => Math.max(0, Math.min(a[2], b[2]) - Math.max(a[0], b[0])) *
+  Math.max(0, Math.min(a[3], b[3]) - Math.max(a[1], b[1]));
+
+function nearest([x, y], [x0, y0, x1, y1]) {
+  return [Math.min(Math.max(x, x0), x1), Math.min(Math.max(y, y0), y1)];
+}
+
+function leader(point, place) {
+  // Small boxes along the line from a point to its name.
+  const end = nearest(point, place);
+  return [.25, .4, .55, .7, .85, 1].map(t =>
+    box(point[0] + t * (end[0] - point[0]) - .5, point[1] + t * (end[1] - point[1]) - .5, 1, 1));
+}
+
+function places(names, marks, lines) {
+  // As in benchmarks/experiments/labels.py: each name in turn takes the cheapest place.
+  const made = names.map(n => box(...n.point, 0, 0));
+  for (let round = 0; round < 15; round++) {
+    const before = JSON.stringify(made);
+    names.forEach(({point, size: [w, h]}, i) => {
+      const others = names.map((_, j) => j).filter(j => j !== i);
+      const near = others.map(j => [made[j][0] - 2, made[j][1] - 1, made[j][2] + 2, made[j][3] + 1]);
+      const hard = [...marks, ...near, ...others.flatMap(j => leader(names[j].point, made[j]))];
+      const core = box(point[0] - 1, point[1] - 1, 2, 2);
+      const crossed = [...near, ...marks.filter(m => !area(m, core))];
+      let least = Infinity;
+      for (const far of DISTANCES) for (const [a, b] of SIDES) {
+        const tried = box(point[0] + a * (w / 2 + far) - w / 2, point[1] + b * (h / 2 + far) - h / 2, w, h);
+        const inside = area(tried, [LEFT + 2, TOP, W - 2, H - BOTTOM - 2]);
+        const sum = (boxes, one) => boxes.reduce((total, other) => total + area(one, other), 0);
+        const cost = far + 50 * (w * h - inside + sum(hard, tried)) + 4 * sum(lines, tried) +
+          50 * leader(point, tried).reduce((total, spot) => total + sum(crossed, spot), 0);
+        if (cost < least) [least, made[i]] = [cost, tried];
+      }
+    });
+    if (JSON.stringify(made) === before) break;
+  }
+  return made;
+}
+
 function front(section) {
   const holder = document.querySelector(`#${section.id} .front`);
   if (!holder) return;
+  holder.querySelector("svg")?.remove();
   const points = section.front;
   const xs = range(points.map(p => p.x)), room = (xs[1] - xs[0]) * 0.14 || 1;
   const ys = range(points.flatMap(p => [p.y - p.spread, p.y + p.spread]));
   const {svg, x, y} = frame(holder, [xs[0] - room, xs[1] + room], ys,
     ["parameters + state of the 60M Llama, bf16 (MB)"], "perplexity, as a ratio, against memory");
-  const taken = [];
+  const best = points.filter(p => p.best).sort((p, q) => p.x - q.x);
+  const steps = best.map((p, i) => i ? `H${x(p.x)}V${y(p.y)}` : `M${x(p.x)} ${y(p.y)}`);
+  if (best.length) node(svg, "path", {class: "frontier", d: `${steps.join("")}H${W - RIGHT}`});
+  const ends = best.map((p, i) => best[i + 1] ?? {x: xs[1] + room, y: p.y});
+  const lines = best.flatMap((p, i) => [
+    [x(p.x), y(p.y) - 1, x(ends[i].x), y(p.y) + 1],
+    [x(ends[i].x) - 1, y(p.y), x(ends[i].x) + 1, y(ends[i].y)]]);
   for (const p of points) {
-    const cx = x(p.x), cy = y(p.y), mine = {"data-method": p.method, "stroke-width": 1.8};
+    const cx = x(p.x), cy = y(p.y), mine = {...colored(section, p.method), "stroke-width": 1.8};
     const what = `${p.label}, ${p.paper ? "paper" : "ours"}: ${p.x.toFixed(0)} MB, ${p.y.toFixed(3)}`;
-    if (p.spread) node(svg, "line", {...mine, x1: cx, x2: cx, y1: y(p.y - p.spread), y2: y(p.y + p.spread)});
+    const [high, low] = [y(p.y + p.spread), y(p.y - p.spread)];
+    if (p.spread) node(svg, "line", {...mine, x1: cx, x2: cx, y1: low, y2: high});
+    lines.push([cx - 1, high, cx + 1, low]);
     const mark = node(svg, "circle", {...mine, cx, cy, r: p.paper ? 4 : 4.5,
       class: p.paper ? "hollow" : "solid"});
     node(mark, "title", {}, what);
-    if (p.paper) continue;
-    // A label goes where no earlier one is: right, left, above or below its point.
-    const width = p.label.length * 6.1;
-    const places = [[cx + 8, cy + 4], [cx - 8 - width, cy + 4], [cx - width / 2, cy - 9],
-      [cx - width / 2, cy + 17], [cx + 8, cy - 9], [cx + 8, cy + 16]];
-    const free = places.find(([a, b]) => a > 0 && a + width < W &&
-      !taken.some(t => a < t[0] + t[2] && t[0] < a + width && Math.abs(b - t[1]) < 12));
-    if (!free) continue;
-    taken.push([...free, width]);
-    node(svg, "text", {class: "label", x: free[0], y: free[1]}, p.label);
   }
-}
-
-function paint() {
-  for (const it of document.querySelectorAll("[data-method]")) {
-    const hue = color(it.dataset.method);
-    if (it.tagName === "SPAN") it.style.background = hue;
-    else { it.style.stroke = hue; if (it.classList.contains("solid")) it.style.fill = hue; }
-  }
+  const names = points.filter(p => !p.paper).map(p => {
+    const text = node(svg, "text", {class: p.best ? "label best" : "label"}, p.label);
+    const {width, height, y: above} = text.getBBox();
+    return {text, above, point: [x(p.x), y(p.y)], size: [width, height]};
+  });
+  const marks = points.map(p => box(x(p.x) - 5, y(p.y) - 5, 10, 10));
+  places(names, marks, lines).forEach((place, i) => {
+    const {text, above, point} = names[i], [ex, ey] = nearest(point, place);
+    text.setAttribute("x", place[0]);
+    text.setAttribute("y", place[1] - above);
+    const far = Math.hypot(ex - point[0], ey - point[1]);
+    if (far <= 10) return;
+    const [sx, sy] = [0, 1].map(k => point[k] + ([ex, ey][k] - point[k]) * 5 / far);
+    node(svg, "line", {class: "leader", x1: sx, y1: sy, x2: ex, y2: ey});
+  });
 }
 
 function sortable(table) {
@@ -149,5 +198,5 @@ function sortable(table) {
 
 for (const section of DATA) { curves(section); front(section); }
 document.querySelectorAll("table").forEach(sortable);
-paint();
-dark.addEventListener("change", paint);
+// Text is larger on a narrow screen (page.css), so names stand elsewhere.
+matchMedia("(max-width: 30rem)").addEventListener("change", () => DATA.forEach(front));

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.experiments.colors import method_colors
 from benchmarks.papers import perplexity_tables
 from benchmarks.report import results_page as page
 
@@ -26,10 +27,22 @@ const wide = [...document.querySelectorAll("body *")].filter(e => !e.closest(".s
 const charts = [...document.querySelectorAll("figure")].map(f => {
   const marks = [...f.querySelectorAll("path[data-method], circle")];
   return {kind: f.className, marks: marks.length, width: f.querySelector("svg").clientWidth,
-    bad: marks.filter(m => /NaN|Infinity/.test(m.outerHTML) || !m.style.stroke).length};
+    bad: marks.filter(m => /NaN|Infinity|undefined/.test(m.outerHTML) ||
+      getComputedStyle(m).stroke === "none").length};
+});
+const dots = [...document.querySelectorAll("table .dot, .legend .dot")].map(
+  d => [d.parentElement.textContent, getComputedStyle(d).backgroundColor]);
+const meet = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
+const covered = [...document.querySelectorAll(".front svg")].flatMap(svg => {
+  const frame = svg.getBoundingClientRect();
+  const [names, marks] = ["text.label", "circle"].map(
+    what => [...svg.querySelectorAll(what)].map(e => [e.textContent, e.getBoundingClientRect()]));
+  return names.flatMap(([name, a], i) => [...names.slice(0, i), ...marks].filter(
+    ([, b]) => meet(a, b) || a.left < frame.left || a.right > frame.right).map(([b]) => [name, b]));
 });
 return {width: innerWidth, page: document.documentElement.scrollWidth, wide, charts,
-  paper: getComputedStyle(document.body).backgroundColor,
+  paper: getComputedStyle(document.body).backgroundColor, dots, covered,
+  names: document.querySelectorAll(".front text.label").length,
   requests: performance.getEntriesByType("resource").map(r => r.name)};
 """
 SORT = """
@@ -48,6 +61,33 @@ def test_the_page_needs_nothing_else(text):
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text)
     assert not re.search(r"<(link|script|img)[^>]+(src|href)=\"(?!data:)", text)
     assert text.count("<section") == len(page.sections()) >= 3
+
+
+def test_no_two_links_at_the_top_have_one_name(text):
+    links = re.findall(r"<a [^>]*>([^<]+)</a>", re.search(r"<nav>(.*?)</nav>", text)[1])
+    headings = re.findall(r"<h2>([^<]+)</h2>", text)
+    assert links == headings and len(set(links)) == len(links) == len(page.sections()) > 5
+
+
+def test_a_method_has_the_colour_of_the_pictures(text):
+    [data] = re.findall(r'id="data">(.*?)</script>', text)
+    drawn = {section["id"]: section["colors"] for section in json.loads(data)}
+    for section in page.sections():
+        colors = method_colors(row["method"] for row in section["rows"])
+        assert drawn[section["id"]] == colors
+        start = text.index(f'<section id="{section["id"]}"')
+        dots = re.findall(r"--color: (#\w+)", text[start : text.index("</section>", start)])
+        assert dots == [colors[row["method"]] for row in section["rows"]]
+
+
+def test_the_front_is_of_our_runs_that_no_other_beats():
+    for section in page.sections():
+        ours = [p for p in section["front"] if not p["paper"]]
+        best = [p["best"] for p in ours]
+        assert best == [
+            not any(round(o["x"]) <= round(p["x"]) and o["y"] < p["y"] for o in ours) for p in ours
+        ]
+        assert not any(p["best"] for p in section["front"] if p["paper"])
 
 
 def test_its_tables_are_the_rows(text):
@@ -128,6 +168,8 @@ def test_in_a_browser(text, port, tmp_path):
             assert drawn == expected and "front" in drawn
             assert all(c["marks"] >= 2 and c["width"] > 250 for c in seen["charts"])
             assert all(chart["bad"] == 0 for chart in seen["charts"])
+            assert seen["covered"] == [] and seen["names"] > 20
+            assert len({color for _, color in seen["dots"]}) >= 16
             papers.add(seen["paper"])
             up, down = browser.run(SORT, 3), browser.run(SORT, 3)
             ranks = [int(x) for x in up if x != "-"]
