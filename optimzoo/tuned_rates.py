@@ -65,7 +65,7 @@ class StartingValues:
         rows = f"{len(self.settings)} comparison{'s' * (len(self.settings) > 1)}"
         lines.append(
             f"# from {rows} ({', '.join(self.settings)})"
-            + (f"; between them a rate differs by up to {spread:.1f} x" if spread > 1 else "")
+            + (f"; a rate differs by up to {spread:.1f} x" if spread > 1 else "")
         )
         return "\n".join(lines)
 

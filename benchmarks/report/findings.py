@@ -71,7 +71,9 @@ QUESTIONS = (
         for batch in ("1k", "4k", "16k")
         for text, other, ours, theirs in (
             ("SCALE", "AdamW", "scale", "adamw"),
+            ("spectral normalisation", "AdamW", "scale_spectral", "adamw"),
             ("spectral normalisation", "Muon", "scale_spectral", "muon"),
+            ("Muon", "AdamW", "muon", "adamw"),
         )
     ),
     _at("nano-lowrank-long", "restarts against none", "low_rank_restarts", "low_rank"),

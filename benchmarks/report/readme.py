@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import re
+import textwrap
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -71,18 +72,27 @@ def _tuned(name: str) -> dict[str, dict[str, Any]]:
 
 
 def _headline(name: str) -> str:
-    """Return the sentence on SCALE and AdamW: memory, and perplexity by a paired t test."""
-    records = _tuned(name)
-    scale, adamw = records["scale"], records["adamw"]
+    """Return the sentences on SCALE and AdamW: memory, and perplexity by paired t tests."""
+    scale, adamw = (_tuned(name)[method] for method in ("scale", "adamw"))
     share = scale["bytes_60m"] / adamw["bytes_60m"]
-    difference = scale["difference"]
-    size = f"{abs(math.expm1(difference.mean)):.1%} {'below' if difference.mean < 0 else 'above'}"
-    order = size if difference.significant else "level with"
-    return (
+    text = (
         f"SCALE holds {share:.0%} of AdamW's bytes ({scale['bytes_60m'] / 1e6:.0f} MB against "
-        f"{adamw['bytes_60m'] / 1e6:.0f} MB of parameters and state at 60M in bfloat16),\nand on "
-        f"the small model below, both tuned, its test perplexity is {order} AdamW's."
+        f"{adamw['bytes_60m'] / 1e6:.0f} MB of parameters and state at 60M in bfloat16). Both "
+        "tuned on the small model below, its test perplexity is "
     )
+    orders = [f"{_order(_tuned(name))} with batches of {Plan(name).batch_tokens:,} tokens"]
+    if (larger := Plan(f"{name}-16k")).results_path.exists():
+        orders.append(f"{_order(_tuned(larger.name))} with {larger.batch_tokens:,}")
+    return textwrap.fill(f"{text}{', and '.join(orders)}.", 100, break_on_hyphens=False)
+
+
+def _order(records: dict[str, dict[str, Any]]) -> str:
+    """Return how SCALE's perplexity stands to AdamW's, as ``1.2% above AdamW's``."""
+    difference = records["scale"]["difference"]
+    size = f"{abs(math.expm1(difference.mean)):.1%} {'below' if difference.mean < 0 else 'above'}"
+    if difference.p is not None and not difference.significant:
+        return "level with AdamW's"
+    return f"{size} AdamW's" + " (one seed)" * (difference.p is None)
 
 
 def _methods(name: str) -> str:
