@@ -122,12 +122,9 @@ def _label(
     canvas.draw_without_rendering()  # the axes have their limits and their place now
     canvas.set_layout_engine("none")
     unit = canvas.dpi / 72  # typographic points from here on
-    fonts = [
-        {"fontsize": 9, "color": "0.1", "weight": "bold"}
-        if i in bold
-        else {"fontsize": 9, "color": "0.3"}
-        for i in range(len(names))
-    ]
+    weights = ("bold" if i in bold else "normal" for i in range(len(names)))
+    colors = {"bold": "0.1", "normal": "0.3"}
+    fonts: list[Any] = [{"fontsize": 9, "weight": w, "color": colors[w]} for w in weights]
     sizes = []
     for name, font in zip(names, fonts, strict=True):
         text = axes.text(0, 0, name, **font)

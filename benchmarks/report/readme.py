@@ -73,22 +73,22 @@ def _tuned(name: str) -> dict[str, dict[str, Any]]:
 
 def _headline(name: str) -> str:
     """Return the sentences on SCALE and AdamW: memory, and perplexity by paired t tests."""
-    scale, adamw = (_tuned(name)[method] for method in ("scale", "adamw"))
-    share = scale["bytes_60m"] / adamw["bytes_60m"]
+    records = _tuned(name)
+    ours, theirs = (records[method]["bytes_60m"] / 1e6 for method in ("scale", "adamw"))
     text = (
-        f"SCALE holds {share:.0%} of AdamW's bytes ({scale['bytes_60m'] / 1e6:.0f} MB against "
-        f"{adamw['bytes_60m'] / 1e6:.0f} MB of parameters and state at 60M in bfloat16). Both "
-        "tuned on the small model below, its test perplexity is "
+        f"SCALE holds {ours / theirs:.0%} of AdamW's bytes ({ours:.0f} MB against {theirs:.0f} MB "
+        "of parameters and state at 60M in bfloat16). Both tuned on the small model below, its "
+        "test perplexity is "
     )
-    orders = [f"{_order(_tuned(name))} with batches of {Plan(name).batch_tokens:,} tokens"]
+    orders = [f"{_order(records['scale'])} with batches of {Plan(name).batch_tokens:,} tokens"]
     if (larger := Plan(f"{name}-16k")).results_path.exists():
-        orders.append(f"{_order(_tuned(larger.name))} with {larger.batch_tokens:,}")
+        orders.append(f"{_order(_tuned(larger.name)['scale'])} with {larger.batch_tokens:,}")
     return textwrap.fill(f"{text}{', and '.join(orders)}.", 100, break_on_hyphens=False)
 
 
-def _order(records: dict[str, dict[str, Any]]) -> str:
-    """Return how SCALE's perplexity stands to AdamW's, as ``1.2% above AdamW's``."""
-    difference = records["scale"]["difference"]
+def _order(record: dict[str, Any]) -> str:
+    """Return how a perplexity stands to AdamW's, as ``1.2% above AdamW's``."""
+    difference = record["difference"]
     size = f"{abs(math.expm1(difference.mean)):.1%} {'below' if difference.mean < 0 else 'above'}"
     if difference.p is not None and not difference.significant:
         return "level with AdamW's"

@@ -82,6 +82,12 @@ class Rule:
         """Renew what is computed from one gradient now and then, such as a subspace."""
 
 
+def take_into_average(grad: Tensor, mean: Tensor, beta: float, *, nesterov: bool) -> Tensor:
+    """Take a gradient of its average's dtype into it, in place; return that, or Nesterov's."""
+    mean.lerp_(grad, 1 - beta)
+    return grad.lerp(mean, beta) if nesterov else mean
+
+
 def averaged(
     grad: Tensor, mean: Tensor, beta: float, group: dict[str, Any], *, nesterov: bool = False
 ) -> Tensor:
@@ -95,6 +101,5 @@ def averaged(
         nesterov: look ahead by taking the gradient in once more.
     """
     given = (grad.mT if group["transposed"] else grad).reshape(mean.shape).to(mean.dtype)
-    mean.lerp_(given, 1 - beta)
-    update = given.lerp(mean, beta) if nesterov else mean
+    update = take_into_average(given, mean, beta, nesterov=nesterov)
     return (update.mT if group["transposed"] else update).reshape(grad.shape)

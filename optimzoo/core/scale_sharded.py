@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from optimzoo.core.optimizer import scalar_lr
+from optimzoo.core.rule import take_into_average
 from optimzoo.core.update import signed_decay
 from optimzoo.distributed import Shards, local_part, map_whole_matrices, sum_packed
 from optimzoo.lowbit import RngKey, fp32_working_copy
@@ -84,9 +85,8 @@ def _averaged(part: Part) -> Tensor:
     """Return the gradient, or the updated momentum where the weight has one, as a matrix."""
     grad = -part.grad if part.group["maximize"] else part.grad
     if part.exp_avg is not None and part.group["momentum"] != 0:
-        momentum, grad = part.group["momentum"], grad.to(part.exp_avg.dtype)
-        part.exp_avg.lerp_(grad, 1 - momentum)
-        grad = grad.lerp(part.exp_avg, momentum) if part.group["nesterov"] else part.exp_avg
+        grad, momentum = grad.to(part.exp_avg.dtype), part.group["momentum"]
+        grad = take_into_average(grad, part.exp_avg, momentum, nesterov=part.group["nesterov"])
     return matrix_view(grad, stacked=bool(part.group["stacked"]))
 
 

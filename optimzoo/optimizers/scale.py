@@ -19,6 +19,7 @@ from optimzoo.core.adam import adam_step, init_adam_state, step_as_tensor
 from optimzoo.core.optimizer import RoleOptimizer, copy_group, options_of, scalar_lr
 from optimzoo.core.record import register
 from optimzoo.core.role_options import RoleRates
+from optimzoo.core.rule import take_into_average
 from optimzoo.core.scale_fused import LaunchCache, has_momentum, local_average, may_fuse
 from optimzoo.core.scale_sharded import Part, cut_part, step_parts
 from optimzoo.core.spectral_norm import divide_by_spectral_norm_
@@ -416,11 +417,9 @@ def _single_tensor_scale(
 ) -> None:
     for p, g, m in zip(params, grads, exp_avgs, strict=True):
         if m is not None and momentum != 0:
-            g = g.to(m.dtype)
-            m.lerp_(g, 1 - momentum)
+            g = take_into_average(g.to(m.dtype), m, momentum, nesterov=nesterov)
             # With `differentiable` autograd keeps m for the backward, and the next step changes it.
-            average = m.clone() if m.requires_grad else m
-            g = g.lerp(average, momentum) if nesterov else average
+            g = m.clone() if g is m and m.requires_grad else g
         (update,) = direction([g])
         if weight_decay != 0:
             # Decay inside the update: a low-precision weight is then rounded once a step, not twice

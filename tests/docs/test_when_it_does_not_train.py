@@ -4,6 +4,7 @@ import inspect
 import re
 import sys
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -60,6 +61,13 @@ def train(model, optimizer, steps):
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
+
+
+def with_head(name, head):
+    """Return a small model whose last layer has a name."""
+    return nn.Sequential(
+        OrderedDict({"embed": nn.Embedding(32, 8), "inner": nn.Linear(8, 8), name: head})
+    )
 
 
 def test_every_section_has_its_test():
@@ -175,10 +183,7 @@ NO_HEAD = '"no output head was found"'
 
 @section(NO_HEAD)
 def test_a_head_of_another_name():
-    model = nn.Sequential()
-    model.add_module("embed", nn.Embedding(32, 8))
-    model.add_module("inner", nn.Linear(8, 8))
-    model.add_module("to_logits", nn.Linear(8, 20))
+    model = with_head("to_logits", nn.Linear(8, 20))
     assert "no output head was found" in optimzoo.describe(model)
     groups = ran(NO_HEAD, model=model)["groups"]
     assert "no output head" not in optimzoo.describe(groups)
@@ -207,10 +212,7 @@ UNFROZEN = "A layer that was unfrozen does not move"
 
 @section(UNFROZEN)
 def test_unfrozen_weights():
-    model = nn.Sequential()
-    model.add_module("embed", nn.Embedding(32, 8))
-    model.add_module("inner", nn.Linear(8, 8))
-    model.add_module("head", nn.Linear(8, 32, bias=False).requires_grad_(False))
+    model = with_head("head", nn.Linear(8, 32, bias=False).requires_grad_(False))
     optimizer = optimzoo.create_optimizer("scale", model, lr=1e-3)
     model.head.requires_grad_(True)
 
