@@ -63,7 +63,8 @@ def _far_rates(optimizer: Optimizer) -> list[str]:
     Nothing is said of methods that were not tuned, or where no group is of hidden weights.
     """
     name = next((r.name for r in RECORDS.values() if type(optimizer) is r.make), None)
-    rates = {g.get("role"): float(g["lr"]) for g in optimizer.param_groups}
+    # Of the groups of a role the first: a later one has rates of its own.
+    rates = {g.get("role"): float(g["lr"]) for g in reversed(optimizer.param_groups)}
     if name is None or not rates.get("hidden"):
         return []
     hidden = next(g for g in optimizer.param_groups if g.get("role") == "hidden")

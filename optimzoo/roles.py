@@ -25,6 +25,11 @@ Overrides = Mapping[str, Override] | Iterable[tuple[str, Override]]
 # (`get_output_embeddings`) or by shape (one output per row of the input embedding).
 _HEAD_NAMES = re.compile(r"(^|\.)(lm_head|embed_out|unembed|output_layer|head|score|classifier)$")
 _EMBEDDING_NAMES = re.compile(r"(embed|wpe|wte|pos_emb)", re.IGNORECASE)
+# Tables that every step reads whole, or nearly: of positions, of kinds of tokens.
+_POSITION_NAMES = re.compile(
+    r"(^|[._])(wpe|pos|positions?|positional|token_type)([._]|$)|relative_attention_bias",
+    re.IGNORECASE,
+)
 # Where `torch.nn.utils.parametrize` keeps the tensor of a module: PATH.parametrizations.TENSOR.
 _PARAMETRIZED = re.compile(r"(?:^|\.)parametrizations\.([^.]+)\.original$")
 # Layers whose weight is a matrix, or a stack or a table of rows.
@@ -121,6 +126,11 @@ def role_of(param: Tensor, group: Mapping[str, Any]) -> str:
 def matrix_view(tensor: Tensor, *, stacked: bool = False) -> Tensor:
     """View ``tensor`` as a matrix ``[out, -1]``, or as a stack of matrices ``[..., out, in]``."""
     return tensor if stacked or tensor.ndim == 2 else tensor.flatten(1)
+
+
+def is_position_name(name: str) -> bool:
+    """Return whether an embedding's name is that of positions or token types, not of tokens."""
+    return bool(_POSITION_NAMES.search(name))
 
 
 def input_dim(role: str, *, transposed: bool) -> int:

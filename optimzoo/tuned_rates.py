@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 from torch import nn
 
 from optimzoo.registry import get_info
-from optimzoo.roles import matrix_view, param_groups
+from optimzoo.roles import is_position_name, matrix_view, param_groups
 
 ROLE_RATES = {
     "hidden": "lr",
@@ -37,6 +38,9 @@ class StartingValues:
     Attributes:
         name: the method's, for :func:`optimzoo.create_optimizer`.
         options: its options: ``create_optimizer(name, model, **options)``.
+        overrides: those of :func:`optimzoo.param_groups` for the positions of a model whose tokens
+            have a table beside them: ``create_optimizer(name, param_groups(model, overrides),
+            **options)``. Empty for other models.
         clip: largest norm of the gradient, for ``clip_grad_norm_``; None: do not clip.
         warmup: steps of linear warm-up, if the number of steps was given; else their share.
         settings: the comparisons in which method and AdamW were tuned alike.
@@ -45,6 +49,7 @@ class StartingValues:
 
     name: str
     options: dict[str, Any]
+    overrides: dict[str, dict[str, float]]
     clip: float | None
     warmup: float
     settings: tuple[str, ...]
@@ -53,7 +58,11 @@ class StartingValues:
     def __str__(self) -> str:
         """Format the call and the loop's values, as Python."""
         options = "".join(f", {key}={_text(value)}" for key, value in self.options.items())
-        call = textwrap.fill(f'"{self.name}", model{options}', 76, break_long_words=False)
+        model = "model"
+        if self.overrides:
+            rates = ", ".join(f'r"{k}": {{"lr": {v["lr"]:g}}}' for k, v in self.overrides.items())
+            model = f"optimzoo.param_groups(model, {{{rates}}})"
+        call = textwrap.fill(f'"{self.name}", {model}{options}', 76, break_long_words=False)
         call = textwrap.indent(call, "    ")
         lines = ["optimizer = optimzoo.create_optimizer(", call, ")"]
         if self.clip is not None:
@@ -93,11 +102,14 @@ def starting_values(
     of ``batch_tokens``. The other values are those of the comparison that is nearest to it, β₂ with
     its half-life kept in tokens, between 0.95 and 0.999.
 
+    Learned positions and token types get the head's rate: each of their rows has a gradient in each
+    step, as the head's has, while a step sees few of the tokens that the embedding's rate is for.
+
     They are starting values: of small models and short runs. Try half and twice of each rate.
 
     Args:
         name: one of :func:`optimzoo.list_optimizers`.
-        model: the model or its groups, for the width.
+        model: the model or its groups, for the width and the positions.
         adamw_lr: the learning rate that you have for AdamW with this model and batch. Default:
             AdamW's in the comparisons, falling with the square root of the width.
         batch_tokens: tokens of a step.
@@ -118,7 +130,8 @@ def starting_values(
     info = get_info(name)
     tuned = _tuned(info.name, variant)
     adamw = _tuned("adamw", {})
-    width = None if model is None else model_width(model)
+    groups = [] if model is None else _groups(model)
+    width = None if model is None else model_width(groups)
     if adamw_lr is None:
         at_width = {s: 1.0 if width is None else (_width(s) / width) ** 0.5 for s in tuned}
         own = {s: adamw[s]["values"]["lr"] * at_width[s] for s in tuned}
@@ -135,6 +148,13 @@ def starting_values(
             ratio[setting] = record["values"][key] / adamw[setting]["values"]["lr"] * grown
         options[key] = float(f"{adamw_lr * _between(ratio, batch_tokens):.2g}")
         spread[role] = max(ratio.values()) / min(ratio.values())
+    overrides = {}
+    names = [n for g in groups if g.get("role") == "embedding" for n in g.get("param_names", ())]
+    positions = [name for name in names if is_position_name(name)]
+    if names and len(positions) == len(names):
+        options["embedding_lr"] = options["head_lr"]
+    else:
+        overrides = {f"^{re.escape(n)}$": {"lr": options["head_lr"]} for n in positions}
     nearest = min(tuned, key=lambda s: abs(math.log(_tokens(s) / (batch_tokens or _tokens(s)))))
     values = dict(tuned[nearest]["values"])
     for key in ("betas", "other_betas"):
@@ -147,6 +167,7 @@ def starting_values(
     return StartingValues(
         info.name,
         options,
+        overrides,
         values.get("clip") or None,
         WARMUP if steps is None else max(1, round(WARMUP * steps)),
         tuple(tuned),
@@ -162,13 +183,17 @@ def model_width(model: nn.Module | Groups) -> float:
     """
     sides = [
         min(matrix_view(p, stacked=group.get("stacked", False)).shape[-2:])
-        for group in (param_groups(model) if isinstance(model, nn.Module) else model)
+        for group in _groups(model)
         if group.get("role") == "hidden"
         for p in group["params"]
     ]
     if not sides:
         raise ValueError("there is no hidden weight to take the width of; leave the model out")
     return float(median(sides))
+
+
+def _groups(model: nn.Module | Groups) -> Groups:
+    return param_groups(model) if isinstance(model, nn.Module) else model
 
 
 @cache

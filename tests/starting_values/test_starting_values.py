@@ -8,6 +8,7 @@ import torch
 
 from optimzoo import cli, create_optimizer, describe, param_groups, starting_values, tuned_rates
 from optimzoo.models.llama import Llama, LlamaConfig
+from optimzoo.roles import is_position_name
 
 ROLES = ("lr", "embedding_lr", "head_lr", "vector_lr")
 
@@ -75,6 +76,56 @@ def test_rows_and_columns_of_a_fixed_norm_need_more_at_a_larger_width(settings):
     start = starting_values("muon", groups, adamw_lr=1e-3, **other)
     np.testing.assert_allclose(rates(start), [1.5e-2 * 2, 1e-1 * 2, 1.5e-2, 5e-3])
     assert start.options.items() >= other.items()
+
+
+class Positions(torch.nn.Module):
+    """A model with learned positions, and a head that may be tied to the table of tokens."""
+
+    def __init__(self, tied):
+        super().__init__()
+        self.wte, self.wpe = torch.nn.Embedding(50, 32), torch.nn.Embedding(16, 32)
+        self.layer = torch.nn.Linear(32, 32)
+        self.lm_head = torch.nn.Linear(32, 50, bias=False)
+        if tied:
+            self.lm_head.weight = self.wte.weight
+
+
+def test_positions_get_the_heads_rate(settings):
+    tied = starting_values("scale", Positions(tied=True), adamw_lr=1e-3, batch_tokens=1000)
+    np.testing.assert_allclose(rates(tied), [2e-3 / 2, 5e-3, 5e-3, 1e-2])
+    assert tied.overrides == {}
+    net = Positions(tied=False)
+    apart = starting_values("scale", net, adamw_lr=1e-3, batch_tokens=1000)
+    np.testing.assert_allclose(rates(apart), [2e-3 / 2, 15e-3 / 2, 5e-3, 1e-2])
+    scope = {"optimzoo": __import__("optimzoo"), "torch": torch, "model": net}
+    exec(str(apart), scope)
+    optimizers = [
+        create_optimizer("scale", param_groups(net, apart.overrides), **apart.options),
+        scope["optimizer"],
+    ]
+    for optimizer in optimizers:
+        found = {n: g["lr"] for g in optimizer.param_groups for n in g["param_names"]}
+        assert found["wte.weight"] == 7.5e-3 and found["wpe.weight"] == found["lm_head.weight"]
+        assert "starting value" not in describe(optimizer)
+
+
+@pytest.mark.parametrize(
+    "name, positions",
+    [
+        ("transformer.wpe.weight", True),
+        ("model.decoder.embed_positions.weight", True),
+        ("embeddings.position_embeddings.weight", True),
+        ("embeddings.token_type_embeddings.weight", True),
+        ("layer.0.SelfAttention.relative_attention_bias.weight", True),
+        ("visual.positional_embedding", True),
+        ("vit.pos_embed", True),
+        ("model.embed_tokens.weight", False),
+        ("model.embed_tokens_per_layer.weight", False),
+        ("composer.embedding.weight", False),
+    ],
+)
+def test_positions_are_known_by_name(name, positions):
+    assert is_position_name(name) == positions
 
 
 @pytest.mark.parametrize("tokens, share", [(10, 0.0), (1000, 0.0), (4000, 0.5), (10**6, 1.0)])
