@@ -49,8 +49,8 @@ def make_model(
     """
     if name in (CHARACTERS, IMAGES):
         characters = vocabulary or 65
-        model = GPT(GPTConfig(characters), seed=seed) if name == CHARACTERS else ViT(seed=seed)
-        return model.to(device)
+        with torch.device(device):  # moved to meta, a tied head would be a weight of its own
+            return GPT(GPTConfig(characters), seed=seed) if name == CHARACTERS else ViT(seed=seed)
     if not is_config(name):
         config = get_config(name)
         with torch.device(device):

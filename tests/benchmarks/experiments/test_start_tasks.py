@@ -14,8 +14,9 @@ from benchmarks.experiments import starting_values
 from benchmarks.experiments.start_tasks import Task
 from benchmarks.experiments.starting_values import Check, outcomes, summary
 from benchmarks.training.config import fingerprint
-from benchmarks.training.models import CHARACTERS
+from benchmarks.training.models import CHARACTERS, make_model
 from benchmarks.training.run import Run
+from optimzoo import param_groups
 from optimzoo.models import get_config
 
 SIZES = {"model": CHARACTERS, "steps": 2, "batch_size": 2, "seq_len": 16, "eval_tokens": 64}
@@ -67,6 +68,16 @@ def test_the_grid_moves_one_rate_or_all_by_two(task):
             (ratio,) = {round(r, 4) for r in changed.values()}
             ratios.add((tuple(sorted(changed)), ratio))
         assert len(ratios) == 8 and {ratio for _, ratio in ratios} == {0.5, 2.0}
+
+
+@pytest.mark.parametrize("task", starting_values.TASKS)
+def test_the_roles_are_those_of_the_model_that_is_trained(task):
+    def roles(groups):
+        return [(group["role"], group["tied"], group["param_names"]) for group in groups]
+
+    check = Check(task)
+    trained = param_groups(make_model(check.task.sizes["model"]))
+    assert roles(check.groups) == roles(trained)
 
 
 def test_all_methods_but_sgd_are_checked():
