@@ -83,7 +83,7 @@ def starting_values(
     name: str,
     model: nn.Module | Groups | None = None,
     *,
-    adamw_lr: float | None = None,
+    adamw_lr: float | Mapping[str, float] | None = None,
     batch_tokens: int | None = None,
     steps: int | None = None,
     **variant: Any,
@@ -102,7 +102,10 @@ def starting_values(
     of ``batch_tokens``. The other values are those of the comparison that is nearest to it, β₂ with
     its half-life kept in tokens, between 0.95 and 0.999.
 
-    Learned positions and token types get the head's rate: each of their rows has a gradient in each
+    If ``adamw_lr`` names a role, ρ of this role is the ratio to AdamW's rate of the same role.
+
+    Learned positions and token types get the head's rate, unless they are all of the embedding and
+    ``adamw_lr`` names it: each of their rows has a gradient in each
     step, as the head's has, while a step sees few of the tokens that the embedding's rate is for.
 
     They are starting values: of small models and short runs. Try half and twice of each rate.
@@ -110,51 +113,56 @@ def starting_values(
     Args:
         name: one of :func:`optimzoo.list_optimizers`.
         model: the model or its groups, for the width and the positions.
-        adamw_lr: the learning rate that you have for AdamW with this model and batch. Default:
+        adamw_lr: the learning rate that you have for AdamW with this model and batch; by role, as
+            ``{"hidden": 1e-3, "embedding": 0.03}``, if you have tuned it so: closer. Default:
             AdamW's in the comparisons, falling with the square root of the width.
         batch_tokens: tokens of a step.
         steps: steps of the run.
         **variant: options with rows of their own, as ``normalize="spectral"`` of `scale`.
 
     Raises:
-        ValueError: an unknown name, a method or a variant without tuned rows, a value that is not
-            positive.
+        ValueError: an unknown name or role, a method or a variant without tuned rows, a value that
+            is not positive.
 
     Example:
         >>> start = optimzoo.starting_values("muon", model, adamw_lr=3e-4, steps=10_000)
         >>> optimizer = optimzoo.create_optimizer("muon", model, **start.options)
     """
-    for key, value in (("adamw_lr", adamw_lr), ("batch_tokens", batch_tokens), ("steps", steps)):
+    known = _by_role(adamw_lr)
+    for key, value in (*known.items(), ("batch_tokens", batch_tokens), ("steps", steps)):
         if value is not None and not value > 0:
+            key = "adamw_lr" if key in known else key
             raise ValueError(f"{key}={value}: it must be positive, or left out")
     info = get_info(name)
     tuned = _tuned(info.name, variant)
     adamw = _tuned("adamw", {})
     groups = [] if model is None else _groups(model)
     width = None if model is None else model_width(groups)
-    if adamw_lr is None:
+    if not known:
         at_width = {s: 1.0 if width is None else (_width(s) / width) ** 0.5 for s in tuned}
         own = {s: adamw[s]["values"]["lr"] * at_width[s] for s in tuned}
-        adamw_lr = _between(own, batch_tokens)
+        known = {"hidden": _between(own, batch_tokens)}
     powers = dict.fromkeys(ROLE_RATES, 0.0) | dict(info.width_power)
     if variant.get("other") == "scale":
         powers["embedding"] = get_info("scale").width_power["embedding"]
     options: dict[str, Any] = {}
     spread = {}
     for role, key in ROLE_RATES.items():
+        of = role if role in known else "hidden"
         ratio = {}
         for setting, record in tuned.items():
             grown = 1.0 if width is None else (width / _width(setting)) ** powers[role]
-            ratio[setting] = record["values"][key] / adamw[setting]["values"]["lr"] * grown
-        options[key] = float(f"{adamw_lr * _between(ratio, batch_tokens):.2g}")
+            theirs = adamw[setting]["values"][ROLE_RATES[of]]
+            ratio[setting] = record["values"][key] / theirs * grown
+        options[key] = float(f"{known[of] * _between(ratio, batch_tokens):.2g}")
         spread[role] = max(ratio.values()) / min(ratio.values())
     overrides = {}
     names = [n for g in groups if g.get("role") == "embedding" for n in g.get("param_names", ())]
     positions = [name for name in names if is_position_name(name)]
-    if names and len(positions) == len(names):
-        options["embedding_lr"] = options["head_lr"]
-    else:
+    if len(positions) < len(names):
         overrides = {f"^{re.escape(n)}$": {"lr": options["head_lr"]} for n in positions}
+    elif names and "embedding" not in known:
+        options["embedding_lr"] = options["head_lr"]
     nearest = min(tuned, key=lambda s: abs(math.log(_tokens(s) / (batch_tokens or _tokens(s)))))
     values = dict(tuned[nearest]["values"])
     for key in ("betas", "other_betas"):
@@ -190,6 +198,18 @@ def model_width(model: nn.Module | Groups) -> float:
     if not sides:
         raise ValueError("there is no hidden weight to take the width of; leave the model out")
     return float(median(sides))
+
+
+def _by_role(adamw_lr: float | Mapping[str, float] | None) -> dict[str, float]:
+    if adamw_lr is None:
+        return {}
+    known = dict(adamw_lr) if isinstance(adamw_lr, Mapping) else {"hidden": adamw_lr}
+    if "hidden" not in known or not known.keys() <= ROLE_RATES.keys():
+        raise ValueError(
+            f"adamw_lr={adamw_lr}: by role it takes hidden and any of "
+            f"{', '.join(role for role in ROLE_RATES if role != 'hidden')}"
+        )
+    return known
 
 
 def _groups(model: nn.Module | Groups) -> Groups:

@@ -3,7 +3,7 @@
 import argparse
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,16 @@ from benchmarks.common.files import RESULTS, make_folder, write_json
 from benchmarks.common.progress import RunProgress
 from benchmarks.common.provenance import made_on
 from benchmarks.common.tables import Table
-from benchmarks.experiments.plan import Entry, Plan, Row, choose, role_rates, settings, tuned_text
+from benchmarks.experiments.plan import (
+    Entry,
+    Plan,
+    Row,
+    choose,
+    role_rates,
+    settings,
+    tried,
+    tuned_text,
+)
 from benchmarks.experiments.run_queue import Session, add_jobs_argument, merged, settle_counts
 from benchmarks.experiments.significance import Difference, paired
 from benchmarks.experiments.start_tasks import TASKS
@@ -34,18 +43,21 @@ class Check:
     """Runs of a task: each method at its starting values, and with rates around them.
 
     Starting values are for somebody who has tuned AdamW. So AdamW is tuned first, all its rates on
-    one line, until half and twice are worse.
+    one line and then each, until half and twice are worse.
 
     Attributes:
-        adamw_lr: the tuned rate of AdamW's hidden weights.
+        adamw_lr: AdamW's tuned rates by role; vectors follow the hidden weights.
+        roles: what has a rate of its own.
     """
 
-    def __init__(self, name: str, adamw_lr: float | None = None) -> None:
+    def __init__(self, name: str, adamw_lr: Mapping[str, float] | None = None) -> None:
         self.name, self.task = name, TASKS[name]
-        self.adamw_lr = self.task.adamw_lr if adamw_lr is None else adamw_lr
+        self.adamw_lr = dict(adamw_lr or {"hidden": self.task.adamw_lr})
         self.plan = Plan("nano")
         self.plan.values |= self.task.sizes
         self.groups = param_groups(make_model(self.task.sizes["model"], device="meta"))
+        present = {group["role"] for group in self.groups}
+        self.roles = [role for role in ROLE_RATES if role in present and role != "vector"]
         self.path = RESULTS / f"starting-values-{name}.json"
 
     def methods(self) -> list[str]:
@@ -68,8 +80,7 @@ class Check:
     def points(self, method: str) -> Iterator[Values]:
         """Yield the starting values, and half and twice of each role's rate and of all three."""
         start = self.start(method)
-        roles = {group["role"] for group in self.groups} - {"vector"}
-        rates = [rate for role, rate in ROLE_RATES.items() if role in roles]
+        rates = [ROLE_RATES[role] for role in self.roles]
         yield start
         for axis in ([rate] for rate in rates):
             yield from (scaled(start, axis, factor) for factor in (FACTOR, 1 / FACTOR))
@@ -85,16 +96,20 @@ class Check:
         return tuned_text(settings(row)) == tuned_text(settings({"config": vars(entry.config)}))
 
     def tune_adamw(self, session: Session) -> None:
-        """Find the rate that AdamW wants here, with seed 0."""
-        search = Search({"adamw_lr": self.adamw_lr}, (("adamw_lr",),))
-        tried: list[tuple[Values, float]] = []
-        while points := search.next(tried):
-            for point in points:
-                self.adamw_lr = point["adamw_lr"]
-                entry = self.entry("adamw", self.start("adamw"), 0)
-                loss = session.run([entry], test=True)[-1]["valid_loss"]
-                tried.append((point, math.inf if loss is None else loss))
-        self.adamw_lr = min(tried, key=lambda point: point[1])[0]["adamw_lr"]
+        """Find the rates that AdamW wants here, with seed 0."""
+        keys = {ROLE_RATES[role]: role for role in self.roles}
+        start = self.start("adamw")
+        at: Values = {key: start[key] for key in keys}
+        for axes in ((tuple(keys),), tuple((key,) for key in keys)):
+            search = Search(at, axes)
+            while points := search.next(found := tried(session.rows, "adamw", PROTOCOL, search)):
+                entries = []
+                for point in points:
+                    self.adamw_lr = {role: point[key] for key, role in keys.items()}
+                    entries.append(self.entry("adamw", self.start("adamw") | point, 0))
+                session.run(entries, test=True)
+            at = min(found, key=lambda point: point[1])[0]
+        self.adamw_lr = {role: at[key] for key, role in keys.items()}
 
     def run(self, session: Session, methods: list[str], seeds: int) -> list[Row]:
         """Train the grid of each method with seed 0; then the start and the best with the rest."""
@@ -199,6 +214,12 @@ def summary(check: Check, rows: list[Row]) -> str:
     )
 
 
+def adamw_text(check: Check) -> str:
+    """Return AdamW's tuned rates in words."""
+    rates = "/".join(f"{rate:g}" for rate in check.adamw_lr.values())
+    return f"AdamW's tuned rates are {rates}"
+
+
 def _pretrain(check: Check, args: argparse.Namespace) -> None:
     """Train the model that a task begins with, or read it; make ``args`` those of its own text."""
     if not check.task.pretrained:
@@ -253,10 +274,7 @@ def main(args: argparse.Namespace) -> int:
     if args.store:
         write_json(check.path, {**found, "rows": merged(check.path, kept)})
     table(check, rows).print()
-    print(
-        f"{summary(check, rows)}; AdamW's tuned rate is {check.adamw_lr:g}; "
-        f"{made_on(rows[0]['provenance'])}"
-    )
+    print(f"{summary(check, rows)}; {adamw_text(check)}; {made_on(rows[0]['provenance'])}")
     return 0
 
 

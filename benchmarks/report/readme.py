@@ -27,7 +27,7 @@ from benchmarks.experiments.summary import (
     write_report,
 )
 from benchmarks.papers import perplexity_tables
-from benchmarks.report import findings, results_page, tuned_rates
+from benchmarks.report import findings, results_page, start_checks, tuned_rates
 from benchmarks.training.flops import speed_text
 from optimzoo.models.llama import get_config
 from optimzoo.options import refuse
@@ -231,18 +231,11 @@ def _utilisation(name: str) -> str:
     )
 
 
-def _starting(_: str) -> str:
-    return tuned_rates.table().markdown()
-
-
-def _findings(_: str) -> str:
-    return findings.table().markdown()
-
-
 _MADE: dict[str, Callable[[str], str]] = {
     "headline": _headline,
-    "findings": _findings,
-    "starting": _starting,
+    "findings": lambda _: findings.table().markdown(),
+    "starting": lambda _: tuned_rates.table().markdown(),
+    "checked": start_checks.text,
     "methods": _methods,
     "results": _results,
     "table": _comparison,

@@ -23,6 +23,7 @@ import optimzoo
 from benchmarks.common.tables import Table
 from benchmarks.experiments.plan import Plan
 from benchmarks.experiments.summary import HEADERS, bytes_60m, bytes_at, cells, read_rows, summarise
+from benchmarks.report import start_checks
 from benchmarks.report.readme import filled
 from benchmarks.report.tuned_rates import table as starting_table
 from optimzoo.memory import account
@@ -211,8 +212,14 @@ def start(name: str) -> str:
         "[Starting rates](../starting_values.md), as multiples of the rate that you have for "
         "AdamW, as they were tuned beside it at a width of 128:"
     )
-    table = Table(every.headers, rows).markdown()
-    return f"```python\n{code}\n```\n\n{text}\n\n{table}"
+    parts = [f"```python\n{code}\n```", text, Table(every.headers, rows).markdown()]
+    if checked := start_checks.of_method(name):
+        parts += [
+            "On [tasks that they were not fitted to](../starting_values.md#checked-elsewhere), "
+            "beside the best of a grid around them:",
+            checked.markdown(),
+        ]
+    return "\n\n".join(parts)
 
 
 def state_table(name: str) -> str:

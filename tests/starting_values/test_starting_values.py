@@ -109,6 +109,22 @@ def test_positions_get_the_heads_rate(settings):
         assert "starting value" not in describe(optimizer)
 
 
+def test_a_role_that_adamw_was_tuned_for_has_its_ratio_to_adamws_own(settings):
+    known = {"hidden": 1e-3, "embedding": 6e-3}
+    start = starting_values("scale", adamw_lr=known, batch_tokens=1000)
+    np.testing.assert_allclose(rates(start), [2e-3, 3e-3, 5e-3, 1e-2])
+    every = {"hidden": 1e-3, "embedding": 6e-3, "head": 8e-4, "vector": 2e-4}
+    np.testing.assert_allclose(
+        rates(starting_values("scale", adamw_lr=every, batch_tokens=16000)),
+        [1e-3, 9e-3, 4e-4, 4e-4],
+    )
+    assert rates(starting_values("adamw", adamw_lr=every)) == list(every.values())
+    tied = starting_values("scale", Positions(tied=True), adamw_lr=known, batch_tokens=1000)
+    np.testing.assert_allclose(rates(tied)[1:3], [3e-3 / 2, 5e-3])
+    both = starting_values("scale", Positions(tied=False), adamw_lr=known, batch_tokens=1000)
+    assert [group["lr"] for group in both.overrides.values()] == [5e-3]
+
+
 @pytest.mark.parametrize(
     "name, positions",
     [
@@ -171,6 +187,18 @@ def test_warm_up_is_a_share_until_the_steps_are_known(settings):
         (lambda: starting_values("adams"), "adams has no tuned rows to start from; there are "),
         (lambda: starting_values("scale", normalize="row"), r"scale \(normalize='row'\) has no"),
         (lambda: starting_values("muon", adamw_lr=0.0), "adamw_lr=0.0: it must be positive"),
+        (
+            lambda: starting_values("muon", adamw_lr={"hidden": 1e-3, "head": -1.0}),
+            "adamw_lr=-1.0: it must be positive",
+        ),
+        (
+            lambda: starting_values("muon", adamw_lr={"head": 1e-3}),
+            r"adamw_lr=\{'head': 0.001\}: by role it takes hidden and any of embedding, head, ",
+        ),
+        (
+            lambda: starting_values("muon", adamw_lr={"hidden": 1e-3, "heads": 1e-3}),
+            "by role it takes hidden and any of embedding, head, vector",
+        ),
         (lambda: starting_values("muon", batch_tokens=-1), "batch_tokens=-1: it must be positive"),
         (lambda: starting_values("muon", steps=0), "steps=0: it must be positive"),
         (lambda: starting_values("muon", []), "no hidden weight to take the width of"),

@@ -114,9 +114,9 @@ def test_a_start_that_is_the_best_has_no_difference():
     assert outcome.difference.mean == 0.0 and outcome.within
 
 
-@pytest.mark.parametrize("best", [1e-3, 2e-3, 5e-4])
+@pytest.mark.parametrize("best", [(1e-3, 0.064, 8e-3), (4e-3, 8e-3, 8e-3), (5e-4, 4e-3, 4e-3)])
 def test_adamw_is_tuned_first(best):
-    """The rate is moved by two until both neighbours are worse; what fails counts as worse."""
+    """Each rate is moved by two until both neighbours are worse; what fails counts as worse."""
     check, ran = Check("script"), []
 
     class Session:
@@ -125,16 +125,23 @@ def test_adamw_is_tuned_first(best):
 
         def run(self, entries, *, test):
             for entry in entries:
-                rate = entry.config.lr
-                ran.append(rate)
-                loss = None if rate > 3e-3 else abs(math.log(rate / best))
-                self.rows.append({"valid_loss": loss})
-            return self.rows
+                rates = [entry.config.lr, *(entry.config.hyper[f"{r}_lr"] for r in check.roles[1:])]
+                ran.append(rates)
+                assert entry.config.hyper["vector_lr"] == pytest.approx(5 * rates[0], rel=0.05)
+                loss = math.fsum(abs(math.log(x / b)) for x, b in zip(rates, best, strict=True))
+                values = {**check.start("adamw"), "lr": rates[0]}
+                values |= dict(zip(("embedding_lr", "head_lr"), rates[1:], strict=True))
+                row = made(check, "adamw", values, 0, None if rates[0] > 9e-3 else loss)
+                self.rows.append(row)
 
     check.tune_adamw(Session())
-    assert check.adamw_lr == best and {best / 2, best, 2 * best} <= set(ran)
-    ratio = check.start("scale")["lr"] / Check("script").start("scale")["lr"]
-    assert ratio == pytest.approx(best / 1e-3, rel=0.05)  # two digits
+    assert list(check.adamw_lr.values()) == list(best)
+    for role in range(3):
+        for factor in (0.5, 2.0):
+            beside = [b * factor if i == role else b for i, b in enumerate(best)]
+            assert beside in ran or (factor * best[role] > 8e-3 and role == 0)
+    start = check.start("adamw")
+    assert [start[key] for key in ("lr", "embedding_lr", "head_lr")] == list(best)
 
 
 def test_the_command_runs_stores_and_goes_on(small, text, tmp_path, capsys, monkeypatch):

@@ -1,0 +1,36 @@
+"""The check of starting values as text: on its page, and on each method's."""
+
+from benchmarks.common.provenance import made_on
+from benchmarks.common.tables import Table
+from benchmarks.experiments.starting_values import Check, adamw_text, stored, summary, table
+
+
+def text(task: str) -> str:
+    """Return the table of a task, with what was trained and how many methods are near their best.
+
+    Raises:
+        ValueError: there are no rows of the task.
+    """
+    checks = {check.name: (check, rows) for check, rows in stored()}
+    if task not in checks:
+        raise ValueError(f"{Check(task).path} is missing; run starting-values {task} --store first")
+    check, rows = checks[task]
+    sizes = check.task.sizes
+    caption = (
+        f"{summary(check, rows)}. {check.task.text[0].upper()}{check.task.text[1:]}: "
+        f"{sizes['steps']} steps of {sizes['batch_size']} x {sizes['seq_len']}; "
+        f"{adamw_text(check)}; test perplexity; {made_on(rows[0]['provenance'])}."
+    )
+    return f"{table(check, rows).markdown()}\n\n{caption}"
+
+
+def of_method(name: str) -> Table | None:
+    """Return a method's rows of every task, or None if there are none."""
+    headers: tuple[str, ...] = ()
+    lines = []
+    for check, rows in stored():
+        methods = [m for m, r in check.plan.methods.items() if r.get("optimizer", m) == name]
+        mine = table(check, [row for row in rows if row["method"] in methods])
+        headers = ("task", *mine.headers)
+        lines += [[check.name, *row] for row in mine.rows]
+    return Table(headers, lines, left=2) if lines else None
