@@ -53,7 +53,12 @@ def _matches(pattern: str, *names: str) -> bool:
 def _add_start_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help=MODEL)
     parser.add_argument("--optimizer", default="scale", help="default: scale")
-    parser.add_argument("--adamw-lr", type=float, help="your learning rate for AdamW")
+    parser.add_argument(
+        "--adamw-lr",
+        nargs="+",
+        metavar="RATE",
+        help="your learning rate for AdamW; or by role, as hidden=1e-3 embedding=0.03",
+    )
     parser.add_argument("--batch-tokens", type=int, help="tokens of a step")
     parser.add_argument("--steps", type=int, help="steps of the run")
     text = "options of the optimizer with rows of their own, as normalize=spectral"
@@ -67,13 +72,26 @@ def start(args: argparse.Namespace) -> int:
     values = starting_values(
         name,
         load_model(args.model),
-        adamw_lr=args.adamw_lr,
+        adamw_lr=_adamw_lr(args.adamw_lr),
         batch_tokens=args.batch_tokens,
         steps=args.steps,
         **{key: value for hyper in taken for key, value in hyper[name].items()},
     )
     print(f"import optimzoo\nimport torch\n\n{values}")
     return 0
+
+
+def _adamw_lr(words: list[str] | None) -> float | dict[str, float] | None:
+    """Return AdamW's rate, or rates by role, as given on the command line."""
+    try:
+        if words is None or (len(words) == 1 and "=" not in words[0]):
+            return None if words is None else float(words[0])
+        pairs = [word.split("=") for word in words]
+        return {role: float(rate) for role, rate in pairs}
+    except ValueError:
+        raise ValueError(
+            f"--adamw-lr {' '.join(words or [])}: give one rate, or hidden=RATE and other roles'"
+        ) from None
 
 
 class Parser(argparse.ArgumentParser):

@@ -268,11 +268,16 @@ def test_the_command_prints_code_to_paste(capsys):
     assert "warm-up over 100 steps" in out
     assert cli.main(["start", "pico", "--hyper", "normalize=spectral"]) == 0
     assert 'normalize="spectral"' in capsys.readouterr().out
+    by_role = ["--adamw-lr", "hidden=2e-3", "embedding=0.05", "--optimizer", "adamw"]
+    assert cli.main(["start", "pico", *by_role]) == 0
+    assert "lr=0.002, embedding_lr=0.05" in " ".join(capsys.readouterr().out.split())
     for wrong, message in (
         (["60"], "unknown model '60'"),
         (["60m", "--optimizer", "muno"], "unknown optimizer 'muno'"),
         (["60m", "--hyper", "normalize"], "NAME=VALUE"),
         (["60m", "--steps", "0"], "steps=0"),
+        (["60m", "--adamw-lr", "fast"], "--adamw-lr fast: give one rate, or hidden=RATE"),
+        (["60m", "--adamw-lr", "hidden=1e-3", "2e-3"], "give one rate, or hidden=RATE"),
     ):
         assert cli.main(["start", *wrong]) == 2
         error = capsys.readouterr().err
