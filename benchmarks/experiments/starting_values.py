@@ -26,7 +26,7 @@ from benchmarks.experiments.run_queue import Session, add_jobs_argument, merged,
 from benchmarks.experiments.significance import Difference, paired
 from benchmarks.experiments.start_tasks import TASKS
 from benchmarks.experiments.summary import read_rows
-from benchmarks.experiments.tuning import FACTOR, Search, Values, scaled
+from benchmarks.experiments.tuning import FACTOR, WITHIN, Search, Values, middle, scaled
 from benchmarks.training.cli import add_corpus_arguments, corpus_from, refuse_cache
 from benchmarks.training.loop import train
 from benchmarks.training.metrics import perplexity
@@ -35,7 +35,6 @@ from optimzoo import param_groups, starting_values
 from optimzoo.options import refuse
 from optimzoo.tuned_rates import ROLE_RATES, VARIANT
 
-WITHIN = 0.02  # of the best perplexity
 PROTOCOL = "tuned"  # of the plan whose methods and labels these are
 
 
@@ -43,7 +42,8 @@ class Check:
     """Runs of a task: each method at its starting values, and with rates around them.
 
     Starting values are for somebody who has tuned AdamW. So AdamW is tuned first, all its rates on
-    one line and then each, until half and twice are worse.
+    one line and then each, until half and twice are worse; taken is the middle of what is nearly as
+    good as the best (`middle`).
 
     Attributes:
         adamw_lr: AdamW's tuned rates by role; vectors follow the hidden weights.
@@ -109,7 +109,8 @@ class Check:
                     entries.append(self.entry("adamw", self.start("adamw") | point, 0))
                 session.run(entries, test=True)
             at = min(found, key=lambda point: point[1])[0]
-        self.adamw_lr = {role: at[key] for key, role in keys.items()}
+        centre = middle(found)
+        self.adamw_lr = {role: float(f"{centre[key]:.3g}") for key, role in keys.items()}
 
     def run(self, session: Session, methods: list[str], seeds: int) -> list[Row]:
         """Train the grid of each method with seed 0; then the start and the best with the rest."""

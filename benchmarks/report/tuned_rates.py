@@ -7,7 +7,8 @@ import torch
 
 from benchmarks.common.files import ROOT
 from benchmarks.common.tables import Table
-from benchmarks.experiments.plan import Plan, settings
+from benchmarks.experiments.plan import Plan, settings, tried
+from benchmarks.experiments.tuning import Values, is_rate, middle
 from optimzoo.models.llama import Llama, get_config
 from optimzoo.tuned_rates import (
     ROLE_RATES,
@@ -23,7 +24,9 @@ KEPT = ("relative_damping", "damping")  # options that its rates belong to
 
 
 def text() -> str:
-    """Return the file: by comparison its batch, width, and each method's best values.
+    """Return the file: by comparison its batch, width, and each method's values.
+
+    They are those of the best run of its search, with rates in the `middle` of the nearly as good.
 
     A method is left out where one of its best rates is at an edge of what was tried, and a
     comparison where AdamW is; SGD, whose rates are of the gradient's size.
@@ -75,7 +78,9 @@ def _setting(plan: Plan, methods: list[str]) -> dict[str, Any]:
 
 def _record(plan: Plan, method: str) -> dict[str, Any]:
     config = plan.chosen(method, "tuned", 0).config
+    search = plan.search(method, "tuned")
     values = settings({"config": vars(config)})
+    values |= _rounded(middle(tried(plan.tuning_rows(method), method, "tuned", search)))
     hyper = config.hyper
     rates = {key: values.pop(key, hyper.get(key)) for key in ROLE_RATES.values()}
     return {
@@ -84,3 +89,7 @@ def _record(plan: Plan, method: str) -> dict[str, Any]:
         "hyper": {key: hyper[key] for key in KEPT if key in hyper},
         "values": rates | values,
     }
+
+
+def _rounded(values: Values) -> Values:
+    return {key: float(f"{v:.3g}") if is_rate(key) else v for key, v in values.items()}
