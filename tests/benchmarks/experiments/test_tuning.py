@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from benchmarks.experiments.tuning import FACTOR, Search, is_rate, scaled
+from benchmarks.experiments.tuning import FACTOR, Search, is_rate, middle, scaled
 
 START = {"embedding_lr": 0.08, "head_lr": 0.02, "lr": 0.01, "clip": 1.0, "betas": [0.9, 0.99]}
 BETAS = [[0.9, 0.95], [0.9, 0.98], [0.9, 0.99], [0.9, 0.999]]
@@ -91,3 +91,16 @@ def test_rates_that_change_together_are_one_line_with_a_limit():
 def test_where_all_is_fixed_there_is_one_run():
     search = Search({"lr": 1e-3, "clip": 0.0})
     assert len(run(search, lambda point: 1.0)) == 1 and search.edges([(search.start, 1.0)]) == []
+
+
+def test_the_middle_is_the_geometric_mean_of_what_is_nearly_as_good():
+    flat = [{**START, "head_lr": rate} for rate in (0.01, 0.02, 0.04, 0.08)]
+    losses = [1.0 + math.log(1.0199), 1.01, 1.0, 1.0 + math.log(1.0201)]
+    tried = list(zip(flat, losses, strict=True))
+    tried.append(({**START, "lr": 0.02, "clip": 0.0}, 1.001))  # other options: of another valley
+    tried.append(({**START, "lr": 0.04}, math.inf))
+    found = middle(tried)
+    assert found == START | {"head_lr": pytest.approx(0.02), "lr": pytest.approx(0.01)} | {
+        "embedding_lr": pytest.approx(0.08)
+    }
+    assert middle([(START, math.inf)])["lr"] == pytest.approx(START["lr"])

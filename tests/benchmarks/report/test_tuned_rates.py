@@ -1,6 +1,9 @@
 """The tuned values that the package ships are those of the committed rows."""
 
 import json
+import math
+
+import pytest
 
 from benchmarks.experiments.plan import Plan
 from benchmarks.experiments.summary import read_rows
@@ -11,7 +14,7 @@ def test_the_file_is_made_from_the_committed_rows():
     assert tuned_rates.stored() == tuned_rates.text()
 
 
-def test_its_values_are_those_of_the_row_with_the_lowest_loss():
+def test_its_rates_are_the_middle_of_the_rows_within_2_percent_of_the_lowest_perplexity():
     nano = json.loads(tuned_rates.stored())["nano"]
     assert nano["batch_tokens"] == 1024 and nano["width"] == 128
     rows = [row for row in read_rows(Plan("nano").tune_path) if row["protocol"] == "tuned"]
@@ -24,10 +27,21 @@ def test_its_values_are_those_of_the_row_with_the_lowest_loss():
             and len(set(tuned_rates.VARIANT) & row["config"]["hyper"].keys())
             == len(record["variant"])
         ]
-        best = min(fitting, key=lambda row: row["valid_loss"] or float("inf"))
-        config = {**best["config"], **best["config"]["hyper"]}
+        best = min(row["valid_loss"] or math.inf for row in fitting)
+        configs = [
+            {**row["config"], **row["config"]["hyper"]}
+            for row in sorted(fitting, key=lambda row: row["valid_loss"] or math.inf)
+            if math.exp((row["valid_loss"] or math.inf) - best) <= 1.02
+        ]
+        options = {k: configs[0][k] for k in record["values"] if not k.endswith("lr")}
+        near = [c for c in configs if all(c[key] == value for key, value in options.items())]
         for key, value in record["values"].items():
-            assert config[key] == value, (record["optimizer"], key)
+            expected = (
+                math.prod(c[key] for c in near) ** (1 / len(near)) if key not in options else 0
+            )
+            assert value == options.get(key, pytest.approx(expected, rel=0.006)), record[
+                "optimizer"
+            ]
 
 
 def test_a_method_whose_best_rate_is_at_an_edge_is_left_out(monkeypatch):
