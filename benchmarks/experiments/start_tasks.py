@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from benchmarks.data.gratings import WINDOW
 from benchmarks.experiments.plan import Row
-from benchmarks.training.models import CHARACTERS, IMAGES
+from benchmarks.training.models import IMAGES, TOKENS
 
 ALL = 10**9  # tokens to evaluate: the whole split
 
@@ -30,9 +30,9 @@ class Task:
 
 TASKS = {
     "script": Task(
-        "nanoGPT's small GPT (a tied head, learned positions) on characters",
+        "nanoGPT's small GPT (a tied head, learned positions)",
         1e-3,
-        {"model": CHARACTERS, "steps": 400, "batch_size": 12, "seq_len": 64, "eval_tokens": ALL},
+        {"model": TOKENS, "steps": 400, "batch_size": 12, "seq_len": 64, "eval_tokens": 65536},
         12 * 64,
     ),
     "classifier": Task(

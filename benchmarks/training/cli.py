@@ -20,7 +20,7 @@ from benchmarks.training.flops import speed_text
 from benchmarks.training.gpt import GPTConfig
 from benchmarks.training.loop import finished, train
 from benchmarks.training.metrics import perplexity
-from benchmarks.training.models import CHARACTERS, IMAGES, vocab_size
+from benchmarks.training.models import CHARACTERS, IMAGES, OTHERS, vocab_size
 from benchmarks.training.run import refuse_early
 from optimzoo.models import get_config, is_config
 from optimzoo.options import refuse
@@ -185,7 +185,7 @@ def _print_result(config: RunConfig, row: dict[str, Any]) -> int:
         f"test {perplexity(row['test_loss']):.2f}, {row['tokens_per_second']:,.0f} tokens/s"
     )
     timed = row.get("step_ms") and row["optimizer_ms"]
-    llama = not is_config(config.model) and config.model not in (CHARACTERS, IMAGES)
+    llama = not is_config(config.model) and config.model not in OTHERS
     if torch.cuda.is_available() and timed and llama:
         print(speed_text(row, get_config(config.model)))
     return 0

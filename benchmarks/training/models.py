@@ -15,12 +15,15 @@ from benchmarks.training.vit import ViT
 from optimzoo.models import Llama, from_config, get_config, is_config, read_config
 from optimzoo.options import brief
 
-# Beside the Llamas: nanoGPT's model of characters, and a classifier of images.
-CHARACTERS, IMAGES = "nanogpt-char", "vit"
+# Beside the Llamas: nanoGPT's model, of characters or of tokens, and a classifier of images.
+CHARACTERS, TOKENS, IMAGES = "nanogpt-char", "nanogpt", "vit"
+OTHERS = {CHARACTERS: 65, TOKENS: 2048, IMAGES: 0}  # and the sizes of their vocabularies
 
 
 def vocab_size(name: str) -> int:
     """Return the size of a model's vocabulary, which its tokenizer is trained to."""
+    if name in OTHERS:
+        return OTHERS[name]
     if not is_config(name):
         return get_config(name).vocab_size
     model: Any = from_config(name, "meta")
@@ -39,7 +42,7 @@ def make_model(
     """Return the model of a name, drawn from the seed in float32.
 
     Args:
-        name: of a Llama, `nanogpt-char`, `vit`, or the path of a Hugging Face config.
+        name: of a Llama, `nanogpt-char`, `nanogpt`, `vit`, or the path of a Hugging Face config.
         vocabulary: its size; default: the model's own.
         seed: of its weights.
         device: where it is drawn; on `meta` it takes no memory.
@@ -47,10 +50,11 @@ def make_model(
     Raises:
         ValueError: an unknown name, or a model that sees the tokens it is to predict.
     """
-    if name in (CHARACTERS, IMAGES):
-        characters = vocabulary or 65
+    if name in OTHERS:
         with torch.device(device):  # moved to meta, a tied head would be a weight of its own
-            return GPT(GPTConfig(characters), seed=seed) if name == CHARACTERS else ViT(seed=seed)
+            if name == IMAGES:
+                return ViT(seed=seed)
+            return GPT(GPTConfig(vocabulary or OTHERS[name]), seed=seed)
     if not is_config(name):
         config = get_config(name)
         with torch.device(device):

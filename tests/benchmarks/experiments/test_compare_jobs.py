@@ -86,6 +86,33 @@ def test_two_jobs_give_the_rows_of_one(folder, monkeypatch):
             assert two[key][name] == pytest.approx(row[name], rel=1e-5)
 
 
+def test_two_jobs_train_an_optimizer_of_ones_own(folder, monkeypatch):
+    """The workers read the class from its file, as the process does that started them."""
+    (folder / "mine.py").write_text(
+        "import torch\n\n\nclass Slow(torch.optim.SGD):\n"
+        "    def __init__(self, params, lr=1e-3, momentum=0.5):\n"
+        "        super().__init__(params, lr, momentum)\n"
+    )
+    words = ("--optimizer", "mine.py:Slow", "--tune")
+    process = start(folder, compare(folder, 2, "two", *words))
+    tiny_benchmarks.patched(monkeypatch, folder)
+    status = main(compare(folder, 1, "one", *words))
+    error = process.communicate(timeout=600)[1]
+    assert status == 0
+    assert process.returncode == 0, error
+    one, two = (
+        {
+            run.parent.name: json.loads(run.read_text())
+            for run in folder.glob(f"{out}/runs/*/row.json")
+        }
+        for out in ("one", "two")
+    )
+    mine = [name for name, row in one.items() if row["config"]["optimizer"] == "mine.py:Slow"]
+    assert len(mine) >= 5 and one.keys() == two.keys()
+    for name in mine:
+        assert two[name]["valid_loss"] == pytest.approx(one[name]["valid_loss"], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     "how",
     [
