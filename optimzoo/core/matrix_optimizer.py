@@ -415,7 +415,7 @@ def adam_direction(state: State, grad: Tensor, group: dict[str, Any], step: Any)
         dtype = moment_dtype(grad, group)
         state["exp_avg"] = torch.zeros_like(grad, dtype=dtype)
         state["exp_avg_sq"] = torch.zeros_like(grad, dtype=dtype)
-    m, v = state["exp_avg"], state["exp_avg_sq"]
+    m, v = stacks.moments_of(state)
     most = max_direction(step, group["betas"]) if group["state_bits"] else math.inf
     direction = None if isinstance(most, Tensor) else _fused_direction(m, v, grad, group, most)
     if direction is not None:
