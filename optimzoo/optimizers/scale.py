@@ -219,8 +219,6 @@ class SCALE(RoleOptimizer):
         return matrices, vectors
 
     def _init_average(self, state: dict[str, Any], p: Tensor, group: dict[str, Any]) -> None:
-        if group["state_bits"] == 8:
-            self._refuse_cut_codes(p)
         if not {"exp_avg", "exp_avg_codes"} & state.keys():
             # In float16 a tenth of a gradient below 6e-7 would be zero.
             wide = group["state_bits"] or p.dtype == torch.float16
@@ -235,21 +233,21 @@ class SCALE(RoleOptimizer):
             return
         cut: list[Part] = []
         first = self.first_index
-        for number, group in enumerate(self.param_groups):
-            matrices, vectors = self._init_group(group)
-            rng_keys = self._count(group, first)
-            first += len(group["params"])
-            with ExitStack() as stack:
+        with ExitStack() as stack:
+            for number, group in enumerate(self.param_groups):
+                matrices, vectors = self._init_group(group)
+                rng_keys = self._count(group, first)
+                first += len(group["params"])
                 for p in matrices if group["state_bits"] == 8 else []:
                     stack.enter_context(dequantized_moments(self.state[p], 8, rng_keys.get(p)))
                 cut += self._step_group(number, matrices, vectors, rng_keys)
+            if scaled and cut:
+                raise RuntimeError(
+                    "norms that several processes share need unscaled gradients; call "
+                    "scaler.unscale_(optimizer) before scaler.step, or leave fused=None"
+                )
+            step_parts(cut, _single_tensor_scale, _spectral)
         self._fused.store(self.state, self.param_groups)
-        if scaled and cut:
-            raise RuntimeError(
-                "norms that several processes share need unscaled gradients; call "
-                "scaler.unscale_(optimizer) before scaler.step, or leave fused=None"
-            )
-        step_parts(cut, _single_tensor_scale, _spectral)
 
     def _step_group(
         self,

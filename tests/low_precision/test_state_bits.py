@@ -11,7 +11,7 @@ from zoo_models import METHODS, llama, normal, reloaded, train
 
 from optimzoo import SCALE, param_groups, release
 from optimzoo.core.matrix_optimizer import MatrixOptimizer
-from optimzoo.lowbit import RngKey, blockwise, dequantize, quantize
+from optimzoo.lowbit import RngKey, blockwise, dequantize, moments, quantize
 from optimzoo.memory import account
 from optimzoo.models.llama import Llama, get_config
 
@@ -120,7 +120,7 @@ def same(first, second):
 @pytest.fixture
 def all_sizes(monkeypatch):
     """Codes for the smallest tensors too."""
-    monkeypatch.setattr(blockwise, "SMALLEST", 1)
+    monkeypatch.setattr(moments, "SMALLEST", 1)
 
 
 @pytest.mark.sampled(7)
