@@ -101,7 +101,7 @@ class SCALE(RoleOptimizer):
             path then takes one weight after the other. State: 8 bytes more per weight, a count.
         state_bits: 8 keeps the momentum as int8 codes, with a float32 scale for each 256 of them,
             rounded as `rounding` says (:mod:`optimzoo.lowbit.blockwise`); it is a float32 temporary
-            while its weight is stepped. Default: see above. Not for sharded weights.
+            while its weight is stepped. Default: see above.
         seed: seed of stochastic rounding, a function of it, the parameter's index among all, its
             count of steps and the element: the same on resume and in any order of the parameters.
 
@@ -238,9 +238,13 @@ class SCALE(RoleOptimizer):
                 matrices, vectors = self._init_group(group)
                 rng_keys = self._count(group, first)
                 first += len(group["params"])
-                for p in matrices if group["state_bits"] == 8 else []:
-                    stack.enter_context(dequantized_moments(self.state[p], 8, rng_keys.get(p)))
-                cut += self._step_group(number, matrices, vectors, rng_keys)
+                with ExitStack() as own:
+                    for p in matrices if group["state_bits"] == 8 else []:
+                        own.enter_context(dequantized_moments(self.state[p], 8, rng_keys.get(p)))
+                    parts = self._step_group(number, matrices, vectors, rng_keys)
+                    if parts:  # their momentum changes below
+                        stack.enter_context(own.pop_all())
+                cut += parts
             if scaled and cut:
                 raise RuntimeError(
                     "norms that several processes share need unscaled gradients; call "
