@@ -103,6 +103,18 @@ class StateStack(MutableMapping[str, Any]):
             self.versions[key] = self._stacks[key]._version
         return self._stacks[key]
 
+    def read_together(self, *keys: str) -> list[Tensor]:
+        """Return the stacks of keys, in one tensor where all are of one shape and dtype.
+
+        Such as a rule's moments: what changes one of them changes the other.
+        """
+        tensors = [t for key in keys for t in each(self, key)]
+        new = not any(key in self._stacks for key in keys)
+        if new and len({(t.shape, t.dtype, t.device) for t in tensors}) == 1:
+            for key, stack in zip(keys, torch.stack(tensors).chunk(len(keys)), strict=True):
+                self._stacks[key], self.versions[key] = stack, stack._version
+        return [self[key] for key in keys]
+
     def __setitem__(self, key: str, value: Tensor) -> None:
         self._stacks[key] = value
         self.versions[key] = NEW
@@ -137,6 +149,12 @@ class StateStack(MutableMapping[str, Any]):
                     state[key] = part.clone()  # of its own: a checkpoint saves whole storages
         for targets, sources in changed.values():  # in one launch, if they are of one dtype
             torch._foreach_copy_(targets, sources)
+
+
+def moments_of(state: State) -> list[Tensor]:
+    """Return Adam's moments of a weight or of a stack of weights."""
+    keys = ("exp_avg", "exp_avg_sq")
+    return state.read_together(*keys) if isinstance(state, StateStack) else [state[k] for k in keys]
 
 
 def each(state: State, key: str) -> list[Tensor]:

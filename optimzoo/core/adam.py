@@ -18,6 +18,8 @@ from optimzoo.kernels import dispatch
 from optimzoo.kernels.table import Rate
 from optimzoo.lowbit import LOW, RngKey, apply_with_rounding, widened
 
+_ONE = torch.ones(())
+
 
 def init_adam_state(
     state: dict[str, Any], param: Tensor, *, capturable: bool, dtype: torch.dtype | None = None
@@ -44,7 +46,7 @@ def step_as_tensor(
 def count_up(steps: list[Tensor]) -> None:
     """Add one to step counts; those of the CPU by the overload that does not wrap it for each."""
     if all(step.is_cpu and step.is_floating_point() for step in steps):
-        torch._foreach_add_(steps, torch.ones(()), alpha=1.0)
+        torch._foreach_add_(steps, _ONE, alpha=1.0)
     else:
         torch._foreach_add_(steps, 1)
 
@@ -244,6 +246,11 @@ def _multi_tensor_adam(
     update = torch._foreach_sqrt(exp_avg_sqs)
     factors, floors = _corrections(steps, betas, eps, eps_before, capturable)
     torch._foreach_add_(update, floors)
+    numbers = not capturable and not any(isinstance(lr, Tensor) for lr in lrs)
+    if numbers and weight_decay == 0 and max_update is None:
+        sizes = [-lr * factor for lr, factor in zip(lrs, factors, strict=True)]
+        torch._foreach_addcdiv_(params, exp_avgs, update, sizes)
+        return
     torch._foreach_reciprocal_(update)
     torch._foreach_mul_(update, exp_avgs)
     torch._foreach_mul_(update, factors)

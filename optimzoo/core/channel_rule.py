@@ -34,9 +34,10 @@ def norm_growth_divisor(norm: Tensor, state: State, limit: float) -> Tensor | No
         state["update_norm"] = torch.where(norm == 0, math.inf, norm)
         return None
     last = state["update_norm"]
-    growth = norm / (last + 1e-8)
-    divisor = growth.clamp_min(limit) / limit
-    last.copy_(torch.where(norm == 0, last, norm / divisor))  # in place: a graph may hold it
+    most = torch.rsub(last, 1e-8 * limit, alpha=-limit)  # limit · (last + 1e-8), in one operation
+    divisor = (norm / most).clamp_min_(1.0)
+    limited = (norm / divisor).to(last.dtype)
+    torch.where(norm == 0, last, limited, out=last)  # in place: a graph may hold it
     return divisor
 
 

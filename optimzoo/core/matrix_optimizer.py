@@ -168,14 +168,13 @@ class MatrixOptimizer(RoleOptimizer, Rule):
     def _step_alone(
         self, rule: Rule, matrix: Matrix, group: dict[str, Any], rng_keys: dict[Tensor, RngKey]
     ) -> None:
-        p, shards, rng_key = matrix.param, matrix.shards, rng_keys.get(matrix.param)
+        shards, rng_key = matrix.shards, rng_keys.get(matrix.param)
         grad = descent(matrix.grad, group)
         letters = rule.state_letters(group, shards.shape(grad.shape))
         with ExitStack() as stack:
-            state = stack.enter_context(shards.local_state(matrix.state, letters))
             if group["state_bits"] == 8:
-                self._refuse_cut_codes(p)
-                stack.enter_context(dequantized_moments(state, 8, rng_key))
+                stack.enter_context(dequantized_moments(matrix.state, 8, rng_key))
+            state = stack.enter_context(shards.local_state(matrix.state, letters))
             weight = stack.enter_context(fp32_working_copy(matrix.weight, rng_key))
             step = matrix.step
             if isinstance(step, Tensor):
@@ -286,8 +285,6 @@ class MatrixOptimizer(RoleOptimizer, Rule):
         return role_of(p, group) in self._matrix_roles
 
     def _init_other(self, p: Tensor, group: dict[str, Any]) -> None:
-        if group["state_bits"] == 8:
-            self._refuse_cut_codes(p)
         dtype = moment_dtype(p, group)
         init_adam_state(self.state[p], p, capturable=group["capturable"], dtype=dtype)
 
@@ -415,7 +412,7 @@ def adam_direction(state: State, grad: Tensor, group: dict[str, Any], step: Any)
         dtype = moment_dtype(grad, group)
         state["exp_avg"] = torch.zeros_like(grad, dtype=dtype)
         state["exp_avg_sq"] = torch.zeros_like(grad, dtype=dtype)
-    m, v = state["exp_avg"], state["exp_avg_sq"]
+    m, v = stacks.moments_of(state)
     most = max_direction(step, group["betas"]) if group["state_bits"] else math.inf
     direction = None if isinstance(most, Tensor) else _fused_direction(m, v, grad, group, most)
     if direction is not None:

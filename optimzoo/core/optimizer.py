@@ -268,13 +268,6 @@ class RoleOptimizer(Optimizer):
         check = getattr(self, "_accelerator_graph_capture_health_check", None)
         (check or self._cuda_graph_capture_health_check)()
 
-    def _refuse_cut_codes(self, param: Tensor) -> None:
-        if hasattr(param, "device_mesh"):
-            raise RuntimeError(
-                f"state_bits=8 has blocks that no cut of a weight {list(param.shape)} follows; "
-                "leave state_bits=None for sharded weights"
-            )
-
     def _refuse_sparse(self, grad: Tensor) -> None:
         if grad.is_sparse:
             raise RuntimeError(

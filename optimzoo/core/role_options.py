@@ -67,7 +67,7 @@ class SharedOptions(RoleOptions, total=False):
         seed: seed of stochastic rounding, and of the sketches of methods that draw; default: 0.
         state_bits: 8 keeps Adam's moments of 4,096 elements and up as 8-bit codes, with a float32
             scale for each 256, rounded as `rounding` says; they are float32 temporaries while their
-            weight is stepped. Not for sharded weights.
+            weight is stepped. Of sharded weights, the codes that one process has.
         other: rule of the embedding and the head: `adam` (default); `scale`, SCALE's with momentum
             on the head alone; or `adafactor`, a factored second moment (see
             :mod:`optimzoo.core.other_rules`). A group may have its own. Vectors take Adam.

@@ -16,6 +16,7 @@ Stable-SPAM               a maximum and a norm per weight
 Muon, SWAN, SCALE         whole matrices, each at one process (`map_whole_matrices`): the processes
  spectral                 share the work, and the result is that of one process
 AdamS, Adam, SGD          nothing
+moments in 8 bits         maxima of blocks, where a block of 256 elements is in two shards
 ========================  ==========================================================================
 
 Under DDP every process has whole weights and the same gradients: nothing is sent.

@@ -1,6 +1,7 @@
 """Low-precision storage: stochastic rounding, moments in 8 bits."""
 
-from optimzoo.lowbit.blockwise import dequantize, dequantized_moments, quantize
+from optimzoo.lowbit.blockwise import dequantize, quantize
+from optimzoo.lowbit.moments import dequantized_moments
 from optimzoo.lowbit.stochastic import copy_, round_stochastic
 from optimzoo.lowbit.write_back import (
     LOW,

@@ -6,15 +6,15 @@ orders of magnitude within a block. A number between two codes' values takes the
 with a key, the upper one with a probability that makes it its expectation.
 
 Blocks run over the row-major elements, whatever the shape; the last may be shorter. A block of
-zeros stays zero; a block with a number that is not finite becomes NaN, all of it.
+zeros stays zero; a block with a number that is not finite becomes NaN, all of it. Blocks, scales
+and codes of a sharded tensor are those of the whole one (:class:`Part`).
 
 The two codes of an element are rounded independently, so ``|m| / √v`` is unbounded afterwards; the
 rules clamp the update to what exact moments allow (``core/adam.py``, `max_direction`).
 """
 
-from collections.abc import Iterator, MutableMapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,83 +23,105 @@ from optimzoo.lowbit.stochastic import random_uniform
 from optimzoo.lowbit.write_back import RngKey
 
 BLOCK = 256
-SMALLEST = 4096  # elements; moments with fewer stay in float32
 _CHUNK = 1 << 20  # elements at a time, a multiple of BLOCK
-# Offsets of their keys' indices; no state has two with the same.
-_MOMENTS = {"exp_avg": 1 << 31, "exp_avg_sq": 3 << 30, "momentum_buffer": 1 << 31}
 
 
-def quantize(x: Tensor, *, signed: bool, rng_key: RngKey | None = None) -> tuple[Tensor, Tensor]:
+class Part(NamedTuple):
+    """Place of this process's elements among the row-major ones of a whole tensor.
+
+    Attributes:
+        start: index of the first.
+        total: number of elements of the whole tensor.
+        max_: takes maxima over the processes, in place, where a block may be in two parts: then
+            each process holds the scales of all blocks. None: those of its own.
+    """
+
+    start: int
+    total: int
+    max_: Callable[[Tensor], None] | None = None
+
+
+def quantize(
+    x: Tensor, *, signed: bool, rng_key: RngKey | None = None, part: Part | None = None
+) -> tuple[Tensor, Tensor]:
     """Return codes of ``x``'s shape and the float32 scales of its blocks, ``[ceil(n / 256)]``.
 
     Args:
         x: a floating-point tensor; not negative unless `signed`.
         signed: int8 codes, else uint8.
         rng_key: key of stochastic rounding; None rounds to nearest.
+        part: the place of ``x`` in a whole tensor, of which it is this process's part.
     """
     codes = torch.empty(x.shape, dtype=torch.int8 if signed else torch.uint8, device=x.device)
+    part = part or Part(0, x.numel())
     flat, out = x.reshape(-1), codes.view(-1)
-    scales = torch.empty(-(-x.numel() // BLOCK), dtype=torch.float32, device=x.device)
-    for at in range(0, x.numel(), _CHUNK):
-        part = flat[at : at + _CHUNK].float()
-        blocks = torch.nn.functional.pad(part, (0, -part.numel() % BLOCK)).view(-1, BLOCK)
+    count, first = _held_blocks(x, part)
+    scales = torch.zeros(count, dtype=torch.float32, device=x.device)
+    if part.max_ is not None:
+        for where, block, lead in _chunks(part.start, x.numel()):
+            sizes = _blocks(flat[where], lead).abs().amax(1)
+            # The maximum of NaN and a number is not the same on every backend.
+            scales[block : block + len(sizes)] = sizes.nan_to_num_(nan=torch.inf, posinf=torch.inf)
+        part.max_(scales)
+    for where, block, lead in _chunks(part.start, x.numel()):
+        blocks = _blocks(flat[where], lead)
         size = blocks.abs()
-        scale = size.amax(1, keepdim=True)
+        place = slice(block - first, block - first + len(blocks))
+        scale = size.amax(1, keepdim=True) if part.max_ is None else scales[place, None]
         ratio = torch.nan_to_num(size / scale, nan=0.0, posinf=0.0)  # 0/0, or not finite
         low = _floor(ratio, signed)
         below, above = _value(low, signed), _value(low + 1, signed)
         threshold: float | Tensor = 0.5
         if rng_key is not None:
-            drawn = random_uniform(at, blocks.numel(), rng_key, x.device)
+            drawn = random_uniform(block * BLOCK, blocks.numel(), rng_key, x.device)
             threshold = drawn.view(-1, BLOCK)
         code = (low + ((ratio - below) / (above - below) > threshold)).clamp_(max=_top(signed))
         code = code.copysign(blocks) if signed else code
-        out[at : at + _CHUNK] = code.view(-1)[: part.numel()].to(codes.dtype)
-        scales[at // BLOCK :][: len(scale)] = torch.where(scale.isfinite(), scale, torch.nan)[:, 0]
-    return codes, scales
+        out[where] = code.view(-1)[lead:][: where.stop - where.start].to(codes.dtype)
+        if part.max_ is None:
+            scales[place] = scale[:, 0]
+    return codes, torch.where(scales.isfinite(), scales, torch.nan)
 
 
-def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
+def dequantize(codes: Tensor, scales: Tensor, part: Part | None = None) -> Tensor:
     """Return the float32 values of :func:`quantize`'s codes."""
     signed = codes.dtype == torch.int8
+    part = part or Part(0, codes.numel())
     out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
     flat, values = codes.view(-1), out.view(-1)
-    for at in range(0, codes.numel(), _CHUNK):
-        part = flat[at : at + _CHUNK].float()
-        blocks = torch.nn.functional.pad(part, (0, -part.numel() % BLOCK)).view(-1, BLOCK)
-        scale = scales[at // BLOCK :][: len(blocks), None]
+    first = _held_blocks(codes, part)[1]
+    for where, block, lead in _chunks(part.start, codes.numel()):
+        blocks = _blocks(flat[where], lead)
+        scale = scales[block - first :][: len(blocks), None]
         value = _value(blocks.abs(), signed) * scale
         value = value.copysign(blocks) if signed else value
-        values[at : at + _CHUNK] = value.view(-1)[: part.numel()]
+        values[where] = value.view(-1)[lead:][: where.stop - where.start]
     return out
 
 
-@contextmanager
-def dequantized_moments(
-    state: MutableMapping[str, Any], bits: int, rng_key: RngKey | None
-) -> Iterator[MutableMapping[str, Any]]:
-    """Yield ``state`` with its moments in float32; quantize them afterwards if ``bits`` is 8.
+def _held_blocks(x: Tensor, part: Part) -> tuple[int, int]:
+    """Return how many blocks' scales this process has, and the number of the first."""
+    if part.max_ is not None:
+        return -(-part.total // BLOCK), 0
+    return -(-x.numel() // BLOCK), part.start // BLOCK
 
-    The state has ``exp_avg_codes`` and ``exp_avg_scale`` in place of ``exp_avg``, and so on.
+
+def _chunks(start: int, count: int) -> Iterator[tuple[slice, int, int]]:
+    """Yield slices of ``count`` elements, of which ``start`` is the first one's index.
+
+    With the number of each one's first block, and the place of its first element in that. As their
+    bounds are those of the whole tensor, random bits are too.
     """
-    stored = {}
-    for key in _MOMENTS:
-        if f"{key}_codes" in state:
-            codes = state.pop(f"{key}_codes")
-            stored[key] = codes, state.pop(f"{key}_scale").to(codes.device)
-            state[key] = dequantize(*stored[key])
-    yield state
-    for key, offset in _MOMENTS.items():
-        moment = state.get(key)
-        if bits == 8 and moment is not None and moment.numel() >= SMALLEST:
-            own = None if rng_key is None else rng_key._replace(index=rng_key.index + offset)
-            codes, scales = quantize(moment, signed=key != "exp_avg_sq", rng_key=own)
-            del state[key]
-            if key in stored:  # into the same tensors, which a CUDA graph may hold
-                codes, scales = (
-                    old.copy_(new) for old, new in zip(stored[key], (codes, scales), strict=True)
-                )
-            state[f"{key}_codes"], state[f"{key}_scale"] = codes, scales
+    end = start + count
+    for at in range(start - start % _CHUNK, end, _CHUNK) if count else ():
+        low, high = max(at, start), min(at + _CHUNK, end)
+        yield slice(low - start, high - start), low // BLOCK, low % BLOCK
+
+
+def _blocks(part: Tensor, lead: int) -> Tensor:
+    """Return elements as blocks in float32, with zeros before the first and after the last."""
+    filled = torch.nn.functional.pad(part.float(), (lead, -(lead + part.numel()) % BLOCK))
+    return filled.view(-1, BLOCK)
 
 
 def _top(signed: bool) -> int:

@@ -1,6 +1,7 @@
 """Muon: orthogonalised momentum on the hidden weights, AdamW on the rest."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Unpack
 
@@ -21,7 +22,7 @@ from optimzoo.core.rule import Context, Matrix
 from optimzoo.core.update import Update, signed_decay, subtract_
 from optimzoo.core.validation import check_choice
 from optimzoo.distributed import map_whole_matrices
-from optimzoo.lowbit import RngKey, fp32_working_copy
+from optimzoo.lowbit import RngKey, dequantized_moments, fp32_working_copy
 from optimzoo.stacks import State, in_chunks
 from optimzoo.subspace.newton_schulz import (
     COEFFICIENTS,
@@ -128,10 +129,22 @@ class Muon(MomentumOptimizer):
     def _step_sharded(
         self, matrices: list[Matrix], group: dict[str, Any], rng_keys: dict[Tensor, RngKey]
     ) -> None:
+        # As many at a time as are dealt out at once: their momenta are copies.
+        most = max((matrix.shards.mesh.size() for matrix in matrices), default=1)
+        for at in range(0, len(matrices), most):
+            self._step_dealt(matrices[at : at + most], group, rng_keys)
+
+    def _step_dealt(
+        self, matrices: list[Matrix], group: dict[str, Any], rng_keys: dict[Tensor, RngKey]
+    ) -> None:
         shards = [matrix.shards for matrix in matrices]
         momenta = []
         for matrix in matrices:
-            with matrix.shards.local_state(matrix.state, {}) as state:
+            with ExitStack() as stack:
+                if group["state_bits"] == 8:
+                    rng_key = rng_keys.get(matrix.param)
+                    stack.enter_context(dequantized_moments(matrix.state, 8, rng_key))
+                state = stack.enter_context(matrix.shards.local_state(matrix.state, {}))
                 momenta.append(momentum_of(descent(matrix.grad, group), state, group))
         lr = step_lr(group)
         rates: Any = {"lr": lr, "weight_decay": signed_decay(group)}

@@ -101,7 +101,7 @@ class SCALE(RoleOptimizer):
             path then takes one weight after the other. State: 8 bytes more per weight, a count.
         state_bits: 8 keeps the momentum as int8 codes, with a float32 scale for each 256 of them,
             rounded as `rounding` says (:mod:`optimzoo.lowbit.blockwise`); it is a float32 temporary
-            while its weight is stepped. Default: see above. Not for sharded weights.
+            while its weight is stepped. Default: see above.
         seed: seed of stochastic rounding, a function of it, the parameter's index among all, its
             count of steps and the element: the same on resume and in any order of the parameters.
 
@@ -219,8 +219,6 @@ class SCALE(RoleOptimizer):
         return matrices, vectors
 
     def _init_average(self, state: dict[str, Any], p: Tensor, group: dict[str, Any]) -> None:
-        if group["state_bits"] == 8:
-            self._refuse_cut_codes(p)
         if not {"exp_avg", "exp_avg_codes"} & state.keys():
             # In float16 a tenth of a gradient below 6e-7 would be zero.
             wide = group["state_bits"] or p.dtype == torch.float16
@@ -235,21 +233,25 @@ class SCALE(RoleOptimizer):
             return
         cut: list[Part] = []
         first = self.first_index
-        for number, group in enumerate(self.param_groups):
-            matrices, vectors = self._init_group(group)
-            rng_keys = self._count(group, first)
-            first += len(group["params"])
-            with ExitStack() as stack:
-                for p in matrices if group["state_bits"] == 8 else []:
-                    stack.enter_context(dequantized_moments(self.state[p], 8, rng_keys.get(p)))
-                cut += self._step_group(number, matrices, vectors, rng_keys)
+        with ExitStack() as stack:
+            for number, group in enumerate(self.param_groups):
+                matrices, vectors = self._init_group(group)
+                rng_keys = self._count(group, first)
+                first += len(group["params"])
+                with ExitStack() as own:
+                    for p in matrices if group["state_bits"] == 8 else []:
+                        own.enter_context(dequantized_moments(self.state[p], 8, rng_keys.get(p)))
+                    parts = self._step_group(number, matrices, vectors, rng_keys)
+                    if parts:  # their momentum changes below
+                        stack.enter_context(own.pop_all())
+                cut += parts
+            if scaled and cut:
+                raise RuntimeError(
+                    "norms that several processes share need unscaled gradients; call "
+                    "scaler.unscale_(optimizer) before scaler.step, or leave fused=None"
+                )
+            step_parts(cut, _single_tensor_scale, _spectral)
         self._fused.store(self.state, self.param_groups)
-        if scaled and cut:
-            raise RuntimeError(
-                "norms that several processes share need unscaled gradients; call "
-                "scaler.unscale_(optimizer) before scaler.step, or leave fused=None"
-            )
-        step_parts(cut, _single_tensor_scale, _spectral)
 
     def _step_group(
         self,

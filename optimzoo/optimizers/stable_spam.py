@@ -174,11 +174,11 @@ class StableSPAM(MatrixOptimizer):
             exact = kernels or not (rng_key or weight.dtype in LOW or dtype in LOW)
             together = foreach and not coded and exact
             with nullcontext(self._open) if together else ExitStack() as stack:
+                if coded:
+                    stack.enter_context(dequantized_moments(state, 8, rng_key))
                 if shards.mesh is not None:
                     letters = self.state_letters(group, shards.shape(grad.shape))
                     state = stack.enter_context(shards.local_state(state, letters))
-                if coded:
-                    stack.enter_context(dequantized_moments(state, 8, rng_key))
                 if kernels is None:
                     weight = stack.enter_context(fp32_working_copy(weight, rng_key))
                 init_moments(state, grad, dtype)
@@ -202,8 +202,6 @@ class StableSPAM(MatrixOptimizer):
         They are None with `capturable`: they stay on the device.
         """
         for p, state in zip(params, states, strict=True):
-            if group["state_bits"] == 8:
-                self._refuse_cut_codes(p)
             for key in ("step", "moment_step"):
                 if group["capturable"] or not isinstance(state.get(key), Tensor):
                     state.setdefault(key, 0)

@@ -87,8 +87,6 @@ def _matrix(new: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> Target | 
     if new._is_own(p, group):
         if not isinstance(new, MomentumOptimizer):
             return f"{name}'s own rule has no use for moments of whole gradients"
-        if group["state_bits"] == 8:
-            new._refuse_cut_codes(p)
         new.init_state(p, state, group)
         return Target(state, "momentum_buffer")
     if group["other"] == "adam" or role_of(p, group) == "vector":
@@ -106,8 +104,6 @@ def _matrix(new: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> Target | 
 
 def _stable_spam(new: StableSPAM, p: Tensor, group: dict[str, Any]) -> Target:
     state, weight = new.state[p], as_matrix(local_part(p), group)
-    if group["state_bits"] == 8:
-        new._refuse_cut_codes(p)
     for key in ("step", "moment_step"):
         state[key] = 0
         step_as_tensor(state, p, capturable=group["capturable"], key=key)

@@ -20,6 +20,8 @@ State = MutableMapping[str, Any]
 Number = float | Tensor
 # Odd multipliers of a multiplicative hash, as signed 64-bit integers.
 _GOLDEN, _ODD = 0x9E3779B97F4A7C15 - (1 << 64), 0xD6E8FEB86659FD93 - (1 << 64)
+# Half the distance of two uniform numbers. A tensor: with a number, torch's default dtype decides.
+_HALF = {dtype: torch.tensor(2.0**-24, dtype=dtype) for dtype in (torch.float32, torch.float64)}
 SIDES = ("auto", "left", "right", "both")
 
 
@@ -151,7 +153,7 @@ def gaussian(seed: int | Tensor, rows: int, rank: int, like: Tensor) -> Tensor:
     bits = place.add(seeds.reshape(-1, 1), alpha=_GOLDEN).mul_(_GOLDEN)
     bits = bits.bitwise_xor_(bits >> 32).mul_(_ODD)
     # Each has two integers from -2^23 to 2^23 - 1: a uniform number's place among as many.
-    uniform = (bits.view(torch.int32) >> 8).to(at_least_float32(like)).add_(0.5).mul_(2.0**-23)
+    uniform = _HALF[at_least_float32(like)].add(bits.view(torch.int32) >> 8, alpha=2.0**-23)
     omega = uniform.erfinv_().mul_(math.sqrt(2 / rank))
     # Seeds of stacks [k, e, m, n] are one for each k.
     stack = (*seeds.shape[:1], *(1,) * (like.ndim - 3)) if seeds.ndim else ()

@@ -7,6 +7,7 @@ run is the uninterrupted one, across a refresh too, in `test_resume`; bfloat16 i
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from registered import others
@@ -136,6 +137,28 @@ def test_apollos_projection_is_gaussian_of_variance_one_over_rank():
     assert omega.pow(4).mean() * 2500 == pytest.approx(3, abs=0.2)  # of a normal distribution
     low = gaussian(5, 400, 50, torch.zeros(1, dtype=torch.bfloat16))
     assert low.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_apollos_projection_is_a_hash_to_the_bit(dtype, default):
+    """Checkpoints have the seed alone. By unsigned integers of NumPy, which wrap around."""
+    golden, odd = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)
+    seed, rows, rank = 10**12 + 7, 11, 3
+    start = np.uint64(seed * int(golden) % 2**64)
+    bits = (np.arange(17, dtype=np.uint64) + start) * golden
+    high = (bits.view(np.int64) >> 32).view(np.uint64)
+    bits = (bits ^ high) * odd
+    places = bits.view(np.int32).astype(np.int64) // 256
+    uniform = torch.from_numpy((places + 0.5) / 2.0**23)
+    expected = uniform.to(dtype).erfinv_().mul_((2 / rank) ** 0.5)[: rows * rank].view(rows, rank)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(default)
+        drawn = gaussian(torch.tensor(seed), rows, rank, torch.zeros(1, dtype=dtype))
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(drawn, expected)
 
 
 @every_method

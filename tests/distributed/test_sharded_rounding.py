@@ -25,19 +25,14 @@ def rounded_in_parts(rank, world, names):
             assert (a - b).norm() < 0.1 * a.norm() + 0.1, name
 
 
-def codes_refused(rank, world):
-    for name in ("scale", "galore", "stable_spam"):
-        model = shard(net())
-        optimizer = make(name, model, state_bits=8)
-        with pytest.raises(RuntimeError, match="state_bits=8 has blocks that no cut"):
-            train(model, optimizer, 1)
+def vectors_refused(rank, world):
     model = shard(net())
     with pytest.raises(RuntimeError, match="spectral_norm=True does not step sharded hidden"):
         train(model, make("scale", model, spectral_norm=True), 1)
 
 
-def test_codes_of_sharded_moments_are_refused(tmp_path):
-    spawn(codes_refused, 2, tmp_path)
+def test_a_vector_of_the_spectral_norm_is_refused(tmp_path):
+    spawn(vectors_refused, 2, tmp_path)
 
 
 def test_sharded_runs_are_their_own_and_reproducible(tmp_path):

@@ -7,6 +7,7 @@ import torch
 from sharded_runs import distance, loss_of, net, shard, spawn, train, whole
 
 from optimzoo import adopt_state, create_optimizer, update_statistics
+from optimzoo.lowbit import dequantize, moments
 
 pytestmark = pytest.mark.distributed
 STEPS = 5
@@ -40,6 +41,7 @@ def everything(rank, world):
                 torch.testing.assert_close(whole(other), value, rtol=1e-9, atol=1e-12)
     statistics(sharded, alone)
     refused(sharded, plain)
+    coded(sharded)
 
 
 def refused(model, plain):
@@ -48,11 +50,21 @@ def refused(model, plain):
     with pytest.raises(ValueError, match=r"is not sharded, the parameter \(Shard.* adopt from"):
         adopt_state(new, copy.deepcopy(plain))
     assert not any(new.state.values())
+
+
+def coded(model):
+    """Moments become codes of blocks of the whole weight, to the nearest."""
+    moments.SMALLEST = 1  # of this process, which ends with the test
     new = create_optimizer("muon", model, state_bits=8)
     old = torch.optim.AdamW(model.named_parameters(), **ADAM)
     train(model, old, 1)
-    with pytest.raises(RuntimeError, match="state_bits=8 has blocks"):
-        adopt_state(new, old)
+    adopt_state(new, old)
+    for name, p in model.named_parameters():
+        key = "exp_avg" if "exp_avg_codes" in new.state[p] else "momentum_buffer"
+        codes, scales = (whole(new.state[p][f"{key}_{part}"]) for part in ("codes", "scale"))
+        exact = whole(old.state[p]["exp_avg"]).flatten()
+        error = (dequantize(codes, scales).flatten() - exact).abs()
+        assert (error <= scales.repeat_interleave(256)[: len(exact)] / 100).all(), name
 
 
 def statistics(*models):

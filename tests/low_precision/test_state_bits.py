@@ -11,7 +11,7 @@ from zoo_models import METHODS, llama, normal, reloaded, train
 
 from optimzoo import SCALE, param_groups, release
 from optimzoo.core.matrix_optimizer import MatrixOptimizer
-from optimzoo.lowbit import RngKey, blockwise, dequantize, quantize
+from optimzoo.lowbit import RngKey, blockwise, dequantize, moments, quantize
 from optimzoo.memory import account
 from optimzoo.models.llama import Llama, get_config
 
@@ -99,6 +99,35 @@ def test_the_same_codes_whatever_the_chunks_and_the_layout(monkeypatch):
         assert torch.equal(dequantize(*got), dequantize(*want))
 
 
+@pytest.mark.parametrize("rng_key", [None, COUNTER], ids=["nearest", "stochastic"])
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize(("shape", "rows"), [((31, 129), (16, 15, 0)), ((7, 300), (2, 2, 2, 1))])
+def test_parts_have_the_codes_of_the_whole(shape, rows, signed, rng_key, monkeypatch):
+    """Parts that begin inside of a block, and one without elements."""
+    x = draw(shape, signed=signed)
+    x[1, 3], x[-1, 2] = torch.nan, torch.inf
+    how = {"signed": signed, "rng_key": rng_key}
+    codes, scales = quantize(x, **how)
+    monkeypatch.setattr(blockwise, "_CHUNK", 512)
+    pieces, sizes = x.split(rows), []
+    starts = [shape[1] * sum(rows[:i]) for i in range(len(rows))]
+
+    def parts(max_):
+        return [blockwise.Part(start, x.numel(), max_) for start in starts]
+
+    for piece, part in zip(pieces, parts(lambda s: sizes.append(s.clone())), strict=True):
+        quantize(piece, part=part, **how)
+    largest = torch.stack(sizes).amax(0)  # what an all-reduce gives each process
+    decoded = []
+    for piece, part in zip(pieces, parts(lambda s: s.copy_(largest)), strict=True):
+        own, every = quantize(piece, part=part, **how)
+        assert torch.equal(own, codes.view(-1)[part.start :][: own.numel()].view(own.shape))
+        torch.testing.assert_close(every, scales, rtol=0, atol=0, equal_nan=True)
+        decoded.append(dequantize(own, every, part))
+    expected = dequantize(codes, scales)
+    torch.testing.assert_close(torch.cat(decoded), expected, rtol=0, atol=0, equal_nan=True)
+
+
 def make(name, model, **hyper):
     cls, own = ZOO[name]
     return cls(param_groups(model), **{**own, "state_bits": 8, **hyper})
@@ -120,7 +149,7 @@ def same(first, second):
 @pytest.fixture
 def all_sizes(monkeypatch):
     """Codes for the smallest tensors too."""
-    monkeypatch.setattr(blockwise, "SMALLEST", 1)
+    monkeypatch.setattr(moments, "SMALLEST", 1)
 
 
 @pytest.mark.sampled(7)

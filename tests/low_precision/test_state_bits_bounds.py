@@ -12,7 +12,7 @@ from zoo_models import METHODS
 from optimzoo import SWAN
 from optimzoo.core import matrix_optimizer
 from optimzoo.core.adam import bias_correction, max_direction
-from optimzoo.lowbit import blockwise
+from optimzoo.lowbit import blockwise, moments
 from optimzoo.optimizers import fira, galore, natural_galore
 
 BETAS = (0.9, 0.999)
@@ -68,7 +68,7 @@ PATTERNS = [uneven, magnitudes, mixed, sudden, growing, flips]
 @pytest.fixture
 def all_sizes(monkeypatch):
     """Codes for the smallest tensors too."""
-    monkeypatch.setattr(blockwise, "SMALLEST", 1)
+    monkeypatch.setattr(moments, "SMALLEST", 1)
 
 
 def extremes(t, betas):
