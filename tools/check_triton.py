@@ -70,6 +70,10 @@ def rows_cases() -> Iterator[Case]:
             yield case("scale._rows", cols, P=p, G=g, M=None, L2=False)
         yield case("scale._rows", cols, P="bf16", G="bf16", M="bf16", L2=False)
     yield case("scale._rows", 4096, P="fp32", G="fp32", M="fp32", L2=False)
+    for cols in (2048, 16384, 32768):
+        for p, g in SAME:
+            yield case("scale._rows", cols, P=p, G=g, M=p, L2=True, NESTEROV=True)
+    yield case("scale._rows", 5461, P="bf16", G="bf16", M="bf16", L2=True, NESTEROV=1, ALIGNED=2)
     yield case("scale._rows", 4096, P="bf16", G="bf16", M="fp32", L2=True, grad_scale=True)
     yield case("scale._rows", 16384, P="bf16", G="bf16", M="fp32", L2=False)
     yield case("scale._rows", 32768, P="bf16", G="bf16", M="fp32", L2=False)
@@ -105,6 +109,8 @@ def other_cases() -> Iterator[Case]:
     yield case("apply._apply", 4096, P="bf16", G="bf16", M=None, KIND=1, STOCHASTIC=True)
     yield case("scale._signs", 4096, P="bf16", G="bf16", M="bf16", STOCHASTIC=True)
     yield case("apply._apply", 4096, P="bf16", G="bf16", M="bf16", KIND=1)
+    yield case("apply._apply", 4096, P="fp32", G="fp32", M="fp32", KIND=1, NESTEROV=True)
+    yield case("reduce._column_parts", 4096, P=None, G="fp32", M="fp32", NESTEROV=True)
     for g, m in (("bf16", None), ("fp32", None), ("bf16", "bf16"), ("fp32", "fp32")):
         yield case("reduce._column_parts", 4096, P=None, G=g, M=m)
     yield case("reduce._column_ends", 4096, P=None, G="fp32", M=None, INVERT=True, L2=False)
@@ -136,14 +142,21 @@ def case(kernel: str, cols: int, **constants: Any) -> Case:
         "_signs": launch.flat_tile,
         "_apply": launch.block_tile,
         "_column_parts": reduce._part_tile,
-        "_column_ends": reduce._end_tile,
+        "_column_ends": reduce.end_tile,
         "_clipped_parts": reduce._span_tile,
         "_clipped_ends": reduce._last_tile,
     }
     tile = tiles.get(name, launch.row_tile)(record)
     if not constants.pop("grad_scale", False):
         constants.update(grad_scale=None, found_inf=None)
-    constants = {"ALIGNED": 1, "HUGE": False, "SEARCH": 256, "STOCHASTIC": False, **constants}
+    constants = {
+        "ALIGNED": 1,
+        "HUGE": False,
+        "SEARCH": 256,
+        "STOCHASTIC": False,
+        "NESTEROV": False,
+        **constants,
+    }
     wide = constants["ALIGNED"] > 0 and not name.endswith("_ends")
     return Case(kernel, {**constants, **dict(tile.constants)}, tile.warps, wide)
 

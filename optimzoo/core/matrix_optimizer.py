@@ -361,8 +361,39 @@ def has_cpu_kernel(p: Tensor) -> bool:
 
     Not where `optimzoo.memory.simulate` has a GPU's choices on fake tensors of the CPU.
     """
-    on_cpu = p.device.type == "cpu" and not stacks.on_gpu(p) and not hasattr(p, "device_mesh")
-    return on_cpu and dispatch.backend("cpu") is not None
+    return p.device.type == "cpu" and not stacks.on_gpu(p) and has_kernel(p)
+
+
+def has_kernel(p: Tensor) -> bool:
+    """Return whether a weight is whole and on a device that has kernels."""
+    return not hasattr(p, "device_mesh") and dispatch.backend(p.device.type) is not None
+
+
+def kernel_items(
+    p: Tensor,
+    average: Tensor | None,
+    group: dict[str, Any],
+    rng_key: RngKey | None,
+    *,
+    split: bool = False,
+) -> list[dispatch.TensorArgs]:
+    """Return a whole weight's matrices as kernels read them; none if no kernel takes one.
+
+    Args:
+        p: the weight.
+        average: its momentum, laid out as the weight is.
+        group: the options.
+        rng_key: of stochastic rounding.
+        split: whether the matrices of a stack are apart, although rows are normalised first.
+    """
+    turned = oriented(p, group) is not p
+    if turned and rng_key is not None:
+        return []  # whose elements are counted in the order of the matrix
+    kind = dispatch.COLUMNS if turned else dispatch.ROWS
+    layout = {"stacked": group["stacked"], "rng_key": rng_key}
+    items = dispatch.matrices(p, p.grad, average, dispatch.COLUMNS if split else kind, **layout)
+    items = [item._replace(kind=kind) for item in items]
+    return items if all(map(dispatch.is_supported, items)) else []
 
 
 def local_params(group: dict[str, Any]) -> Iterator[Tensor]:

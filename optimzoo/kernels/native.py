@@ -156,7 +156,7 @@ class Library:
     ) -> None:
         """Take SCALE's step (``oz_*_scale``); ``shared`` and ``table`` are :meth:`_call`'s.
 
-        ``nesterov`` is the CPU's, of rows.
+        ``nesterov``: on a CPU by rows alone.
         """
         extras: States = [] if table else self._scale_scratch(params, kinds, shapes)
         options = _Options(

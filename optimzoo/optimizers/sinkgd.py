@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optimzoo.core.matrix_optimizer import MatrixOptimizer, has_cpu_kernel, oriented, step_lr
+from optimzoo.core.matrix_optimizer import (
+    MatrixOptimizer,
+    has_cpu_kernel,
+    kernel_items,
+    step_lr,
+)
 from optimzoo.core.optimizer import options_of
 from optimzoo.core.record import register
 from optimzoo.core.role_options import SharedOptions
@@ -149,14 +154,7 @@ def _kernel_items(
     """Return a weight's matrices as the CPU's kernel reads them; none if it takes another path."""
     if group["spectral_norm"] or not has_cpu_kernel(p):
         return []
-    turned = oriented(p, group) is not p
-    if turned and rng_key is not None:
-        return []  # whose elements are counted in the order of the matrix
-    layout = {"stacked": group["stacked"], "rng_key": rng_key}
-    items = dispatch.matrices(p, p.grad, None, dispatch.COLUMNS, **layout)
-    if not turned:  # each iteration has the rows first
-        items = [item._replace(kind=dispatch.ROWS) for item in items]
-    return items if all(map(dispatch.is_supported, items)) else []
+    return kernel_items(p, None, group, rng_key, split=True)
 
 
 def sinkhorn(grad: Tensor, iterations: int, shards: Shards = UNSHARDED) -> Tensor:

@@ -98,8 +98,12 @@ def test_scale_is_the_rule(kernels, device, kind, types):
             {"weight_decay": 0.0, "l2": False, "maximize": False},
             {"weight_decay": 0.3, "l2": True, "maximize": True},
             {"weight_decay": -0.5, "l2": False, "maximize": True},  # cautious
+            {"weight_decay": 0.3, "l2": True, "maximize": True, "nesterov": True},
+            {"weight_decay": -0.5, "l2": False, "maximize": False, "nesterov": True},
         ]
     ):
+        if "nesterov" in options and kernels is native.CPU and kind != ROWS:
+            continue
         params = [normal(s, i, ptype, device, offset=turn) for i, s in enumerate(SHAPES)]
         grads = [normal(s, 99 + i, gtype, device, offset=turn) for i, s in enumerate(SHAPES)]
         moments = [
@@ -141,6 +145,18 @@ def test_scale_is_the_rule(kernels, device, kind, types):
                 error = np.abs(wide(p) - new_p)
                 rtol, atol = max(TOLERANCE[ptype], TOLERANCE[loose])
                 assert np.all(error <= atol + rtol * (np.abs(new_p) + 0.5)), shape
+
+
+@pytest.mark.parametrize(("kernels", "device"), BACKENDS[1:])
+def test_signs_are_those_that_nesterov_looks_ahead_to(kernels, device):
+    """Of a momentum that stays above zero, where the gradient once more would lead below it."""
+    p, g, m = (torch.full((3, 40), x, device=device) for x in (0.0, -2.0, 1.0))
+    rule = {**RULE, "momentum": 0.75, "lr": 1.0}
+    for nesterov, wanted in ((True, 1.0), (False, 0.0)):  # from 1 back to 0
+        kernels.scale_(
+            *([p], [g], [m.clone()], [None], [None], [SIGN], [(3, 40)]), **rule, nesterov=nesterov
+        )
+        assert p.eq(wanted).all()
 
 
 @pytest.mark.sampled(3)
