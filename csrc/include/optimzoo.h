@@ -130,7 +130,7 @@ int oz_cpu_apply(const oz_tensor *tensors, int64_t count, const oz_options *opti
  * is an output here, and never read. */
 int oz_cpu_center(const oz_tensor *tensors, int64_t count, const oz_options *options, void *stream);
 
-/* SinkGD, on the CPU only: X = g, then `iterations` times
+/* SinkGD, on the CPU, and in Triton's kernels: X = g, then `iterations` times
  *     X_ij = X_ij / max(sqrt(sum_k X_ik^2 / cols), FLT_MIN)        each row
  *     X_ij = X_ij / max(sqrt(sum_k X_kj^2 / rows), FLT_MIN)        each column
  * by OZ_ROWS; by OZ_COLUMNS, for a weight that lies transposed, each iteration has the columns first.

@@ -356,19 +356,6 @@ def step_lr(group: dict[str, Any]) -> float | Tensor:
     return lr if group["capturable"] else float(lr)
 
 
-def has_cpu_kernel(p: Tensor) -> bool:
-    """Return whether a whole weight may take a kernel that the CPU alone has.
-
-    Not where `optimzoo.memory.simulate` has a GPU's choices on fake tensors of the CPU.
-    """
-    return p.device.type == "cpu" and not stacks.on_gpu(p) and has_kernel(p)
-
-
-def has_kernel(p: Tensor) -> bool:
-    """Return whether a weight is whole and on a device that has kernels."""
-    return not hasattr(p, "device_mesh") and dispatch.backend(p.device.type) is not None
-
-
 def kernel_items(
     p: Tensor,
     average: Tensor | None,
@@ -377,7 +364,7 @@ def kernel_items(
     *,
     split: bool = False,
 ) -> list[dispatch.TensorArgs]:
-    """Return a whole weight's matrices as kernels read them; none if no kernel takes one.
+    """Return a weight's matrices as kernels read them; none if it is sharded or no kernel takes it.
 
     Args:
         p: the weight.
@@ -387,7 +374,7 @@ def kernel_items(
         split: whether the matrices of a stack are apart, although rows are normalised first.
     """
     turned = oriented(p, group) is not p
-    if turned and rng_key is not None:
+    if hasattr(p, "device_mesh") or (turned and rng_key is not None):
         return []  # whose elements are counted in the order of the matrix
     kind = dispatch.COLUMNS if turned else dispatch.ROWS
     layout = {"stacked": group["stacked"], "rng_key": rng_key}

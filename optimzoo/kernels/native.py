@@ -277,7 +277,7 @@ class Library:
         maximize: bool = False,
         **shared: Any,
     ) -> None:
-        """Take SinkGD's step (``oz_cpu_sinkhorn``); CPU only.
+        """Take SinkGD's step (``oz_cpu_sinkhorn``); on a GPU Triton has it.
 
         ``kinds`` says what an iteration normalises first, rows or columns.
         """

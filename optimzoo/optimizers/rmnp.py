@@ -6,7 +6,7 @@ from typing import Any, Unpack
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optimzoo.core.matrix_optimizer import as_matrix, has_kernel, kernel_items, step_lr
+from optimzoo.core.matrix_optimizer import as_matrix, kernel_items, step_lr
 from optimzoo.core.momentum_optimizer import (
     MomentumOptimizer,
     MomentumOptions,
@@ -124,7 +124,7 @@ class RMNP(MomentumOptimizer):
         self, p: Tensor, group: dict[str, Any], rng_key: RngKey | None
     ) -> list[dispatch.TensorArgs]:
         """Return a weight's matrices as kernels read them; none if it takes another path."""
-        if not has_kernel(p) or group["state_bits"]:
+        if dispatch.backend(p.device.type) is None or group["state_bits"]:
             return []
         self.init_state(p, self.state[p], group)
         items = kernel_items(p, self.state[p]["momentum_buffer"], group, rng_key)

@@ -251,10 +251,10 @@ def test_reduce_apply_and_center_are_the_rules(kernels, device, types):
             close(p, reference.center(wide(g), eps=1e-6, maximize=maximize), ptype)
 
 
-@needs_cpu_kernels
+@pytest.mark.parametrize(("kernels", "device"), BACKENDS[:1])
 @pytest.mark.parametrize("kind", [ROWS, COLUMNS])
 @pytest.mark.parametrize("types", [*product([F32, BF16, F16], repeat=2)], ids=str)
-def test_sinkhorn_is_the_rule_on_the_cpu(kind, types):
+def test_sinkhorn_is_the_rule(kernels, device, kind, types):
     """All shapes in one call; rows and columns of zeros, and of sizes that are far apart."""
     ptype, gtype = types
     shapes = [*SHAPES, (65, 5), (200, 40)]
@@ -264,8 +264,8 @@ def test_sinkhorn_is_the_rule_on_the_cpu(kind, types):
             {"iterations": 5, "weight_decay": 0.3, "maximize": True},
         ]
     ):
-        params = [normal(s, i, ptype, offset=turn) for i, s in enumerate(shapes)]
-        grads = [normal(s, 99 + i, gtype, offset=turn) for i, s in enumerate(shapes)]
+        params = [normal(s, i, ptype, device, offset=turn) for i, s in enumerate(shapes)]
+        grads = [normal(s, 99 + i, gtype, device, offset=turn) for i, s in enumerate(shapes)]
         for g in grads:
             g[2::5] *= 2.0**-6
             g[:, 1::7] *= 2.0**6
@@ -275,7 +275,7 @@ def test_sinkhorn_is_the_rule_on_the_cpu(kind, types):
             reference.sinkhorn(wide(p), wide(g), kind, **rule)
             for p, g in zip(params, grads, strict=True)
         ]
-        native.CPU.sinkhorn_(params, grads, [kind] * len(shapes), shapes, **rule)
+        kernels.sinkhorn_(params, grads, [kind] * len(shapes), shapes, **rule)
         for p, new in zip(params, expected, strict=True):
             rtol, atol = TOLERANCE[ptype]
             np.testing.assert_allclose(wide(p), new, rtol=rtol, atol=max(atol, 3e-6))

@@ -1,4 +1,4 @@
-"""Nesterov's momentum by a GPU's kernels: RMNP and SCALE against NumPy in float64 and eager steps.
+"""Steps by a GPU's kernels against NumPy in float64 and eager ones: Nesterov's momentum, SinkGD.
 
 The kernels may be emulated or interpreted: then the device is the CPU.
 """
@@ -10,17 +10,19 @@ import numpy as np
 import torch
 from reference.muon_numpy import RmnpReference
 from reference.scale_numpy import ScaleReference
+from reference.spectral_numpy import SinkgdReference
 from torch import nn
 
-from optimzoo import RMNP, SCALE, stacks
+from optimzoo import RMNP, SCALE, SinkGD, stacks
 from optimzoo.kernels import dispatch
 
-METHODS = {
+NESTEROV = {
     "rmnp": {},
     "scale by rows": {"normalize": "column"},
     "scale by columns": {"normalize": "row", "norm": "l2"},
     "scale by sign": {"normalize": "sign"},
 }
+METHODS = NESTEROV | {"sinkgd": {"alpha": 1.0}}
 LAYOUTS = {
     "tall": ((33, 17), {}),
     "wide": ((17, 40), {}),
@@ -31,7 +33,8 @@ LAYOUTS = {
     "transposed stack": ((2, 8, 12), {"stacked": True, "transposed": True}),
 }
 VARIANTS = [{}, {"weight_decay_style": "cautious", "maximize": True}]
-RULE = {"lr": 0.02, "momentum": 0.8, "weight_decay": 0.1}
+RULE = {"lr": 0.02, "weight_decay": 0.1}
+MOMENTUM = {"momentum": 0.8, "nesterov": True}
 
 
 class Counted:
@@ -79,8 +82,10 @@ def gradients(shape, dtype, device, steps=5):
 def make(method, weight, layout, **options):
     group = {"params": [weight], "role": "hidden", **layout}
     if method == "rmnp":
-        return RMNP([group], **RULE, **options)
-    return SCALE([{**group, "momentum": RULE["momentum"]}], nesterov=True, **RULE, **options)
+        return RMNP([group], **RULE, **MOMENTUM, **options)
+    if method == "sinkgd":
+        return SinkGD([group], **RULE, **options)
+    return SCALE([{**group, "momentum": 0.8}], **RULE, **MOMENTUM, **options)
 
 
 def trained(method, shape, layout, dtype, device, **options):
@@ -103,14 +108,20 @@ def as_matrices(tensor, layout):
 
 def expected(method, start, layout, device, **options):
     weights = as_matrices(start, layout)
-    rule = {**RULE, **METHODS[method], **options, "nesterov": True}
+    rule = {**RULE, **METHODS[method], **options}
     if method == "rmnp":
-        reference = RmnpReference(weights, set(weights), **rule)
+        reference = RmnpReference(weights, set(weights), **rule, **MOMENTUM)
+    elif method == "sinkgd":
+        reference = SinkgdReference(weights, set(weights), **rule)
     else:
-        reference = ScaleReference(weights, dict.fromkeys(weights, "head"), **rule)
+        reference = ScaleReference(weights, dict.fromkeys(weights, "head"), **rule, **MOMENTUM)
     for grad in gradients(start.shape, start.dtype, device):
         reference.step(as_matrices(grad, layout))
     return reference.params
+
+
+def kernel_of(method):
+    return "sinkhorn_" if method == "sinkgd" else "scale_"
 
 
 def check(kernels, device, method, layout):
@@ -121,7 +132,7 @@ def check(kernels, device, method, layout):
     for options in VARIANTS:
         with chosen(kernels, device) as counted:
             start, weight, state = trained(method, shape, group, torch.float32, device, **options)
-        assert "scale_" in counted.calls
+        assert kernel_of(method) in counted.calls
         _, eager, eager_state = trained(
             method, shape, group, torch.float32, device, fused=False, **options
         )
@@ -142,7 +153,7 @@ def check_16_bits(kernels, device, method):
             args = (method, (17, 264), {}, dtype, device)
             with chosen(kernels, device) as counted:
                 start, weight, state = trained(*args, **options)
-            assert "scale_" in counted.calls
+            assert kernel_of(method) in counted.calls
             _, eager, eager_state = trained(*args, **{**options, "fused": False})
             assert {k: v.dtype for k, v in state.items()} == {
                 k: v.dtype for k, v in eager_state.items()
