@@ -247,8 +247,11 @@ def sinkhorn_(
         return
     plan = Plan(grads)
     columns = enumerate(zip(params, grads, shapes, strict=True))
-    records = [Record(p, g, *[None] * 5, *shape, i) for i, (p, g, shape) in columns]
-    records = [r for r in records if r.rows and r.cols]
+    records = [
+        Record(p, g, None, None, None, None, None, rows, cols, i)
+        for i, (p, g, (rows, cols)) in columns
+        if rows and cols
+    ]
     chunks = [ceil_div(r.rows, _CHUNK) for r in records]
     sums = plan.scratch([n * r.cols for n, r in zip(chunks, records, strict=True)])
     scales = plan.scratch([r.cols + r.rows for r in records])
