@@ -254,10 +254,9 @@ def test_reduce_apply_and_center_are_the_rules(kernels, device, types):
 @pytest.mark.parametrize(("kernels", "device"), BACKENDS[:1])
 @pytest.mark.parametrize("kind", [ROWS, COLUMNS])
 @pytest.mark.parametrize("types", [*product([F32, BF16, F16], repeat=2)], ids=str)
-def test_sinkhorn_is_the_rule(kernels, device, kind, types):
+def test_sinkhorn_is_the_rule(kernels, device, kind, types, shapes=(*SHAPES, (65, 5), (200, 40))):
     """All shapes in one call; rows and columns of zeros, and of sizes that are far apart."""
     ptype, gtype = types
-    shapes = [*SHAPES, (65, 5), (200, 40)]
     for turn, options in enumerate(
         [
             {"iterations": 1, "weight_decay": 0.0, "maximize": False},
