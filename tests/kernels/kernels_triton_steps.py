@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings(QUIET)
 
 
 @pytest.mark.parametrize("kind", [ROWS, COLUMNS])
-@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("mix", MIXES[:3])
 def test_sinkhorn(kind, mix):
     rules.test_sinkhorn_is_the_rule(kernels, DEVICE, kind, mix[:2], [*SHAPES, (0, 5), (130, 40)])
 

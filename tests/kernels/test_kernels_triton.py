@@ -28,6 +28,7 @@ def run(*arguments, **environment):
 
 @needs_triton
 @pytest.mark.thorough
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("cases", ["rules", "edges", "steps"])
 def test_in_the_interpreter(cases):
     file = f"tests/kernels/kernels_triton_{cases}.py"
