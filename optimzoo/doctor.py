@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from optimzoo.core.adam import adam
+from optimzoo.core.rule import take_into_average
 from optimzoo.kernels import dispatch, native
 from optimzoo.optimizers.scale import normalized
 from optimzoo.optimizers.sinkgd import sinkhorn
@@ -25,18 +26,27 @@ def check(kernels: Any, device: str) -> dict[str, float]:
         return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
 
     errors = {}
-    none = [None] * len(_SHAPES)
-    for name, kind, dim in (("rows", dispatch.ROWS, -1), ("columns", dispatch.COLUMNS, -2)):
-        params, grads = normal(), normal()
+    none: list[Tensor | None] = [None] * len(_SHAPES)
+    for name, kind, dim, nesterov in (
+        ("scale by rows", dispatch.ROWS, -1, False),
+        ("scale by columns", dispatch.COLUMNS, -2, False),
+        ("rmnp", dispatch.ROWS, -1, True),
+    ):
+        params, grads, averages = normal(), normal(), normal() if nesterov else none
+        followed = [
+            g if m is None else take_into_average(g, m.clone(), 0.9, nesterov=True)
+            for g, m in zip(grads, averages, strict=True)
+        ]
         directions = [
-            normalized(g, dim=dim, normalize="column", norm="rms", eps=1e-8) for g in grads
+            normalized(g, dim=dim, normalize="column", norm="rms", eps=1e-8) for g in followed
         ]
         expected = [p - 0.1 * u for p, u in zip(params, directions, strict=True)]
         kinds = [kind] * len(_SHAPES)
         kernels.scale_(
-            *(params, grads, none, none, none, kinds, _SHAPES),
+            *(params, grads, averages, none, none, kinds, _SHAPES),
             lr=0.1,
             momentum=0.9,
+            nesterov=nesterov,
             weight_decay=0.0,
             l2=False,
             eps=1e-8,
@@ -44,7 +54,7 @@ def check(kernels: Any, device: str) -> dict[str, float]:
             adam_eps=1e-8,
             maximize=False,
         )
-        errors[f"scale by {name}"] = worst(params, expected)
+        errors[name] = worst(params, expected)
     params, grads, exp_avgs = normal(), normal(), normal()
     exp_avg_sqs = [v.abs() for v in normal()]
     others = [[t.clone() for t in part] for part in (params, exp_avgs, exp_avg_sqs)]
@@ -60,7 +70,7 @@ def check(kernels: Any, device: str) -> dict[str, float]:
     counts = [torch.zeros(()) for _ in _SHAPES]
     adam(others[0], grads, others[1], others[2], counts, foreach=False, capturable=False, **rule)
     errors["adam"] = worst(params, others[0])
-    if isinstance(kernels, native.Library) and kernels.kind == "cpu":
+    if not isinstance(kernels, native.Library) or kernels.kind == "cpu":
         params, grads = normal(), normal()
         expected = [p - 0.1 * sinkhorn(g, 5) for p, g in zip(params, grads, strict=True)]
         kinds, scaled = [dispatch.ROWS] * len(_SHAPES), {"lr": 0.1, "weight_decay": 0.0}

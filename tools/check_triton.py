@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# Registers a thread: on the usual path, and where rounding is stochastic, weights are masked or
-# rows are not aligned. 128 threads of 128 registers fit an SM four times, with 64 KiB in flight.
+# Registers a thread: on the usual path, and where rounding is stochastic, weights are masked,
+# momentum is Nesterov's, rows of SinkGD's are long, or rows are not aligned. 128 threads of 128
+# registers fit an SM four times, with 64 KiB in flight.
 BUDGETS = {
     "scale._rows": (112, 160),
     "scale._signs": (40, 40),
@@ -34,8 +35,11 @@ BUDGETS = {
     "reduce._column_ends": (64, 64),
     "reduce._clipped_parts": (64, 64),
     "reduce._clipped_ends": (48, 48),
-    "apply._apply": (96, 96),
+    "apply._apply": (96, 112),
     "center._center": (104, 104),
+    "sinkhorn._pass": (64, 240),
+    "sinkhorn._column_scales": (64, 64),
+    "sinkhorn._step": (64, 128),
 }
 BIN = "backends/nvidia/bin"
 POINTERS = {"table": "*i64", "grad_scale": "*fp32", "found_inf": "*fp32"}
@@ -55,8 +59,9 @@ class Case(NamedTuple):
     @property
     def usual(self) -> bool:
         """Return whether the first of the kernel's budgets applies."""
-        rare = self.constants["STOCHASTIC"] or self.constants.get("MASKED")
-        return self.constants["ALIGNED"] == 1 and not rare
+        rare = any(self.constants.get(name) for name in ("STOCHASTIC", "MASKED", "NESTEROV"))
+        long = self.kernel.startswith("sinkhorn.") and bool(self.constants.get("LOOP"))
+        return self.constants["ALIGNED"] == 1 and not rare and not long
 
     def __str__(self) -> str:
         shown = [f"{k}={v}" for k, v in self.constants.items() if v not in (None, False)]
@@ -70,6 +75,10 @@ def rows_cases() -> Iterator[Case]:
             yield case("scale._rows", cols, P=p, G=g, M=None, L2=False)
         yield case("scale._rows", cols, P="bf16", G="bf16", M="bf16", L2=False)
     yield case("scale._rows", 4096, P="fp32", G="fp32", M="fp32", L2=False)
+    for cols in (2048, 16384, 32768):
+        for p, g in SAME:
+            yield case("scale._rows", cols, P=p, G=g, M=p, L2=True, NESTEROV=True)
+    yield case("scale._rows", 5461, P="bf16", G="bf16", M="bf16", L2=True, NESTEROV=1, ALIGNED=2)
     yield case("scale._rows", 4096, P="bf16", G="bf16", M="fp32", L2=True, grad_scale=True)
     yield case("scale._rows", 16384, P="bf16", G="bf16", M="fp32", L2=False)
     yield case("scale._rows", 32768, P="bf16", G="bf16", M="fp32", L2=False)
@@ -86,6 +95,12 @@ def rows_cases() -> Iterator[Case]:
         for p, g in SAME:
             yield case("center._center", cols, P=p, G=g, M=None)
         yield case("reduce._rows", cols, P=None, G="bf16", M=None)
+        for p, g in SAME:
+            for normalize in (False, True):
+                flags = {"M": None, "FIRST": normalize and cols == 2048, "NORMALIZE": normalize}
+                yield case("sinkhorn._pass", cols, P=None, G=g, **flags)
+                yield case("sinkhorn._step", cols, P=p, G=g, **flags)
+    yield case("sinkhorn._step", 4096, P="bf16", G="bf16", M=None, STOCHASTIC=True, NORMALIZE=False)
     yield case("center._center", 4096, P="bf16", G="bf16", M=None, STOCHASTIC=True)
 
 
@@ -105,9 +120,12 @@ def other_cases() -> Iterator[Case]:
     yield case("apply._apply", 4096, P="bf16", G="bf16", M=None, KIND=1, STOCHASTIC=True)
     yield case("scale._signs", 4096, P="bf16", G="bf16", M="bf16", STOCHASTIC=True)
     yield case("apply._apply", 4096, P="bf16", G="bf16", M="bf16", KIND=1)
+    yield case("apply._apply", 4096, P="fp32", G="fp32", M="fp32", KIND=1, NESTEROV=True)
+    yield case("reduce._column_parts", 4096, P=None, G="fp32", M="fp32", NESTEROV=True)
     for g, m in (("bf16", None), ("fp32", None), ("bf16", "bf16"), ("fp32", "fp32")):
         yield case("reduce._column_parts", 4096, P=None, G=g, M=m)
     yield case("reduce._column_ends", 4096, P=None, G="fp32", M=None, INVERT=True, L2=False)
+    yield case("sinkhorn._column_scales", 4096, P=None, G="fp32", M=None, FIRST=False)
     yield case("reduce._clipped_parts", 4096, P=None, G="bf16", M=None)
     yield case("reduce._clipped_ends", 4096, P=None, G="fp32", M=None)
 
@@ -121,7 +139,7 @@ def case(kernel: str, cols: int, **constants: Any) -> Case:
     """Return a case on tensors of `cols` columns, with the tile that a launch would choose."""
     import torch
 
-    from optimzoo.kernels.triton import launch, reduce
+    from optimzoo.kernels.triton import launch, reduce, sinkhorn
     from optimzoo.kernels.triton.table import Record
 
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -136,15 +154,25 @@ def case(kernel: str, cols: int, **constants: Any) -> Case:
         "_signs": launch.flat_tile,
         "_apply": launch.block_tile,
         "_column_parts": reduce._part_tile,
-        "_column_ends": reduce._end_tile,
+        "_column_ends": reduce.end_tile,
+        "_pass": sinkhorn._pass_tile,
+        "_step": sinkhorn._step_tile,
+        "_column_scales": reduce.end_tile,
         "_clipped_parts": reduce._span_tile,
         "_clipped_ends": reduce._last_tile,
     }
     tile = tiles.get(name, launch.row_tile)(record)
     if not constants.pop("grad_scale", False):
         constants.update(grad_scale=None, found_inf=None)
-    constants = {"ALIGNED": 1, "HUGE": False, "SEARCH": 256, "STOCHASTIC": False, **constants}
-    wide = constants["ALIGNED"] > 0 and not name.endswith("_ends")
+    constants = {
+        "ALIGNED": 1,
+        "HUGE": False,
+        "SEARCH": 256,
+        "STOCHASTIC": False,
+        "NESTEROV": False,
+        **constants,
+    }
+    wide = constants["ALIGNED"] > 0 and not name.endswith(("_ends", "_scales"))
     return Case(kernel, {**constants, **dict(tile.constants)}, tile.warps, wide)
 
 

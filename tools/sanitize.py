@@ -52,6 +52,7 @@ def scale(kernels: Any, device: str, types: tuple[torch.dtype, ...], offset: int
             weight_decay=0.1,
             maximize=True,
             seed=seed,
+            nesterov=seed is not None,
             **rule,
         )
 

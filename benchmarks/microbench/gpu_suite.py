@@ -139,6 +139,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         Stage("build", [PYTHON, "csrc/build.py", "--require"], 150),
         tests("kernels", *KERNELS),
         tests("triton", *TRITON),
+        tests("triton steps", "tests/kernels/kernels_triton_steps.py"),
         tests("contract", *contract, "-m", "not distributed", "-k", "CUDA or cuda"),
         tests("release", "tests/gradient_release", "tests/gradient_stabilizer"),
         tests("compiled", "tests/contract/test_compile.py"),

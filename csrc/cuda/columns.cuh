@@ -71,7 +71,7 @@ OZ_DEVICE void add_gradients(const Slot &t, float sign, const Part &part, const 
   }
 }
 
-/* The momentum takes in the gradient; the squares are of what is stored. */
+/* The momentum takes in the gradient; the squares are of what the step follows. */
 OZ_DEVICE void add_momentum(const Slot &t, const Rule &r, float sign, const Part &part,
                             const Lane &lane, float *sums) {
   for (int64_t row = part.from + lane.warp; row < part.to; row += WARPS) {
@@ -82,10 +82,12 @@ OZ_DEVICE void add_momentum(const Slot &t, const Rule &r, float sign, const Part
     unpack(raw_g, t.grad_type, g);
     unpack(raw_m, t.state_type, m);
 #pragma unroll
-    for (int i = 0; i < EIGHT; ++i) m[i] = averaged(m[i], sign * g[i], r);
+    for (int i = 0; i < EIGHT; ++i) g[i] *= sign;
+#pragma unroll
+    for (int i = 0; i < EIGHT; ++i) m[i] = averaged(m[i], g[i], r);
     store(t.exp_avg, at, lane.count, t.state_type, t.wide, m);
 #pragma unroll
-    for (int i = 0; i < EIGHT; ++i) m[i] = nearest(m[i], t.state_type);
+    for (int i = 0; i < EIGHT; ++i) m[i] = followed(nearest(m[i], t.state_type), g[i], r);
     add_squares(m, sums);
   }
 }

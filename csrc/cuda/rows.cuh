@@ -91,12 +91,14 @@ OZ_DEVICE float team_sum(const Team &team, float x) {
 /* A thread's vectors of a row: in registers, one batch of them, or, for long rows, in the block's
  * shared memory, where each thread reads only what it has written itself. */
 struct InRegisters {
+  static constexpr bool REGISTERS = true;
   uint4 vectors[BATCH];
   OZ_DEVICE int batches() const { return 1; }
   OZ_DEVICE uint4 &at(int, int i) { return vectors[i]; }
 };
 
 struct InShared {
+  static constexpr bool REGISTERS = false;
   uint4 *vectors; /* the thread's first */
   int count;
   OZ_DEVICE int batches() const { return count; }
@@ -138,14 +140,14 @@ struct Place {
   int64_t first; /* in vectors */
   int left;      /* vectors of the row from the first on; none of a row behind the last */
 
-  /* A batch; zeros where the row has ended. */
+  /* One vector; zeros where the row has ended. */
+  OZ_DEVICE uint4 load(const void *from, int batch, int i) const {
+    if (turn_at(batch, i) >= left) return make_uint4(0, 0, 0, 0);
+    return static_cast<const uint4 *>(from)[first + turn_at(batch, i)];
+  }
   OZ_DEVICE void load(uint4 (&v)[BATCH], const void *from, int batch) const {
 #pragma unroll
-    for (int i = 0; i < BATCH; ++i) {
-      v[i] = make_uint4(0, 0, 0, 0);
-      if (turn_at(batch, i) < left)
-        v[i] = static_cast<const uint4 *>(from)[first + turn_at(batch, i)];
-    }
+    for (int i = 0; i < BATCH; ++i) v[i] = load(from, batch, i);
   }
   OZ_DEVICE void store(void *to, int batch, int i, uint4 v) const {
     if (turn_at(batch, i) < left) static_cast<uint4 *>(to)[first + turn_at(batch, i)] = v;

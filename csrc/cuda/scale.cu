@@ -24,14 +24,16 @@ OZ_DEVICE uint4 averaged(uint4 m, uint4 g, const Rule &r, float sign) {
   return pack<TYPE>(x);
 }
 
+enum Followed { GRADIENT, MOMENTUM, NESTEROV };
+
 /* The row comes to be held; with momentum it is the momentum that is, as it is stored. */
-template <int TYPE, bool MOMENTUM, class Held>
+template <int TYPE, Followed WHAT, class Held>
 OZ_DEVICE void hold(const Slot &t, const Rule &r, float sign, const Place &place, Held &held) {
 #pragma unroll 1
   for (int b = 0; b < held.batches(); ++b) {
     uint4 g[BATCH];
     place.load(g, t.grad, b);
-    if constexpr (MOMENTUM) {
+    if constexpr (WHAT != GRADIENT) {
       uint4 m[BATCH];
       place.load(m, t.exp_avg, b);
 #pragma unroll
@@ -45,29 +47,46 @@ OZ_DEVICE void hold(const Slot &t, const Rule &r, float sign, const Place &place
   }
 }
 
-template <int TYPE, class Held>
-OZ_DEVICE float sum_of_squares(Held &held, float sign, float sum) {
+/* A vector of what the step follows, from what is held; of the gradient without its sign. To look
+ * ahead takes the gradient once more, from a cache: registers do not hold it beside the momentum. */
+template <int TYPE, Followed WHAT>
+OZ_DEVICE void unpack_followed(const Slot &t, const Rule &r, float sign, const Place &place,
+                               int batch, int i, uint4 held, float *x) {
+  unpack<TYPE>(held, x);
+  if constexpr (WHAT == NESTEROV) {
+    constexpr int N = Vector<TYPE>::COUNT;
+    float g[N];
+    unpack<TYPE>(place.load(t.grad, batch, i), g);
+#pragma unroll
+    for (int k = 0; k < N; ++k) x[k] = averaged(x[k], sign * g[k], r);
+  }
+}
+
+template <int TYPE, Followed WHAT, class Held>
+OZ_DEVICE float sum_of_squares(const Slot &t, const Rule &r, float sign, const Place &place,
+                               Held &held, float sum) {
   constexpr int N = Vector<TYPE>::COUNT;
+  const float scale = WHAT == GRADIENT ? sign : 1.0f;
 #pragma unroll 1
   for (int b = 0; b < held.batches(); ++b) {
 #pragma unroll
     for (int i = 0; i < BATCH; ++i) {
       float x[N];
-      unpack<TYPE>(held.at(b, i), x);
+      unpack_followed<TYPE, WHAT>(t, r, sign, place, b, i, held.at(b, i), x);
 #pragma unroll
-      for (int k = 0; k < N; ++k) sum = fmaf(sign * x[k], sign * x[k], sum);
+      for (int k = 0; k < N; ++k) sum = fmaf(scale * x[k], scale * x[k], sum);
     }
   }
   return sum;
 }
 
-template <int TYPE>
+template <int TYPE, Followed WHAT>
 OZ_DEVICE void step_vector(const Slot &t, const Rule &r, const Scalars &s, const Place &place,
                            int batch, int i, uint4 p, uint4 held, float by) {
   constexpr int N = Vector<TYPE>::COUNT;
   float x[N], y[N];
+  unpack_followed<TYPE, WHAT>(t, r, s.sign, place, batch, i, held, x);
   unpack<TYPE>(p, y);
-  unpack<TYPE>(held, x);
   const int64_t at = (place.first + turn_at(batch, i)) * N;
 #pragma unroll
   for (int k = 0; k < N; ++k) y[k] = stepped<false>(y[k], x[k], by, t, s);
@@ -78,13 +97,16 @@ OZ_DEVICE void step_vector(const Slot &t, const Rule &r, const Scalars &s, const
 /* ---- One element, of any types. ---- */
 
 OZ_DEVICE float direction(const Slot &t, const Rule &r, int grad_type, int state_type,
-                          bool momentum, float sign, int64_t at, bool update) {
-  if (!momentum) return sign * get(t.grad, at, grad_type);
+                          Followed what, float sign, int64_t at, bool update) {
+  const float g = what != MOMENTUM || update ? sign * get(t.grad, at, grad_type) : 0.0f;
+  if (what == GRADIENT) return g;
   float m = get(t.exp_avg, at, state_type);
-  if (!update) return m;
-  m = averaged(m, sign * get(t.grad, at, grad_type), r);
-  put(t.exp_avg, at, state_type, m);
-  return nearest(m, state_type);
+  if (update) {
+    m = averaged(m, g, r);
+    put(t.exp_avg, at, state_type, m);
+    m = nearest(m, state_type);
+  }
+  return what == NESTEROV ? averaged(m, g, r) : m;
 }
 
 template <bool CAUTIOUS>
@@ -95,43 +117,57 @@ OZ_DEVICE void step_element(const Slot &t, const Rule &r, const Scalars &s, int 
   put(t.param, at, type, p[0]);
 }
 
-template <int TYPE, bool MOMENTUM, bool ODD, class Held>
+template <int TYPE, Followed WHAT, bool ODD, class Held>
 OZ_DEVICE void step_row(const Slot &t, const Rule &r, const Team &team, int64_t row, Held &held) {
   const Scalars s = scalars_of(t, r);
   const Place place = place_of(t, row, team, Vector<TYPE>::COUNT);
-  const float sign = MOMENTUM ? 1.0f : s.sign;
   const int64_t edge = ODD ? edge_of(t, row, team, Vector<TYPE>::COUNT) : -1;
   float square = 0.0f;
   if (edge >= 0) {
-    const float x = direction(t, r, TYPE, TYPE, MOMENTUM, s.sign, edge, true);
+    const float x = direction(t, r, TYPE, TYPE, WHAT, s.sign, edge, true);
     square = x * x;
   }
   uint4 p[BATCH];
-  hold<TYPE, MOMENTUM>(t, r, s.sign, place, held);
-  place.load(p, t.param, 0); /* in flight while the gradient comes in and is added up */
-  const float sum = team_sum(team, sum_of_squares<TYPE>(held, sign, square));
-  const float by = factor(sum, t, r) * sign;
+  hold<TYPE, WHAT>(t, r, s.sign, place, held);
+  /* In flight while the gradient comes in and is added up; to look ahead takes these registers. */
+  constexpr bool EARLY = WHAT != NESTEROV || !Held::REGISTERS;
+  if (EARLY) place.load(p, t.param, 0);
+  const float sum = team_sum(team, sum_of_squares<TYPE, WHAT>(t, r, s.sign, place, held, square));
+  const float scale = WHAT == GRADIENT ? s.sign : 1.0f, by = factor(sum, t, r) * scale;
 #pragma unroll 1
   for (int b = 0; b < held.batches(); ++b) {
-    if (b > 0) place.load(p, t.param, b);
+    if (EARLY && b > 0) place.load(p, t.param, b);
 #pragma unroll
-    for (int i = 0; i < BATCH; ++i)
-      step_vector<TYPE>(t, r, s, place, b, i, p[i], held.at(b, i), by);
+    for (int i = 0; i < BATCH; ++i) {
+      if (!EARLY) p[i] = place.load(t.param, b, i);
+      const uint4 x = EARLY ? held.at(b, i) : place.load(t.exp_avg, b, i);
+      step_vector<TYPE, WHAT>(t, r, s, place, b, i, p[i], x, by);
+    }
   }
   if (edge >= 0) {
-    const float x = direction(t, r, TYPE, TYPE, MOMENTUM, 1.0f, edge, false);
+    const float sign = WHAT == GRADIENT ? 1.0f : s.sign; /* or it comes with the factor */
+    const float x = direction(t, r, TYPE, TYPE, WHAT, sign, edge, false);
     step_element<false>(t, r, s, TYPE, edge, x, by);
   }
+}
+
+template <int TYPE, bool ODD, class Held>
+OZ_DEVICE void step_any_row(const Slot &t, const Rule &r, const Team &team, int64_t row,
+                            Held &held) {
+  constexpr bool FITS = !ODD || !Held::REGISTERS; /* see way_of */
+  if (!t.exp_avg)
+    step_row<TYPE, GRADIENT, ODD>(t, r, team, row, held);
+  else if (FITS && r.nesterov)
+    step_row<TYPE, FITS ? NESTEROV : MOMENTUM, ODD>(t, r, team, row, held);
+  else
+    step_row<TYPE, MOMENTUM, ODD>(t, r, team, row, held);
 }
 
 template <int TYPE, bool ODD>
 OZ_DEVICE void held_row(const Slot &t, const Rule &r, uint32_t unit) {
   const Team team = team_of(t.team, static_cast<int>(threadIdx.x));
   InRegisters held;
-  if (t.exp_avg)
-    step_row<TYPE, true, ODD>(t, r, team, row_of(team, unit), held);
-  else
-    step_row<TYPE, false, ODD>(t, r, team, row_of(team, unit), held);
+  step_any_row<TYPE, ODD>(t, r, team, row_of(team, unit), held);
 }
 
 /* ---- Rows of any types and alignments, by element; the second reading hits a cache. ---- */
@@ -156,8 +192,9 @@ OZ_DEVICE void any_row(const Slot &t, const Rule &r, uint32_t unit) {
   const Scalars s = scalars_of(t, r);
   const Team team = team_of(t.team, static_cast<int>(threadIdx.x));
   const int64_t row = row_of(team, unit);
+  const Followed what = !t.exp_avg ? GRADIENT : r.nesterov ? NESTEROV : MOMENTUM;
   const auto x_at = [&](int64_t at, bool update) {
-    return direction(t, r, t.grad_type, t.state_type, t.exp_avg, s.sign, at, update);
+    return direction(t, r, t.grad_type, t.state_type, what, s.sign, at, update);
   };
   float sum = 0.0f;
   for_elements(t, team, row, [&](int64_t at) {
@@ -190,7 +227,7 @@ OZ_DEVICE void sign_unit(const Slot &t, const Rule &r, uint32_t unit) {
     for (int i = 0; i < EIGHT; ++i) m[i] = averaged(m[i], g[i], r);
     store(t.exp_avg, at, count, t.state_type, t.wide, m);
 #pragma unroll
-    for (int i = 0; i < EIGHT; ++i) g[i] = nearest(m[i], t.state_type);
+    for (int i = 0; i < EIGHT; ++i) g[i] = followed(nearest(m[i], t.state_type), g[i], r);
   }
   unpack(raw_p, t.param_type, p);
 #pragma unroll
@@ -246,10 +283,7 @@ OZ_DEVICE void long_row(const Slot &t, const Rule &r, uint32_t row, uint4 *share
   const Team team = team_of(THREADS, static_cast<int>(threadIdx.x));
   const int batches = static_cast<int>(batches_of(t.cols / Vector<TYPE>::COUNT));
   InShared held = {shared + team.lane, batches};
-  if (t.exp_avg)
-    step_row<TYPE, true, true>(t, r, team, row, held);
-  else
-    step_row<TYPE, false, true>(t, r, team, row, held);
+  step_any_row<TYPE, true>(t, r, team, row, held);
 }
 
 // budget: scale_long_rows 64 LDG.E.128 STG.E.128
@@ -306,13 +340,15 @@ int64_t long_bytes(const oz_tensor &t) {
 
 enum Way { HELD, ODD, SHARED, BY_ELEMENT };
 
-/* How a tensor's rows are read; `room` is a block's shared memory. Cautious decay: by element. */
-Way way_of(const oz_tensor &t, int64_t room) {
+/* How a tensor's rows are read; `room` is a block's shared memory. By element: cautious decay, and of
+ * rows that begin anywhere Nesterov's momentum, for which the registers would not do. */
+Way way_of(const oz_tensor &t, int64_t room, bool nesterov) {
   const bool one_type =
       t.param_type == t.grad_type && (!t.exp_avg || t.state_type == t.grad_type);
   if (!one_type || !wide(t, 1) || long_bytes(t) > room || t.weight_decay < 0) return BY_ELEMENT;
   if (long_bytes(t) > 0) return SHARED;
-  return t.cols % turn_of(t.grad_type) == 0 ? HELD : ODD;
+  if (t.cols % turn_of(t.grad_type) == 0) return HELD;
+  return nesterov && t.exp_avg ? BY_ELEMENT : ODD;
 }
 
 cudaError_t scale(const oz_tensor *tensors, int64_t count, const oz_options &o,
@@ -333,7 +369,7 @@ cudaError_t scale(const oz_tensor *tensors, int64_t count, const oz_options &o,
       tensors, count, o,
       [&](Slot &slot, const oz_tensor &t) -> int64_t {
         if (t.kind == OZ_ADAM || t.kind == OZ_SIGN) return cut_elements(slot, t);
-        const Way way = way_of(t, room);
+        const Way way = way_of(t, room, o.nesterov);
         if (t.kind != OZ_ROWS || way == ODD || way == SHARED) return 0;
         slot.wide = way == HELD;
         return in_teams(slot, t);
@@ -343,12 +379,12 @@ cudaError_t scale(const oz_tensor *tensors, int64_t count, const oz_options &o,
   error = for_tables(
       tensors, count, o,
       [&](Slot &slot, const oz_tensor &t) {
-        return t.kind == OZ_ROWS && way_of(t, room) == ODD ? in_teams(slot, t) : 0;
+        return t.kind == OZ_ROWS && way_of(t, room, o.nesterov) == ODD ? in_teams(slot, t) : 0;
       },
       [&](const Table &table) { return launch(scale_odd_rows<FewTable>, scale_odd_rows<Table>, table, how); });
   if (error != cudaSuccess) return error;
   const auto in_shared = [&](const oz_tensor &t) {
-    return t.kind == OZ_ROWS && way_of(t, room) == SHARED;
+    return t.kind == OZ_ROWS && way_of(t, room, o.nesterov) == SHARED;
   };
   Launch long_how = how;
   for (int64_t i = 0; i < count; ++i)

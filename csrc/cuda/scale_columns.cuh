@@ -29,8 +29,9 @@ OZ_DEVICE void column_factors(const Slot &t, const Rule &r, const Part &part, fl
   __syncthreads();
 }
 
-/* A lane's rows from the last to the first, with the loads of AHEAD rows in flight. */
-template <int AHEAD, bool CAUTIOUS>
+/* A lane's rows from the last to the first, with the loads of AHEAD rows in flight. ANY: the decay may
+ * be cautious, and Nesterov's momentum looked ahead from. */
+template <int AHEAD, bool ANY>
 OZ_DEVICE void update_rows(const Slot &t, const Rule &r, const Scalars &s, const Part &part,
                            const Lane &lane, const float *by, int type, int param_type, bool wide) {
   const void *from = t.exp_avg ? t.exp_avg : t.grad;
@@ -50,9 +51,14 @@ OZ_DEVICE void update_rows(const Slot &t, const Rule &r, const Scalars &s, const
       const int64_t at = (row - k * WARPS) * t.cols + lane.col;
       float x[EIGHT], p[EIGHT];
       unpack(raw_x[k], type, x);
+      if (ANY && t.exp_avg && r.nesterov) {
+        unpack(load(t.grad, at, lane.count, t.grad_type, wide), t.grad_type, p);
+#pragma unroll
+        for (int i = 0; i < EIGHT; ++i) x[i] = averaged(x[i], s.sign * p[i], r);
+      }
       unpack(raw_p[k], param_type, p);
 #pragma unroll
-      for (int i = 0; i < EIGHT; ++i) p[i] = stepped<CAUTIOUS>(p[i], sign * x[i], by[i], t, s);
+      for (int i = 0; i < EIGHT; ++i) p[i] = stepped<ANY>(p[i], sign * x[i], by[i], t, s);
       round_results(p, param_type, t, r, at);
       store(t.param, at, lane.count, param_type, wide, p);
     }
@@ -70,7 +76,8 @@ OZ_DEVICE void column_update(const Slot &t, const Rule &r, uint32_t unit) {
   if (lane.count <= 0) return;
   const float *by = factors + threadIdx.x % WARP * EIGHT;
   const int type = t.exp_avg ? t.state_type : t.grad_type;
-  const bool plain = t.wide && type == t.param_type && !(t.decay < 0.0f);
+  const bool ahead = t.exp_avg && r.nesterov;
+  const bool plain = t.wide && type == t.param_type && !(t.decay < 0.0f) && !ahead;
   if (plain && type == OZ_BF16)
     update_rows<2, false>(t, r, s, part, lane, by, OZ_BF16, OZ_BF16, true);
   else if (plain && type == OZ_F32)

@@ -20,6 +20,11 @@ OZ_DEVICE float stepped(float p, float x, float by, const Slot &t, const Scalars
 
 OZ_DEVICE float averaged(float m, float g, const Rule &r) { return fmaf(r.rest, g - m, m); }
 
+/* What a step follows of a momentum as it is stored: that or, of Nesterov's, what it looks ahead to. */
+OZ_DEVICE float followed(float m, float g, const Rule &r) {
+  return r.nesterov ? averaged(m, g, r) : m;
+}
+
 OZ_DEVICE float sign_of(float x) { return x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : x; }
 
 #endif

@@ -21,7 +21,7 @@ struct Rule {
   float rest1, rest2, log_beta1, log_beta2, adam_eps; /* Adam: 1 - beta, ln beta */
   float alpha, pull;                                  /* AdamS: pull = alpha l1 */
   float limit;                                        /* Adam: of |u|; infinite: none */
-  bool stochastic, eps_before, direction;
+  bool stochastic, eps_before, direction, nesterov;
 };
 
 /* A tensor, with how its work is cut up. */
@@ -160,6 +160,7 @@ inline Rule rule_of(const oz_options &o) {
   r.stochastic = o.rounding == OZ_STOCHASTIC;
   r.eps_before = o.eps_before != 0;
   r.direction = o.direction != 0;
+  r.nesterov = o.nesterov != 0;
   return r;
 }
 

@@ -62,7 +62,7 @@ typedef struct oz_options {
                                              correction of the second moment */
   int32_t direction;                      /* Adam: param receives m / (sqrt(v) + eps), no step taken */
   int32_t threads;                        /* CPU */
-  int32_t nesterov;                       /* CPU, SCALE by OZ_ROWS: look ahead, see below */
+  int32_t nesterov;                       /* SCALE: look ahead, see below; CPU: by OZ_ROWS */
   int32_t iterations;                     /* CPU, SinkGD */
   int32_t reserved;
 } oz_options;
@@ -72,7 +72,7 @@ typedef struct oz_options {
  *
  * SCALE, by tensor.kind, with b = momentum, n = the number of elements reduced over:
  *     if exp_avg:  m = m + (1 - b) (g - m), stored rounded to state_type; g = m as it is stored
- *                  and on the CPU, by OZ_ROWS with nesterov, g = m + (1 - b) (g0 - m), g0 the gradient
+ *                  and with nesterov, on the CPU by OZ_ROWS, g = m + (1 - b) (g0 - m), g0 the gradient
  *     OZ_ROWS      s_i = max(sqrt(sum_j g_ij^2 / n), eps)        (l2: without / n)
  *     OZ_COLUMNS   s_j = max(sqrt(sum_i g_ij^2 / n), eps)        (l2: without / n)
  *     OZ_SIGN      u = sign(g), instead of u = g / s
@@ -130,7 +130,7 @@ int oz_cpu_apply(const oz_tensor *tensors, int64_t count, const oz_options *opti
  * is an output here, and never read. */
 int oz_cpu_center(const oz_tensor *tensors, int64_t count, const oz_options *options, void *stream);
 
-/* SinkGD, on the CPU only: X = g, then `iterations` times
+/* SinkGD, on the CPU, and in Triton's kernels: X = g, then `iterations` times
  *     X_ij = X_ij / max(sqrt(sum_k X_ik^2 / cols), FLT_MIN)        each row
  *     X_ij = X_ij / max(sqrt(sum_k X_kj^2 / rows), FLT_MIN)        each column
  * by OZ_ROWS; by OZ_COLUMNS, for a weight that lies transposed, each iteration has the columns first.

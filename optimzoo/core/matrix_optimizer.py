@@ -353,13 +353,31 @@ def step_lr(group: dict[str, Any]) -> float | Tensor:
     return lr if group["capturable"] else float(lr)
 
 
-def has_cpu_kernel(p: Tensor) -> bool:
-    """Return whether a whole weight may take a kernel that the CPU alone has.
+def kernel_items(
+    p: Tensor,
+    average: Tensor | None,
+    group: dict[str, Any],
+    rng_key: RngKey | None,
+    *,
+    split: bool = False,
+) -> list[dispatch.TensorArgs]:
+    """Return a weight's matrices as kernels read them; none if it is sharded or no kernel takes it.
 
-    Not where `optimzoo.memory.simulate` has a GPU's choices on fake tensors of the CPU.
+    Args:
+        p: the weight.
+        average: its momentum, laid out as the weight is.
+        group: the options.
+        rng_key: of stochastic rounding.
+        split: whether the matrices of a stack are apart, although rows are normalised first.
     """
-    on_cpu = p.device.type == "cpu" and not stacks.on_gpu(p) and not hasattr(p, "device_mesh")
-    return on_cpu and dispatch.backend("cpu") is not None
+    turned = oriented(p, group) is not p
+    if hasattr(p, "device_mesh") or (turned and rng_key is not None):
+        return []  # whose elements are counted in the order of the matrix
+    kind = dispatch.COLUMNS if turned else dispatch.ROWS
+    layout = {"stacked": group["stacked"], "rng_key": rng_key}
+    items = dispatch.matrices(p, p.grad, average, dispatch.COLUMNS if split else kind, **layout)
+    items = [item._replace(kind=kind) for item in items]
+    return items if all(map(dispatch.is_supported, items)) else []
 
 
 def local_params(group: dict[str, Any]) -> Iterator[Tensor]:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from optimzoo.core.rule import looks_ahead
 from optimzoo.core.update import signed_decay
 from optimzoo.distributed import local_part
 from optimzoo.kernels import dispatch
@@ -25,12 +26,21 @@ Groups = Sequence[dict[str, Any]]
 
 
 def may_fuse(group: dict[str, Any]) -> bool:
-    """Return whether the group's options allow the kernels."""
+    """Return whether the group's options allow the kernels.
+
+    Raises:
+        RuntimeError: ``fused=True`` and Nesterov's momentum where no kernel has it.
+    """
     eager = group["foreach"] or group["differentiable"] or group["normalize"] == "spectral"
     eager = eager or (group["spectral_norm"] and group["role"] in (None, "hidden"))
     if group["nesterov"] and has_momentum(group):
-        on_cpu = all(p.device.type == "cpu" for p in group["params"])
-        eager = eager or not on_cpu or _kernel_kind(group) != dispatch.ROWS
+        kind = _kernel_kind(group)
+        no_kernel = not all(looks_ahead(p, kind) for p in group["params"])
+        if no_kernel and group["fused"]:
+            raise RuntimeError(
+                "nesterov=True with fused=True normalises rows alone on a CPU; leave fused=None"
+            )
+        eager = eager or no_kernel
     return bool(group["fused"] or (group["fused"] is None and not eager))
 
 
@@ -178,7 +188,7 @@ class LaunchCache:
             betas=group["other_betas"],
             adam_eps=group["other_eps"],
             maximize=group["maximize"],
-            **({"nesterov": True} if group["nesterov"] and device.type == "cpu" else {}),
+            nesterov=group["nesterov"],
             **scaler,
             **how,
         )

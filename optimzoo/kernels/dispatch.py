@@ -8,7 +8,7 @@ contiguous, tensor subclasses, other devices (XPU, MPS).
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -113,6 +113,14 @@ def _backend(device_type: str) -> Backend | None:
     return next((b for b in BACKENDS.get(device_type, ()) if b.available()), None)
 
 
+def sinkhorn_backend(device_type: str) -> Backend | None:
+    """Return the backend with SinkGD's step, or None: of CUDA's, Triton has it."""
+    chosen = backend(device_type)
+    if isinstance(chosen, native.Library) and chosen.kind == "cuda":
+        return triton if triton.available() else None
+    return chosen
+
+
 def is_supported(item: TensorArgs) -> bool:
     """Return whether kernels can step the item, whose gradient need not be contiguous."""
     param, grad, exp_avg, exp_avg_sq = item[:4]
@@ -141,29 +149,33 @@ def is_supported(item: TensorArgs) -> bool:
 
 
 def partition_by_backend(
-    items: Iterable[TensorArgs], fused: bool | None
+    items: Iterable[TensorArgs],
+    fused: bool | None,
+    choose: Callable[[str], Backend | None] | None = None,
 ) -> tuple[list[tuple[Backend, list[TensorArgs]]], list[TensorArgs]]:
     """Split items into calls, each with its device's backend, and those that no kernel takes.
 
     Args:
         items: see :class:`TensorArgs`.
         fused: `None` uses kernels where there are any; `True` requires them for every item.
+        choose: returns the backend for a type of device; default: :func:`backend`.
 
     Raises:
         RuntimeError: ``fused=True`` and an item that no kernel takes; the message says why.
     """
+    choose = choose or backend
     runs: dict[torch.device, list[TensorArgs]] = {}
     rest: list[TensorArgs] = []
     for item in items:
         device = item.param.device
-        if backend(device.type) is not None and is_supported(item):
+        if choose(device.type) is not None and is_supported(item):
             runs.setdefault(device, []).append(item)
         elif fused:
             raise RuntimeError(_refusal(item.param))
         else:
             rest.append(item)
     calls = [
-        (backend(device.type), call)
+        (choose(device.type), call)
         for device, chosen in runs.items()
         for call in split_at_rng_gaps(chosen)
     ]

@@ -156,7 +156,7 @@ class Library:
     ) -> None:
         """Take SCALE's step (``oz_*_scale``); ``shared`` and ``table`` are :meth:`_call`'s.
 
-        ``nesterov`` is the CPU's, of rows.
+        ``nesterov``: on a CPU by rows alone.
         """
         extras: States = [] if table else self._scale_scratch(params, kinds, shapes)
         options = _Options(
@@ -277,7 +277,7 @@ class Library:
         maximize: bool = False,
         **shared: Any,
     ) -> None:
-        """Take SinkGD's step (``oz_cpu_sinkhorn``); CPU only.
+        """Take SinkGD's step (``oz_cpu_sinkhorn``); on a GPU Triton has it.
 
         ``kinds`` says what an iteration normalises first, rows or columns.
         """

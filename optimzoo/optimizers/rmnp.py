@@ -1,11 +1,12 @@
 """RMNP: momentum with normalised rows on the hidden weights, AdamW on the rest."""
 
+import itertools
 from typing import Any, Unpack
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optimzoo.core.matrix_optimizer import as_matrix, has_cpu_kernel, step_lr
+from optimzoo.core.matrix_optimizer import as_matrix, kernel_items, step_lr
 from optimzoo.core.momentum_optimizer import (
     MomentumOptimizer,
     MomentumOptions,
@@ -14,7 +15,7 @@ from optimzoo.core.momentum_optimizer import (
 )
 from optimzoo.core.optimizer import options_of
 from optimzoo.core.record import register
-from optimzoo.core.rule import Context
+from optimzoo.core.rule import Context, looks_ahead
 from optimzoo.core.update import Update, signed_decay
 from optimzoo.kernels import dispatch
 from optimzoo.lowbit import RngKey
@@ -100,17 +101,18 @@ class RMNP(MomentumOptimizer):
         group: dict[str, Any],
         rng_keys: dict[Tensor, RngKey],
     ) -> None:
-        """Step what the CPU's kernels take in one pass, and the others by `direction`."""
-        items = [self._kernel_item(p, group, rng_keys.get(p)) for _, p in params]
-        others = [param for param, item in zip(params, items, strict=True) if item is None]
-        calls, _ = dispatch.partition_by_backend([x for x in items if x is not None], fused=None)
+        """Step what the kernels take in one call, and the others by `direction`."""
+        items = [self._kernel_items(p, group, rng_keys.get(p)) for _, p in params]
+        others = [param for param, own in zip(params, items, strict=True) if not own]
+        calls, _ = dispatch.partition_by_backend(itertools.chain(*items), fused=None)
         for kernels, call in calls:
             shapes = [as_matrix(item.param.detach(), group).shape for item in call]
             scales = [adjustment(shape, group) for shape in shapes]
-            lr = float(step_lr(group))
+            lr, device = step_lr(group), call[0].param.device
+            rates = {scale: dispatch.lr_argument(lr * scale, device) for scale in set(scales)}
             kernels.scale_(
                 *dispatch.to_argument_lists(call),
-                lr=[lr * scale for scale in scales],
+                lr=[rates[scale] for scale in scales],
                 weight_decay=[signed_decay(group) / scale for scale in scales],
                 **{key: group[key] for key in ("momentum", "nesterov", "maximize")},
                 **{"l2": True, "eps": FLOOR, "betas": (0.0, 0.0), "adam_eps": 0.0},
@@ -118,14 +120,13 @@ class RMNP(MomentumOptimizer):
             )
         super()._step_matrices(others, group, rng_keys)
 
-    def _kernel_item(
+    def _kernel_items(
         self, p: Tensor, group: dict[str, Any], rng_key: RngKey | None
-    ) -> dispatch.TensorArgs | None:
-        """Return what a kernel of the CPU reads of a weight, or None if it takes another path."""
-        if not has_cpu_kernel(p) or group["transposed"] or group["state_bits"]:
-            return None
-        state = self.state[p]
-        self.init_state(p, state, group)
-        mean, layout = state["momentum_buffer"], {"stacked": group["stacked"], "rng_key": rng_key}
-        [item] = dispatch.matrices(p, p.grad, mean, dispatch.ROWS, **layout)
-        return item if dispatch.is_supported(item) else None
+    ) -> list[dispatch.TensorArgs]:
+        """Return a weight's matrices as kernels read them; none if it takes another path."""
+        if dispatch.backend(p.device.type) is None or group["state_bits"]:
+            return []
+        self.init_state(p, self.state[p], group)
+        items = kernel_items(p, self.state[p]["momentum_buffer"], group, rng_key)
+        ahead = not group["nesterov"] or all(looks_ahead(p, item.kind) for item in items)
+        return items if ahead else []

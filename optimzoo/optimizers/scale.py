@@ -72,7 +72,7 @@ class SCALE(RoleOptimizer):
         params: groups from :func:`optimzoo.param_groups`; bare parameters fall back by shape.
         lr: step of every normalised weight: the RMS of its update. Float or 1-element tensor.
         momentum: β of the head. A group that names its own `momentum` gets it in any role.
-        nesterov: follow Nesterov's momentum where there is momentum; by a kernel on a CPU, for
+        nesterov: follow Nesterov's momentum where there is momentum. On a CPU the kernel is for
             one scalar per row.
         weight_decay: λ, decoupled.
         weight_decay_style: `decoupled`, or `cautious`, only where update and weight agree in sign
@@ -321,8 +321,6 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError("normalize='spectral' needs no spectral_norm=True; take norm='l2' for it")
     if options["spectral_norm"] and (options["fused"] or options["differentiable"]):
         raise ValueError("spectral_norm=True excludes fused=True and differentiable=True")
-    if options["fused"] and options["nesterov"]:
-        raise ValueError("nesterov=True has no kernel on every device; leave fused=None")
     if options["fused"] and (options["foreach"] or options["differentiable"]):
         raise ValueError("fused=True excludes foreach=True and differentiable=True; choose one")
     check_rounding(options)

@@ -7,7 +7,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optimzoo.core.matrix_optimizer import MatrixOptimizer, has_cpu_kernel, oriented, step_lr
+from optimzoo.core.matrix_optimizer import (
+    MatrixOptimizer,
+    kernel_items,
+    step_lr,
+)
 from optimzoo.core.optimizer import options_of
 from optimzoo.core.record import register
 from optimzoo.core.role_options import SharedOptions
@@ -47,9 +51,9 @@ class SinkGD(MatrixOptimizer):
     All other parameters (the embedding and the head among them, as in the paper) take Adam.
 
     State of a hidden weight: none; with `spectral_norm` `singular_vector`, min(m, n) numbers of
-    float32 at least. The rest: two of their own size. On a CPU a kernel steps all hidden weights of
-    a group without a tensor of a weight's size; stochastic rounding of stacked or transposed
-    weights, `spectral_norm`, sharded weights and GPUs take the eager path.
+    float32 at least. The rest: two of their own size. A kernel, the CPU's or Triton's, steps all
+    hidden weights of a group without a tensor of a weight's size; stochastic rounding of stacked or
+    transposed weights, `spectral_norm` and sharded weights take the eager path.
 
     Args:
         params: groups from :func:`optimzoo.param_groups`; bare parameters fall back by shape.
@@ -117,15 +121,17 @@ class SinkGD(MatrixOptimizer):
         group: dict[str, Any],
         rng_keys: dict[Tensor, RngKey],
     ) -> None:
-        """Step what the CPU's kernel takes, all in one call, and the others by `direction`."""
+        """Step what a kernel takes, all in one call, and the others by `direction`."""
         group = {**group, "lr": group["alpha"] * group["lr"]}
         items = [_kernel_items(p, group, rng_keys.get(p)) for _, p in params]
-        calls, _ = dispatch.partition_by_backend(itertools.chain(*items), fused=None)
+        calls, _ = dispatch.partition_by_backend(
+            itertools.chain(*items), fused=None, choose=dispatch.sinkhorn_backend
+        )
         for kernels, call in calls:
             weights, grads, *_, kinds, shapes = dispatch.to_argument_lists(call)
             kernels.sinkhorn_(
                 *(weights, grads, kinds, shapes),
-                lr=float(step_lr(group)),
+                lr=dispatch.lr_argument(step_lr(group), weights[0].device),
                 weight_decay=signed_decay(group),
                 **{key: group[key] for key in ("iterations", "maximize")},
                 **dispatch.rounding(call),
@@ -146,17 +152,10 @@ class SinkGD(MatrixOptimizer):
 def _kernel_items(
     p: Tensor, group: dict[str, Any], rng_key: RngKey | None
 ) -> list[dispatch.TensorArgs]:
-    """Return a weight's matrices as the CPU's kernel reads them; none if it takes another path."""
-    if group["spectral_norm"] or not has_cpu_kernel(p):
+    """Return a weight's matrices as the kernel reads them; none if it takes another path."""
+    if group["spectral_norm"] or dispatch.sinkhorn_backend(p.device.type) is None:
         return []
-    turned = oriented(p, group) is not p
-    if turned and rng_key is not None:
-        return []  # whose elements are counted in the order of the matrix
-    layout = {"stacked": group["stacked"], "rng_key": rng_key}
-    items = dispatch.matrices(p, p.grad, None, dispatch.COLUMNS, **layout)
-    if not turned:  # each iteration has the rows first
-        items = [item._replace(kind=dispatch.ROWS) for item in items]
-    return items if all(map(dispatch.is_supported, items)) else []
+    return kernel_items(p, None, group, rng_key, split=True)
 
 
 def sinkhorn(grad: Tensor, iterations: int, shards: Shards = UNSHARDED) -> Tensor:

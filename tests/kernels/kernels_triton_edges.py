@@ -77,10 +77,36 @@ def test_found_inf_writes_nothing():
         apply([p], [g], [sums], [kind], **found)
     adam([p], [g], [m], [v], [on_device(1.0)], **found)
     kernels.center_([p], [g], [(5, 8)], eps=1e-6, **found)
+    for kind in (ROWS, COLUMNS):
+        sinkhorn([p], [g], [kind], **found)
     for tensor, kept in zip((p, g, m, v, sums), before, strict=True):
         assert torch.equal(tensor, kept)
     scale([p], [g], [m], [ROWS], found_inf=on_device(0.0))
     assert not torch.equal(p, before[0])
+
+
+def sinkhorn(params, grads, kinds, **changes):
+    options = {"lr": 0.1, "weight_decay": 0.1, "iterations": 3, **changes}
+    kernels.sinkhorn_(params, grads, kinds, [tuple(p.shape) for p in params], **options)
+
+
+def test_sinkhorn_of_many_is_that_of_each_alone():
+    """To the bit, with rates of its own, in whatever chunks the others are cut up."""
+    shapes = [(70, 24), (130, 24), (3, 40), (70, 25), (0, 4), (200, 3)]
+    kinds = [ROWS, COLUMNS, COLUMNS, ROWS, ROWS, COLUMNS]
+    lr = [0.1, on_device(0.2), 0.3, 0.4, 0.5, 0.6]
+    decays = [0.0, 0.1, -0.2, 0.3, 0.0, 0.5]
+    params = [make(s, (F32, BF16)[i % 2], i) for i, s in enumerate(shapes)]
+    grads = [make(s, F32, 10 + i) for i, s in enumerate(shapes)]
+    alone = [p.clone() for p in params]
+    kept = [g.clone() for g in grads]
+    sinkhorn(params, grads, kinds, lr=lr, weight_decay=decays)
+    for i, p in enumerate(alone):
+        sinkhorn([p], [grads[i]], [kinds[i]], lr=lr[i], weight_decay=decays[i])
+        assert torch.equal(p, params[i]) and torch.equal(grads[i], kept[i])
+    other = make(shapes[2], F32, 2)
+    sinkhorn([other], [grads[2]], [COLUMNS], lr=lr[2], weight_decay=0.2)
+    assert not torch.equal(other, params[2])  # its decay is cautious
 
 
 def test_lr_may_be_a_tensor():
@@ -93,7 +119,9 @@ def test_lr_may_be_a_tensor():
 
 # Signs as gradients: every update is a power of two, so that float32 holds the sums exactly, and
 # all of the rounding is the stochastic one.
-@pytest.mark.parametrize("operation", ["rows", "columns", "sign", "adam", "apply", "center"])
+@pytest.mark.parametrize(
+    "operation", ["rows", "columns", "sign", "adam", "apply", "center", "sinkhorn"]
+)
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_stochastic_rounding_to_the_bit(operation, dtype):
     words = {"seed": 2**63 + 17, "step": 2**33 + 5, "first_index": 2**31}
@@ -111,6 +139,9 @@ def test_stochastic_rounding_to_the_bit(operation, dtype):
         state = [[torch.zeros(s, device=DEVICE) for s in shapes] for _ in range(2)]
         plain = {"betas": (0.0, 0.0), "eps": 0.0, "weight_decay": 0.0}
         adam(params, grads, *state, [on_device(1.0)] * 3, lr=lr, **plain, **words)
+    elif operation == "sinkhorn":
+        options = {"lr": lr, "weight_decay": 0.0, "iterations": 3}
+        kernels.sinkhorn_(params, grads, [ROWS, COLUMNS, ROWS], shapes, **options, **words)
     elif operation == "center":
         eighths = [g * 0.125 * (1 + 2.0**-14) for g in grads]
         kernels.center_(params, eighths, shapes, eps=1.0, **words)
@@ -378,9 +409,11 @@ def test_no_tensors_no_work():
     kernels.reduce_([], [], [], [])
     apply([], [], [], [])
     kernels.center_([], [], [], eps=1.0)
+    sinkhorn([], [], [])
     empty = torch.zeros(3, 0, device=DEVICE)
     for kind in (ROWS, COLUMNS, SIGN):
         scale([empty], [empty], [None], [kind])
         apply([empty], [empty], [on_device([1.0])], [kind])
         kernels.reduce_([empty], [on_device([1.0] * 4)], [kind], [(3, 0)])
     kernels.center_([empty], [empty], [(3, 0)], eps=1.0)
+    sinkhorn([empty], [empty], [ROWS])

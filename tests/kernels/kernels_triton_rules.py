@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import test_kernels as rules
 import torch
 from kernels_triton import (
     ADAM,
@@ -39,7 +40,7 @@ def storing(dtype):
 
 @pytest.mark.parametrize("kind", [ROWS, COLUMNS, SIGN])
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize("momentum", ["", "momentum", "nesterov"])
 def test_scale(kind, mix, momentum):
     for seed, shape in enumerate(SHAPES):
         l2 = seed % 2 == 0
@@ -47,6 +48,7 @@ def test_scale(kind, mix, momentum):
         m = make(shape, mix[2], seed + 90, 1e-3) if momentum else None
         options = {**RULE, "l2": l2, "maximize": True}
         options["weight_decay"] *= (-1) ** seed  # cautious
+        options["nesterov"] = momentum == "nesterov"
         want, average = reference.scale(
             *(exact(p), exact(g), exact(m)),
             **{**options, "kind": kind, "grad_scale": 4.0, "stored": storing(mix[2])},
@@ -59,32 +61,38 @@ def test_scale(kind, mix, momentum):
 
 
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize("momentum", ["", "momentum", "nesterov"])
 @pytest.mark.parametrize("cols", [257, 519, 1025, 1031])
 def test_rows_that_begin_anywhere(mix, momentum, cols):
     """By vectors in the middle and by element at both ends; each end has 0 to 7 of them."""
     p, g = make((17, cols), mix[0], cols), make((17, cols), mix[1], 1, 1e-3)
     m = make((17, cols), mix[2], 2, 1e-3) if momentum else None
+    options = {**RULE, "nesterov": momentum == "nesterov"}
     want, average = reference.scale(
-        *(exact(p), exact(g), exact(m)), kind=ROWS, stored=storing(mix[2]), **RULE
+        *(exact(p), exact(g), exact(m)), kind=ROWS, stored=storing(mix[2]), **options
     )
-    scale([p], [g], [m], [ROWS])
+    scale([p], [g], [m], [ROWS], **options)
     agree(p, want, slack=1e-3 if momentum and mix[2] != F32 else 1e-6)
     if momentum:
         agree(m, average)
 
 
 @pytest.mark.parametrize("kind", [ROWS, COLUMNS])
-@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize("momentum", ["", "momentum", "nesterov"])
 def test_long_rows_and_tall_columns(kind, momentum):
     shape = (2, 16393) if kind == ROWS else (523, 3)
     p, g = make(shape, F32, 1), make(shape, F32, 2)
     m = make(shape, F32, 3) if momentum else None
-    want, average = reference.scale(exact(p), exact(g), exact(m), kind=kind, **RULE)
-    scale([p], [g], [m], [kind])
+    options = {**RULE, "nesterov": momentum == "nesterov"}
+    want, average = reference.scale(exact(p), exact(g), exact(m), kind=kind, **options)
+    scale([p], [g], [m], [kind], **options)
     agree(p, want)
     if momentum:
         agree(m, average)
+
+
+def test_signs_that_nesterov_looks_ahead_to():
+    rules.test_signs_are_those_that_nesterov_looks_ahead_to(kernels, DEVICE)
 
 
 def adam_inputs(n, mix, seed=0):

@@ -98,8 +98,12 @@ def test_scale_is_the_rule(kernels, device, kind, types):
             {"weight_decay": 0.0, "l2": False, "maximize": False},
             {"weight_decay": 0.3, "l2": True, "maximize": True},
             {"weight_decay": -0.5, "l2": False, "maximize": True},  # cautious
+            {"weight_decay": 0.3, "l2": True, "maximize": True, "nesterov": True},
+            {"weight_decay": -0.5, "l2": False, "maximize": False, "nesterov": True},
         ]
     ):
+        if "nesterov" in options and kernels is native.CPU and kind != ROWS:
+            continue
         params = [normal(s, i, ptype, device, offset=turn) for i, s in enumerate(SHAPES)]
         grads = [normal(s, 99 + i, gtype, device, offset=turn) for i, s in enumerate(SHAPES)]
         moments = [
@@ -141,6 +145,18 @@ def test_scale_is_the_rule(kernels, device, kind, types):
                 error = np.abs(wide(p) - new_p)
                 rtol, atol = max(TOLERANCE[ptype], TOLERANCE[loose])
                 assert np.all(error <= atol + rtol * (np.abs(new_p) + 0.5)), shape
+
+
+@pytest.mark.parametrize(("kernels", "device"), BACKENDS[1:])
+def test_signs_are_those_that_nesterov_looks_ahead_to(kernels, device):
+    """Of a momentum that stays above zero, where the gradient once more would lead below it."""
+    p, g, m = (torch.full((3, 40), x, device=device) for x in (0.0, -2.0, 1.0))
+    rule = {**RULE, "momentum": 0.75, "lr": 1.0}
+    for nesterov, wanted in ((True, 1.0), (False, 0.0)):  # from 1 back to 0
+        kernels.scale_(
+            *([p], [g], [m.clone()], [None], [None], [SIGN], [(3, 40)]), **rule, nesterov=nesterov
+        )
+        assert p.eq(wanted).all()
 
 
 @pytest.mark.sampled(3)
@@ -235,21 +251,20 @@ def test_reduce_apply_and_center_are_the_rules(kernels, device, types):
             close(p, reference.center(wide(g), eps=1e-6, maximize=maximize), ptype)
 
 
-@needs_cpu_kernels
+@pytest.mark.parametrize(("kernels", "device"), BACKENDS[:1])
 @pytest.mark.parametrize("kind", [ROWS, COLUMNS])
 @pytest.mark.parametrize("types", [*product([F32, BF16, F16], repeat=2)], ids=str)
-def test_sinkhorn_is_the_rule_on_the_cpu(kind, types):
+def test_sinkhorn_is_the_rule(kernels, device, kind, types, shapes=(*SHAPES, (65, 5), (200, 40))):
     """All shapes in one call; rows and columns of zeros, and of sizes that are far apart."""
     ptype, gtype = types
-    shapes = [*SHAPES, (65, 5), (200, 40)]
     for turn, options in enumerate(
         [
             {"iterations": 1, "weight_decay": 0.0, "maximize": False},
             {"iterations": 5, "weight_decay": 0.3, "maximize": True},
         ]
     ):
-        params = [normal(s, i, ptype, offset=turn) for i, s in enumerate(shapes)]
-        grads = [normal(s, 99 + i, gtype, offset=turn) for i, s in enumerate(shapes)]
+        params = [normal(s, i, ptype, device, offset=turn) for i, s in enumerate(shapes)]
+        grads = [normal(s, 99 + i, gtype, device, offset=turn) for i, s in enumerate(shapes)]
         for g in grads:
             g[2::5] *= 2.0**-6
             g[:, 1::7] *= 2.0**6
@@ -259,7 +274,7 @@ def test_sinkhorn_is_the_rule_on_the_cpu(kind, types):
             reference.sinkhorn(wide(p), wide(g), kind, **rule)
             for p, g in zip(params, grads, strict=True)
         ]
-        native.CPU.sinkhorn_(params, grads, [kind] * len(shapes), shapes, **rule)
+        kernels.sinkhorn_(params, grads, [kind] * len(shapes), shapes, **rule)
         for p, new in zip(params, expected, strict=True):
             rtol, atol = TOLERANCE[ptype]
             np.testing.assert_allclose(wide(p), new, rtol=rtol, atol=max(atol, 3e-6))

@@ -12,6 +12,7 @@ import os
 import random
 
 import emulated_cuda
+import gpu_kernel_runs
 import numpy as np
 import pytest
 import test_kernels as rules
@@ -19,7 +20,7 @@ import torch
 from reference import kernels_numpy as reference
 from test_kernels import BF16, F16, F32, RULE, normal, wide
 
-from optimzoo.kernels import native
+from optimzoo.kernels import native, triton
 
 ROWS, COLUMNS, SIGN, ADAM = range(4)
 KINDS = [ROWS, COLUMNS, SIGN, ADAM]
@@ -51,6 +52,18 @@ def mixes():
 def test_scale(on, kind):
     for types in mixes():
         rules.test_scale_is_the_rule(*on, kind, types)
+    rules.test_signs_are_those_that_nesterov_looks_ahead_to(*on)
+
+
+@pytest.mark.parametrize("layout", gpu_kernel_runs.LAYOUTS)
+@pytest.mark.parametrize("method", gpu_kernel_runs.NESTEROV)
+def test_nesterov(on, method, layout):
+    gpu_kernel_runs.check(*on, method, layout)
+
+
+@pytest.mark.parametrize("method", gpu_kernel_runs.NESTEROV)
+def test_nesterov_in_16_bits(on, method):
+    gpu_kernel_runs.check_16_bits(*on, method)
 
 
 def test_adam(on):
@@ -113,13 +126,14 @@ LONG = [(2, n) for n in (8188, 8192, 8196, 16384, 16392, 20001, 40000, 61440, 10
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("averaged", [False, True])
+@pytest.mark.parametrize("averaged", ["", "momentum", "nesterov"])
 def test_long_rows(on, dtype, averaged):
     kernels, device = on
     params = [normal(s, i, dtype, device) for i, s in enumerate(LONG)]
     grads = [normal(s, 9 + i, dtype, device) for i, s in enumerate(LONG)]
     moments = [normal(s, 5 + i, dtype, device) if averaged else None for i, s in enumerate(LONG)]
     rule = {"lr": 0.125, "momentum": 0.75, "weight_decay": 0.25, "l2": False, "eps": 1e-8}
+    rule["nesterov"] = averaged == "nesterov"
     expected = [
         reference.scale(
             *(None if x is None else wide(x) for x in (p, g, m)),
@@ -344,7 +358,7 @@ def test_a_captured_step_replays(kind):
 
         def once(p=p, g=g, averages=averages, count=count, out=out):
             lists = ([p], [g], *averages, [count], [kind], [(65, 264)])
-            native.CUDA.scale_(*lists, **{**RULE, "lr": lr})
+            native.CUDA.scale_(*lists, **{**RULE, "lr": lr, "nesterov": True})
             if kind != ADAM:  # its scratch memory is allocated in the graph
                 native.CUDA.reduce_([p], [out], [kind], [(65, 264)])
 
@@ -358,6 +372,14 @@ def test_a_captured_step_replays(kind):
         torch.cuda.synchronize()
         states.append((p, m, out))
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+@no_gpu
+@pytest.mark.parametrize("name", ["native", "triton"])
+@pytest.mark.parametrize("method", gpu_kernel_runs.METHODS)
+def test_a_captured_step_of_a_method_replays(method, name):
+    if (method, name) != ("sinkgd", "native"):  # which has no kernel for it
+        gpu_kernel_runs.check_captured(native.CUDA if name == "native" else triton, method)
 
 
 @no_gpu

@@ -28,7 +28,8 @@ def run(*arguments, **environment):
 
 @needs_triton
 @pytest.mark.thorough
-@pytest.mark.parametrize("cases", ["rules", "edges"])
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("cases", ["rules", "edges", "steps"])
 def test_in_the_interpreter(cases):
     file = f"tests/kernels/kernels_triton_{cases}.py"
     done = run("-m", "pytest", "-p", "no:cacheprovider", "-q", file, TRITON_INTERPRET="1")

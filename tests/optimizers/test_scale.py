@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from needs import needs_cpu_kernels
 from reference.scale_numpy import ScaleReference
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -188,6 +189,24 @@ def test_fifty_steps_follow_the_reference(case):
     for name, value in reference.params.items():
         travelled = np.linalg.norm(value - start[name])
         assert travelled > 0.01 * np.linalg.norm(value), f"{name} hardly moved: nothing was tested"
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("normalize", ["column", "row", "sign"])
+def test_a_cpu_that_must_look_ahead_by_kernels_does_so_by_rows(normalize):
+    results = []
+    for fused in (True, None):
+        weight = nn.Parameter(torch.arange(12.0).view(3, 4))
+        weight.grad = torch.arange(12.0).view(3, 4).cos()
+        groups = [{"params": [weight], "role": "head"}]
+        optimizer = SCALE(groups, nesterov=True, normalize=normalize, fused=fused)
+        if fused and normalize != "column":
+            with pytest.raises(RuntimeError, match="rows alone on a CPU"):
+                optimizer.step()
+        else:
+            optimizer.step()
+            results.append(weight.detach())
+    assert torch.equal(results[0], results[-1]) and results[0][0, 0] != 0
 
 
 @pytest.mark.parametrize("nesterov", [False, True])

@@ -164,8 +164,8 @@ def test_a_group_is_one_call_of_the_kernel(monkeypatch):
 
 @needs_cpu_kernels
 @pytest.mark.parametrize("name", ["sinkgd", "rmnp"])
-def test_a_gpus_step_is_simulated_without_the_kernel_that_the_cpu_alone_has(name):
-    """It holds a stack of directions there, which the CPU's kernel does without."""
+def test_a_gpus_step_is_simulated_with_its_kernel(name):
+    """The eager path holds a stack of directions there, which kernels do without."""
     model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(4)))
 
     def peak(device, fused):
@@ -176,4 +176,4 @@ def test_a_gpus_step_is_simulated_without_the_kernel_that_the_cpu_alone_has(name
         forward = {"step": lambda model: model(torch.zeros(2, 256)).sum(), "device": device}
         return simulate(model, make, **forward).peak.bytes
 
-    assert peak("cuda", None) == peak("cuda", False) > peak("cpu", None)
+    assert peak("cuda", None) < peak("cuda", False)

@@ -25,12 +25,26 @@ def decayed(p, u, weight_decay):
     return abs(weight_decay) * np.where(away & (weight_decay < 0), 0.0, p)
 
 
-def scale(p, g, m, *, kind, lr, momentum, weight_decay, l2, eps, stored=lambda x: x, **options):
+def scale(
+    p,
+    g,
+    m,
+    *,
+    kind,
+    lr,
+    momentum,
+    weight_decay,
+    l2,
+    eps,
+    nesterov=False,
+    stored=lambda x: x,
+    **options,
+):
     """p, m after a SCALE step on a matrix; `stored` rounds the momentum as its type does."""
     p, g = np.asarray(p, np.float64), gradient(g, **options)
     if m is not None:
         m = stored(m + (1 - momentum) * (g - m))
-        g = m
+        g = momentum * m + (1 - momentum) * g if nesterov else m
     u = np.sign(g) if kind == SIGN else g / lengths(g, kind, l2=l2, eps=eps)
     return p - lr * (u + decayed(p, u, weight_decay)), m
 

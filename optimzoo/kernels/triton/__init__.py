@@ -1,9 +1,9 @@
 """Update kernels in Triton, for GPUs whose native library was not built.
 
 The functions are those of :mod:`optimzoo.kernels.native`, with the semantics of
-``csrc/include/optimzoo.h``: ``scale_``, ``adam_``, ``reduce_``, ``apply_``, ``center_``. Importing
-this package does not import Triton; the first use of a function does. With ``TRITON_INTERPRET=1``
-in the environment before that, they run on CPU tensors, slowly, for tests.
+``csrc/include/optimzoo.h``: ``scale_``, ``adam_``, ``reduce_``, ``apply_``, ``center_``,
+``sinkhorn_``. Importing this package does not import Triton; the first use of a function does. With
+``TRITON_INTERPRET=1`` in the environment before that, they run on CPU tensors, slowly, for tests.
 """
 
 import functools
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-_HOMES = {f"{name}_": name for name in ("scale", "adam", "reduce", "apply", "center")}
+_HOMES = {f"{name}_": name for name in ("scale", "adam", "reduce", "apply", "center", "sinkhorn")}
 _HOMES["scale_table"] = "scale"
 
 

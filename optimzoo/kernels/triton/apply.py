@@ -12,6 +12,7 @@ from optimzoo.kernels.dispatch import COLUMNS, ROWS
 from optimzoo.kernels.table import Rate
 from optimzoo.kernels.triton import table as T
 from optimzoo.kernels.triton.element import (
+    direction_again,
     gradient_scale,
     read,
     rounding_key,
@@ -45,6 +46,7 @@ _BY_COLUMN = tl.constexpr(COLUMNS)
 def _apply(
     table,
     count,
+    rest,
     sign,
     grad_scale,
     found_inf,
@@ -54,6 +56,7 @@ def _apply(
     step_high,
     first_index,
     STOCHASTIC: tl.constexpr,
+    NESTEROV: tl.constexpr,
     KIND: tl.constexpr,
     P: tl.constexpr,
     G: tl.constexpr,
@@ -66,12 +69,8 @@ def _apply(
 ):
     mine = owner(table, count, SEARCH)
     param = pointer(mine, count, T.PARAM, P, ALIGNED)
-    if M is None:
-        source = pointer(mine, count, T.GRAD, G, ALIGNED)
-        factor = gradient_scale(sign, grad_scale)
-    else:  # the momentum, which has both already
-        source = pointer(mine, count, T.EXP_AVG, M, ALIGNED)
-        factor = 1.0
+    grad = pointer(mine, count, T.GRAD, G, ALIGNED)
+    exp_avg = pointer(mine, count, T.EXP_AVG, M, ALIGNED)
     scales = pointer(mine, count, T.EXTRA, tl.float32, False)
     rows = height(mine, count, found_inf)
     cols = width(mine, count, ALIGNED)
@@ -90,7 +89,8 @@ def _apply(
         by = tl.load(scales + col, mask=col < cols, other=0.0)[None, :]
     else:
         by = tl.load(scales)
-    g = read(source + at, inside) * factor
+    factor = gradient_scale(sign, grad_scale)
+    g = direction_again(grad, exp_avg, at, inside, factor, rest, M, NESTEROV)
     p = read(param + at, inside)
     lr, weight_decay = rates_of(mine, count)
     p = stepped(p, by * g, lr, weight_decay)
@@ -121,10 +121,10 @@ def apply_(
         by_kind.setdefault(kind, []).append(record)
     for kind, records in by_kind.items():
         add_steps(plan, records, kind)
-    plan.run(lr, weight_decay, **gradient, **rounding)
+    plan.run(lr, weight_decay, rest=0.0, NESTEROV=False, **gradient, **rounding)
     written(params)
 
 
 def add_steps(plan: Plan, records: Sequence[Record], kind: int) -> None:
-    """Add steps along momenta, or where there is none gradients, by scales of one kind."""
+    """Add steps along what momenta, or where there is none gradients, give, by scales of a kind."""
     plan.add(_apply, records, block_tile, KIND=kind)

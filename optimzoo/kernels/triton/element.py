@@ -33,8 +33,26 @@ def nearest(x, TYPE: tl.constexpr):
 
 
 @triton.jit
-def direction(grad, exp_avg, at, inside, factor, rest, M: tl.constexpr, FEW: tl.constexpr):
-    """Return the gradient, or the momentum as stored, after it has averaged the gradient in.
+def looked_ahead(m, g, rest, NESTEROV: tl.constexpr):
+    """Return what is followed of a momentum as stored: it, or what Nesterov's looks ahead to."""
+    if NESTEROV:
+        m = m + rest * (g - m)
+    return m
+
+
+@triton.jit
+def direction(
+    grad,
+    exp_avg,
+    at,
+    inside,
+    factor,
+    rest,
+    M: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    FEW: tl.constexpr,
+):
+    """Return the gradient, or what is followed of the momentum that it has been averaged into.
 
     FEW: there may be fewer elements than threads.
     """
@@ -45,8 +63,23 @@ def direction(grad, exp_avg, at, inside, factor, rest, M: tl.constexpr, FEW: tl.
             tl.debug_barrier()
         stored = nearest(m + rest * (g - m), M)
         tl.store(exp_avg + at, stored, mask=inside)
-        g = stored.to(tl.float32)
+        g = looked_ahead(stored.to(tl.float32), g, rest, NESTEROV)
     return g
+
+
+@triton.jit
+def direction_again(
+    grad, exp_avg, at, inside, factor, rest, M: tl.constexpr, NESTEROV: tl.constexpr
+):
+    """Return what :func:`direction` has returned, from what it has stored."""
+    if M is None:
+        x = read(grad + at, inside) * factor
+    elif NESTEROV:
+        g = read(grad + at, inside) * factor
+        x = looked_ahead(read(exp_avg + at, inside), g, rest, NESTEROV)
+    else:
+        x = read(exp_avg + at, inside)
+    return x
 
 
 @triton.jit

@@ -4,6 +4,7 @@ import functools
 import itertools
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -143,6 +144,13 @@ class Plan:
             orders = [record.order for record in bucket]
             self._launches.append(_Launch(kernel, len(self._words), orders, sum(units), own))
             self._words.extend(_columns(bucket, units))
+
+    @contextmanager
+    def repeated(self, times: int) -> Iterator[None]:
+        """Run the launches that are added inside ``times`` times."""
+        start = len(self._launches)
+        yield
+        self._launches[start:] *= times
 
     def renew(self, grads: Sequence[Tensor], steps: Sequence[Tensor | None]) -> bool:
         """Take other gradients and counts; return False if they need another plan."""

@@ -75,6 +75,7 @@ def _column_parts(
     sign,
     grad_scale,
     found_inf,
+    NESTEROV: tl.constexpr,
     P: tl.constexpr,
     G: tl.constexpr,
     M: tl.constexpr,
@@ -85,7 +86,7 @@ def _column_parts(
     C: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Sum squares of CHUNK rows by column; the momentum, if any, averages the gradient in first."""
+    """Sum squares of CHUNK rows by column; of momentum, once it has averaged the gradient in."""
     mine = owner(table, count, SEARCH)
     grad = pointer(mine, count, T.GRAD, G, ALIGNED)
     exp_avg = pointer(mine, count, T.EXP_AVG, M, ALIGNED)
@@ -102,9 +103,22 @@ def _column_parts(
     for start in range(begin, tl.minimum(begin + CHUNK, rows), R):
         row = start + tl.arange(0, R)
         at, inside = tile(row, col, rows, cols)
-        g = direction(grad, exp_avg, at, inside, factor, rest, M, C < 8)
+        g = direction(grad, exp_avg, at, inside, factor, rest, M, NESTEROV, C < 8)
         squares += g * g
     tl.store(out + chunk * cols + col, tl.sum(squares, 0), mask=col < cols)
+
+
+@triton.jit
+def column_totals(mine, count, col, found_inf, R: tl.constexpr, C: tl.constexpr):
+    """Return sums by column of the parts, which are the matrix, and which columns there are."""
+    parts = pointer(mine, count, T.EXP_AVG_SQ, tl.float32, False)
+    rows = height(mine, count, found_inf)
+    cols = width(mine, count, False)
+    sums = tl.zeros([R, C], tl.float32)
+    for start in range(0, rows, R):
+        at, inside = tile(start + tl.arange(0, R), col, rows, cols)
+        sums += read(parts + at, inside)
+    return tl.sum(sums, 0), col < tl.where(rows > 0, cols, 0)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -126,19 +140,12 @@ def _column_ends(
 ):
     """Sum the parts, which are the matrix; INVERT: write the inverse of SCALE's divisor."""
     mine = owner(table, count, SEARCH)
-    parts = pointer(mine, count, T.EXP_AVG_SQ, tl.float32, False)
     out = pointer(mine, count, T.EXTRA, tl.float32, False)
-    rows = height(mine, count, found_inf)
-    cols = width(mine, count, False)
     col = unit(mine, count) * C + tl.arange(0, C)
-    sums = tl.zeros([R, C], tl.float32)
-    for start in range(0, rows, R):
-        at, inside = tile(start + tl.arange(0, R), col, rows, cols)
-        sums += read(parts + at, inside)
-    total = tl.sum(sums, 0)
+    total, inside = column_totals(mine, count, col, found_inf, R, C)
     if INVERT:
         total = inverse_length(total, number(mine, count, T.LENGTH).to(tl.float32), eps, L2)
-    tl.store(out + col, total, mask=col < tl.where(rows > 0, cols, 0))
+    tl.store(out + col, total, mask=inside)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -236,7 +243,7 @@ def reduce_(
     plan.add(_clipped_parts, whole, _span_tile)
     ended = [r._replace(rows=n, cols=1) for r, n in zip(whole, parts, strict=True)]
     plan.add(_clipped_ends, ended, _last_tile)
-    plan.run(rest=0.0, eps=0.0, L2=True, **gradient)
+    plan.run(rest=0.0, NESTEROV=False, eps=0.0, L2=True, **gradient)
 
 
 def add_column_sums(plan: Plan, records: Sequence[Record], *, INVERT: bool) -> None:
@@ -249,7 +256,7 @@ def add_column_sums(plan: Plan, records: Sequence[Record], *, INVERT: bool) -> N
     ended = [
         r._replace(exp_avg=None, rows=n, length=r.rows) for r, n in zip(begun, chunks, strict=True)
     ]
-    plan.add(_column_ends, ended, _end_tile, INVERT=INVERT)
+    plan.add(_column_ends, ended, end_tile, INVERT=INVERT)
 
 
 def _part_tile(record: Record) -> Tile:
@@ -259,7 +266,8 @@ def _part_tile(record: Record) -> Tile:
     return Tile(constants, 4, ceil_div(record.rows, _CHUNK) * ceil_div(record.cols, width))
 
 
-def _end_tile(record: Record) -> Tile:
+def end_tile(record: Record) -> Tile:
+    """Tile the columns of partial sums."""
     return Tile((("R", 64), ("C", 32)), 4, ceil_div(record.cols, 32))
 
 

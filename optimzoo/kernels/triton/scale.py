@@ -23,6 +23,7 @@ from optimzoo.kernels.triton.adam import add_vectors, numbers
 from optimzoo.kernels.triton.apply import add_steps
 from optimzoo.kernels.triton.element import (
     direction,
+    direction_again,
     gradient_scale,
     inverse_length,
     read,
@@ -69,6 +70,7 @@ def _rows(
     step_high,
     first_index,
     STOCHASTIC: tl.constexpr,
+    NESTEROV: tl.constexpr,
     L2: tl.constexpr,
     P: tl.constexpr,
     G: tl.constexpr,
@@ -96,16 +98,13 @@ def _rows(
         squares = tl.zeros([R, C], tl.float32)
         for start in range(0, cols, C):
             at, inside = tile(row, start + tl.arange(0, C), rows, cols)
-            g = direction(grad, exp_avg, at, inside, factor, rest, M, False)
+            g = direction(grad, exp_avg, at, inside, factor, rest, M, NESTEROV, False)
             squares += g * g
         by = inverse_length(tl.sum(squares, 1), cols.to(tl.float32), eps, L2)[:, None]
         tl.debug_barrier()  # the momentum may be read by other threads than wrote it
         for start in range(0, cols, C):
             at, inside = tile(row, start + tl.arange(0, C), rows, cols)
-            if M is None:
-                g = read(grad + at, inside) * factor
-            else:
-                g = read(exp_avg + at, inside)
+            g = direction_again(grad, exp_avg, at, inside, factor, rest, M, NESTEROV)
             p = read(param + at, inside)
             p = stepped(p, g * by, lr, weight_decay)
             write_param(param + at, p, inside, at, key, P, STOCHASTIC, HUGE)
@@ -114,8 +113,8 @@ def _rows(
         param += base
         grad += base
         exp_avg += base
-        g = direction(grad, exp_avg, at, inside, factor, rest, M, False)
-        h = direction(grad, exp_avg, edges, at_edge, factor, rest, M, True)
+        g = direction(grad, exp_avg, at, inside, factor, rest, M, NESTEROV, False)
+        h = direction(grad, exp_avg, edges, at_edge, factor, rest, M, NESTEROV, True)
         p = read(param + at, inside)
         q = read(param + edges, at_edge)
         squares = tl.sum(g * g, 1) + tl.sum(h * h, 1)
@@ -127,7 +126,7 @@ def _rows(
     else:
         at, inside = tile(row, tl.arange(0, C), rows, cols)
         p = read(param + at, inside)
-        g = direction(grad, exp_avg, at, inside, factor, rest, M, False)
+        g = direction(grad, exp_avg, at, inside, factor, rest, M, NESTEROV, False)
         by = inverse_length(tl.sum(g * g, 1), cols.to(tl.float32), eps, L2)[:, None]
         p = stepped(p, g * by, lr, weight_decay)
         write_param(param + at, p, inside, at, key, P, STOCHASTIC, HUGE)
@@ -147,6 +146,7 @@ def _signs(
     step_high,
     first_index,
     STOCHASTIC: tl.constexpr,
+    NESTEROV: tl.constexpr,
     P: tl.constexpr,
     G: tl.constexpr,
     M: tl.constexpr,
@@ -164,7 +164,9 @@ def _signs(
         number(mine, count, T.INDEX), first_index, step_low, step_high, seed_low, seed_high
     )
     lr, weight_decay = rates_of(mine, count)
-    g = direction(grad, exp_avg, at, inside, gradient_scale(sign, grad_scale), rest, M, False)
+    g = direction(
+        grad, exp_avg, at, inside, gradient_scale(sign, grad_scale), rest, M, NESTEROV, False
+    )
     g = tl.where(g > 0, 1.0, tl.where(g < 0, -1.0, g))  # zero and NaN stay
     p = read(param + at, inside)
     p = stepped(p, g, lr, weight_decay)
@@ -200,6 +202,7 @@ def scale_(
     betas: tuple[float, float],
     adam_eps: float,
     maximize: bool,
+    nesterov: bool = False,
     table: Table | None = None,
     **shared: Any,
 ) -> None:
@@ -212,7 +215,7 @@ def scale_(
         if table is not None and not plan.captured:
             table.plan = plan
     gradient, rounding = scalars(maximize=maximize, **shared)
-    rule = {"rest": 1.0 - momentum, "eps": float(eps), "L2": l2}
+    rule = {"rest": 1.0 - momentum, "NESTEROV": nesterov, "eps": float(eps), "L2": l2}
     rule |= numbers(betas=betas, eps=adam_eps)
     plan.run(lr, weight_decay, **rule, **gradient, **rounding)
     written(params, exp_avgs, exp_avg_sqs)
