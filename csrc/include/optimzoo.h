@@ -15,7 +15,7 @@
 
 #include <stdint.h>
 
-#define OZ_ABI 8
+#define OZ_ABI 9
 
 #ifdef __cplusplus
 extern "C" {

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from optimzoo.kernels.table import TYPES, Rate, Shapes, States, Table, Tensors
 
-_ABI = 8
+_ABI = 9
 _ROWS, _COLUMNS, _SIGN, _ADAM = range(4)
 
 
