@@ -217,8 +217,8 @@ def summary(check: Check, rows: list[Row]) -> str:
 
 def adamw_text(check: Check) -> str:
     """Return AdamW's tuned rates in words."""
-    rates = "/".join(f"{rate:g}" for rate in check.adamw_lr.values())
-    return f"AdamW's tuned rates are {rates}"
+    rates = "/".join(f"{check.adamw_lr[role]:g}" for role in check.roles)
+    return f"AdamW's tuned rates ({'/'.join(check.roles)}) are {rates}"
 
 
 def _pretrain(check: Check, args: argparse.Namespace) -> None:

@@ -162,6 +162,8 @@ def test_the_command_runs_stores_and_goes_on(small, text, tmp_path, capsys, monk
     assert json.loads(path.read_text()) == stored
     [(check, again)] = starting_values.stored()
     assert check.adamw_lr == stored["adamw_lr"] and again == rows
+    first = "/".join(f"{stored['adamw_lr'][role]:g}" for role in ("hidden", "embedding", "head"))
+    assert f"rates (hidden/embedding/head) are {first}" in " ".join(printed.split())
 
 
 def test_fine_tuning_begins_with_the_weights_and_the_tokens_of_the_first_text(
