@@ -83,14 +83,15 @@ def start(args: argparse.Namespace) -> int:
 
 def _adamw_lr(words: list[str] | None) -> float | dict[str, float] | None:
     """Return AdamW's rate, or rates by role, as given on the command line."""
+    if words is None:
+        return None
     try:
-        if words is None or (len(words) == 1 and "=" not in words[0]):
-            return None if words is None else float(words[0])
-        pairs = [word.split("=") for word in words]
-        return {role: float(rate) for role, rate in pairs}
+        if len(words) == 1 and "=" not in words[0]:
+            return float(words[0])
+        return {role: float(rate) for role, rate in (word.split("=") for word in words)}
     except ValueError:
         raise ValueError(
-            f"--adamw-lr {' '.join(words or [])}: give one rate, or hidden=RATE and other roles'"
+            f"--adamw-lr {' '.join(words)}: give one rate, or hidden=RATE and other roles'"
         ) from None
 
 

@@ -105,8 +105,8 @@ def starting_values(
     If ``adamw_lr`` names a role, ρ of this role is the ratio to AdamW's rate of the same role.
 
     Learned positions and token types get the head's rate, unless they are all of the embedding and
-    ``adamw_lr`` names it: each of their rows has a gradient in each
-    step, as the head's has, while a step sees few of the tokens that the embedding's rate is for.
+    ``adamw_lr`` names it: each of their rows has a gradient in each step, as the head's has, while
+    a step sees few of the tokens that the embedding's rate is for.
 
     They are starting values: of small models and short runs. Try half and twice of each rate.
 

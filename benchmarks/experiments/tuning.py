@@ -8,8 +8,6 @@ from typing import Any
 Values = dict[str, Any]
 Tried = Sequence[tuple[Values, float]]  # tuned values, and the loss they led to
 FACTOR = 2.0  # between neighbouring learning rates
-
-
 WITHIN = 0.02  # of the lowest perplexity: points that a search of one seed can hardly order
 
 

@@ -1,7 +1,10 @@
 """The check of starting values as text: on its page, and on each method's."""
 
+from functools import cache
+
 from benchmarks.common.provenance import made_on
 from benchmarks.common.tables import Table
+from benchmarks.experiments.plan import Row
 from benchmarks.experiments.starting_values import Check, adamw_text, stored, summary, table
 
 
@@ -11,10 +14,9 @@ def text(task: str) -> str:
     Raises:
         ValueError: there are no rows of the task.
     """
-    checks = {check.name: (check, rows) for check, rows in stored()}
-    if task not in checks:
+    if task not in _stored():
         raise ValueError(f"{Check(task).path} is missing; run starting-values {task} --store first")
-    check, rows = checks[task]
+    check, rows = _stored()[task]
     sizes = check.task.sizes
     caption = (
         f"{summary(check, rows)}. {check.task.text[0].upper()}{check.task.text[1:]}: "
@@ -28,9 +30,15 @@ def of_method(name: str) -> Table | None:
     """Return a method's rows of every task, or None if there are none."""
     headers: tuple[str, ...] = ()
     lines = []
-    for check, rows in stored():
+    for check, rows in _stored().values():
         methods = [m for m, r in check.plan.methods.items() if r.get("optimizer", m) == name]
         mine = table(check, [row for row in rows if row["method"] in methods])
         headers = ("task", *mine.headers)
         lines += [[check.name, *row] for row in mine.rows]
     return Table(headers, lines, left=2) if lines else None
+
+
+@cache
+def _stored() -> dict[str, tuple[Check, list[Row]]]:
+    """Return the committed rows by task, read once: each method's page asks for them."""
+    return {check.name: (check, rows) for check, rows in stored()}

@@ -213,10 +213,10 @@ class Run:
     def results(self, test: bool) -> dict[str, Any]:
         """Return the trained model's losses for the run's row; None for one that is not finite."""
         valid = self.evaluate("valid")
-        if self.corpus.test is self.corpus.valid:
-            tested = valid
-        else:
-            tested = self.evaluate("test") if test and math.isfinite(valid) else math.nan
+        tested = math.nan
+        if test and math.isfinite(valid):
+            same = self.corpus.test is self.corpus.valid
+            tested = valid if same else self.evaluate("test")
         losses = {"valid_loss": valid, "test_loss": tested}
         return {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}
 
