@@ -24,7 +24,7 @@ def stabilize(
 ) -> AnyOptimizer:
     """Attach a :class:`GradientStabilizer` to an optimizer and return that optimizer.
 
-    Example:
+    Examples:
         >>> optimizer = optimzoo.stabilize(torch.optim.AdamW(model.parameters(), lr=1e-3))
     """
     GradientStabilizer(optimizer, gamma1=gamma1, gamma2=gamma2, eps=eps)

@@ -103,7 +103,7 @@ def lr_range_test(
         ValueError: a role that no group has, a range or a number of steps that is none, a rate of
             0, a closure that returns no number.
 
-    Example:
+    Examples:
         >>> def closure():
         ...     optimizer.zero_grad()
         ...     loss = model(next(batches))

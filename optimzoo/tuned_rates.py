@@ -124,7 +124,7 @@ def starting_values(
         ValueError: an unknown name or role, a method or a variant without tuned rows, a value that
             is not positive.
 
-    Example:
+    Examples:
         >>> start = optimzoo.starting_values("muon", model, adamw_lr=3e-4, steps=10_000)
         >>> optimizer = optimzoo.create_optimizer("muon", model, **start.options)
     """

@@ -67,7 +67,7 @@ def trainer_optimizer(
     Raises:
         ValueError: an unknown name or hyperparameter, or `optim_args` that cannot be read.
 
-    Example:
+    Examples:
         >>> pair = trainer_optimizer("scale", args=args, vector_lr=1e-2)
         >>> trainer = Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=pair)
     """

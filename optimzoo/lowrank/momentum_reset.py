@@ -30,7 +30,7 @@ class MomentumReset(Clock):
     Call ``step()`` after ``optimizer.step()``; or once and for all
     ``optimizer.register_step_post_hook(lambda *_: reset.step())``, which a captured CUDA graph
     does not replay. State tensors are zeroed where they are, none is replaced: schedulers, hooks,
-    compiled and captured steps go on. ::
+    compiled and captured steps go on. In a loop::
 
         reset = MomentumReset(optimizer, every=200)
         for batch in batches:

@@ -100,7 +100,7 @@ class Restarts(_Restarting):
     2. ``reset``: both moments and the step count of every parameter start from zero;
     3. with :meth:`scheduler`, the learning rate climbs back in ``recovery_steps`` steps.
 
-    ::
+    After each of the optimizer's steps the restarts' comes first, then the scheduler's::
 
         restarts = Restarts(model, optimizer, every=200)
         scheduler = restarts.scheduler(warmup_cosine)

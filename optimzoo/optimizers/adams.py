@@ -108,7 +108,7 @@ class AdamS(RoleOptimizer):
             `rounding="stochastic"`).
         RuntimeError: at `step`, a sparse gradient, or a state that has moments but no mask.
 
-    Example:
+    Examples:
         >>> optimzoo.sparsity.prepare(model)
         >>> optimizer = optimzoo.AdamS(
         ...     optimzoo.sparsity.sparse_groups(model), lr=2e-5, l1=4e-7, total_steps=7500)

@@ -113,7 +113,7 @@ class SCALE(RoleOptimizer):
     Non-finite gradients propagate into the weights they touch, as in torch: skip the step
     (`torch.amp.GradScaler` does). A skipped step leaves the state as it was.
 
-    Example:
+    Examples:
         >>> optimizer = optimzoo.SCALE(optimzoo.param_groups(model), lr=1e-3, vector_lr=1e-2)
 
     Source: "Memory-Efficient LLM Pretraining via Minimalist Optimizer Design" (ICML 2026; arXiv
