@@ -77,7 +77,8 @@ def start(args: argparse.Namespace) -> int:
         steps=args.steps,
         **{key: value for hyper in taken for key, value in hyper[name].items()},
     )
-    print(f"import optimzoo\nimport torch\n\n{values}")
+    torch_too = "import torch\n" if "torch." in str(values) else ""
+    print(f"import optimzoo\n{torch_too}\n{values}")
     return 0
 
 

@@ -53,6 +53,11 @@ class RoleOptimizer(Optimizer):
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], **options: Unpack[RoleOptions]
     ) -> None:
+        if isinstance(params, torch.nn.Module):
+            raise TypeError(
+                f"{type(self).__name__} was given a module, {type(params).__name__}; "
+                "give it optimzoo.param_groups(model)"
+            )
         given = check_role_options(type(self).__name__, options, self._matrix_roles)
         for name, default in (("fused", None), ("weight_decay_style", "decoupled")):
             defaults.setdefault(name, given.pop(name, default))

@@ -14,7 +14,7 @@ from registered import others
 from torch.testing import assert_close
 from zoo_models import METHODS, make, normal, one_weight, reloaded, train, values
 
-from optimzoo import create_optimizer
+from optimzoo import create_optimizer, get_info
 from optimzoo.models.llama import Llama, LlamaConfig
 from optimzoo.subspace.projector import gaussian
 
@@ -315,3 +315,9 @@ def test_a_stack_trains_as_its_matrices(name):
             weight.grad = grad.clone()
             own.step()
     assert_close(stack.detach(), torch.stack([w.detach() for w, _ in apart]), rtol=1e-9, atol=1e-9)
+
+
+@every_method
+def test_a_module_in_place_of_its_parameters_is_refused_with_the_way_out(name):
+    with pytest.raises(TypeError, match=r"given a module, Llama; give it optimzoo\.param_groups"):
+        get_info(name).make(llama(), lr=1e-3, **get_info(name).required)

@@ -266,6 +266,7 @@ def test_the_command_prints_code_to_paste(capsys):
     exec(out, scope)
     assert type(scope["optimizer"]).__name__ == "Muon"
     assert "warm-up over 100 steps" in out
+    assert "import torch" not in out  # nothing is clipped
     assert cli.main(["start", "pico", "--hyper", "normalize=spectral"]) == 0
     assert 'normalize="spectral"' in capsys.readouterr().out
     by_role = ["--adamw-lr", "hidden=2e-3", "embedding=0.05", "--optimizer", "adamw"]
