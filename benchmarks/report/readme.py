@@ -77,7 +77,7 @@ def _headline(name: str) -> str:
     ours, theirs = (records[method]["bytes_60m"] / 1e6 for method in ("scale", "adamw"))
     text = (
         f"SCALE holds {ours / theirs:.0%} of AdamW's bytes ({ours:.0f} MB against {theirs:.0f} MB "
-        "of parameters and state at 60M in bfloat16). Both tuned on the small model below, its "
+        "of parameters and state at 60M in bfloat16). Both tuned on a nano Llama, its "
         "test perplexity is "
     )
     orders = [f"{_order(records['scale'])} with batches of {Plan(name).batch_tokens:,} tokens"]
@@ -103,13 +103,10 @@ def _methods(name: str) -> str:
         info = optimzoo.get_info(method)
         if not info.make.__module__.startswith("optimzoo."):
             continue
-        number = info.source.removeprefix("arXiv ")
-        source = f"[{number}](https://arxiv.org/abs/{number})" if number in info.source else ""
         rates = "-"
         if method in plan.methods and not plan.edges(method, "tuned", tuning):
             rates = " / ".join(f"{r:g}" for r in role_rates(plan.best(method, "tuned")))
-        source = source if info.source.startswith("arXiv") else info.source
-        rows.append([f"`{method}`", info.description, source, info.state, rates])
+        rows.append([f"`{method}`", info.description, _link(info.source), info.state, rates])
     table = Table(
         ("name", "method", "source", "state", f"lr: hidden / embedding / head, on {name}"),
         rows,
@@ -123,6 +120,14 @@ def _methods(name: str) -> str:
         "-: not tuned by it yet."
     )
     return f"{table.markdown()}\n\n{note}"
+
+
+def _link(source: str) -> str:
+    """Return a method's source as a link: the paper's number, or the name of a site."""
+    number = source.removeprefix("arXiv ")
+    if number == source:
+        return f"[{source.split('/')[0]}](https://{source})"
+    return f"[{number}](https://arxiv.org/abs/{number})"
 
 
 def _size(name: str) -> str:

@@ -19,7 +19,8 @@ def text(task: str) -> str:
     check, rows = _stored()[task]
     sizes = check.task.sizes
     caption = (
-        f"{summary(check, rows)}. {check.task.text[0].upper()}{check.task.text[1:]}: "
+        f"{summary(check, rows)}; the others say far. "
+        f"{check.task.text[0].upper()}{check.task.text[1:]}: "
         f"{sizes['steps']} steps of {sizes['batch_size']} x {sizes['seq_len']}; "
         f"{adamw_text(check)}; test perplexity; {made_on(rows[0]['provenance'])}."
     )

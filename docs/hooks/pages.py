@@ -6,6 +6,7 @@ In a page's Markdown:
 - ``<!-- file: NAME -->``: that file, less its title;
 - ``<!-- table: PLAN -->`` and ``<!-- end -->``: the comparison, as in the README;
 - ``<!-- results -->``, ``<!-- notebooks -->``, ``<!-- methods -->``: what there is, listed;
+- ``<!-- start -->``: what the command of the page of starting values prints;
 - ``{{ FIGURE METHOD }}``: one figure, see `FIGURES`.
 
 The pages of the methods are made from the registry and the docstrings.
@@ -42,6 +43,22 @@ SMALLER = {
     for method, bits in (("muon", None), ("muon", 8), ("sinkgd", None))
     for other in ("adam", "scale", "adafactor")
 }
+NOT_FOUND = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>No such page - optimzoo</title>
+<body style="font: 1.1em/1.6 sans-serif; max-width: 40em; margin: 4em auto; padding: 0 1em">
+<h1>No such page</h1>
+<p>This address has no page. <a href="index.html">The first page of optimzoo</a> leads to all.</p>
+<script>
+// Wherever the site lies: the one folder of pages in it is methods/.
+const at = location.pathname.replace(/(methods\\/)?[^/]*$/, "");
+document.querySelector("a").href = at + "index.html";
+</script>
+</html>
+"""
 PAGES = {"CONTRIBUTING.md": "adding.md", "CHANGELOG.md": "changes.md"}
 
 
@@ -50,7 +67,7 @@ def expand(text: str) -> str:
     text = re.sub(r"<!-- readme: (.+?) -->", lambda m: readme(m[1]), text)
     text = re.sub(r"<!-- file: (.+?) -->", lambda m: body(ROOT / m[1]), text)
     text = text.replace("<!-- results -->", results()).replace("<!-- notebooks -->", notebooks())
-    text = text.replace("<!-- methods -->", methods())
+    text = text.replace("<!-- methods -->", methods()).replace("<!-- start -->", started())
     return re.sub(r"\{\{ (\w+) (\w+) \}\}", lambda m: figure(m[1], m[2]), filled(text))
 
 
@@ -180,8 +197,23 @@ def methods() -> str:
     lines = ["| method | | source | state |", "|---|---|---|---|"]
     for name in method_names():
         i = optimzoo.get_info(name)
-        lines.append(f"| [`{name}`]({name}.md) | {i.description} | {i.source} | {i.state} |")
+        lines.append(f"| [`{name}`]({name}.md) | {i.description} | {source(i)} | {i.state} |")
     return "\n".join(lines)
+
+
+def source(info: optimzoo.OptimInfo) -> str:
+    """Return where a method is from, as a link."""
+    number = info.source.removeprefix("arXiv ")
+    address = f"arxiv.org/abs/{number}" if number != info.source else number
+    return f"[{info.source}](https://{address})"
+
+
+def started() -> str:
+    """Return the code for Muon at a width of 4,096, Llama-3.1-8B's, where AdamW has 3e-4."""
+    with torch.device("meta"):
+        model = Llama(get_config("7b"))
+    run = {"adamw_lr": 3e-4, "batch_tokens": 131_072, "steps": 10_000}
+    return f"```python\n{optimzoo.starting_values('muon', model, **run)}\n```"
 
 
 def method_names() -> list[str]:
@@ -193,7 +225,7 @@ def method_names() -> list[str]:
 def method_page(name: str) -> str:
     """Return a method's page: where to start, its docstring, its state, its results."""
     info = optimzoo.get_info(name)
-    head = f"# {name}\n\n{info.description[0].upper()}{info.description[1:]} ({info.source})."
+    head = f"# {name}\n\n{info.description[0].upper()}{info.description[1:]} ({source(info)})."
     doc = f"::: {info.make.__module__}.{info.make.__name__}"
     return f"{head}\n\n{start(name)}\n\n{doc}\n\n{state_table(name)}\n\n{result_table(name)}\n"
 
@@ -216,7 +248,7 @@ def start(name: str) -> str:
     if checked := start_checks.of_method(name):
         parts += [
             "On [tasks that they were not fitted to](../starting_values.md#checked-elsewhere), "
-            "beside the best of a grid around them:",
+            "beside the best of a grid around them (far: not within 2 % of it):",
             checked.markdown(),
         ]
     return "\n\n".join(parts)
@@ -282,6 +314,11 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Expand one page; the methods' pages are whole already."""
     return markdown if page.file.generated_by else expand(markdown)
+
+
+def on_post_template(output_content: str, *, template_name: str, config: Any) -> str:
+    """Replace the theme's page for a wrong address, whose links fit the root of a server alone."""
+    return NOT_FOUND if template_name == "404.html" else output_content
 
 
 def on_post_build(config: Any) -> None:

@@ -12,6 +12,7 @@ import optimzoo
 from benchmarks.experiments.plan import Plan
 from benchmarks.experiments.summary import cells, read_rows, summarise
 from docs.hooks import pages
+from optimzoo.cli import main
 from optimzoo.lowrank import convert
 
 DOCS = pages.ROOT / "docs"
@@ -88,6 +89,42 @@ def test_docstrings_become_markdown():
     assert markdown("text.\n\n::\n\n    step()\n") == "text.\n\n    step()\n"
     assert markdown("code::\n\n    optimizer.step()\n") == "code:\n\n    optimizer.step()\n"
     assert markdown("see :func:`optimzoo.x` and :class:`~a.B`") == "see `optimzoo.x` and `a.B`"
+
+
+def test_a_name_of_the_reference_is_no_module_of_the_same_name():
+    names = [name for text in TEXTS.values() for name in re.findall(r"^::: (\S+)", text, re.M)]
+    assert len(names) > 20
+    folder = pages.ROOT
+    for name in names:
+        path = folder / name.replace(".", "/")
+        assert not path.with_suffix(".py").exists() and not path.is_dir(), name
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_line_of_code_is_whole_on_a_laptop(name):
+    for block in re.findall(r"```\w*\n(.*?)```", TEXTS[name], re.S):
+        assert max(map(len, block.splitlines())) <= 90, block
+
+
+def test_a_source_is_a_link():
+    muon, scale = (pages.source(optimzoo.get_info(name)) for name in ("muon", "scale"))
+    assert muon == "[kellerjordan.github.io/posts/muon](https://kellerjordan.github.io/posts/muon)"
+    assert scale == "[arXiv 2506.16659](https://arxiv.org/abs/2506.16659)"
+
+
+def test_the_page_of_starting_values_shows_what_its_command_prints(capsys):
+    pytest.importorskip("transformers", reason="pip install '.[test]'")
+    [command] = re.findall(r"^optimzoo (start .*?)\n```", TEXTS["starting_values.md"], re.S | re.M)
+    assert main(command.replace("\\\n", " ").split()) == 0
+    shown = re.search(r"```python\n(.*)\n```", pages.started(), re.S)[1]
+    assert capsys.readouterr().out.endswith(f"\n\n{shown}\n")
+    assert shown in pages.expand(TEXTS["starting_values.md"])
+
+
+def test_the_page_for_a_wrong_address_needs_no_root():
+    assert not re.search(r"(href|src)=.?/", pages.NOT_FOUND)
+    assert pages.on_post_template("x", template_name="404.html", config=None) == pages.NOT_FOUND
+    assert pages.on_post_template("x", template_name="sitemap.xml", config=None) == "x"
 
 
 def blocks(name):
