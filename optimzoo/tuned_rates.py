@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -57,14 +56,13 @@ class StartingValues:
 
     def __str__(self) -> str:
         """Format the call and the loop's values, as Python."""
-        options = "".join(f", {key}={_text(value)}" for key, value in self.options.items())
+        options = [f"{key}={_text(value)}" for key, value in self.options.items()]
         model = "model"
         if self.overrides:
             rates = ", ".join(f'r"{k}": {{"lr": {v["lr"]:g}}}' for k, v in self.overrides.items())
             model = f"optimzoo.param_groups(model, {{{rates}}})"
-        call = textwrap.fill(f'"{self.name}", {model}{options}', 76, break_long_words=False)
-        call = textwrap.indent(call, "    ")
-        lines = ["optimizer = optimzoo.create_optimizer(", call, ")"]
+        arguments = [f"    {argument}," for argument in (f'"{self.name}"', model, *options)]
+        lines = ["optimizer = optimzoo.create_optimizer(", *arguments, ")"]
         if self.clip is not None:
             lines.append("# before each step:")
             lines.append(f"torch.nn.utils.clip_grad_norm_(model.parameters(), {self.clip:g})")
@@ -217,24 +215,25 @@ def _groups(model: nn.Module | Groups) -> Groups:
 
 
 @cache
-def _settings() -> dict[str, Any]:
+def tuned_settings() -> dict[str, Any]:
+    """Return by comparison its batch, width and methods, from the file that is shipped."""
     text = resources.files("optimzoo").joinpath("tuned_rates.json").read_text(encoding="utf-8")
     settings: dict[str, Any] = json.loads(text)
     return settings
 
 
 def _width(setting: str) -> float:
-    return float(_settings()[setting]["width"])
+    return float(tuned_settings()[setting]["width"])
 
 
 def _tokens(setting: str) -> int:
-    return int(_settings()[setting]["batch_tokens"])
+    return int(tuned_settings()[setting]["batch_tokens"])
 
 
 def _tuned(name: str, variant: Mapping[str, Any]) -> dict[str, Any]:
     """Return by setting the record of the method with the variant's options."""
     found, known = {}, []
-    for setting, values in _settings().items():
+    for setting, values in tuned_settings().items():
         for record in values["methods"]:
             known.append(_call(record["optimizer"], record["variant"]))
             if record["optimizer"] == name and record["variant"] == variant:

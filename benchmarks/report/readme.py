@@ -1,256 +1,29 @@
 """`python -m benchmarks report`: tables, pictures and an HTML page of the committed rows."""
 
 import argparse
-import json
-import math
 import re
-import textwrap
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import optimzoo
-from benchmarks.common.files import RESULTS, ROOT, write_atomic
-from benchmarks.common.tables import Table
+from benchmarks.common.files import ROOT, write_atomic
 from benchmarks.experiments import pictures
 from benchmarks.experiments.own import read_comparison, write_csv
-from benchmarks.experiments.plan import Plan, role_rates
-from benchmarks.experiments.significance import LEVEL
-from benchmarks.experiments.summary import (
-    LEGEND,
-    REFERENCE,
-    caption,
-    comparison,
-    read_rows,
-    summarise,
-    write_report,
-)
-from benchmarks.papers import perplexity_tables
-from benchmarks.report import findings, results_page, start_checks, tuned_rates
-from benchmarks.training.flops import speed_text
-from optimzoo.models.llama import get_config
+from benchmarks.experiments.plan import Plan
+from benchmarks.experiments.summary import read_rows, write_report
+from benchmarks.report import results_page, tuned_rates
+from benchmarks.report.marks import filled, tuned_records
 from optimzoo.options import refuse
+from optimzoo.tuned_rates import tuned_settings
 
-README = ROOT / "README.md"
-_PLACE = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def filled(text: str) -> str:
-    """Replace every table between marks in ``text`` by one from the committed rows."""
-
-    def fill(match: re.Match[str]) -> str:
-        return f"{match[1]}{_MADE[match[2]](match[3])}\n{match[4]}"
-
-    return _PLACE.sub(fill, text)
-
-
-def _comparison(name: str) -> str:
-    plan = Plan(name)
-    if not plan.results_path.exists():
-        raise ValueError(f"{plan.results_path} is missing; run compare --store first")
-    rows = read_rows(plan.results_path)
-    return f"{comparison(plan, rows).markdown()}\n\n{caption(rows)}. {LEGEND}"
-
-
-def _beside(name: str, *, notes: bool = True) -> str:
-    """Return a paper's table beside ours, by TABLE@SIZE, with its notes or else its caption."""
-    table, size = perplexity_tables.TABLES[name.split("@")[0]], name.split("@")[1]
-    rows = perplexity_tables.stored_rows(table, size)
-    compared = perplexity_tables.records(table, size, rows)
-    if notes:
-        return perplexity_tables.markdown(table, compared)
-    every = [row for mine in rows.values() for row in mine]
-    return f"{perplexity_tables.to_table(table, compared).markdown()}\n\n{caption(every)}."
-
-
-def _tuned(name: str) -> dict[str, dict[str, Any]]:
-    """Return the records of a plan's tuned runs, by method."""
-    plan = Plan(name)
-    records = summarise(plan, read_rows(plan.results_path))
-    return {r["method"]: r for r in records if r["protocol"] == "tuned"}
-
-
-def _headline(name: str) -> str:
-    """Return the sentences on SCALE and AdamW: memory, and perplexity by paired t tests."""
-    records = _tuned(name)
-    ours, theirs = (records[method]["bytes_60m"] / 1e6 for method in ("scale", "adamw"))
-    text = (
-        f"SCALE holds {ours / theirs:.0%} of AdamW's bytes ({ours:.0f} MB against {theirs:.0f} MB "
-        "of parameters and state at 60M in bfloat16). Both tuned on a nano Llama, its "
-        "test perplexity is "
-    )
-    orders = [f"{_order(records['scale'])} with batches of {Plan(name).batch_tokens:,} tokens"]
-    if (larger := Plan(f"{name}-16k")).results_path.exists():
-        orders.append(f"{_order(_tuned(larger.name)['scale'])} with {larger.batch_tokens:,}")
-    return textwrap.fill(f"{text}{', and '.join(orders)}.", 100, break_on_hyphens=False)
-
-
-def _order(record: dict[str, Any]) -> str:
-    """Return how a perplexity stands to AdamW's, as ``1.2% above AdamW's``."""
-    difference = record["difference"]
-    size = f"{abs(math.expm1(difference.mean)):.1%} {'below' if difference.mean < 0 else 'above'}"
-    if difference.p is not None and not difference.significant:
-        return "level with AdamW's"
-    return f"{size} AdamW's" + " (one seed)" * (difference.p is None)
-
-
-def _methods(name: str) -> str:
-    """Return the table of the registry's methods, with the best rates of a plan."""
-    plan, rows = Plan(name), []
-    tuning = read_rows(plan.tune_path)
-    for method in optimzoo.list_optimizers():
-        info = optimzoo.get_info(method)
-        if not info.make.__module__.startswith("optimzoo."):
-            continue
-        rates = "-"
-        if method in plan.methods and not plan.edges(method, "tuned", tuning):
-            rates = " / ".join(f"{r:g}" for r in role_rates(plan.best(method, "tuned")))
-        rows.append([f"`{method}`", info.description, _link(info.source), info.state, rates])
-    table = Table(
-        ("name", "method", "source", "state", f"lr: hidden / embedding / head, on {name}"),
-        rows,
-        left=5,
-    )
-    note = (
-        "`adamw`, `sgd`, `adafactor` and torch's others have the same names as in torch. state: in "
-        "weights of that role; rest: embedding, head and vectors; r: the rank, s: the history. "
-        f"lr: `lr`, `embedding_lr` and `head_lr`, each by the same search on {name} "
-        f"({_size(name)}), with `vector_lr` {plan.methods['scale']['hyper']['vector_lr']:g}; "
-        "-: not tuned by it yet."
-    )
-    return f"{table.markdown()}\n\n{note}"
-
-
-def _link(source: str) -> str:
-    """Return a method's source as a link: the paper's number, or the name of a site."""
-    number = source.removeprefix("arXiv ")
-    if number == source:
-        return f"[{source.split('/')[0]}](https://{source})"
-    return f"[{number}](https://arxiv.org/abs/{number})"
-
-
-def _size(name: str) -> str:
-    plan = Plan(name)
-    return f"batches of {plan.batch_tokens:,} tokens, {plan.values['steps']} steps"
-
-
-def _results(name: str) -> str:
-    """Return a plan's tuned runs in five columns, with a caption of one line."""
-    records = _tuned(name)
-    rows = [
-        [
-            r["label"],
-            f"{r['bytes_60m'] / 1e6:.0f}",
-            f"{r['perplexity']:.2f} ±{r['spread']:.2f}",
-            "" if r["method"] == REFERENCE else r["difference"].text(),
-        ]
-        for r in records.values()
-    ]
-    seeds = sorted({r["seeds"] for r in records.values()})
-    headers = ("method", "MB at 60M", "test perplexity", "to AdamW")
-    return (
-        f"{Table(headers, rows).markdown()}\n\nA {name} Llama ({_size(name)}, "
-        f"{' or '.join(map(str, seeds))} seeds, float32, CPU), every method tuned by the same "
-        "search ([protocol](docs/protocol.md)). MB: parameters and state of the 60M Llama in "
-        "bfloat16. ±: standard deviation over the seeds; to AdamW: mean over paired seeds and "
-        "its standard error, level where a t test does not tell them apart "
-        f"(p < {LEVEL}). The papers' protocol, and what these runs cannot tell: "
-        "[results](docs/results.md)."
-    )
+README, DOCS = ROOT / "README.md", ROOT / "docs"
 
 
 def picture(name: str) -> bytes:
     """Draw perplexity against memory of a plan's tuned runs, as reproducible SVG."""
     import matplotlib
 
-    records = list(_tuned(name).values())
+    records = list(tuned_records(name).values())
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         return pictures.memory(Plan(name), records, format="svg", metadata={"Date": None})
-
-
-def _gradients(name: str) -> str:
-    """Return the peak of live gradients by mode, from ``release-memory-NAME.json``."""
-    rows = read_rows(RESULTS / f"release-memory-{name}.json")
-    return ", ".join(f"{row['gradient_bytes'] / 1e6:.0f} MB {row['mode']}" for row in rows) + "."
-
-
-def _steps(name: str) -> str:
-    """Return the step times by method, from ``step-time-NAME.json``."""
-    record = json.loads((RESULTS / f"step-time-{name}.json").read_text(encoding="utf-8"))
-    rows, host = record["rows"], record["provenance"]
-    times = {row["method"]: row["amortised_ms"] for row in rows}
-    headers = ("method", "step", "to fused SGD", "to fused AdamW")
-    lines = [
-        [method, f"{ms:.1f} ms", f"{ms / times['sgd']:.2f}", f"{ms / times['adamw']:.2f}"]
-        for method, ms in times.items()
-    ]
-    settings = record["args"]
-    return Table(headers, lines).markdown() + (
-        f"\n\n{settings['model']}, {settings['dtype']}, rank {settings['rank']}, refreshes every "
-        f"{settings['gap']} steps included; {host['device']}, {host['threads']} threads, torch "
-        f"{host['torch']}."
-    )
-
-
-_SHAPES = {"60m": "60M", "1b": "1B", "7b-layer": "7B, one layer"}
-_ON_GPU = {
-    "sgd": ("cuda", "SGD (fused)"),
-    "adamw": ("cuda", "AdamW (fused)"),
-    "scale": ("cuda", "SCALE, CUDA kernels"),
-    "scale-captured": ("cuda", "the same in a CUDA graph"),
-    "scale triton": ("triton", "SCALE, Triton kernels"),
-    "scale-loop": ("cuda", "SCALE, a loop over the weights"),
-}
-
-
-def _on_gpu(name: str) -> str:
-    """Return the step times by model shape, from the rows of `make gpu`."""
-    lines = []
-    shapes = {
-        s: x for s, x in _SHAPES.items() if (RESULTS / f"step-time-{s}-{name}-cuda.json").exists()
-    }
-    for key, (kernels, label) in _ON_GPU.items():
-        cells = []
-        for shape in shapes:
-            path = RESULTS / f"step-time-{shape}-{name}-{kernels}.json"
-            record = json.loads(path.read_text(encoding="utf-8"))
-            row = next(r for r in record["rows"] if r["method"] == key.split()[0])
-            share = f" ({row['share_of_stream']:.0%})" if "scale" in key else ""
-            cells.append(f"{row['step_ms']:.2f} ms{share}")
-        lines.append([label, *cells])
-    host = record["provenance"]
-    return Table(("step", *shapes.values()), lines).markdown() + (
-        f"\n\nbfloat16; {host['device']}, torch {host['torch']}. In brackets: the bytes that the "
-        "step must move, a second, as a share of what a copy or a sum in place moves in that run; "
-        "above 100 %, part of the embedding's second reading came from the cache."
-    )
-
-
-def _utilisation(name: str) -> str:
-    """Return the GPU utilisation of training, from ``utilisation-NAME.json``."""
-    rows = read_rows(RESULTS / f"utilisation-{name}.json")
-    return "\n".join(
-        f"- {row['model'].upper()}, {row['method']}: {speed_text(row, get_config(row['model']))}"
-        for row in rows
-    )
-
-
-_MADE: dict[str, Callable[[str], str]] = {
-    "headline": _headline,
-    "findings": lambda _: findings.table().markdown(),
-    "starting": lambda _: tuned_rates.table().markdown(),
-    "checked": start_checks.text,
-    "methods": _methods,
-    "results": _results,
-    "table": _comparison,
-    "beside": _beside,
-    "rows": partial(_beside, notes=False),
-    "gradients": _gradients,
-    "steps": _steps,
-    "gpu": _on_gpu,
-    "utilisation": _utilisation,
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -263,26 +36,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write all rows as CSV, too")
 
 
+def _pages() -> dict[Path, str]:
+    """Return the README and the pages of the documentation with their tables made anew."""
+    return {
+        path: filled(path.read_text(encoding="utf-8"))
+        for path in (README, *sorted(DOCS.glob("*.md")))
+    }
+
+
 def main(args: argparse.Namespace) -> int:
-    """Write the README's tables, the starting values, the page and the pictures, or check them."""
+    """Write the tables of README and docs, the starting values, the page and the pictures.
+
+    Or check them.
+    """
     if args.check:
         refuse(
             args, ["out", "own", "csv"], args.given, "--check writes nothing; leave {option} out"
         )
     own = read_comparison(args.own) if args.own else None
-    old = README.read_text(encoding="utf-8")
-    new = filled(old)
-    values = tuned_rates.text()
     if args.check:
-        differ = {README: new != old, tuned_rates.PATH: values != tuned_rates.stored()}
-        for path in (path for path, other in differ.items() if other):
-            print(f"{path.name} differs from the results; run python -m benchmarks report")
-        return int(any(differ.values()))
-    write_atomic(README, new)
-    write_atomic(tuned_rates.PATH, values)
-    for kind, name in re.findall(r"<!-- (\w+): (\S+) -->", new):
-        if kind == "headline":
-            write_atomic(README.parent / "docs" / "memory.svg", picture(name))
+        new = {tuned_rates.PATH: tuned_rates.text(), **_pages()}
+        differ = [path.name for path, text in new.items() if text != path.read_text("utf-8")]
+        for name in differ:
+            print(f"{name} differs from the results; run python -m benchmarks report")
+        return int(bool(differ))
+    write_atomic(tuned_rates.PATH, tuned_rates.text())
+    tuned_settings.cache_clear()  # the pages show what is in that file
+    for path, text in _pages().items():
+        write_atomic(path, text)
+    for name in re.findall(r"<!-- headline: (\S+) -->", README.read_text("utf-8")):
+        write_atomic(DOCS / "memory.svg", picture(name))
     stored = [(plan, read_rows(plan.results_path)) for plan in Plan.stored()]
     write_atomic(args.out / "index.html", results_page.render(own))
     for plan, rows in stored:
@@ -292,7 +75,7 @@ def main(args: argparse.Namespace) -> int:
     if args.csv:
         write_csv(args.csv, [*stored, *([own] if own else [])])
     print(
-        f"written: {README.name}, its picture, {args.out}/index.html, and loss.png, memory.png by "
-        "plan"
+        f"written: {README.name}, its picture, {DOCS.name}/, {args.out}/index.html, and loss.png, "
+        "memory.png by plan"
     )
     return 0

@@ -66,6 +66,14 @@ def _by_name(label: str) -> str:
     return label.replace("`", "")  # apollo before apollo_mini
 
 
+def example(name: str) -> str:
+    """Return the code for a method at a width of 4,096, Llama-3.1-8B's, where AdamW has 3e-4."""
+    with torch.device("meta"):
+        model = Llama(get_config("7b"))
+    run: dict[str, Any] = {"adamw_lr": 3e-4, "batch_tokens": 131_072, "steps": 10_000}
+    return f"```python\n{starting_values(name, model, **run)}\n```"
+
+
 def _line(label: str, start: StartingValues) -> list[str]:
     options = start.options
     rates = [f"{options[key]:.3g}" for key in ROLE_RATES.values()]

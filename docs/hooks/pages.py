@@ -1,20 +1,19 @@
-"""Build-time content of the pages: tables and figures from the committed rows, parts of README.
+"""Build-time content of the pages: parts of the README, lists, and a page for each method.
 
 In a page's Markdown:
 
 - ``<!-- readme: HEADING -->``: that section of the README (``intro``: what is before the first);
 - ``<!-- file: NAME -->``: that file, less its title;
-- ``<!-- table: PLAN -->`` and ``<!-- end -->``: the comparison, as in the README;
 - ``<!-- results -->``, ``<!-- notebooks -->``, ``<!-- methods -->``: what there is, listed;
-- ``<!-- start -->``: what the command of the page of starting values prints;
-- ``{{ FIGURE METHOD }}``: one figure, see `FIGURES`.
+- a link to a method's file leads to its page.
+
+Tables are in the pages already, from ``python -m benchmarks report``.
 
 The pages of the methods are made from the registry and the docstrings.
 """
 
 import json
 import re
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,8 @@ import torch
 import optimzoo
 from benchmarks.common.tables import Table
 from benchmarks.experiments.plan import Plan
-from benchmarks.experiments.summary import HEADERS, bytes_60m, bytes_at, cells, read_rows, summarise
+from benchmarks.experiments.summary import HEADERS, cells, read_rows, summarise
 from benchmarks.report import start_checks
-from benchmarks.report.readme import filled
 from benchmarks.report.tuned_rates import table as starting_table
 from optimzoo.memory import account
 from optimzoo.models.llama import Llama, get_config
@@ -34,15 +32,6 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 SIZE = "60m"
 DTYPES = {"adams": torch.float32}
-# Other rules for the embedding and the head, as in a plan.
-SMALLER = {
-    f"{method}{'_8bit' * (bits is not None)}{f'_{other}' * (other != 'adam')}": {
-        "optimizer": method,
-        "hyper": {"state_bits": bits, "other": other},
-    }
-    for method, bits in (("muon", None), ("muon", 8), ("sinkgd", None))
-    for other in ("adam", "scale", "adafactor")
-}
 NOT_FOUND = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -67,8 +56,8 @@ def expand(text: str) -> str:
     text = re.sub(r"<!-- readme: (.+?) -->", lambda m: readme(m[1]), text)
     text = re.sub(r"<!-- file: (.+?) -->", lambda m: body(ROOT / m[1]), text)
     text = text.replace("<!-- results -->", results()).replace("<!-- notebooks -->", notebooks())
-    text = text.replace("<!-- methods -->", methods()).replace("<!-- start -->", started())
-    return re.sub(r"\{\{ (\w+) (\w+) \}\}", lambda m: figure(m[1], m[2]), filled(text))
+    text = text.replace("<!-- methods -->", methods())
+    return re.sub(r"\[`(\w+)`\]\(\.\./optimzoo/[\w/]+\.py\)", r"[`\1`](methods/\1.md)", text)
 
 
 def readme(heading: str) -> str:
@@ -90,79 +79,6 @@ def readme(heading: str) -> str:
 def body(path: Path) -> str:
     """Return a Markdown file without its title."""
     return re.sub(r"\A# .+\n", "", path.read_text(encoding="utf-8")).strip()
-
-
-@cache
-def compared(plan: str) -> dict[str, dict[str, Any]]:
-    """Return the comparison's records under tuning, by method."""
-    made = Plan(plan)
-    records = summarise(made, read_rows(made.results_path))
-    return {r["method"]: r for r in records if r["protocol"] == "tuned"}
-
-
-def perplexity(method: str) -> str:
-    """Return the test perplexity on nano, relative to AdamW's; a dash for one not yet tuned."""
-    records = compared("nano")
-    if method not in records:
-        return "-"
-    ratio = records[method]["perplexity"] / records["adamw"]["perplexity"]
-    return f"{round(100 * (ratio - 1)):+d} %"
-
-
-def paper(method: str) -> str:
-    """Return the perplexity under the paper's protocol, relative to its own under tuning."""
-    made = Plan("nano")
-    records = summarise(made, read_rows(made.results_path))
-    mine = {r["protocol"]: r["perplexity"] for r in records if r["method"] == method}
-    return f"{round(100 * (mine['paper'] / mine['tuned'] - 1)):+d} %"
-
-
-def large(method: str) -> str:
-    """Return the gigabytes of parameters and state of the 7B Llama in bfloat16."""
-    record = known_methods()[method]
-    name, hyper = record.get("optimizer", method), record.get("hyper", {})
-    hyper = {**hyper, **({"rank": 1024} if hyper.get("rank", 1) > 1 else {})}
-    return f"{bytes_at('7b', name, json.dumps(hyper)) / 1e9:.1f}"
-
-
-def memory(method: str) -> str:
-    """Return the bytes of the 60M Llama and its state in bfloat16, and their share of AdamW's."""
-    plan = Plan("nano")
-    runs = [plan.tuning_runs(name, "tuned", [])[0] for name in (method, "adamw")]
-    mine, adamw = (bytes_60m(vars(run.config)) for run in runs)
-    return f"{mine / 1e6:.0f} MB ({100 * mine / adamw:.0f} %)"
-
-
-def step(method: str) -> str:
-    """Return the time of a step at 60M, float32, on a CPU, relative to fused AdamW's."""
-    record = json.loads((RESULTS / "step-time-60m-cpu.json").read_text(encoding="utf-8"))
-    times = {row["method"]: row["amortised_ms"] for row in record["rows"]}
-    return f"{times[method] / times['adamw']:.2f}" if method in times else "not measured"
-
-
-FIGURES = {
-    "perplexity": perplexity,
-    "memory": memory,
-    "step": step,
-    "paper": paper,
-    "large": large,
-}
-
-
-def known_methods() -> dict[str, Any]:
-    """Return the methods that a figure may be of: those of the plan, and those of `SMALLER`."""
-    return {**Plan("nano").methods, **SMALLER}
-
-
-def figure(name: str, method: str) -> str:
-    """Return one figure of a method, as text.
-
-    Raises:
-        ValueError: an unknown figure, or a method without a row.
-    """
-    if name not in FIGURES or method not in known_methods():
-        raise ValueError(f"no figure {{{{ {name} {method} }}}}; there are {', '.join(FIGURES)}")
-    return FIGURES[name](method)
 
 
 def results() -> str:
@@ -206,14 +122,6 @@ def source(info: optimzoo.OptimInfo) -> str:
     number = info.source.removeprefix("arXiv ")
     address = f"arxiv.org/abs/{number}" if number != info.source else number
     return f"[{info.source}](https://{address})"
-
-
-def started() -> str:
-    """Return the code for Muon at a width of 4,096, Llama-3.1-8B's, where AdamW has 3e-4."""
-    with torch.device("meta"):
-        model = Llama(get_config("7b"))
-    run = {"adamw_lr": 3e-4, "batch_tokens": 131_072, "steps": 10_000}
-    return f"```python\n{optimzoo.starting_values('muon', model, **run)}\n```"
 
 
 def method_names() -> list[str]:

@@ -11,12 +11,18 @@ import torch
 import optimzoo
 from benchmarks.experiments.plan import Plan
 from benchmarks.experiments.summary import cells, read_rows, summarise
+from benchmarks.report import choosing
 from docs.hooks import pages
 from optimzoo.cli import main
 from optimzoo.lowrank import convert
 
 DOCS = pages.ROOT / "docs"
 TEXTS = {p.name: p.read_text(encoding="utf-8") for p in sorted(DOCS.glob("*.md"))}
+
+
+def summarised(name):
+    plan = Plan(name)
+    return summarise(plan, read_rows(plan.results_path))
 
 
 @pytest.mark.sampled(3)
@@ -26,41 +32,47 @@ def test_every_mark_is_expanded(name):
     assert "{{" not in text
     marks = re.findall(r"<!-- (\w+)", text)
     made = {"table", "steps", "gpu", "utilisation", "gradients", "beside", "rows", "headline"}
-    assert set(marks) <= made | {"findings", "starting", "checked", "end"}
+    made |= {"findings", "starting", "start", "checked", "choosing", "other", "paper", "end"}
+    assert set(marks) <= made
     assert 2 * marks.count("end") == len(marks)
 
 
 def test_the_comparison_has_the_figures_of_the_readme():
-    [table] = re.findall(
-        r"<!-- table: nano -->.*?<!-- end -->", pages.expand(TEXTS["choosing.md"]), re.S
-    )
+    [table] = re.findall(r"<!-- table: nano -->.*?<!-- end -->", TEXTS["choosing.md"], re.S)
     readme = (pages.ROOT / "README.md").read_text(encoding="utf-8")
     [short] = re.findall(r"<!-- results: nano -->.*?<!-- end -->", readme, re.S)
     rows = [line.split(" | ") for line in short.splitlines() if re.match(r"\| [A-Z]", line)]
-    assert len(rows) == len(pages.compared("nano")) >= 5
+    tuned = [record for record in summarised("nano") if record["protocol"] == "tuned"]
+    assert len(rows) == len(tuned) >= 5
     for label, megabytes, perplexity, *_ in rows:
         cells = f"{label} | tuned | ", f" | {perplexity} | ", f" | {megabytes} | "
         assert any(all(cell in line for cell in cells) for line in table.splitlines()), label
 
 
-def test_no_figure_of_the_decision_table_is_typed():
-    rows = [line for line in TEXTS["choosing.md"].splitlines() if line.startswith("| ")]
-    assert len(rows) > 10
-    for row in rows:
-        words = re.sub(r"\{\{ .*? \}\}|\(.*?\)|2:4|7B", "", row)
-        assert not re.search(r"\d", words), row
+def test_a_figure_of_the_decision_table_follows_its_row(monkeypatch):
+    def figure():
+        [row] = [line for line in choosing.methods("nano").splitlines() if "scale.py) |" in line]
+        return row.split(" | ")[4]
+
+    before = figure()
+    records = copy.deepcopy(summarised("nano"))
+    perplexities = {r["method"]: r["perplexity"] for r in records if r["protocol"] == "tuned"}
+    [scale] = [r for r in records if r["method"] == "scale" and r["protocol"] == "tuned"]
+    scale["perplexity"] = 2 * perplexities["adamw"]
+    monkeypatch.setattr(choosing, "_summary", lambda name: records)
+    assert figure() == "+100\u00a0%" != before
 
 
-def test_a_figure_follows_its_row(monkeypatch):
-    before = pages.figure("perplexity", "scale")
-    records = copy.deepcopy(pages.compared("nano"))
-    records["scale"]["perplexity"] = 2 * records["adamw"]["perplexity"]
-    monkeypatch.setattr(pages, "compared", lambda plan: records)
-    assert pages.figure("perplexity", "scale") == "+100 %" != before
-    with pytest.raises(ValueError, match=r"no figure \{\{ perplexity nothing \}\}"):
-        pages.figure("perplexity", "nothing")
+def test_a_section_that_is_not_there():
     with pytest.raises(ValueError, match=r"README\.md has no section 'Nothing'; it has intro, "):
         pages.expand("<!-- readme: Nothing -->")
+
+
+def test_a_method_is_linked_to_its_file_and_on_the_site_to_its_page():
+    files = re.findall(r"\]\(\.\./(optimzoo/optimizers/\w+\.py)\)", "".join(TEXTS.values()))
+    assert len(files) > 10 and all((pages.ROOT / file).exists() for file in files)
+    link = "[`apollo_mini`](../optimzoo/optimizers/apollo.py)"
+    assert pages.expand(link) == "[`apollo_mini`](methods/apollo_mini.md)"
 
 
 def test_every_method_has_a_page_with_its_state_and_its_rows():
@@ -70,8 +82,7 @@ def test_every_method_has_a_page_with_its_state_and_its_rows():
     assert "::: optimzoo.optimizers.scale.SCALE" in text
     head = 32000 * 512 * 2
     assert f"| head | `exp_avg` | {head / 1e6:.1f} |" in text
-    plan = Plan("nano")
-    for record in summarise(plan, read_rows(plan.results_path)):
+    for record in summarised("nano"):
         row = "| " + " | ".join(cells(record)) + " |"
         assert (row in text) == (record["label"] in ("SCALE", "SCALE spectral", "AdamW"))
     assert 'starting_values("scale", model, adamw_lr=1e-3)' in text
@@ -116,9 +127,9 @@ def test_the_page_of_starting_values_shows_what_its_command_prints(capsys):
     pytest.importorskip("transformers", reason="pip install '.[test]'")
     [command] = re.findall(r"^optimzoo (start .*?)\n```", TEXTS["starting_values.md"], re.S | re.M)
     assert main(command.replace("\\\n", " ").split()) == 0
-    shown = re.search(r"```python\n(.*)\n```", pages.started(), re.S)[1]
+    place = r"<!-- start: muon -->\n```python\n(.*?)\n```"
+    [shown] = re.findall(place, TEXTS["starting_values.md"], re.S)
     assert capsys.readouterr().out.endswith(f"\n\n{shown}\n")
-    assert shown in pages.expand(TEXTS["starting_values.md"])
 
 
 def test_the_page_for_a_wrong_address_needs_no_root():

@@ -287,18 +287,24 @@ def test_bad_words_are_a_usage_error(options, folder, capsys):
     assert options[0] in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_report_writes_and_checks_the_readme(folder, monkeypatch, capsys):
+def test_report_writes_and_checks_the_readme_and_the_pages(folder, monkeypatch, capsys):
     readme = folder / "README.md"
     old = "# zoo\n\n<!-- table: tiny -->\nold\n<!-- end -->\n\nrest <!-- end -->\n"
     readme.write_text(old)
     monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(report, "DOCS", folder / "docs")
+    (folder / "docs").mkdir()
+    page = folder / "docs" / "page.md"
+    page.write_text(old)
     (folder / "rates.json").write_text("{}\n")
     monkeypatch.setattr(tuned_rates, "PATH", folder / "rates.json")
     monkeypatch.setattr(tuned_rates, "PLANS", ())
     assert main(["report", "--check"]) == 1
-    assert capsys.readouterr().out.count("\n") == 1 and readme.read_text() == old
+    assert capsys.readouterr().out.count("\n") == 2
+    assert readme.read_text() == page.read_text() == old
     assert main(["report"]) == 0
     new = readme.read_text()
+    assert page.read_text() == new
     stored = json.loads((folder / "results" / "tiny-compare.json").read_text())["rows"]
     assert summary.comparison(Plan("tiny"), stored).markdown() in new
     assert new.startswith("# zoo\n") and new.endswith("<!-- end -->\n\nrest <!-- end -->\n")

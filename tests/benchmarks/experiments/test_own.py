@@ -361,6 +361,7 @@ def test_the_rows_as_csv_and_in_the_report(folder, monkeypatch, capsys):
     monkeypatch.setattr(tuned_rates, "PLANS", ())
     (folder / "README.md").write_text("# zoo\n")
     monkeypatch.setattr(report, "README", folder / "README.md")
+    monkeypatch.setattr(report, "DOCS", folder / "docs")
     monkeypatch.setattr(report.Plan, "stored", classmethod(lambda cls: []))
     capsys.readouterr()
     assert main(["report", "--own", "out", "--out", "page", "--csv", "all.csv"]) == 0

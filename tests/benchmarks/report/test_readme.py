@@ -3,17 +3,21 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 import optimzoo
-from benchmarks.report.readme import README, filled
+from benchmarks.report.marks import filled
+from benchmarks.report.readme import DOCS, README
 from optimzoo.models.llama import Llama, LlamaConfig, get_config
 
 TEXT = README.read_text(encoding="utf-8")
 
 
-def test_tables_are_made_from_the_committed_rows():
-    assert filled(TEXT) == TEXT
+@pytest.mark.parametrize("page", [README, *sorted(DOCS.glob("*.md"))], ids=lambda p: p.name)
+def test_tables_are_made_from_the_committed_rows(page):
+    text = page.read_text(encoding="utf-8")
+    assert filled(text) == text
 
 
 def test_the_one_line_example_runs():
