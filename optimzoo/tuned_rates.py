@@ -23,7 +23,7 @@ ROLE_RATES = {
     "vector": "vector_lr",
 }
 # Options with which a method is tuned apart, and what they are without.
-VARIANT = {"normalize": "column", "state_bits": None, "other": "adam"}
+VARIANT = {"normalize": "column", "state_bits": None, "other": "adam", "momentum_rank": None}
 # A β₂ is for a batch: what it averages over is kept in tokens (arXiv 2507.07101), within these.
 BETA2 = (0.95, 0.999)
 Groups = Sequence[Mapping[str, Any]]

@@ -11,6 +11,8 @@ COLORS = {
     "scale_spectral": "#1f7fe8",
     "muon": "#c0168c",
     "muon_8bit_scale": "#ff4f8b",
+    "muon_rank4": "#e220f3",
+    "muon_rank16": "#22004c",
     "rmnp": "#8a1fc0",
     "swan": "#0f9d9d",
     "sinkgd": "#35a03c",

@@ -10,7 +10,7 @@ import re
 import unicodedata
 from html import escape
 
-FUNCTIONS = ("max", "min", "mean", "std", "sign", "limit", "vec", "RMS")
+FUNCTIONS = ("max", "min", "mean", "std", "sign", "limit", "orth", "vec", "RMS")
 NAMES = (*FUNCTIONS, "eps", "scale", "total_steps", "alpha")
 RAISED = {"⁻": "−", "ᵗ": "t", "ᵀ": "⊤", "'": "′"} | dict(
     zip("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789", strict=True)

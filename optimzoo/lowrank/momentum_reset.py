@@ -16,8 +16,16 @@ _MOMENTS |= {"square_avg", "acc_delta", "sum", "row_var", "col_var", "variance"}
 _MOMENTS |= {"max_avg", "norm_avg", "norm_avg_sq", "history", "history_scale", "gram"}
 # Counts that correct the bias of the moments, and the value that they start at.
 _COUNTS = {"step": 0, "moment_step": 0, "mu_product": 1}
+_MOMENTS |= {"momentum_left"}  # of two factors; the other is what the next step starts from
 # Not momentum: subspaces, masks, the growth limiter, the norms of a gradient stabilizer.
-_KEPT = {"projector_left", "projector_right", "projector_seed", "update_norm", "mask"}
+_KEPT = {
+    "momentum_right",
+    "projector_left",
+    "projector_right",
+    "projector_seed",
+    "update_norm",
+    "mask",
+}
 _KEPT |= {"singular_vector", "grad_norm_avg", "grad_norm_avg_sq", "grad_norm_step"}
 _EIGHT_BITS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 _MOMENTS |= {f"{name}_codes" for name in _EIGHT_BITS}  # 0 is the code of 0, whatever the scale

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optimzoo.core.matrix_optimizer import descent, step_lr
+from optimzoo.core.matrix_optimizer import as_matrix, descent, step_lr
 from optimzoo.core.momentum_optimizer import (
     MomentumOptimizer,
     MomentumOptions,
@@ -21,9 +21,10 @@ from optimzoo.core.record import register
 from optimzoo.core.rule import Context, Matrix
 from optimzoo.core.update import Update, signed_decay, subtract_
 from optimzoo.core.validation import check_choice
-from optimzoo.distributed import map_whole_matrices
-from optimzoo.lowbit import RngKey, dequantized_moments, fp32_working_copy
+from optimzoo.distributed import Shards, local_part, map_whole_matrices
+from optimzoo.lowbit import RngKey, dequantized_moments, fp32_working_copy, moment_dtype
 from optimzoo.stacks import State, in_chunks
+from optimzoo.subspace.low_rank_average import initial_factors, take_into_low_rank
 from optimzoo.subspace.newton_schulz import (
     COEFFICIENTS,
     Triple,
@@ -32,6 +33,7 @@ from optimzoo.subspace.newton_schulz import (
 )
 
 NS_DTYPES = ("bfloat16", "float16", "float32", "float64")
+FACTORS = {"momentum_left": "m.", "momentum_right": "n."}  # and which dimension is the weight's
 
 
 @register(
@@ -57,8 +59,24 @@ class Muon(MomentumOptimizer):
     column, and a convolution of one input channel a filter (depthwise). Its group is split for it.
     The rest is ``torch.optim.AdamW``, with eps after the bias correction.
 
-    State of a weight of ``roles``: `momentum_buffer` of its own size and dtype. The rest: two.
-    Under float16 weights, and with stochastic rounding, in float32.
+    With `momentum_rank` ``r`` below both sides of a matrix, the momentum is stored as a product of
+    two factors, ``L`` ``[m, r]`` with orthonormal columns and ``R`` ``[n, r]``, which one block
+    power step renews::
+
+        M = μ L Rᵀ + (1 − μ) G
+        L ← orth(M R)
+        R ← Mᵀ L
+
+    ``X`` is made of ``M`` as it is before that: the past has low rank, the gradient of the step is
+    whole. Before the first step ``L`` is zero and ``R`` has fixed normal numbers; a zero ``M``
+    changes neither. Where all gradients have their rows in one space of dimension ``r``, and their
+    columns in another, the steps are those of the whole momentum. With `heads` the whole matrix has
+    the rank.
+
+    State of a weight of ``roles``: `momentum_buffer` of its own size and dtype; or, with
+    `momentum_rank`, `momentum_left` and `momentum_right`, ``r (m + n)`` elements a matrix. The
+    rest: two. Under float16 weights, and with stochastic rounding, in float32. With `state_bits=8`
+    the factors are in float32, what else there is in codes.
 
     Args:
         params: groups from :func:`optimzoo.param_groups`, or bare parameters (split by shape). A
@@ -75,6 +93,8 @@ class Muon(MomentumOptimizer):
             it faster (CUDA, a CPU with AMX), else float32; float64 for weights in it.
         adjust_lr_fn: s: `None` or `original`, √max(1, m/n); `match_rms_adamw`, 0.2 √max(m, n), with
             which AdamW's rates and decay serve; `spectral_unclamped`, √(m/n).
+        momentum_rank: r. `None`, and for a matrix whose shorter side is not above it: the whole
+            momentum, `momentum_buffer`.
         options: shared options, AdamW's among them,
             :class:`~optimzoo.core.momentum_optimizer.MomentumOptions`. The SCALE paper's memory
             table counts Muon with `roles` of all three matrices.
@@ -87,6 +107,10 @@ class Muon(MomentumOptimizer):
     ``torch.optim.Muon`` is the same rule for matrices alone, in bfloat16 everywhere; with
     `nesterov=False` and bfloat16 state it normalises its momentum itself, which stays here. Long
     matrices are iterated on by their Gram matrix, in float32 and above (ours).
+
+    `momentum_rank` is as in LiMuon (arXiv 2509.14562), but for its second gradient, at the last
+    weights, and with PowerSGD's warm-started power step (arXiv 1905.13727) in place of a randomized
+    SVD. MoFaSGD (arXiv 2507.06459) keeps such factors too, and steps by them alone.
     """
 
     def __init__(
@@ -101,6 +125,7 @@ class Muon(MomentumOptimizer):
         ns_coefficients: Triple | Sequence[Triple] = COEFFICIENTS,
         ns_dtype: str | torch.dtype | None = None,
         adjust_lr_fn: str | None = None,
+        momentum_rank: int | None = None,
         **options: Unpack[MomentumOptions],
     ) -> None:
         super().__init__(params, options_of(locals()), **options)
@@ -118,13 +143,40 @@ class Muon(MomentumOptimizer):
             )
         if options["ns_dtype"] is not None:
             check_choice("ns_dtype", _name(options["ns_dtype"]), NS_DTYPES)
+        rank = options["momentum_rank"]
+        if rank is not None and not (isinstance(rank, int) and rank >= 1):
+            raise ValueError(
+                f"Invalid momentum_rank: {rank!r}; it must be an integer of at least 1, or None "
+                "for the whole momentum"
+            )
+
+    def init_state(self, p: Tensor, state: State, group: dict[str, Any]) -> None:
+        """Create the momentum, or its factors."""
+        if FACTORS.keys() <= state.keys():
+            return
+        rank = group["momentum_rank"]
+        if rank is None or {"momentum_buffer", "momentum_buffer_codes"} & state.keys():
+            super().init_state(p, state, group)
+            return
+        shards = Shards.of(p, transposed=bool(group["transposed"]), stacked=bool(group["stacked"]))
+        matrix = as_matrix(local_part(p), group)
+        if rank >= min(shards.shape(matrix.shape)[-2:]):
+            super().init_state(p, state, group)
+            return
+        with shards.local_state(state, FACTORS) as local:
+            factors = initial_factors(matrix, rank, moment_dtype(p, group), shards)
+            local.update(zip(FACTORS, factors, strict=True))
+
+    def state_letters(self, group: dict[str, Any], shape: torch.Size) -> dict[str, str]:
+        """Return the dimensions of the factors."""
+        return FACTORS
 
     def direction(
         self, grad: Tensor, state: State, group: dict[str, Any], context: Context
     ) -> Update:
         """Return the orthogonalised momentum."""
         rate = adjustment(context.shards.shape(grad.shape), group)
-        return Update(orthogonal(momentum_of(grad, state, group), group), rate)
+        return Update(orthogonal(_momentum(grad, state, group, context.shards), group), rate)
 
     def _step_sharded(
         self, matrices: list[Matrix], group: dict[str, Any], rng_keys: dict[Tensor, RngKey]
@@ -144,14 +196,23 @@ class Muon(MomentumOptimizer):
                 if group["state_bits"] == 8:
                     rng_key = rng_keys.get(matrix.param)
                     stack.enter_context(dequantized_moments(matrix.state, 8, rng_key))
-                state = stack.enter_context(matrix.shards.local_state(matrix.state, {}))
-                momenta.append(momentum_of(descent(matrix.grad, group), state, group))
+                state = stack.enter_context(matrix.shards.local_state(matrix.state, FACTORS))
+                momenta.append(_momentum(descent(matrix.grad, group), state, group, matrix.shards))
         lr = step_lr(group)
         rates: Any = {"lr": lr, "weight_decay": signed_decay(group)}
         for i, update in map_whole_matrices(partial(orthogonal, group=group), momenta, shards):
             rate = lr * adjustment(shards[i].shape(momenta[i].shape), group)
             with fp32_working_copy(matrices[i].weight, rng_keys.get(matrices[i].param)) as weight:
                 subtract_(weight, update, size=rate, **rates)
+
+
+def _momentum(grad: Tensor, state: State, group: dict[str, Any], shards: Shards) -> Tensor:
+    """Take the gradient into the momentum or its factors; return it, or Nesterov's, as a matrix."""
+    if "momentum_left" not in state:
+        return momentum_of(grad, state, group)
+    left, right = (state[key] for key in FACTORS)
+    options: dict[str, Any] = {"nesterov": group["nesterov"], "shards": shards}
+    return take_into_low_rank(grad, left, right, group["momentum"], **options)
 
 
 def _name(dtype: str | torch.dtype) -> str:

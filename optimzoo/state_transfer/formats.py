@@ -21,6 +21,7 @@ KNOWN = {
     # this library's
     *(f"{key}_{part}" for key in ("exp_avg", "exp_avg_sq") for part in ("codes", "scale")),
     *("momentum_buffer_codes", "momentum_buffer_scale", "moment_step", "mask", STEP),
+    *("momentum_left", "momentum_right"),
     *("projector_left", "projector_right", "projector_seed", "update_norm", "singular_vector"),
     *("history", "history_scale", "gram", "max_avg", "norm_avg", "norm_avg_sq"),
     *("grad_norm_avg", "grad_norm_avg_sq", "grad_norm_step"),
@@ -121,6 +122,8 @@ def read_moments(state: Mapping[str, Any], group: Mapping[str, Any]) -> Moments:
         return Moments(lacking="no step was counted so far")
     if any(key.startswith("projector_") for key in state):
         return Moments(lacking="the old moments are of low rank, in a subspace")
+    if "momentum_left" in state:
+        return Moments(lacking="the old momentum is of low rank, in factors")
     if "norm_avg_sq" in state:
         return Moments(lacking="the old moments are of Stable-SPAM's normalised gradients")
     key, scale, lacking = _first(state, group)

@@ -88,6 +88,8 @@ def _matrix(new: MatrixOptimizer, p: Tensor, group: dict[str, Any]) -> Target | 
         if not isinstance(new, MomentumOptimizer):
             return f"{name}'s own rule has no use for moments of whole gradients"
         new.init_state(p, state, group)
+        if "momentum_buffer" not in state:
+            return "a momentum of low rank starts anew"
         return Target(state, "momentum_buffer")
     if group["other"] == "adam" or role_of(p, group) == "vector":
         new._init_other(p, group)

@@ -47,7 +47,7 @@ def orthogonalize(
     else:
         for a, b, c in triples:
             gram = x @ x.mT
-            x = _add(x, _add(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+            x = add_product(x, add_product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
 
@@ -66,7 +66,7 @@ def _iterate_on_gram(x: Tensor, triples: Sequence[Triple]) -> Tensor:
         product = None
         for i in range(begin, end):
             a, b, c = triples[i]
-            factor = _add(gram, gram, gram, beta=b, alpha=c)
+            factor = add_product(gram, gram, gram, beta=b, alpha=c)
             factor.diagonal(dim1=-2, dim2=-1).add_(a)
             product = factor if product is None else factor @ product
             if i + 1 < end:
@@ -75,7 +75,9 @@ def _iterate_on_gram(x: Tensor, triples: Sequence[Triple]) -> Tensor:
     return x
 
 
-def _add(matrix: Tensor, left: Tensor, right: Tensor, *, beta: float, alpha: float = 1) -> Tensor:
+def add_product(
+    matrix: Tensor, left: Tensor, right: Tensor, *, beta: float, alpha: float = 1
+) -> Tensor:
     """Return ``beta · matrix + alpha · left @ right`` of ``[..., m, n]`` without a temporary."""
     if matrix.ndim == 2:
         return torch.addmm(matrix, left, right, beta=beta, alpha=alpha)
@@ -109,10 +111,12 @@ def whiten(matrix: Tensor, *, steps: int, beta: float = 0.5) -> Tensor:
     y = gram / size
     eye = torch.eye(y.shape[-1], dtype=y.dtype, device=y.device).expand_as(y)
     z = beta * (3 * eye - y)  # the first iteration: Z = I
-    y = _add(y, y, z, beta=0, alpha=1) if steps > 1 else y
+    y = add_product(y, y, z, beta=0, alpha=1) if steps > 1 else y
     for step in range(1, steps):
-        t = _add(eye, z, y, beta=3, alpha=-1)
-        y = _add(y, y, t, beta=0, alpha=beta) if step + 1 < steps else y  # the last is not used
-        z = _add(z, t, z, beta=0, alpha=beta)
+        t = add_product(eye, z, y, beta=3, alpha=-1)
+        y = (
+            add_product(y, y, t, beta=0, alpha=beta) if step + 1 < steps else y
+        )  # the last is not used
+        z = add_product(z, t, z, beta=0, alpha=beta)
     white = z @ x / size.sqrt()
     return white.mT if matrix.shape[-2] > matrix.shape[-1] else white

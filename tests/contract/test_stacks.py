@@ -36,6 +36,7 @@ CASES = {
         {"other": "scale", "maximize": True},
         {"other": "adafactor", "weight_decay": 0.1},
         {"nesterov": False, "weight_decay": 0.1},
+        {"momentum_rank": 3, "weight_decay": 0.1},
     ],
     "rmnp": [{}, {"nesterov": False, "weight_decay": 0.1}],
     "scale": [
@@ -208,6 +209,7 @@ MOST = {
     "scale": 40,
     "spectral": 132,
     "muon": 90,
+    "muon_low_rank": 205,
     "rmnp": 38,
     "swan": 180,
     "sinkgd": 140,
@@ -227,6 +229,8 @@ def operations(name, layers, **options):
     groups = param_groups(model)
     if name == "spectral":
         optimizer = SCALE(groups, normalize="spectral", **options)
+    elif name == "muon_low_rank":
+        optimizer = create("muon", groups, momentum_rank=16, **options)
     else:
         optimizer = create(name, groups, **options)
     for step in range(3):

@@ -35,6 +35,13 @@ TABLE = [
     ("swan", {}, {"exp_avg", "exp_avg_sq"}, {"step"}, set()),
     ("sinkgd", {}, {"exp_avg", "exp_avg_sq"}, {"step"}, set()),
     ("rmnp", {}, {"momentum_buffer", "exp_avg", "exp_avg_sq"}, {"step"}, set()),
+    (
+        "muon",
+        {"momentum_rank": 2},
+        {"momentum_left", "exp_avg", "exp_avg_sq"},
+        {"step"},
+        {"momentum_right"},
+    ),
     ("galore", {"rank": 2}, {"exp_avg", "exp_avg_sq"}, {"step"}, {"projector_left"}),
     ("fira", {"rank": 2}, {"exp_avg", "exp_avg_sq"}, {"step"}, {"projector_left", "update_norm"}),
     ("apollo", {"rank": 2}, {"exp_avg", "exp_avg_sq"}, {"step"}, {"projector_seed", "update_norm"}),

@@ -34,6 +34,8 @@ CASES += [
 if "muon" in NAMES:
     CASES += [("muon", {"roles": ("hidden", "embedding", "head")})]
     CASES += [("muon", {"other": "adafactor"}), ("muon", {"other": "scale", "state_bits": 8})]
+    CASES += [("muon", {"momentum_rank": r}) for r in (5, 24)]
+    CASES += [("muon", {"momentum_rank": 5, "state_bits": 8, "rounding": "stochastic"})]
 
 
 def bytes_of(tensors) -> int:

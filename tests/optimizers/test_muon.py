@@ -401,10 +401,11 @@ class Blocks(nn.Module):
         return self.depthwise(self.filters(x.view(2, 2, 9))).square().sum()
 
 
-def blocks(rank, world):
+def blocks(rank, world, options):
     runs = []
     for model in (Blocks().double(), shard(Blocks().double())):
-        optimizer = Muon(optimzoo.param_groups(model, {"qkv": {"heads": 3}}), lr=0.1)
+        groups = optimzoo.param_groups(model, {"qkv": {"heads": 3}})
+        optimizer = Muon(groups, lr=0.1, **options)
         for step in range(3):
             optimizer.zero_grad()
             model(drawn(4, 5) + step).backward()
@@ -413,5 +414,6 @@ def blocks(rank, world):
     assert distance(runs[1], runs[0])[0] < 1e-10
 
 
-def test_sharded_stacks_heads_and_convolutions(tmp_path):
-    spawn(blocks, 2, tmp_path)
+@pytest.mark.parametrize("options", [{}, {"momentum_rank": 2}], ids=str)
+def test_sharded_stacks_heads_and_convolutions(options, tmp_path):
+    spawn(blocks, 2, tmp_path, options)

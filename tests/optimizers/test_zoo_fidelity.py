@@ -153,6 +153,8 @@ MUON = {
     "decay": {**DECAY, "other_weight_decay": 0.2},
     "cautious": {**CAUTIOUS, "other_weight_decay": 0.7},
     "up": {**UP, "other_eps": 0.1, "other_betas": (0.8, 0.99)},
+    **{f"rank{r}": {"momentum_rank": r} for r in (1, 3, 5, 7, 200)},
+    "rank2-plain": {"momentum_rank": 2, "nesterov": False, "momentum": 0.8, **UP},
 }
 RMNP_CASES = {
     "default": {},
@@ -228,6 +230,8 @@ def test_the_references_would_notice():
         (Fira, {**SVD, "rank": 4}, {"residual_scale": "one"}),
         (APOLLO, APOLLO_CASES["channel-rank3"], {"scale_front": True, "scale": 4.4}),
         (SWAN, {}, {"steps": 4}),
+        (Muon, {"momentum_rank": 3}, {"momentum_rank": 4}),
+        (Muon, {"momentum_rank": 3}, {"momentum_rank": None}),
         (SinkGD, {}, {"iterations": 4}),
         (SinkGD, {}, {"alpha": 0.051}),
         (SinkGD, {"spectral_norm": True, "alpha": 8.0}, {"power_iterations": 3}),

@@ -1,7 +1,7 @@
 """Muon and RMNP in float64 NumPy: momentum, a polynomial of singular values or rows, AdamW."""
 
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,8 @@ class MuonReference(Reference):
         ns_dtype: Any = None,
         adjust_lr_fn: str | None = None,
         heads: int = 1,
+        momentum_rank: int | None = None,
+        start: Callable[[int, int], Array] | None = None,
         other_betas: tuple[float, float] = (0.9, 0.95),
         other_eps: float = 1e-10,
         other_weight_decay: float = 0.0,
@@ -61,6 +63,8 @@ class MuonReference(Reference):
         self.triples = [ns_coefficients] * ns_steps if one else ns_coefficients
         self.adjust, self.heads, self.other_weight_decay = adjust_lr_fn, heads, other_weight_decay
         self.momentum_buffer: dict[str, Array] = {}
+        self.momentum_rank, self.start = momentum_rank, start
+        self.right: dict[str, Array] = {}
 
     def step(self, grads: Mapping[str, NDArray[Any]], lr_factor: float = 1.0) -> None:
         for name, grad in grads.items():
@@ -92,11 +96,25 @@ class MuonReference(Reference):
     def matrix_update(self, key: str, g: Array, t: int) -> Array:
         mu = self.momentum
         mean = mu * self.momentum_buffer.get(key, np.zeros_like(g)) + (1 - mu) * g
-        self.momentum_buffer[key] = mean
+        self.momentum_buffer[key] = self.truncated(key, mean)
         x = mu * mean + (1 - mu) * g if self.nesterov else mean
         blocks = np.split(x, self.heads)
         factor = adjustment(self.adjust, *blocks[0].shape)
         return factor * np.concatenate([iterated(block, self.triples) for block in blocks])
+
+    def truncated(self, key: str, mean: Array) -> Array:
+        """What is kept of a momentum: its part in the span of a power step from the last factor."""
+        rank, (m, n) = self.momentum_rank, mean.shape
+        if rank is None or rank >= min(m, n):
+            return mean
+        if key not in self.right:
+            assert self.start is not None
+            self.right[key] = self.start(n, rank)
+        if mean.any():
+            basis = np.linalg.qr(mean @ self.right[key])[0]
+            self.right[key] = mean.T @ basis
+            mean = basis @ self.right[key].T
+        return mean
 
 
 class RmnpReference(MuonReference):

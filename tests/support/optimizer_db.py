@@ -176,6 +176,8 @@ MUONS_OWN = {
     "more_iterations": {"ns_steps": 6},
     "iterations_of_their_own": {"ns_coefficients": [(4.0, -6.0, 3.0), (2.0, -1.5, 0.5)]},
     "in_float64": {"ns_dtype": "float64"},
+    "low_rank": {"momentum_rank": 2, "weight_decay": 0.1},
+    "low_rank_beside_codes": {"momentum_rank": 2, "state_bits": 8, "nesterov": False},
 }
 
 
@@ -308,6 +310,8 @@ def muon_error_inputs(device, dtype) -> list[ErrorOptimizerInput]:
         (None, {"ns_dtype": "int8"}, ValueError, "Invalid ns_dtype: 'int8'; .*bfloat16, float16"),
         (None, {"ns_dtype": torch.int8}, ValueError, "Invalid ns_dtype: 'int8'"),
         (None, {"ns_coefficients": (1, 2)}, ValueError, r"ns_coefficients: \(1, 2\); .*three"),
+        (None, {"momentum_rank": 0}, ValueError, "Invalid momentum_rank: 0; .*at least 1, or None"),
+        (None, {"momentum_rank": 2.5}, ValueError, "Invalid momentum_rank: 2.5; .*an integer"),
     ]
     return momentum_error_inputs(device, dtype) + _refusals(cases)
 

@@ -47,6 +47,7 @@ VARIANTS = {
     "sinkgd other scale": ("sinkgd", {"other": "scale"}),
     "sinkgd spectral norm": ("sinkgd", {"lr": 0.05, "spectral_norm": True}),
     "muon other adafactor": ("muon", {"other": "adafactor"}),
+    "muon low rank": ("muon", {"momentum_rank": 2}),
     "natural_galore int8": ("natural_galore", {"history_dtype": "int8"}),
     "stable_spam together": ("stable_spam", {"foreach": True}),
     "apollo tensor": ("apollo", {"scale_type": "tensor", "scale_front": True}),

@@ -125,6 +125,11 @@ def state_omega(optimizer: torch.optim.Optimizer, params: dict[str, nn.Parameter
     return omega
 
 
+def low_rank_start(columns: int, rank: int) -> np.ndarray:
+    """What Muon's factors of its momentum start from."""
+    return gaussian(0, columns, rank, torch.empty(0, dtype=torch.float64)).numpy()
+
+
 def compare(
     make: Any,
     hyper: dict[str, Any],
@@ -160,6 +165,8 @@ def compare(
         options["given"] = options["signs"] = state_bases(optimizer, params)
     elif make in (APOLLO, APOLLOMini):
         options["omega"] = state_omega(optimizer, params)
+    elif make is Muon:
+        options["start"] = low_rank_start
     reference = REFERENCES[make](
         start,
         set(names) & set(HIDDEN),
