@@ -211,7 +211,11 @@ def _by_role(adamw_lr: float | Mapping[str, float] | None) -> dict[str, float]:
 
 
 def _groups(model: nn.Module | Groups) -> Groups:
-    return param_groups(model) if isinstance(model, nn.Module) else model
+    if isinstance(model, nn.Module):
+        return param_groups(model)
+    if isinstance(model, str) or not all(isinstance(group, Mapping) for group in model):
+        raise ValueError(f"model={model!r:.60}: it must be a module, or its param_groups")
+    return model
 
 
 @cache

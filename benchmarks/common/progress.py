@@ -1,5 +1,6 @@
 """Progress of training runs: a bar with loss, speed and time left, or one line per run."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Self
@@ -16,9 +17,14 @@ from rich.progress import (
 )
 from rich.text import Text
 
+LINE_EVERY = 60.0  # seconds, where no terminal shows the bar
+
 
 class RunProgress:
-    """One progress bar over the steps of all runs, with the current run's name, loss and speed."""
+    """One progress bar over the steps of all runs, with the current run's name, loss and speed.
+
+    Into a file or a pipe, a line a minute.
+    """
 
     def __init__(self, total_steps: int) -> None:
         self.console = Console(stderr=True)
@@ -33,6 +39,7 @@ class RunProgress:
         )
         self._task = self._bar.add_task("", total=total_steps, status="")
         self._base = 0
+        self._printed = time.monotonic()
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -49,9 +56,17 @@ class RunProgress:
 
         def report(step: int, loss: float, speed: float) -> None:
             status = f"loss {loss:.3f}  {speed:,.0f} tok/s"
-            self._bar.update(self._task, completed=base + step, status=status)
+            self._update(completed=base + step, description=name, status=status)
 
         return report
+
+    def _update(self, *, completed: int, description: str, status: str) -> None:
+        self._bar.update(self._task, completed=completed, description=description, status=status)
+        now = time.monotonic()
+        if self._bar.disable and now - self._printed >= LINE_EVERY:
+            self._printed = now
+            total = self._bar.tasks[0].total
+            self.finish(f"{description}: {completed:,} of {total:,.0f} steps, {status}")
 
     def finish(self, text: str) -> None:
         """Print the line of a finished run."""
@@ -70,8 +85,7 @@ class SideBySide(RunProgress):
         self._running[key] = (name, step, loss, speed)
         (first, *others), steps, losses, speeds = zip(*self._running.values(), strict=True)
         between = " to ".join(f"{loss:.3f}" for loss in sorted({min(losses), max(losses)}))
-        self._bar.update(
-            self._task,
+        self._update(
             description=f"{first} and {len(others)} more" if others else first,
             completed=self._base + sum(steps),
             status=f"loss {between}  {sum(speeds):,.0f} tok/s",

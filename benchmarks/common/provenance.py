@@ -23,12 +23,20 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def made_on(made: dict[str, Any]) -> str:
-    """Format device, threads, torch version and commit of a provenance as text."""
-    return (
-        f"{made['device']}, {made['threads']} threads, torch {made['torch']}, commit "
-        f"{made['commit']}"
-    )
+def made_on(*made: dict[str, Any]) -> str:
+    """Format devices, threads, torch versions and commits of provenances, each of them once."""
+    places: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for one in made:
+        places.setdefault((one["device"], one["torch"]), []).append(one)
+    texts = []
+    for (device, torch_version), ones in places.items():
+        threads = sorted({one["threads"] for one in ones})
+        commits = dict.fromkeys(str(one["commit"]) for one in ones)
+        texts.append(
+            f"{device}, {' or '.join(map(str, threads))} thread{'s' * (threads != [1])}, torch "
+            f"{torch_version}, commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
+        )
+    return "; ".join(texts)
 
 
 def device_name() -> str:

@@ -33,7 +33,7 @@ def saved(made: Any, **options: Any) -> bytes:
 
 
 def lines(curves: dict[str, list[Point]], label: str, *, log: bool = False) -> bytes:
-    """Draw a value over the steps, one line per name."""
+    """Return a PNG of a value over the steps, one line per name."""
     canvas, axes = figure()
     for name, points in curves.items():
         axes.plot(*zip(*points, strict=True), label=name)
@@ -47,7 +47,7 @@ def lines(curves: dict[str, list[Point]], label: str, *, log: bool = False) -> b
 
 
 def losses(plan: Plan, rows: list[Row], records: list[Row]) -> bytes:
-    """Draw the training losses of seed 0, in the order of the records."""
+    """Return a PNG of the training losses of seed 0, in the order of the records."""
     canvas, axes = figure()
     colors = method_colors(record["method"] for record in records)
     for row in rows:
@@ -76,7 +76,7 @@ def pareto_front(points: list[Point]) -> list[int]:
 
 
 def memory(plan: Plan, records: list[Row], **options: Any) -> bytes:
-    """Draw perplexity against the bytes of parameters and optimizer state at 60M."""
+    """Return a picture of perplexity against the bytes of parameters and state at 60M."""
     return saved(memory_figure(plan, records), **options)
 
 

@@ -239,18 +239,18 @@ def tuned_text(values: Row) -> str:
     return " ".join(f"{k.removesuffix('_lr')} {text(v)}" for k, v in values.items())
 
 
-def same_run(fingerprint: Row) -> str:
+def run_key(fingerprint: Row) -> str:
     """Return a fingerprint as a key, equal for equal settings on the same text."""
     return json.dumps(fingerprint, sort_keys=True)
 
 
 def committed_rows() -> dict[str, Row]:
-    """Return the committed rows by `same_run`; a tested row replaces an untested one."""
+    """Return the committed rows by `run_key`; a tested row replaces an untested one."""
     rows: dict[str, Row] = {}
     for pattern in ("*-tune.json", "*-compare.json"):
         for path in sorted(_RESULTS.glob(pattern)):
             for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
-                rows[same_run(row["fingerprint"])] = row
+                rows[run_key(row["fingerprint"])] = row
     return rows
 
 

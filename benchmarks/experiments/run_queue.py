@@ -23,7 +23,7 @@ from benchmarks.experiments.plan import (
     Plan,
     Row,
     committed_rows,
-    same_run,
+    run_key,
     settings,
     tuned_text,
 )
@@ -74,7 +74,7 @@ class Session:
 
     def _known(self, entry: Entry, test: bool) -> Row | None:
         """Return a committed row with the same settings and text, or None."""
-        row = self.known.get(same_run(fingerprint(entry.config, self.corpus)))
+        row = self.known.get(run_key(fingerprint(entry.config, self.corpus)))
         tested = row is not None and (not test or row["diverged"] or row["test_loss"] is not None)
         return row if tested else None
 

@@ -143,7 +143,7 @@ LEGEND = (
     "learning rate for the hidden weights, the embedding and the head, clipping, Adam's betas or "
     "momentum, weight decay; paper: one learning rate, no clipping. edge: the best rate is the "
     "largest or the smallest that was tried. held: parameters + optimizer state of this model, "
-    "measured from the tensors. 60M: the same for the 58 M Llama in bf16, 1e6 bytes, from shapes, "
+    "measured from the tensors. 60M: the same for the 60M Llama in bf16, 1e6 bytes, from shapes, "
     "of rank 128 where a method has a rank. step: the optimizer alone."
 )
 
@@ -152,12 +152,11 @@ def caption(rows: list[Row]) -> str:
     """Format model, text, precision, seeds and provenance of the rows in one line."""
     row = rows[0]
     config = row["config"]
-    places = [made_on(r["provenance"]) for r in rows]
     seeds = len({r["config"]["seed"] for r in rows})
     return (
         f"{config['model']}, {row['corpus']['name']} text (sha256 {row['corpus']['sha256'][:12]}), "
         f"{row['tokens']:,} tokens a run, {row['precision']}, {seeds} seed{'s' * (seeds > 1)}; "
-        + "; ".join(dict.fromkeys(places))
+        + made_on(*(r["provenance"] for r in rows))
     )
 
 

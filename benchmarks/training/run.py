@@ -282,7 +282,7 @@ class Run:
             write_atomic(path, buffer.getvalue())
 
     def resume(self, *, skip_damaged: bool = False) -> bool:
-        """Load the folder's newest checkpoint. Return False if there is none.
+        """Load the folder's newest checkpoint, and set damaged ones aside; False if there is none.
 
         Raises:
             ValueError: it is damaged (and not to be skipped), or of a run with other settings.

@@ -178,7 +178,7 @@ def state_table(name: str) -> str:
     total = (counted.params + counted.state_total) / 1e6
     lines.append(f"| | **together** | **{total:.1f}** |")
     kind = str(dtype).removeprefix("torch.")
-    text = f"The 58 M Llama in {kind}, default options, 1e6 bytes, by `optimzoo.memory.account`."
+    text = f"The 60M Llama in {kind}, default options, 1e6 bytes, by `optimzoo.memory.account`."
     return f"## State\n\n{text}\n\n" + "\n".join(lines)
 
 

@@ -35,7 +35,7 @@ def settings(monkeypatch):
         "small": {"batch_tokens": 1000, "width": 128.0, "methods": small},
         "large": {"batch_tokens": 16000, "width": 64.0, "methods": large},
     }
-    monkeypatch.setattr(tuned_rates, "_settings", lambda: made)
+    monkeypatch.setattr(tuned_rates, "tuned_settings", lambda: made)
     return made
 
 
@@ -201,6 +201,10 @@ def test_warm_up_is_a_share_until_the_steps_are_known(settings):
         ),
         (lambda: starting_values("muon", batch_tokens=-1), "batch_tokens=-1: it must be positive"),
         (lambda: starting_values("muon", steps=0), "steps=0: it must be positive"),
+        (
+            lambda: starting_values("muon", "nano"),
+            "model='nano': it must be a module, or its param_groups",
+        ),
         (lambda: starting_values("muon", []), "no hidden weight to take the width of"),
     ],
 )
@@ -213,7 +217,7 @@ def test_errors_are_one_line_and_name_the_value(call, message):
 def shipped():
     return [
         (record["optimizer"], record["variant"])
-        for setting in tuned_rates._settings().values()
+        for setting in tuned_rates.tuned_settings().values()
         for record in setting["methods"]
     ]
 

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import statistics
+import time
 from pathlib import Path
 
 import matplotlib.image
@@ -13,7 +14,8 @@ import tiny_benchmarks
 from tiny_benchmarks import PLAN
 
 from benchmarks.__main__ import main
-from benchmarks.common.progress import SideBySide
+from benchmarks.common.progress import RunProgress, SideBySide
+from benchmarks.common.provenance import made_on
 from benchmarks.experiments import plan, run_queue, summary
 from benchmarks.experiments.plan import Plan
 from benchmarks.report import readme as report
@@ -333,3 +335,26 @@ def test_runs_side_by_side_share_one_bar():
     bar.report("two", "SCALE tuned", 4, 3.5, 600.0)
     assert (task.completed, task.description) == (14, "SCALE tuned")
     assert task.fields["status"] == "loss 3.500  600 tok/s"
+
+
+def test_into_a_pipe_a_line_a_minute(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    bar = RunProgress(2000)
+    report = bar.start("SCALE", 2000)
+    for step in range(1, 131):
+        now[0] += 1.0
+        report(step, 4.5, 1000.0)
+    assert capsys.readouterr().err.splitlines() == [
+        "SCALE: 60 of 2,000 steps, loss 4.500  1,000 tok/s",
+        "SCALE: 120 of 2,000 steps, loss 4.500  1,000 tok/s",
+    ]
+
+
+def test_a_caption_names_a_machine_once():
+    one = {"device": "A", "threads": 2, "torch": "2.13", "commit": "a1"}
+    made = [one, one | {"threads": 1}, one | {"commit": "b2"}, one | {"device": "B"}]
+    assert made_on(*made) == (
+        "A, 1 or 2 threads, torch 2.13, commits a1, b2; B, 2 threads, torch 2.13, commit a1"
+    )
+    assert made_on(one | {"threads": 1}) == "A, 1 thread, torch 2.13, commit a1"
