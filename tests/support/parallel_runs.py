@@ -22,6 +22,7 @@ import torch.distributed.checkpoint.state_dict
 import torch.distributed.fsdp
 import torch.utils.tensorboard
 from tiny_benchmarks import TINY, saved_step, tiny_corpus
+from toy import run_config
 
 from benchmarks.data.corpus import Corpus
 from benchmarks.training import checkpoint
@@ -33,28 +34,13 @@ from benchmarks.training.run import Run
 from optimzoo.models import llama
 from optimzoo.optimizers import galore
 
-LOW = {"rank": 4, "update_proj_gap": 3}
-# What a name of the registry is run with: refreshes and resets fall within the steps.
-HYPER: dict[str, dict[str, Any]] = {
-    "adamw": {"lr": 1e-2},
-    "sgd": {"lr": 0.5},
-    "scale": {"lr": 1e-2, "other_lr": 2e-2},
-    "muon": {"lr": 2e-2, "other_lr": 1e-2},
-    "rmnp": {"lr": 2e-2, "other_lr": 1e-2},
-    "galore": {"lr": 1e-2, "hyper": LOW},
-    "natural_galore": {"lr": 1e-2, "hyper": {**LOW, "history": 4}},
-    "fira": {"lr": 1e-2, "hyper": LOW},
-    "apollo": {"lr": 1e-2, "hyper": LOW},
-    "apollo_mini": {"lr": 1e-2, "hyper": {"update_proj_gap": 3}},
-    "swan": {"lr": 1e-2},
-    "sinkgd": {"lr": 1e-2, "hyper": {"alpha": 1.0}},
-    "stable_spam": {"lr": 1e-2, "hyper": {"update_proj_gap": 3}},
-}
 SIZES = {"model": "tiny", "batch_size": 4, "seq_len": 16, "eval_tokens": 256, "accumulate": 2}
 
 
 def config(name: str, **changes: Any) -> RunConfig:
-    return RunConfig(name, **{**SIZES, "steps": 8, "clip": 0.5, **HYPER[name], **changes})
+    return RunConfig(
+        name, **{**SIZES, "steps": 8, "clip": 0.5, **run_config(name, gap=3), **changes}
+    )
 
 
 def prepare(folder: Path) -> Corpus:

@@ -2,20 +2,13 @@
 
 import torch
 from torch import nn
-from zoo_models import LOW
+from toy import toy
 from zoo_models import llama as zoo_llama
 
 from optimzoo import create_optimizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HYPER = {
-    "adams": {"l1": 1e-3, "total_steps": 15, "n": 3, "m": 6, "mask_every": 3},
-    **dict.fromkeys(("galore", "fira", "apollo"), LOW),
-    "natural_galore": {**LOW, "history": 3},
-    "apollo_mini": {"update_proj_gap": 4},
-    "stable_spam": {"update_proj_gap": 6},
-    "sgd": {"momentum": 0.9},
-}
+PATTERN = {"adams": {"n": 3, "m": 6}}  # groups of the weights' sizes
 
 
 def llama(dtype=torch.float32):
@@ -23,7 +16,9 @@ def llama(dtype=torch.float32):
 
 
 def make(name, model, **hyper):
-    return create_optimizer(name, model, **{"lr": 1e-3, **HYPER.get(name, {}), **hyper})
+    return create_optimizer(
+        name, model, **(toy(name, rank=5, lr=1e-3) | PATTERN.get(name, {}) | hyper)
+    )
 
 
 def tokens(step):

@@ -12,28 +12,22 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import Optimizer
+from toy import TOY, toy
 
 from optimzoo import create_optimizer
 from optimzoo.models.llama import Llama, LlamaConfig
 
 STEPS, HALF, WARMUP = 12, 6, 3
-LOW_RANK = {"lr": 1e-2, "other_lr": 5e-3, "rank": 7, "update_proj_gap": HALF}
-CAUTIOUS = {"weight_decay": 0.1, "weight_decay_style": "cautious"}
-HYPER: dict[str, dict[str, Any]] = {
-    "scale": {"lr": 1e-2, "other_lr": 2e-2, "weight_decay": 0.1},
-    "muon": {"lr": 1e-2, "other_lr": 5e-3, "weight_decay": 0.1},
-    "rmnp": {"lr": 1e-2, "other_lr": 5e-3, **CAUTIOUS},
-    "adamw": {"lr": 5e-3, "weight_decay": 0.1},
-    "sgd": {"lr": 0.5, "momentum": 0.9},
-    # Those with a subspace renew it in the first step after the save.
-    "galore": {**LOW_RANK, "lr": 2e-2},
-    "natural_galore": {**LOW_RANK, "history": 4, **CAUTIOUS},
-    "fira": {**LOW_RANK, "projector": "svd", "rotate": False},
-    "apollo": LOW_RANK,
-    "apollo_mini": {"lr": 1e-2, "update_proj_gap": HALF},
-    "swan": {"lr": 1e-2, "other_lr": 5e-3, "weight_decay": 0.1},
-    "sinkgd": {"lr": 0.1, "other_lr": 5e-3, **CAUTIOUS},
-    "stable_spam": {"lr": 5e-3, "update_proj_gap": 4, "total_steps": STEPS},
+MORE: dict[str, dict[str, Any]] = {
+    "fira": {"projector": "svd", "rotate": False},
+    "stable_spam": {"gap": 4, "total_steps": STEPS},
+    **{key: {"weight_decay_style": "cautious"} for key in ("rmnp", "natural_galore", "sinkgd")},
+}
+# Those with a subspace renew it in the first step after the save.
+HYPER = {
+    name: toy(name, **{"rank": 7, "gap": HALF, "weight_decay": 0.1, **MORE.get(name, {})})
+    for name in TOY
+    if name != "adams"  # whose groups of weights this model does not divide into
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

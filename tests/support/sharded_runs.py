@@ -11,28 +11,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from toy import TOY, toy
 
 from optimzoo import param_groups
 from optimzoo.registry import get_info
 
-LOW = {"rank": 3, "update_proj_gap": 7, "lr": 0.02}
 # What a name of the registry is run with: refreshes, resets and masks fall within the steps.
-HYPER = {
-    "scale": {"lr": 0.01, "vector_lr": 0.02, "weight_decay": 0.1},
-    "galore": {**LOW, "weight_decay": 0.1},
-    "natural_galore": {**LOW, "history": 4},
-    "fira": LOW,
-    "apollo": LOW,
-    "apollo_mini": {"update_proj_gap": 7, "lr": 0.002},
-    "swan": {"lr": 0.005, "weight_decay": 0.1},
-    "sinkgd": {"lr": 0.005, "alpha": 1.0, "weight_decay": 0.1},
-    "stable_spam": {"update_proj_gap": 8, "lr": 0.01},
-    "muon": {"lr": 0.01, "other_lr": 0.01, "weight_decay": 0.1},
-    "rmnp": {"lr": 0.01, "other_lr": 0.01, "weight_decay": 0.1},
-    "adams": {"lr": 0.005, "l1": 0.1, "total_steps": 15, "mask_every": 5},
-    "adamw": {"lr": 0.01},
-    "sgd": {"lr": 0.1, "momentum": 0.9},
-}
+HYPER = {name: toy(name, rank=3, gap=7, weight_decay=0.1) for name in TOY}
 VARIANTS = {
     "scale row": ("scale", {"normalize": "row"}),
     "scale nesterov": ("scale", {"nesterov": True, "normalize": "row"}),

@@ -4,35 +4,13 @@ import io
 
 import torch
 from torch import nn
+from toy import MATRIX_METHODS, toy
 
-from optimzoo import (
-    APOLLO,
-    RMNP,
-    SWAN,
-    APOLLOMini,
-    Fira,
-    GaLore,
-    Muon,
-    NaturalGaLore,
-    SinkGD,
-    StableSPAM,
-    param_groups,
-)
+from optimzoo import param_groups
 from optimzoo.models.llama import Llama, LlamaConfig
+from optimzoo.registry import get_info
 
-LOW = {"rank": 5, "update_proj_gap": 4}
-METHODS = {
-    "galore": (GaLore, {**LOW, "lr": 0.02, "scale": 1.0}),
-    "natural_galore": (NaturalGaLore, {**LOW, "lr": 0.02, "scale": 1.0, "history": 3}),
-    "fira": (Fira, {**LOW, "lr": 0.02}),
-    "apollo": (APOLLO, {**LOW, "lr": 0.02}),
-    "apollo_mini": (APOLLOMini, {"update_proj_gap": 4, "lr": 0.01}),
-    "swan": (SWAN, {"lr": 0.005}),
-    "sinkgd": (SinkGD, {"lr": 0.005, "alpha": 1.0}),
-    "stable_spam": (StableSPAM, {"update_proj_gap": 10, "lr": 0.01}),
-    "muon": (Muon, {"lr": 0.01, "other_lr": 0.01}),
-    "rmnp": (RMNP, {"lr": 0.01, "other_lr": 0.01}),
-}
+METHODS = {name: (get_info(name).make, toy(name, rank=5)) for name in MATRIX_METHODS}
 
 
 def llama(dtype=torch.float32, tied=False):

@@ -13,6 +13,7 @@ import tiny_benchmarks
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
+from toy import run_config
 
 import benchmarks.training.cli as train_module
 from benchmarks.__main__ import main
@@ -20,16 +21,10 @@ from benchmarks.data.batches import Batches
 from benchmarks.training.config import RunConfig, lr_factor
 from benchmarks.training.loop import train
 from benchmarks.training.run import Run
-from optimzoo import list_optimizers
 from optimzoo.memory import account
 
 pytestmark = pytest.mark.usefixtures("tiny")
-HYPER = {
-    "adamw": {"lr": 1e-2},
-    "muon": {"lr": 2e-2, "other_lr": 1e-2},
-    "scale": {"lr": 1e-2, "other_lr": 2e-2},
-    "galore": {"lr": 1e-2, "hyper": {"rank": 4, "update_proj_gap": 10}},
-}
+HYPER = {name: run_config(name, gap=10) for name in ("adamw", "muon", "scale", "galore")}
 SGD = RunConfig("sgd", 0.5, model="tiny", steps=6, batch_size=4, seq_len=16, eval_tokens=256)
 
 
@@ -39,7 +34,7 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
 
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("precision", ["fp32", "bf16-autocast", "bf16"])
-@pytest.mark.parametrize("name", [n for n in HYPER if n in list_optimizers()])
+@pytest.mark.parametrize("name", HYPER)
 def test_the_loss_falls(name, precision, corpus, tmp_path):
     config = replace(SGD, optimizer=name, steps=40, precision=precision, **HYPER[name])
     row = train(config, corpus)

@@ -14,6 +14,7 @@ import tiny_benchmarks
 from processes import run_program
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_benchmarks import saved_step, stop_at
+from toy import run_config
 
 import benchmarks.training.loop as train_module
 from benchmarks.common.files import write_atomic
@@ -22,16 +23,8 @@ from benchmarks.training.loop import train
 from benchmarks.training.run import Run
 
 pytestmark = pytest.mark.usefixtures("tiny")
-LOW_RANK = {"rank": 4, "update_proj_gap": 3}
-HYPER = {
-    "adamw": {"lr": 1e-2},
-    "muon": {"lr": 2e-2, "other_lr": 1e-2},
-    "scale": {"lr": 1e-2, "other_lr": 2e-2},
-    "galore": {"lr": 1e-2, "hyper": LOW_RANK},
-    "natural_galore": {"lr": 1e-2, "hyper": {**LOW_RANK, "history": 4}},
-    "apollo": {"lr": 1e-2, "hyper": LOW_RANK},
-    "stable_spam": {"lr": 1e-2, "hyper": {"update_proj_gap": 3}},
-}
+METHODS = ("adamw", "muon", "scale", "galore", "natural_galore", "apollo", "stable_spam")
+HYPER = {name: run_config(name, gap=3) for name in METHODS}
 SGD = RunConfig("sgd", 0.5, model="tiny", steps=9, batch_size=4, seq_len=16, eval_tokens=256)
 
 

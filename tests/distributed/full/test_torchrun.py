@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 from data_helpers import ROOT
-from parallel_runs import LOW, distance
+from parallel_runs import distance
 from tiny_benchmarks import saved_step, tiny_corpus
+from toy import run_config
 
 STEPS, KILLS = 110, 20
+HYPER = run_config("galore", gap=3)["hyper"]
 # Of each place how often it may be passed before the kill: up to some ten steps.
 PLACES = {"step": 140, "refresh": 60, "write": 400, "sync": 20, "call": 40_000}
 
@@ -30,7 +32,7 @@ def torchrun(text: Path, out: Path, faults=(), restarts=0, save_every=3):
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     words += [f"--max-restarts={restarts}", "--monitor-interval=0.1"]
     words += [str(Path(__file__).with_name("faulty_train.py")), str(out), json.dumps(faults)]
-    words += ["train", "--parallel=fsdp", "--optimizer=galore", f"--hyper={json.dumps(LOW)}"]
+    words += ["train", "--parallel=fsdp", "--optimizer=galore", f"--hyper={json.dumps(HYPER)}"]
     words += ["--model=tiny", "--lr=1e-2", "--clip=0.5", f"--steps={STEPS}", "--batch-size=4"]
     words += ["--seq-len=16", "--eval-tokens=256", f"--save-every={save_every}", f"--out={out}"]
     words += ["--data", *(str(text / f"{name}.txt") for name in ("valid", "test", "train"))]
