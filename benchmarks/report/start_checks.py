@@ -17,14 +17,16 @@ def text(task: str) -> str:
     if task not in _stored():
         raise ValueError(f"{Check(task).path} is missing; run starting-values {task} --store first")
     check, rows = _stored()[task]
-    sizes = check.task.sizes
+    sizes, shown = check.task.sizes, table(check, rows).markdown()
+    others = "; the others say far" * ("far" in shown)
+    tokens = f" x {sizes['seq_len']} tokens"
+    batch = f"{sizes['batch_size']}{tokens if check.task.batch_tokens else ' images'}"
     caption = (
-        f"{summary(check, rows)}; the others say far. "
-        f"{check.task.text[0].upper()}{check.task.text[1:]}: "
-        f"{sizes['steps']} steps of {sizes['batch_size']} x {sizes['seq_len']}; "
+        f"{summary(check, rows)}{others}. {check.task.text[0].upper()}{check.task.text[1:]}: "
+        f"{sizes['steps']} steps of {batch}; "
         f"{adamw_text(check)}; test perplexity; {made_on(rows[0]['provenance'])}."
     )
-    return f"{table(check, rows).markdown()}\n\n{caption}"
+    return f"{shown}\n\n{caption}"
 
 
 def of_method(name: str) -> Table | None:

@@ -87,7 +87,8 @@ def test_every_method_has_a_page_with_its_state_and_its_rows():
         assert (row in text) == (record["label"] in ("SCALE", "SCALE spectral", "AdamW"))
     assert 'starting_values("scale", model, adamw_lr=1e-3)' in text
     assert "| `scale`, `normalize='spectral'` |" in text and "| `muon` |" not in text
-    assert "| fine-tuning | SCALE |" in text and "| fine-tuning | Muon |" not in text
+    for task in ("fine-tuning", "classifier"):
+        assert f"| {task} | SCALE |" in text and f"| {task} | Muon |" not in text
     assert 'create_optimizer("adams", model, lr=...)' in pages.method_page("adams")
     assert "not yet in the [comparison]" in pages.method_page("adams")
 
