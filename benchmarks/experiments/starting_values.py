@@ -33,7 +33,7 @@ from benchmarks.training.metrics import perplexity
 from benchmarks.training.models import make_model
 from optimzoo import param_groups, starting_values
 from optimzoo.options import refuse
-from optimzoo.tuned_rates import ROLE_RATES, VARIANT
+from optimzoo.tuned_rates import ROLE_RATES, VARIANT, tuned_settings
 
 PROTOCOL = "tuned"  # of the plan whose methods and labels these are
 
@@ -61,15 +61,24 @@ class Check:
         self.path = RESULTS / f"starting-values-{name}.json"
 
     def methods(self) -> list[str]:
-        """Return the plan's methods that have starting values: all but SGD."""
-        return [m for m, record in self.plan.methods.items() if m != "sgd" and PROTOCOL in record]
+        """Return the plan's methods that have starting values: tuned, to the end, and not SGD."""
+        return [m for m, r in self.plan.methods.items() if PROTOCOL in r and self._has_start(m)]
+
+    def _has_start(self, method: str) -> bool:
+        records = [r for setting in tuned_settings().values() for r in setting["methods"]]
+        return self._call(method) in [(r["optimizer"], r["variant"]) for r in records]
+
+    def _call(self, method: str) -> tuple[str, Values]:
+        """Return the optimizer's name and the options with which it is tuned apart."""
+        record = self.plan.methods[method]
+        hyper = record.get("hyper", {})
+        return record.get("optimizer", method), {key: hyper[key] for key in VARIANT if key in hyper}
 
     def start(self, method: str) -> Values:
         """Return a method's starting values, as `RunConfig` and its optimizer take them."""
-        record = self.plan.methods[method]
-        variant = {key: record["hyper"][key] for key in VARIANT if key in record.get("hyper", {})}
+        name, variant = self._call(method)
         start = starting_values(
-            record.get("optimizer", method),
+            name,
             self.groups,
             adamw_lr=self.adamw_lr,
             batch_tokens=self.task.batch_tokens,

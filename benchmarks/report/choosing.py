@@ -103,7 +103,7 @@ def _percent(ratio: float) -> str:
     return f"{round(100 * (ratio - 1)):+d}\u00a0%"
 
 
-def _bytes(plan: Plan, method: str) -> int:
+def _bytes(plan: Plan, method: str) -> float:
     """Return the bytes of the 60M Llama and its state in bfloat16."""
     return bytes_60m(vars(plan.tuning_runs(method, "tuned", [])[0].config))
 

@@ -26,12 +26,12 @@ def toy(name: str, *, rank: int = 4, gap: int = 4, **changes: Any) -> dict[str, 
     """Return a method's options.
 
     Args:
-        name: of the method.
+        name: of the method; torch's others have none of their own.
         rank: of a subspace, where the method has one.
         gap: steps between two refreshes, resets or masks, where the method has them.
         changes: other options.
     """
-    own = TOY[name]
+    own = TOY.get(name, {})
     given = {"rank": rank, "update_proj_gap": gap, "mask_every": gap}
     return own | {key: value for key, value in given.items() if key in own} | changes
 
