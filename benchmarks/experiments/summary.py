@@ -137,6 +137,17 @@ def cells(record: Row) -> list[str]:
     ]
 
 
+def stored_records(name: str) -> list[Row]:
+    """Return the records of a plan's committed rows."""
+    plan = Plan(name)
+    return summarise(plan, read_rows(plan.results_path))
+
+
+def tuned_records(name: str) -> dict[str, Row]:
+    """Return the records of a plan's tuned runs, by method."""
+    return {r["method"]: r for r in stored_records(name) if r["protocol"] == "tuned"}
+
+
 LEGEND = (
     "Same model, same batches in the same order, same steps for every row; what is tuned was "
     "chosen on validation text (benchmarks/results), perplexity is on test text. tuned: a "

@@ -1,13 +1,12 @@
 """Which method one would take for what: its memory, perplexity and time, from the rows."""
 
 import json
-from functools import cache
 from typing import Any
 
 from benchmarks.common.files import RESULTS
 from benchmarks.common.tables import Table
 from benchmarks.experiments.plan import Plan
-from benchmarks.experiments.summary import bytes_60m, bytes_at, read_rows, summarise
+from benchmarks.experiments.summary import bytes_60m, bytes_at, stored_records, tuned_records
 from optimzoo import get_info
 
 # What is wanted, and what to take for it: a method of the plan.
@@ -31,7 +30,7 @@ OTHERS = ("adam", "scale", "adafactor")  # rules for the embedding and the head
 
 def methods(name: str) -> str:
     """Return the table of what to take for what, by a plan."""
-    plan, records = Plan(name), _records(name)
+    plan, records = Plan(name), tuned_records(name)
     adamw = _bytes(plan, "adamw")
     rows = []
     for wanted, method in WANTED.items():
@@ -65,7 +64,7 @@ def other_rules(size: str) -> str:
 def paper(name: str) -> str:
     """Return in a sentence what one rate for all roles costs, by a plan's runs under `paper`."""
     plan = Plan(name)
-    found = {(r["method"], r["protocol"]): r["perplexity"] for r in _summary(name)}
+    found = {(r["method"], r["protocol"]): r["perplexity"] for r in stored_records(name)}
     texts = [
         f"{plan.label(m)}'s {_percent(found[m, 'paper'] / found[m, 'tuned'])}"
         for m in ("adamw", "muon", "scale")
@@ -80,16 +79,6 @@ def _link(optimizer: str) -> str:
     """Return a method's name as a link to its file, from docs/."""
     path = get_info(optimizer).make.__module__.replace(".", "/")
     return f"[`{optimizer}`](../{path}.py)"
-
-
-def _records(name: str) -> dict[str, dict[str, Any]]:
-    return {r["method"]: r for r in _summary(name) if r["protocol"] == "tuned"}
-
-
-@cache
-def _summary(name: str) -> list[dict[str, Any]]:
-    plan = Plan(name)
-    return summarise(plan, read_rows(plan.results_path))
 
 
 def _perplexity(records: dict[str, dict[str, Any]], method: str) -> str:

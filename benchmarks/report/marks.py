@@ -19,7 +19,7 @@ from benchmarks.experiments.summary import (
     caption,
     comparison,
     read_rows,
-    summarise,
+    tuned_records,
 )
 from benchmarks.papers import perplexity_tables
 from benchmarks.report import choosing, findings, start_checks, tuned_rates
@@ -57,13 +57,6 @@ def _beside(name: str, *, notes: bool = True) -> str:
     return f"{perplexity_tables.to_table(table, compared).markdown()}\n\n{caption(every)}."
 
 
-def tuned_records(name: str) -> dict[str, dict[str, Any]]:
-    """Return the records of a plan's tuned runs, by method."""
-    plan = Plan(name)
-    records = summarise(plan, read_rows(plan.results_path))
-    return {r["method"]: r for r in records if r["protocol"] == "tuned"}
-
-
 def _headline(name: str) -> str:
     """Return the sentences on SCALE and AdamW: memory, and perplexity by paired t tests."""
     records = tuned_records(name)
@@ -99,7 +92,15 @@ def _methods(name: str) -> str:
         rates = "-"
         if method in plan.methods and not plan.edges(method, "tuned", tuning):
             rates = " / ".join(f"{r:g}" for r in role_rates(plan.best(method, "tuned")))
-        rows.append([f"`{method}`", info.description, _link(info.source), info.state, rates])
+        rows.append(
+            [
+                f"`{method}`",
+                info.description,
+                source_link(info.source, short=True),
+                info.state,
+                rates,
+            ]
+        )
     table = Table(
         ("name", "method", "source", "state", f"lr: hidden / embedding / head, on {name}"),
         rows,
@@ -115,12 +116,12 @@ def _methods(name: str) -> str:
     return f"{table.markdown()}\n\n{note}"
 
 
-def _link(source: str) -> str:
-    """Return a method's source as a link: the paper's number, or the name of a site."""
+def source_link(source: str, *, short: bool = False) -> str:
+    """Return a method's source as a link; `short`: named by its number, or by its site."""
     number = source.removeprefix("arXiv ")
     if number == source:
-        return f"[{source.split('/')[0]}](https://{source})"
-    return f"[{number}](https://arxiv.org/abs/{number})"
+        return f"[{source.split('/')[0] if short else source}](https://{source})"
+    return f"[{number if short else source}](https://arxiv.org/abs/{number})"
 
 
 def _size(name: str) -> str:

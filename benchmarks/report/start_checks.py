@@ -5,7 +5,14 @@ from functools import cache
 from benchmarks.common.provenance import made_on
 from benchmarks.common.tables import Table
 from benchmarks.experiments.plan import Row
-from benchmarks.experiments.starting_values import Check, adamw_text, stored, summary, table
+from benchmarks.experiments.starting_values import (
+    Check,
+    adamw_text,
+    outcomes,
+    stored,
+    summary,
+    table,
+)
 
 
 def text(task: str) -> str:
@@ -18,7 +25,7 @@ def text(task: str) -> str:
         raise ValueError(f"{Check(task).path} is missing; run starting-values {task} --store first")
     check, rows = _stored()[task]
     sizes, shown = check.task.sizes, table(check, rows).markdown()
-    others = "; the others say far" * ("far" in shown)
+    others = "; the others say far" * (not all(o.within for o in outcomes(check, rows)))
     tokens = f" x {sizes['seq_len']} tokens"
     batch = f"{sizes['batch_size']}{tokens if check.task.batch_tokens else ' images'}"
     caption = (

@@ -22,8 +22,9 @@ import torch
 import optimzoo
 from benchmarks.common.tables import Table
 from benchmarks.experiments.plan import Plan
-from benchmarks.experiments.summary import HEADERS, cells, read_rows, summarise
+from benchmarks.experiments.summary import HEADERS, cells, stored_records
 from benchmarks.report import start_checks
+from benchmarks.report.marks import source_link
 from benchmarks.report.tuned_rates import table as starting_table
 from optimzoo.memory import account
 from optimzoo.models.llama import Llama, get_config
@@ -113,15 +114,10 @@ def methods() -> str:
     lines = ["| method | | source | state |", "|---|---|---|---|"]
     for name in method_names():
         i = optimzoo.get_info(name)
-        lines.append(f"| [`{name}`]({name}.md) | {i.description} | {source(i)} | {i.state} |")
+        lines.append(
+            f"| [`{name}`]({name}.md) | {i.description} | {source_link(i.source)} | {i.state} |"
+        )
     return "\n".join(lines)
-
-
-def source(info: optimzoo.OptimInfo) -> str:
-    """Return where a method is from, as a link."""
-    number = info.source.removeprefix("arXiv ")
-    address = f"arxiv.org/abs/{number}" if number != info.source else number
-    return f"[{info.source}](https://{address})"
 
 
 def method_names() -> list[str]:
@@ -133,7 +129,8 @@ def method_names() -> list[str]:
 def method_page(name: str) -> str:
     """Return a method's page: where to start, its docstring, its state, its results."""
     info = optimzoo.get_info(name)
-    head = f"# {name}\n\n{info.description[0].upper()}{info.description[1:]} ({source(info)})."
+    text = f"{info.description[0].upper()}{info.description[1:]} ({source_link(info.source)})."
+    head = f"# {name}\n\n{text}"
     doc = f"::: {info.make.__module__}.{info.make.__name__}"
     return f"{head}\n\n{start(name)}\n\n{doc}\n\n{state_table(name)}\n\n{result_table(name)}\n"
 
@@ -186,7 +183,7 @@ def result_table(name: str) -> str:
     """Return the method's rows of the nano comparison, or that it has none."""
     plan = Plan("nano")
     methods = [m for m, r in plan.methods.items() if r.get("optimizer", m) == name]
-    records = summarise(plan, read_rows(plan.results_path))
+    records = stored_records(plan.name)
     mine = [r for r in records if r["method"] in methods]
     if not mine:
         return "## Results\n\nThis method is not yet in the [comparison](../choosing.md)."

@@ -114,9 +114,8 @@ def whiten(matrix: Tensor, *, steps: int, beta: float = 0.5) -> Tensor:
     y = add_product(y, y, z, beta=0, alpha=1) if steps > 1 else y
     for step in range(1, steps):
         t = add_product(eye, z, y, beta=3, alpha=-1)
-        y = (
-            add_product(y, y, t, beta=0, alpha=beta) if step + 1 < steps else y
-        )  # the last is not used
+        if step + 1 < steps:  # the last is not used
+            y = add_product(y, y, t, beta=0, alpha=beta)
         z = add_product(z, t, z, beta=0, alpha=beta)
     white = z @ x / size.sqrt()
     return white.mT if matrix.shape[-2] > matrix.shape[-1] else white

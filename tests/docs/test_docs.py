@@ -9,20 +9,16 @@ import pytest
 import torch
 
 import optimzoo
-from benchmarks.experiments.plan import Plan
-from benchmarks.experiments.summary import cells, read_rows, summarise
+from benchmarks.experiments import summary
+from benchmarks.experiments.summary import cells
 from benchmarks.report import choosing
+from benchmarks.report.marks import source_link
 from docs.hooks import pages
 from optimzoo.cli import main
 from optimzoo.lowrank import convert
 
 DOCS = pages.ROOT / "docs"
 TEXTS = {p.name: p.read_text(encoding="utf-8") for p in sorted(DOCS.glob("*.md"))}
-
-
-def summarised(name):
-    plan = Plan(name)
-    return summarise(plan, read_rows(plan.results_path))
 
 
 @pytest.mark.sampled(3)
@@ -42,7 +38,7 @@ def test_the_comparison_has_the_figures_of_the_readme():
     readme = (pages.ROOT / "README.md").read_text(encoding="utf-8")
     [short] = re.findall(r"<!-- results: nano -->.*?<!-- end -->", readme, re.S)
     rows = [line.split(" | ") for line in short.splitlines() if re.match(r"\| [A-Z]", line)]
-    tuned = [record for record in summarised("nano") if record["protocol"] == "tuned"]
+    tuned = [record for record in summary.stored_records("nano") if record["protocol"] == "tuned"]
     assert len(rows) == len(tuned) >= 5
     for label, megabytes, perplexity, *_ in rows:
         cells = f"{label} | tuned | ", f" | {perplexity} | ", f" | {megabytes} | "
@@ -55,11 +51,11 @@ def test_a_figure_of_the_decision_table_follows_its_row(monkeypatch):
         return row.split(" | ")[4]
 
     before = figure()
-    records = copy.deepcopy(summarised("nano"))
+    records = copy.deepcopy(summary.stored_records("nano"))
     perplexities = {r["method"]: r["perplexity"] for r in records if r["protocol"] == "tuned"}
     [scale] = [r for r in records if r["method"] == "scale" and r["protocol"] == "tuned"]
     scale["perplexity"] = 2 * perplexities["adamw"]
-    monkeypatch.setattr(choosing, "_summary", lambda name: records)
+    monkeypatch.setattr(summary, "stored_records", lambda name: records)
     assert figure() == "+100\u00a0%" != before
 
 
@@ -82,7 +78,7 @@ def test_every_method_has_a_page_with_its_state_and_its_rows():
     assert "::: optimzoo.optimizers.scale.SCALE" in text
     head = 32000 * 512 * 2
     assert f"| head | `exp_avg` | {head / 1e6:.1f} |" in text
-    for record in summarised("nano"):
+    for record in summary.stored_records("nano"):
         row = "| " + " | ".join(cells(record)) + " |"
         assert (row in text) == (record["label"] in ("SCALE", "SCALE spectral", "AdamW"))
     assert 'starting_values("scale", model, adamw_lr=1e-3)' in text
@@ -119,7 +115,7 @@ def test_a_line_of_code_is_whole_on_a_laptop(name):
 
 
 def test_a_source_is_a_link():
-    muon, scale = (pages.source(optimzoo.get_info(name)) for name in ("muon", "scale"))
+    muon, scale = (source_link(optimzoo.get_info(name).source) for name in ("muon", "scale"))
     assert muon == "[kellerjordan.github.io/posts/muon](https://kellerjordan.github.io/posts/muon)"
     assert scale == "[arXiv 2506.16659](https://arxiv.org/abs/2506.16659)"
 
