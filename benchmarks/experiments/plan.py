@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.common import files
 from benchmarks.experiments.model_sizes import MODEL_SIZES, ModelSize, rescaled
-from benchmarks.experiments.tuning import Search, Values, is_rate, scaled
+from benchmarks.experiments.tuning import Search, Values, each_and_all, is_rate, scaled
 from benchmarks.training.config import RunConfig
 
 PROTOCOLS = ("tuned", "paper")
@@ -155,7 +155,7 @@ class Plan:
                 start = scaled(start, [name], self.size.centre[name != "lr"])
         if one_line:
             return Search(start, (rates,), most=MOST_ON_A_LINE) if rates else Search(start)
-        return Search(start, tuple((name,) for name in rates), rules.get("choices", {}))
+        return Search(start, each_and_all(rates), rules.get("choices", {}))
 
     def tuning_runs(self, method: str, protocol: str, rows: list[Row]) -> list[Entry]:
         """Return the runs that tuning needs next, given its rows so far; none: it has ended.
@@ -172,13 +172,12 @@ class Plan:
         return [self.entry(method, protocol, 0, **point, **steps) for point in points]
 
     def edges(self, method: str, protocol: str, rows: list[Row]) -> list[str]:
-        """Return the learning rates whose best value is at the edge of what was tried."""
+        """Return the learning rates, and those together, that are best at the edge of the tried."""
         if "tuned_by" in self.values:
             tuned_as = self.methods[method].get("tuned_as", method)
             return Plan(self.values["tuned_by"]).edges(tuned_as, protocol, rows)
         search = self.search(method, protocol)
-        points = tried(rows, method, protocol, search)
-        return search.edges(points) if points else [axis[0] for axis in search.axes]
+        return search.edges(tried(rows, method, protocol, search))
 
     def best(self, method: str, protocol: str) -> Row:
         """Return the tuned values: those of the committed row with the lowest validation loss.

@@ -16,18 +16,24 @@ def is_rate(name: str) -> bool:
     return name == "lr" or name.endswith("_lr")
 
 
+def each_and_all(rates: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """Return the axes of a search: one rate after another, then all together."""
+    return *((rate,) for rate in rates), *([tuple(rates)] if len(rates) > 1 else [])
+
+
 @dataclass(frozen=True)
 class Search:
     """Coordinate search over options, then over learning rates.
 
     At the learning rates of the start the options are chosen, one after another, each by its
-    neighbours in its list. Then, from the best point so far, half and twice of one learning rate
-    after another are tried, until both are worse for each of them: the best rates are inside what
-    was tried.
+    neighbours in its list. Then, from the best point so far, half and twice of one axis after
+    another are tried, until both are worse for each of them: the best rates are inside what was
+    tried.
 
     Attributes:
         start: first point.
-        axes: names of the learning rates, those of one axis change together.
+        axes: names of learning rates that are multiplied together: of one, or of several, without
+            which a search of one after another stops on a ridge.
         choices: lists of values of options.
         most: limit of the number of points; a best rate may then be at an edge.
     """
@@ -48,19 +54,19 @@ class Search:
         return next((points for points in missing if points), [])
 
     def edges(self, tried: Tried) -> list[str]:
-        """Return the learning rates whose best value has no worse one above or below."""
-        missing = zip(self.axes, self._beside(_best(tried), tried), strict=True)
-        return [axis[0] for axis, points in missing if points]
+        """Return the axes on which the best point has no worse one above or below."""
+        points = self._beside(_best(tried), tried) if tried else [[self.start]] * len(self.axes)
+        missing = zip(self.axes, points, strict=True)
+        return [" and ".join(axis) for axis, points in missing if points]
 
     def _beside(self, best: Values, tried: Tried) -> Iterator[list[Values]]:
         """Yield for each axis the neighbours beyond which nothing was tried."""
         for axis in self.axes:
-            known = [v[axis[0]] for v, _ in tried if _same(v, best, but=axis)]
-            yield [
-                point
-                for point in _neighbours(best, axis)
-                if not any(_beyond(value, best[axis[0]], point[axis[0]]) for value in known)
-            ]
+            known = [_factor(v, best, axis) for v, _ in tried if _same(v, best, but=axis)]
+            up = any(factor > 1 for factor in known)
+            down = any(factor < 1 for factor in known)
+            missing = [FACTOR] * (not up) + [1 / FACTOR] * (not down)
+            yield [scaled(best, axis, factor) for factor in missing]
 
     def _other_choices(self, tried: Tried) -> Iterator[list[Values]]:
         """Yield for each option the neighbours of its best value that were not tried."""
@@ -89,8 +95,10 @@ def _best(tried: Tried) -> Values:
     return min(tried, key=lambda point: point[1])[0]
 
 
-def _neighbours(point: Values, axis: tuple[str, ...]) -> list[Values]:
-    return [scaled(point, axis, factor) for factor in (FACTOR, 1 / FACTOR)]
+def _factor(point: Values, best: Values, axis: tuple[str, ...]) -> float:
+    """Return by what the values of an axis were multiplied; 1 if each by another factor."""
+    factors = [point[name] / best[name] for name in axis]
+    return factors[0] if max(factors) < 1.001 * min(factors) else 1.0
 
 
 def scaled(point: Values, names: Sequence[str], factor: float) -> Values:
@@ -100,8 +108,3 @@ def scaled(point: Values, names: Sequence[str], factor: float) -> Values:
 
 def _same(a: Values, b: Values, but: tuple[str, ...] = ()) -> bool:
     return a.keys() == b.keys() and all(a[name] == b[name] for name in a if name not in but)
-
-
-def _beyond(value: float, best: float, neighbour: float) -> bool:
-    """Return whether a value is on the neighbour's side of the best one."""
-    return value > best if neighbour > best else value < best

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from benchmarks.experiments.tuning import FACTOR, Search, is_rate, middle, scaled
+from benchmarks.experiments.tuning import FACTOR, Search, each_and_all, is_rate, middle, scaled
 
 START = {"embedding_lr": 0.08, "head_lr": 0.02, "lr": 0.01, "clip": 1.0, "betas": [0.9, 0.99]}
 BETAS = [[0.9, 0.95], [0.9, 0.98], [0.9, 0.99], [0.9, 0.999]]
@@ -85,7 +85,32 @@ def test_rates_that_change_together_are_one_line_with_a_limit():
     tried = run(search, lambda point: point["lr"])
     assert [point["lr"] for point, _ in tried] == [1e-3, 2e-3, 5e-4, 2.5e-4, 1.25e-4]
     assert all(point["other_lr"] == pytest.approx(10 * point["lr"]) for point, _ in tried)
-    assert search.edges(tried) == ["lr"] and search.next(tried) == []
+    assert search.edges(tried) == ["lr and other_lr"] and search.next(tried) == []
+
+
+RATES = ("embedding_lr", "head_lr", "lr")
+
+
+def test_on_a_ridge_the_rates_move_together():
+    start = {name: 0.01 for name in RATES}
+
+    def loss(point):
+        """A narrow valley along all rates alike, that falls towards 0.08."""
+        places = [math.log2(point[name] / 0.08) for name in RATES]
+        mean = sum(places) / 3
+        return 0.01 * mean**2 + sum((place - mean) ** 2 for place in places)
+
+    alone = run(Search(start, tuple((name,) for name in RATES)), loss)
+    assert min(alone, key=lambda point: point[1])[0] == start
+    axes = each_and_all(RATES)
+    assert axes == (*((name,) for name in RATES), RATES) and each_and_all(["lr"]) == (("lr",),)
+    together = Search(start, axes)
+    assert together.edges(alone) == [" and ".join(RATES)]
+    tried = run(together, loss)
+    best = min(tried, key=lambda point: point[1])[0]
+    assert best == {name: pytest.approx(0.08) for name in RATES}
+    assert together.edges(tried) == [] and tried[: len(alone)] == alone
+    assert together.edges([]) == [*RATES, " and ".join(RATES)]
 
 
 def test_where_all_is_fixed_there_is_one_run():
