@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.common import files
 from benchmarks.experiments.model_sizes import MODEL_SIZES, ModelSize, rescaled
-from benchmarks.experiments.tuning import Search, Values, each_and_all, is_rate, scaled
+from benchmarks.experiments.tuning import Search, Values, is_rate, scaled
 from benchmarks.training.config import RunConfig
 
 PROTOCOLS = ("tuned", "paper")
@@ -155,7 +155,7 @@ class Plan:
                 start = scaled(start, [name], self.size.centre[name != "lr"])
         if one_line:
             return Search(start, (rates,), most=MOST_ON_A_LINE) if rates else Search(start)
-        return Search(start, each_and_all(rates), rules.get("choices", {}))
+        return Search.of_rates(start, rates, **rules.get("choices", {}))
 
     def tuning_runs(self, method: str, protocol: str, rows: list[Row]) -> list[Entry]:
         """Return the runs that tuning needs next, given its rows so far; none: it has ended.

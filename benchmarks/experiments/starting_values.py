@@ -26,7 +26,7 @@ from benchmarks.experiments.run_queue import Session, add_jobs_argument, merged,
 from benchmarks.experiments.significance import Difference, paired
 from benchmarks.experiments.start_tasks import TASKS
 from benchmarks.experiments.summary import read_rows
-from benchmarks.experiments.tuning import FACTOR, WITHIN, Search, Values, each_and_all, middle, scaled
+from benchmarks.experiments.tuning import FACTOR, WITHIN, Search, Values, middle, scaled
 from benchmarks.training.cli import add_corpus_arguments, corpus_from, refuse_cache
 from benchmarks.training.loop import train
 from benchmarks.training.metrics import perplexity
@@ -109,8 +109,8 @@ class Check:
         keys = {ROLE_RATES[role]: role for role in self.roles}
         start = self.start("adamw")
         at: Values = {key: start[key] for key in keys}
-        for axes in ((tuple(keys),), each_and_all(list(keys))):
-            search = Search(at, axes)
+        for each in (False, True):
+            search = Search.of_rates(at, list(keys)) if each else Search(at, (tuple(keys),))
             while points := search.next(found := tried(session.rows, "adamw", PROTOCOL, search)):
                 entries = []
                 for point in points:

@@ -16,11 +16,6 @@ def is_rate(name: str) -> bool:
     return name == "lr" or name.endswith("_lr")
 
 
-def each_and_all(rates: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    """Return the axes of a search: one rate after another, then all together."""
-    return *((rate,) for rate in rates), *([tuple(rates)] if len(rates) > 1 else [])
-
-
 @dataclass(frozen=True)
 class Search:
     """Coordinate search over options, then over learning rates.
@@ -42,6 +37,12 @@ class Search:
     axes: tuple[tuple[str, ...], ...] = ()
     choices: dict[str, list[Any]] = field(default_factory=dict)
     most: int | None = None
+
+    @classmethod
+    def of_rates(cls, start: Values, rates: Sequence[str], **choices: list[Any]) -> "Search":
+        """Return the search over one rate after another, then over all together."""
+        axes = [(rate,) for rate in rates] + [tuple(rates)] * (len(rates) > 1)
+        return cls(start, tuple(axes), choices)
 
     def next(self, tried: Tried) -> list[Values]:
         """Return the points to try next; none: the search has ended."""

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from benchmarks.experiments.tuning import FACTOR, Search, each_and_all, is_rate, middle, scaled
+from benchmarks.experiments.tuning import FACTOR, Search, is_rate, middle, scaled
 
 START = {"embedding_lr": 0.08, "head_lr": 0.02, "lr": 0.01, "clip": 1.0, "betas": [0.9, 0.99]}
 BETAS = [[0.9, 0.95], [0.9, 0.98], [0.9, 0.99], [0.9, 0.999]]
@@ -92,7 +92,7 @@ RATES = ("embedding_lr", "head_lr", "lr")
 
 
 def test_on_a_ridge_the_rates_move_together():
-    start = {name: 0.01 for name in RATES}
+    start = dict.fromkeys(RATES, 0.01)
 
     def loss(point):
         """A narrow valley along all rates alike, that falls towards 0.08."""
@@ -102,9 +102,11 @@ def test_on_a_ridge_the_rates_move_together():
 
     alone = run(Search(start, tuple((name,) for name in RATES)), loss)
     assert min(alone, key=lambda point: point[1])[0] == start
-    axes = each_and_all(RATES)
-    assert axes == (*((name,) for name in RATES), RATES) and each_and_all(["lr"]) == (("lr",),)
-    together = Search(start, axes)
+    together = Search.of_rates(start, RATES)
+    assert together.axes == (*((name,) for name in RATES), RATES)
+    assert Search.of_rates({"lr": 1.0}, ["lr"], clip=[0.0]) == Search(
+        {"lr": 1.0}, (("lr",),), {"clip": [0.0]}
+    )
     assert together.edges(alone) == [" and ".join(RATES)]
     tried = run(together, loss)
     best = min(tried, key=lambda point: point[1])[0]
