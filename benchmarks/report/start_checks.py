@@ -5,11 +5,11 @@ from functools import cache
 from benchmarks.common.provenance import made_on
 from benchmarks.common.tables import Table
 from benchmarks.experiments.plan import Row
+from benchmarks.experiments.start_check import Check, stored
 from benchmarks.experiments.starting_values import (
-    Check,
     adamw_text,
+    moved_text,
     outcomes,
-    stored,
     summary,
     table,
 )
@@ -29,7 +29,8 @@ def text(task: str) -> str:
     tokens = f" x {sizes['seq_len']} tokens"
     batch = f"{sizes['batch_size']}{tokens if check.task.batch_tokens else ' images'}"
     caption = (
-        f"{summary(check, rows)}{others}. {check.task.text[0].upper()}{check.task.text[1:]}: "
+        f"{summary(check, rows)}{others}{moved_text(check)}. "
+        f"{check.task.text[0].upper()}{check.task.text[1:]}: "
         f"{sizes['steps']} steps of {batch}; "
         f"{adamw_text(check)}; test perplexity; {made_on(rows[0]['provenance'])}."
     )

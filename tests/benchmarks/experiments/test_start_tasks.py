@@ -10,10 +10,10 @@ import torch
 
 from benchmarks.__main__ import main
 from benchmarks.data.corpus import load_corpus
-from benchmarks.experiments import starting_values
+from benchmarks.experiments import start_check, starting_values
 from benchmarks.experiments.plan import Plan
 from benchmarks.experiments.start_tasks import Task
-from benchmarks.experiments.starting_values import Check, outcomes, summary
+from benchmarks.experiments.starting_values import Check, moved_text, outcomes, summary
 from benchmarks.training.config import fingerprint
 from benchmarks.training.models import CHARACTERS, make_model
 from benchmarks.training.run import Run
@@ -109,6 +109,20 @@ def test_the_outcome_is_paired_over_the_seeds():
     assert table.rows[0][4] == "embedding x 0.5"
 
 
+def test_rows_stay_those_of_the_values_that_they_were_made_with():
+    """A new fit moves the starting values: the outcome stays, and the text says so."""
+    today = Check("classifier")
+    start = today.start("swan")
+    older = start | {"lr": start["lr"] * 2, "betas": [0.9, 0.9]}
+    check = Check("classifier", today.adamw_lr, {"swan": older, "muon": today.start("muon")})
+    rows = [made(check, "swan", older, 0, 1.0), made(check, "swan", start, 0, 1.01)]
+    (outcome,) = outcomes(check, rows)
+    assert outcome.start is rows[0] and outcome.within
+    assert check.moved() == ["swan"] and "the starting values of SWAN have" in moved_text(check)
+    check.starts.pop("muon")
+    assert "the starting values have moved" in moved_text(check)
+
+
 def test_a_start_that_is_the_best_has_no_difference():
     check = Check("classifier")
     start, other, *_ = check.points("swan")
@@ -152,7 +166,7 @@ def test_adamw_is_tuned_first(best):
 
 
 def test_the_command_runs_stores_and_goes_on(small, text, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(starting_values, "RESULTS", tmp_path)
+    monkeypatch.setattr(start_check, "RESULTS", tmp_path)
     words = ["starting-values", "script", "--data", str(text), "--jobs", "1", "--store"]
     command = [*words, "--optimizers", "scale", "--seeds", "2", "--out", str(tmp_path / "out")]
     assert main(command) == 0
@@ -167,8 +181,9 @@ def test_the_command_runs_stores_and_goes_on(small, text, tmp_path, capsys, monk
     monkeypatch.setattr("benchmarks.training.run.Run.train_step", None)  # finished runs are read
     assert main(command) == 0
     assert json.loads(path.read_text()) == stored
-    [(check, again)] = starting_values.stored()
+    [(check, again)] = start_check.stored()
     assert check.adamw_lr == stored["adamw_lr"] and again == rows
+    assert stored["starts"].keys() == {"scale"} and check.moved() == [] and moved_text(check) == ""
     first = "/".join(f"{stored['adamw_lr'][role]:g}" for role in ("hidden", "embedding", "head"))
     assert f"rates (hidden/embedding/head) are {first}" in " ".join(printed.split())
 
@@ -179,7 +194,7 @@ def test_fine_tuning_begins_with_the_weights_and_the_tokens_of_the_first_text(
     sizes = {"model": "pico", "steps": 2, "batch_size": 2, "seq_len": 16, "eval_tokens": 64}
     task = Task("a test", 1e-3, sizes, 32, pretrained=3)
     monkeypatch.setitem(starting_values.TASKS, "fine-tuning", task)
-    monkeypatch.setattr(starting_values, "RESULTS", tmp_path)
+    monkeypatch.setattr(start_check, "RESULTS", tmp_path)
     monkeypatch.chdir(tmp_path)
     files = [write_documents(tmp_path / f"{name}.jsonl", seed) for seed, name in enumerate(NAMES)]
     words = ["starting-values", "fine-tuning", "--data", str(files[0]), "--jobs", "1"]
@@ -188,7 +203,7 @@ def test_fine_tuning_begins_with_the_weights_and_the_tokens_of_the_first_text(
     assert "give it as --then FILE" in capsys.readouterr().err
     assert main([*command, "--then", str(files[1])]) == 0
     pretrained = torch.load("out/pretrained/weights.pt", weights_only=True)
-    [(check, rows)] = starting_values.stored()
+    [(check, rows)] = start_check.stored()
     assert len(rows) == 9 and {row["config"]["weights"] for row in rows} == {"weights.pt"}
     assert {row["corpus"]["name"] for row in rows} == {"then"}
     config = check.entry("muon", check.start("muon"), 0).config
