@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from operator import itemgetter
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -19,9 +19,7 @@ from optimzoo.core.adam import adam_step, init_adam_state, step_as_tensor
 from optimzoo.core.optimizer import RoleOptimizer, copy_group, options_of, scalar_lr
 from optimzoo.core.record import register
 from optimzoo.core.role_options import RoleRates
-from optimzoo.core.rule import take_into_average
-from optimzoo.core.scale_fused import LaunchCache, has_momentum, local_average, may_fuse
-from optimzoo.core.scale_sharded import Part, cut_part, step_parts
+from optimzoo.core.rule import looks_ahead, take_into_average
 from optimzoo.core.spectral_norm import divide_by_spectral_norm_
 from optimzoo.core.update import decaying, signed_decay
 from optimzoo.core.validation import (
@@ -32,13 +30,40 @@ from optimzoo.core.validation import (
     check_rounding,
     check_state_bits,
 )
-from optimzoo.distributed import local_part
-from optimzoo.lowbit import RngKey, apply_with_rounding, dequantized_moments
+from optimzoo.distributed import Shards, local_part, map_whole_matrices, sum_packed
+from optimzoo.kernels import dispatch
+from optimzoo.kernels.launch_cache import LaunchCache
+from optimzoo.lowbit import (
+    STEP,
+    RngKey,
+    apply_with_rounding,
+    dequantized_moments,
+    fp32_working_copy,
+)
 from optimzoo.roles import input_dim, matrix_view, role_of
 from optimzoo.stacks import State, batch_by_shape
 from optimzoo.subspace.newton_schulz import orthogonalize
 
 NORMALIZATIONS = ("column", "row", "sign", "spectral")
+# Options that decide how a group is stepped by kernels; all others are read at each step.
+LAYOUT = (
+    *("role", "normalize", "averaged", "transposed", "stacked", "fused", "foreach"),
+    *("differentiable", "rounding", "state_bits", "spectral_norm", "nesterov"),
+)
+# Options that all tensors of a kernel's call share; the learning rate and the decay may differ.
+SHARED = ("momentum", "nesterov", "norm", "eps", "other_betas", "other_eps", "maximize")
+
+
+class Part(NamedTuple):
+    """This process's shard of a weight, and the dimension that is reduced, 0 for both."""
+
+    weight: Tensor
+    grad: Tensor
+    exp_avg: Tensor | None
+    shards: Shards
+    dim: int
+    group: dict[str, Any]
+    rng_key: RngKey | None
 
 
 @register(
@@ -157,7 +182,7 @@ class SCALE(RoleOptimizer):
         defaults = options_of(locals(), without=("other_lr", "other_weight_decay"))
         defaults |= {"role": None, "transposed": False, "stacked": False}
         _check_options(defaults)
-        self._fused = LaunchCache()
+        self._launch_cache = LaunchCache(_launch, LAYOUT, SHARED)
         super().__init__(
             params,
             defaults,
@@ -188,7 +213,7 @@ class SCALE(RoleOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._fused = LaunchCache()
+        self._launch_cache = LaunchCache(_launch, LAYOUT, SHARED)
         for group in self.param_groups:
             for p in group["params"]:  # a converted checkpoint may count the steps with a number
                 step_as_tensor(self.state.get(p, {}), p, capturable=group["capturable"])
@@ -228,8 +253,8 @@ class SCALE(RoleOptimizer):
     @_use_grad_for_differentiable
     def _update(self) -> None:
         self._check_graph_capture()
-        scaled = self._fused.scaled_by(self)
-        if self._fused.replay(self.state, self.param_groups):
+        scaled = self._launch_cache.scaled_by(self)
+        if self._launch_cache.replay(self.state, self.param_groups):
             return
         cut: list[Part] = []
         first = self.first_index
@@ -250,8 +275,8 @@ class SCALE(RoleOptimizer):
                     "norms that several processes share need unscaled gradients; call "
                     "scaler.unscale_(optimizer) before scaler.step, or leave fused=None"
                 )
-            step_parts(cut, _single_tensor_scale, _spectral)
-        self._fused.store(self.state, self.param_groups)
+            _step_parts(cut)
+        self._launch_cache.store(self.state, self.param_groups)
 
     def _step_group(
         self,
@@ -262,11 +287,25 @@ class SCALE(RoleOptimizer):
     ) -> list[Part]:
         """Step the weights that this process can step alone; return the shards of the others."""
         group = self.param_groups[number]
-        parts = [cut_part(p, self.state.get(p, {}), group, rng_keys.get(p)) for p in matrices]
+        parts = [_part(p, self.state[p], group, rng_keys.get(p)) for p in matrices]
         matrices = [p for p, part in zip(matrices, parts, strict=True) if part is None]
-        if may_fuse(group):
-            lists = (matrices, vectors, rng_keys)
-            matrices, vectors = self._fused.step(number, self.state, group, *lists)
+        if _may_fuse(group):
+            local = {p: local_part(p) for p in (*matrices, *vectors)}
+            items = [
+                item
+                for p in matrices
+                for item in self._matrix_items(p, local[p], group, rng_keys.get(p))
+            ]
+            for p in vectors:
+                m, v, step = (
+                    local_part(self.state[p][k]) for k in ("exp_avg", "exp_avg_sq", "step")
+                )
+                grad = local_part(p.grad, like=p)  # type: ignore[arg-type]
+                items.append(dispatch.vector(local[p], grad, m, v, step, rng_keys.get(p)))
+            counts = {local[p]: self.state[p][STEP] for p in rng_keys if p in local}
+            others = set(map(id, self._launch_cache.step(number, items, group, counts)))
+            matrices = [p for p in matrices if id(local[p]) in others]
+            vectors = [p for p in vectors if id(local[p]) in others]
         lr = scalar_lr(group)
         foreach = group["foreach"]
         if foreach is None:
@@ -274,7 +313,7 @@ class SCALE(RoleOptimizer):
         scale(
             [local_part(p) for p in matrices],
             [local_part(p.grad, like=p) for p in matrices if p.grad is not None],
-            [local_average(self.state, p) for p in matrices],
+            [_local_average(self.state[p]) for p in matrices],
             lr=lr,
             momentum=group["momentum"],
             nesterov=group["nesterov"],
@@ -304,6 +343,15 @@ class SCALE(RoleOptimizer):
         )
         return [part for part in parts if part is not None]
 
+    def _matrix_items(
+        self, p: Tensor, local: Tensor, group: dict[str, Any], rng_key: RngKey | None
+    ) -> list[dispatch.TensorArgs]:
+        """Return a matrix, or those of a stack, as kernels read them."""
+        average = _local_average(self.state[p]) if has_momentum(group) else None
+        grad = local_part(p.grad, like=p)  # type: ignore[arg-type]
+        layout = {"stacked": group["stacked"], "rng_key": rng_key}
+        return dispatch.matrices(local, grad, average, _kernel_kind(group), **layout)
+
 
 def _check_options(options: dict[str, Any]) -> None:
     check_lr(options["lr"])
@@ -332,6 +380,16 @@ def _check_options(options: dict[str, Any]) -> None:
             "rounding='stochastic' counts its steps in Python; it excludes capturable=True and "
             "differentiable=True"
         )
+
+
+def has_momentum(group: dict[str, Any]) -> bool:
+    """Return whether the group's matrices have a moving average of their gradient."""
+    return bool(group["averaged"] and group["momentum"] != 0)
+
+
+def _local_average(state: State) -> Tensor | None:
+    """Return this process's shard of a weight's momentum, or None if it has no momentum."""
+    return local_part(state["exp_avg"]) if "exp_avg" in state else None
 
 
 def _has_unit_norm(p: Tensor, group: dict[str, Any]) -> bool:
@@ -394,8 +452,13 @@ def normalized(grad: Tensor, *, dim: int, normalize: str, norm: str, eps: float)
     if normalize == "spectral":
         return _spectral(grad, norm=norm)
     length = torch.linalg.vector_norm(grad, dim=dim, keepdim=True, dtype=wide)
+    return _divided(grad, length, grad.shape[dim], norm, eps)
+
+
+def _divided(grad: Tensor, length: Tensor, count: int, norm: str, eps: float) -> Tensor:
+    """Divide by the norms of ``count`` elements each, or by their root mean squares."""
     if norm == "rms":
-        length = length / math.sqrt(max(grad.shape[dim], 1))
+        length = length / math.sqrt(max(count, 1))
     return grad / length.clamp_min(eps)
 
 
@@ -451,3 +514,112 @@ def _multi_tensor_scale(
         torch._foreach_add_(updates, decayed, alpha=abs(weight_decay))
     torch._foreach_mul_(updates, lr)
     torch._foreach_sub_(params, updates)
+
+
+def _may_fuse(group: dict[str, Any]) -> bool:
+    """Return whether the group's options allow the kernels.
+
+    Raises:
+        RuntimeError: ``fused=True`` and Nesterov's momentum where no kernel has it.
+    """
+    eager = group["foreach"] or group["differentiable"] or group["normalize"] == "spectral"
+    eager = eager or (group["spectral_norm"] and group["role"] in (None, "hidden"))
+    if group["nesterov"] and has_momentum(group):
+        kind = _kernel_kind(group)
+        no_kernel = not all(looks_ahead(p, kind) for p in group["params"])
+        if no_kernel and group["fused"]:
+            raise RuntimeError(
+                "nesterov=True with fused=True normalises rows alone on a CPU; leave fused=None"
+            )
+        eager = eager or no_kernel
+    return bool(group["fused"] or (group["fused"] is None and not eager))
+
+
+def _kernel_kind(group: dict[str, Any]) -> int:
+    """Return along what the group's matrices are normalised, as kernels call it."""
+    if group["normalize"] == "sign":
+        return dispatch.SIGN
+    dim = input_dim(group["role"] or "hidden", transposed=group["transposed"])
+    return dispatch.ROWS if (dim == -1) == (group["normalize"] == "column") else dispatch.COLUMNS
+
+
+def _launch(
+    kernels: Any, lists: tuple[Any, ...], groups: list[tuple[dict[str, Any], int]], **how: Any
+) -> None:
+    """Step tensors of groups that agree in `SHARED`, each with its number of tensors."""
+    device = lists[0][0].device
+    lr: list[Any] = []
+    weight_decay: list[float] = []
+    for group, size in groups:
+        lr += [dispatch.lr_argument(group["lr"], device)] * size
+        weight_decay += [signed_decay(group)] * size
+    group = groups[0][0]
+    kernels.scale_(
+        *lists,
+        lr=lr,
+        momentum=group["momentum"],
+        weight_decay=weight_decay,
+        l2=group["norm"] == "l2",
+        eps=group["eps"],
+        betas=group["other_betas"],
+        adam_eps=group["other_eps"],
+        maximize=group["maximize"],
+        nesterov=group["nesterov"],
+        **how,
+    )
+
+
+def _part(p: Tensor, state: State, group: dict[str, Any], rng_key: RngKey | None) -> Part | None:
+    """Return the shard of a weight that processes must step together, else None."""
+    if not hasattr(p, "device_mesh") or p.grad is None:
+        return None
+    shards = Shards.of(p, stacked=bool(group["stacked"]))
+    dim = 0
+    if group["normalize"] in ("column", "row"):
+        dim = input_dim(group["role"] or "hidden", transposed=group["transposed"])
+        dim = dim if group["normalize"] == "column" else -3 - dim
+    letters = {0: "mn", -1: "n", -2: "m"}[dim]
+    if group["normalize"] == "sign" or not shards.is_sharded(letters):
+        return None
+    grad = local_part(p.grad, like=p)
+    return Part(local_part(p), grad, _local_average(state), shards, dim, group, rng_key)
+
+
+def _step_parts(parts: Sequence[Part]) -> None:
+    """Step shards, with one all-reduce of all squared norms per process group."""
+    summed = [part for part in parts if part.dim != 0]
+    sources = [_averaged(part) for part in summed]
+    squares = []
+    for g, part in zip(sources, summed, strict=True):
+        wide = torch.promote_types(g.dtype, torch.float32)
+        length = torch.linalg.vector_norm(g, dim=part.dim, keepdim=True, dtype=wide)
+        squares.append(length.square())
+    letters = ["n" if part.dim == -1 else "m" for part in summed]
+    sum_packed(squares, [part.shards for part in summed], letters)
+    for part, grad, square in zip(summed, sources, squares, strict=True):
+        count = part.shards.shape(grad.shape)[part.dim]
+        _write(part, _divided(grad, square.sqrt(), count, part.group["norm"], part.group["eps"]))
+    whole = [part for part in parts if part.dim == 0]
+    directions = map_whole_matrices(
+        lambda grad: _spectral(grad, norm=whole[0].group["norm"]),
+        [_averaged(part) for part in whole],
+        [part.shards for part in whole],
+    )
+    for i, direction in directions:
+        _write(whole[i], direction)
+
+
+def _averaged(part: Part) -> Tensor:
+    """Return the gradient, or the updated momentum where the weight has one, as a matrix."""
+    grad = -part.grad if part.group["maximize"] else part.grad
+    if part.exp_avg is not None and part.group["momentum"] != 0:
+        grad, momentum = grad.to(part.exp_avg.dtype), part.group["momentum"]
+        grad = take_into_average(grad, part.exp_avg, momentum, nesterov=part.group["nesterov"])
+    return matrix_view(grad, stacked=bool(part.group["stacked"]))
+
+
+def _write(part: Part, direction: Tensor) -> None:
+    update = direction.view_as(part.weight)
+    lr, decay = scalar_lr(part.group), signed_decay(part.group)
+    with fp32_working_copy(part.weight, part.rng_key) as weight:
+        _single_tensor_scale([weight], [part.grad], [None], lambda _: [update], lr, 0.0, decay)

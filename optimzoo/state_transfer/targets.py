@@ -13,11 +13,10 @@ from optimzoo.core.matrix_optimizer import MatrixOptimizer, as_matrix
 from optimzoo.core.momentum_optimizer import MomentumOptimizer
 from optimzoo.core.other_rules import OTHER_RULES
 from optimzoo.core.rounded import Rounded
-from optimzoo.core.scale_fused import has_momentum
 from optimzoo.distributed import Shards, local_part
 from optimzoo.lowbit import at_least_float32, dequantized_moments, moment_dtype
 from optimzoo.optimizers.adams import AdamS
-from optimzoo.optimizers.scale import SCALE
+from optimzoo.optimizers.scale import SCALE, has_momentum
 from optimzoo.optimizers.stable_spam import StableSPAM, init_moments
 from optimzoo.roles import role_of
 from optimzoo.state_transfer.formats import Moments

@@ -327,8 +327,8 @@ def test_a_kept_call_of_scale_gives_the_same_bits(change, monkeypatch):
         anew, _ = run(change, DEVICE, keep=False)
     finally:
         dispatch._backend.cache_clear()
-    assert len(optimizer._fused._launches) == (3 if change is part_ways else 1)
-    for call in optimizer._fused._launches:
+    assert len(optimizer._launch_cache._launches) == (3 if change is part_ways else 1)
+    for call in optimizer._launch_cache._launches:
         assert call.kernels is kernels
     for one, other in zip(kept, anew, strict=True):
         assert torch.equal(one, other)

@@ -108,7 +108,7 @@ def run(change, device, *, keep):
         if step == 3:
             change(model, optimizer)
         if not keep:
-            optimizer._fused._launches = []
+            optimizer._launch_cache._launches = []
         optimizer.step()
     return [p.detach() for p in model.parameters()], optimizer
 
@@ -119,7 +119,7 @@ def test_a_kept_call_gives_the_same_bits(change, device):
     """On a GPU the norm's steps are counted on the CPU, and the embedding needs scratch."""
     kept, optimizer = run(change, device, keep=True)
     anew, _ = run(change, device, keep=False)
-    assert len(optimizer._fused._launches) == (3 if change is part_ways else 1)
+    assert len(optimizer._launch_cache._launches) == (3 if change is part_ways else 1)
     for one, other in zip(kept, anew, strict=True):
         assert torch.equal(one, other)
 
@@ -131,8 +131,8 @@ def test_it_is_used_where_nothing_has_changed():
         optimizer.step()
     give_grads(model, 2)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    assert len(optimizer._fused._launches) == 1
-    assert optimizer._fused.replay(optimizer.state, optimizer.param_groups)
+    assert len(optimizer._launch_cache._launches) == 1
+    assert optimizer._launch_cache.replay(optimizer.state, optimizer.param_groups)
     assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
@@ -150,8 +150,8 @@ def test_copies_and_pickles_keep_no_call():
     model, optimizer = make()
     give_grads(model, 0)
     optimizer.step()
-    assert optimizer._fused._launches
-    assert not copy.deepcopy(optimizer)._fused._launches
+    assert optimizer._launch_cache._launches
+    assert not copy.deepcopy(optimizer)._launch_cache._launches
 
 
 def test_a_stochastic_step_is_not_kept():
@@ -161,7 +161,7 @@ def test_a_stochastic_step_is_not_kept():
     for _ in range(2):
         weight.grad = torch.ones_like(weight)
         optimizer.step()
-    assert not optimizer._fused._launches
+    assert not optimizer._launch_cache._launches
 
 
 @pytest.mark.parametrize("clip", [False, True], ids=["", "unscaled first"])
