@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 
-from benchmarks.experiments import cast, compare, oracle, starting_values
+from benchmarks.experiments import cast, compare, fine_tuning, oracle, starting_values
 from benchmarks.microbench import (
     gpu_suite,
     gradient_release,
@@ -26,6 +26,7 @@ COMMANDS = {
     "cast": (cast, "from a dense model to a 2:4 one: CAST beside other ways"),
     "oracle": (oracle, "a published run of others, repeated: nanoGPT on tiny Shakespeare"),
     "starting-values": (starting_values, "starting values beside each method's own best"),
+    "fine-tuning": (fine_tuning, "what methods learn of a second text, and forget of the first"),
     "step-time": (step_time, "what one optimizer step costs, as ratios in one process"),
     "growth": (step_time_by_size, "how one step's cost grows from a million weights to a billion"),
     "lowrank-time": (low_rank, "what low-rank weights cost: refactorization and SLTrain"),

@@ -39,10 +39,16 @@ Pairs = Iterator[tuple[Entry, Row]]
 
 
 class Session:
-    """Queue that trains entries in one or several processes and collects their rows."""
+    """Queue that trains entries in one or several processes and collects their rows.
 
-    def __init__(self, args: argparse.Namespace, plan: Plan, corpus: Corpus) -> None:
+    ``keep_weights`` leaves the trained weights in each run's folder.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, plan: Plan, corpus: Corpus, *, keep_weights: bool = False
+    ) -> None:
         self.args, self.plan, self.corpus = args, plan, corpus
+        self.keep_weights = keep_weights
         self.rows: list[Row] = []
         self.known = committed_rows() if args.committed else {}
 
@@ -81,13 +87,14 @@ class Session:
     def _name(self, entry: Entry) -> str:
         return f"{self.plan.label(entry.method)} {entry.protocol}"
 
-    def _folder(self, entry: Entry) -> Path:
+    def folder(self, entry: Entry) -> Path:
+        """Return the folder of a run."""
         return Path(self.args.out) / "runs" / entry.key
 
     def _next(self, pending: list[Entry], test: bool) -> tuple[Entry, Row | FileLock] | None:
         """Remove and return the first finished entry with its row, or free one with its lock."""
         for entry in pending:
-            folder = self._folder(entry)
+            folder = self.folder(entry)
             result: Row | FileLock | None = finished(entry.config, self.corpus, folder, test=test)
             result = result or lock_run(folder)
             if result:
@@ -113,8 +120,12 @@ class Session:
 
     def _train(self, entry: Entry, bar: SideBySide, test: bool) -> Row:
         progress = partial(bar.report, entry.key, self._name(entry))
-        options: Any = {"save_every": _save_every(entry), "test": test, "progress": progress}
-        return train(entry.config, self.corpus, out=self._folder(entry), **options)
+        options = self._options(entry, test)
+        return train(entry.config, self.corpus, progress=progress, **options)
+
+    def _options(self, entry: Entry, test: bool) -> dict[str, Any]:
+        options: dict[str, Any] = {"out": self.folder(entry), "save_every": _save_every(entry)}
+        return options | {"test": test, "keep_weights": self.keep_weights}
 
     def _many(self, entries: list[Entry], jobs: int, bar: SideBySide, test: bool) -> Pairs:
         threads = threads_each(jobs)
@@ -128,7 +139,7 @@ class Session:
                     while len(running) < jobs and (available := self._next(pending, test)):
                         entry, row = available
                         if isinstance(row, FileLock):
-                            job = (self.args, entry, self._name(entry), self._folder(entry), test)
+                            job = (self.args, entry, self._name(entry), self._options(entry, test))
                             running[pool.submit(_train_in_worker, *job)] = entry, row
                         else:
                             yield entry, row
@@ -186,7 +197,7 @@ def _start_worker(threads: int, reports: Any) -> None:
 
 
 def _train_in_worker(
-    args: argparse.Namespace, entry: Entry, name: str, folder: Path, test: bool
+    args: argparse.Namespace, entry: Entry, name: str, options: dict[str, Any]
 ) -> Row:
     def progress(step: int, loss: float, speed: float) -> None:
         _reports.put((entry.key, name, step, loss, speed))
@@ -196,7 +207,6 @@ def _train_in_worker(
         if model not in _corpus:
             _corpus.clear()
             _corpus[model] = corpus_from(args, model)
-        options: Any = {"out": folder, "save_every": _save_every(entry), "test": test}
         return train(entry.config, _corpus[model], progress=progress, **options)
     except KeyboardInterrupt:
         os._exit(130)  # else the pool would give this worker the next run

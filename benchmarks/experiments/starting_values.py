@@ -3,14 +3,13 @@
 import argparse
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.common.files import make_folder, write_json
-from benchmarks.common.progress import RunProgress
 from benchmarks.common.provenance import made_on
 from benchmarks.common.tables import Table
+from benchmarks.experiments.fine_tuning import pretrain
 from benchmarks.experiments.plan import Row, choose, role_rates, settings, tuned_text
 from benchmarks.experiments.run_queue import Session, add_jobs_argument, merged, settle_counts
 from benchmarks.experiments.significance import Difference, paired
@@ -18,8 +17,6 @@ from benchmarks.experiments.start_check import PROTOCOL, Check
 from benchmarks.experiments.start_tasks import TASKS
 from benchmarks.experiments.tuning import WITHIN
 from benchmarks.training.cli import add_corpus_arguments, corpus_from, refuse_cache
-from benchmarks.training.loop import train
-from benchmarks.training.metrics import perplexity
 from optimzoo.options import refuse
 from optimzoo.tuned_rates import ROLE_RATES
 
@@ -123,25 +120,6 @@ def moved_text(check: Check) -> str:
     return f"; since these runs the starting values{of} have moved" if labels else ""
 
 
-def _pretrain(check: Check, args: argparse.Namespace) -> None:
-    """Train the model that a task begins with, or read it; make ``args`` those of its own text."""
-    if not check.task.pretrained:
-        return refuse(args, ["then"], args.given, "the task has one text; leave {option} out")
-    if args.then is None:
-        raise ValueError(f"{check.name} continues on a second text; give it as --then FILE")
-    corpus = corpus_from(args, check.task.sizes["model"])
-    config = replace(check.plan.base.chosen("adamw", PROTOCOL, 0).config, **check.task.sizes)
-    config = replace(config, steps=check.task.pretrained)
-    out = args.out / "pretrained"
-    with RunProgress(config.steps) as bar:
-        options: Any = {"save_every": 400, "keep_weights": True, "test": False}
-        row = train(config, corpus, out=out, progress=bar.start("AdamW", config.steps), **options)
-        bar.finish(f"pretrained: validation perplexity {perplexity(row['valid_loss']):.2f}")
-    check.plan.values["weights"] = str(out / "weights.pt")
-    args.data, args.tokenizer, args.max_chars = args.then, corpus.folder, None
-    return None
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `python -m benchmarks starting-values`."""
     parser.add_argument("task", choices=list(TASKS))
@@ -166,7 +144,10 @@ def main(args: argparse.Namespace) -> int:
     if "sgd" in methods:
         raise ValueError("sgd has no starting values: its rates are of the gradient's size")
     make_folder(args.out, "--out")
-    _pretrain(check, args)
+    if check.task.pretrained:
+        pretrain(check, args)
+    else:
+        refuse(args, ["then"], args.given, "the task has one text; leave {option} out")
     session = Session(args, check.plan, corpus_from(args, check.task.sizes["model"]))
     rows = check.run(session, methods, args.seeds)
     kept = [{k: v for k, v in r.items() if k not in ("curve", "valid_curve")} for r in rows]

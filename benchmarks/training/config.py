@@ -27,8 +27,9 @@ class RunConfig:
     `optimzoo.create_optimizer`); `clip` bounds the gradient's global norm, 0 leaves it alone.
     Learning rates warm up linearly over `warmup` of the steps, then follow a cosine to
     `min_lr_ratio`. `precision="auto"` is fp32 on a CPU and bf16-autocast on a GPU. `lowrank` makes
-    the hidden weights low-rank: arguments of `optimzoo.lowrank.convert`, and `restarts` or
-    `relora` with those of `Restarts` or `ReLoRA`; empty: the model is dense. `groups` has further
+    the hidden weights low-rank: arguments of `optimzoo.lowrank.convert`, `freeze` to train the
+    factors alone, and `restarts` or `relora` with those of `Restarts` or `ReLoRA`; empty: the model
+    is dense. `groups` has further
     options of the parameters of a role, as `{"embedding": {"momentum": 0.9}}`. `release` steps each
     weight in the backward, with `optimzoo.release`. `weights` is a file that the model's weights
     are read from, `weights.pt` of another run; without it they are drawn from the seed. `optimizer`

@@ -6,6 +6,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from benchmarks.training.models import make_model
+from optimzoo import param_groups
 from optimzoo.lowrank import ReLoRA, Restarts, convert
 
 _CONVERSION = ("rank", "kind", "alpha", "sparsity", "targets")
@@ -20,7 +21,7 @@ def check(lowrank: Any) -> None:
     """
     if not isinstance(lowrank, dict):
         raise ValueError(f"lowrank is {lowrank!r}; it must be an object, as {{'rank': 32}}")
-    known = (*_CONVERSION, *_CLOCKS)
+    known = (*_CONVERSION, *_CLOCKS, "freeze")
     for key in lowrank:
         if key not in known:
             raise ValueError(f"lowrank has no key {key!r}; it takes {', '.join(known)}")
@@ -31,10 +32,18 @@ def check(lowrank: Any) -> None:
 
 
 def convert_model(model: nn.Module, lowrank: dict[str, Any], seed: int) -> None:
-    """Convert a model's hidden weights as `lowrank` says; an empty one changes nothing."""
-    if lowrank:
-        options = {key: lowrank[key] for key in _CONVERSION if key in lowrank}
-        convert(model, **options, seed=seed)
+    """Convert a model's hidden weights as `lowrank` says; an empty one changes nothing.
+
+    With `freeze` the factors alone are trained.
+    """
+    if not lowrank:
+        return
+    options = {key: lowrank[key] for key in _CONVERSION if key in lowrank}
+    convert(model, **options, seed=seed)
+    for group in param_groups(model) if lowrank.get("freeze") else []:
+        if group["role"] != "hidden":
+            for p in group["params"]:
+                p.requires_grad_(False)
 
 
 def on_meta(name: str, lowrank: dict[str, Any] | None = None) -> nn.Module:

@@ -44,6 +44,13 @@ def make_texts(count: int = 200, seed: int = 0) -> list[str]:
     return [f"{i} " + " ".join(rng.choices(words, k=60)) for i in range(count)]
 
 
+def write_words(path: Path, seed: int) -> Path:
+    """Write documents of random words, enough of them for a vocabulary of 512."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(2000)]
+    return write_jsonl(path, [" ".join(rng.choices(words, k=50)) for _ in range(600)])
+
+
 def write_jsonl(path: Path, texts: list[str]) -> Path:
     raw = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts))
     path.write_bytes(PACK[path.suffix if path.suffix in PACK else ""](raw.encode()))

@@ -4,9 +4,9 @@ import json
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
+from data_helpers import write_words
 
 from benchmarks.__main__ import main
 from benchmarks.data.corpus import load_corpus
@@ -35,16 +35,6 @@ def small(monkeypatch):
 def text(tmp_path):
     path = tmp_path / "made.txt"
     path.write_text("to be, or not to be: that is the question. " * 30, encoding="utf-8")
-    return path
-
-
-def write_documents(path, seed):
-    """Write documents of random words, enough of them for a vocabulary of 512."""
-    random = np.random.default_rng(seed)
-    letters = random.choice(list("abcdefghijklmnopqrstuvwxyz"), (2000, 6))
-    words = ["".join(row) for row in letters]
-    documents = [{"text": " ".join(random.choice(words, 50))} for _ in range(600)]
-    path.write_text("\n".join(map(json.dumps, documents)), encoding="utf-8")
     return path
 
 
@@ -196,7 +186,7 @@ def test_fine_tuning_begins_with_the_weights_and_the_tokens_of_the_first_text(
     monkeypatch.setitem(starting_values.TASKS, "fine-tuning", task)
     monkeypatch.setattr(start_check, "RESULTS", tmp_path)
     monkeypatch.chdir(tmp_path)
-    files = [write_documents(tmp_path / f"{name}.jsonl", seed) for seed, name in enumerate(NAMES)]
+    files = [write_words(tmp_path / f"{name}.jsonl", seed) for seed, name in enumerate(NAMES)]
     words = ["starting-values", "fine-tuning", "--data", str(files[0]), "--jobs", "1"]
     command = [*words, "--optimizers", "muon", "--seeds", "1", "--store", "--out", "out"]
     assert main(command) == 2

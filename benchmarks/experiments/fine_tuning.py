@@ -1,0 +1,207 @@
+"""Fine-tuning: what each method learns of a second text, and what it forgets of the first."""
+
+import argparse
+import json
+import math
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common.files import RESULTS, make_folder, write_json
+from benchmarks.common.progress import RunProgress
+from benchmarks.common.provenance import made_on
+from benchmarks.common.tables import Table
+from benchmarks.data.corpus import Corpus
+from benchmarks.experiments.plan import Entry, Row, choose, role_rates, settings, tried
+from benchmarks.experiments.run_queue import Session, add_jobs_argument, settle_counts
+from benchmarks.experiments.significance import paired
+from benchmarks.experiments.start_check import PROTOCOL, Check, stored
+from benchmarks.experiments.tuning import Search
+from benchmarks.training.cli import add_corpus_arguments, corpus_from, refuse_cache
+from benchmarks.training.loop import train
+from benchmarks.training.metrics import perplexity
+from benchmarks.training.run import Run
+
+TASK = "fine-tuning"
+PATH = RESULTS / "fine-tuning.json"
+LORA: Row = {
+    "label": "LoRA, rank 8",
+    "optimizer": "adamw",
+    "lowrank": {"rank": 8, "kind": "lora", "alpha": 16.0, "freeze": True},
+    PROTOCOL: {},
+}
+LORA_LR = 2e-3  # where the search for its rate begins
+
+
+def pretrain(check: Check, args: argparse.Namespace) -> Corpus:
+    """Train the model that a task begins with, or read it; return the first text.
+
+    ``args`` become those of the second text, in the first one's tokens.
+    """
+    if args.then is None:
+        raise ValueError(f"{check.name} continues on a second text; give it as --then FILE")
+    corpus = corpus_from(args, check.task.sizes["model"])
+    config = replace(check.plan.base.chosen("adamw", PROTOCOL, 0).config, **check.task.sizes)
+    config = replace(config, steps=check.task.pretrained)
+    out = args.out / "pretrained"
+    with RunProgress(config.steps) as bar:
+        options: Any = {"save_every": 400, "keep_weights": True, "test": False}
+        row = train(config, corpus, out=out, progress=bar.start("AdamW", config.steps), **options)
+        bar.finish(f"pretrained: validation perplexity {perplexity(row['valid_loss']):.2f}")
+    check.plan.values["weights"] = str(out / "weights.pt")
+    args.data, args.tokenizer, args.max_chars = args.then, corpus.folder, None
+    return corpus
+
+
+def entries(check: Check, rows: list[Row], seeds: int) -> list[Entry]:
+    """Return the runs of each method of ``rows`` at the best of its grid."""
+    found = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        best = choose([r for r in rows if r["config"]["seed"] == 0], method, PROTOCOL)["config"]
+        names = ("lr", "hyper", "clip", "warmup")
+        values = {name: best[name] for name in names}
+        found += [check.entry(method, values, seed) for seed in range(seeds)]
+    return found
+
+
+def tune_lora(check: Check, session: Session, seeds: int) -> list[Entry]:
+    """Find the rate of LoRA's adapters, and return its runs."""
+    check.plan.methods["lora"] = LORA
+    start = check.start("adamw")
+    fixed = {name: start[name] for name in ("clip", "warmup", "betas")}
+    search = Search.of_rates({"lr": LORA_LR}, ["lr"])
+    points: list[Row] = [search.start]
+    while points:
+        session.run([check.entry("lora", fixed | point, 0) for point in points], test=True)
+        points = search.next(tried(session.rows, "lora", PROTOCOL, search))
+    lr = choose(session.rows, "lora", PROTOCOL)["config"]["lr"]
+    return [check.entry("lora", fixed | {"lr": lr}, seed) for seed in range(seeds)]
+
+
+def on_text(entry: Entry, corpus: Corpus, weights: Path) -> tuple[float | None, int]:
+    """Return a trained model's test loss, None if it is not finite, and how much was trained."""
+    run = Run(entry.config, corpus)
+    run.model.load_state_dict(torch.load(weights, weights_only=True))
+    loss = run.evaluate("test")
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    return (loss if math.isfinite(loss) else None), trained
+
+
+def table(record: Row) -> Table:
+    """Return the table: both texts' perplexities, differences from AdamW's, state."""
+    rows = record["rows"]
+    adamw = [row for row in rows if row["method"] == "adamw"]
+    check = Check(TASK)
+    check.plan.methods["lora"] = LORA
+    before = record["before"]
+    body = [(before["test_loss"], ["not fine-tuned", "", *_cells([before]), "", "", "", ""])]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == method]
+        second, first = paired(mine, adamw), paired(_on_first(mine), _on_first(adamw))
+        assert second is not None and first is not None
+        rates = [f"{rate:g}" for rate in role_rates(settings(mine[0]))]
+        cells = [
+            check.plan.label(method),
+            "/".join(rates[:1] if method == "lora" else rates),
+            *_cells(mine),
+            *("" if method == "adamw" else d.text() for d in (second, first)),
+            f"{mine[0]['trained'] / 1e6:.2f}",
+            f"{mine[0]['state_bytes'] / 2**20:.2f}",
+        ]
+        body.append((statistics.fmean(_losses(mine)), cells))
+    headers = (
+        *("method", "hidden / embedding / head", "second text", "first text"),
+        *("second, from AdamW", "first, from AdamW", "trained, M", "state, MiB"),
+    )
+    return Table(headers, [cells for _, cells in sorted(body, key=lambda item: item[0])])
+
+
+def _on_first(rows: list[Row]) -> list[Row]:
+    return [row | {"test_loss": row["first_loss"]} for row in rows]
+
+
+def _losses(rows: list[Row]) -> list[float]:
+    return [math.inf if row["test_loss"] is None else row["test_loss"] for row in rows]
+
+
+def _cells(rows: list[Row]) -> list[str]:
+    means = (statistics.fmean(_losses(some)) for some in (rows, _on_first(rows)))
+    return [f"{math.exp(mean):.2f}" for mean in means]
+
+
+def caption(record: Row) -> str:
+    """Return how the rows were made."""
+    check, rows = Check(TASK), record["rows"]
+    sizes = check.task.sizes
+    seeds = len({row["config"]["seed"] for row in rows})
+    return (
+        f"Test perplexity, the mean of {seeds} seeds. {check.task.text[0].upper()}"
+        f"{check.task.text[1:]}: {sizes['steps']} steps of {sizes['batch_size']} x "
+        f"{sizes['seq_len']} tokens of the second text. Rates: the best of nine points around the "
+        f"starting values, by the validation loss of seed 0; LoRA's until half and twice were "
+        f"worse. {made_on(rows[0]['provenance'])}."
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `python -m benchmarks fine-tuning`."""
+    parser.add_argument("--optimizers", nargs="+", metavar="NAME", help="of plan nano")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1")
+    add_jobs_argument(parser)
+    parser.add_argument("--out", type=Path, default=Path("runs/fine-tuning"))
+    parser.add_argument("--store", action="store_true", help="also keep the rows in the repository")
+    add_corpus_arguments(parser)
+    parser.add_argument("--then", nargs="+", metavar="SOURCE", help="the text after that of --data")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run what is missing and print the table."""
+    refuse_cache(args)
+    settle_counts(args)
+    args.committed = False
+    tasks = {check.name: (check, rows) for check, rows in stored()}
+    if TASK not in tasks:
+        raise ValueError(f"{Check(TASK).path} is missing; run starting-values {TASK} --store first")
+    check, rows = tasks[TASK]
+    if args.optimizers:
+        chosen = {"adamw", *check.plan.select(args.optimizers)}
+        rows = [row for row in rows if row["method"] in chosen]
+    make_folder(args.out, "--out")
+    first = pretrain(check, args)
+    second = corpus_from(args, check.task.sizes["model"])
+    session = Session(args, check.plan, second, keep_weights=True)
+    runs = entries(check, rows, args.seeds) + tune_lora(check, session, args.seeds)
+    session.rows = []
+    found = session.run(runs, test=True)
+    by_key = {(row["method"], row["config"]["seed"]): row for row in found}
+    kept = []
+    for entry in runs:
+        row = by_key[entry.method, entry.config.seed]
+        loss, trained = on_text(entry, first, session.folder(entry) / "weights.pt")
+        config = row["config"] | {"weights": Path(row["config"]["weights"]).name}
+        row = {k: v for k, v in row.items() if k not in ("curve", "valid_curve")}
+        kept.append(row | {"config": config, "first_loss": loss, "trained": trained})
+    pretrained = Path(check.plan.values["weights"])
+    losses = [on_text(runs[0], corpus, pretrained)[0] for corpus in (first, second)]
+    record = {"before": dict(zip(("first_loss", "test_loss"), losses, strict=True)), "rows": kept}
+    write_json(args.out / "fine-tuning.json", record)
+    if args.store:
+        write_json(PATH, record)
+    table(record).print()
+    print(caption(record))
+    return 0
+
+
+def read() -> Row:
+    """Return the committed record.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not PATH.exists():
+        raise ValueError(f"{PATH} is missing; run fine-tuning --store first")
+    record: Row = json.loads(PATH.read_text(encoding="utf-8"))
+    return record
