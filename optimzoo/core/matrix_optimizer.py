@@ -171,11 +171,10 @@ class MatrixOptimizer(RoleOptimizer, Rule):
         shards, rng_key = matrix.shards, rng_keys.get(matrix.param)
         grad = descent(matrix.grad, group)
         letters = rule.state_letters(group, shards.shape(grad.shape))
-        with ExitStack() as stack:
-            if group["state_bits"] == 8:
-                stack.enter_context(dequantized_moments(matrix.state, 8, rng_key))
-            state = stack.enter_context(shards.local_state(matrix.state, letters))
-            weight = stack.enter_context(fp32_working_copy(matrix.weight, rng_key))
+        with (
+            matrix.opened_state(letters, group, rng_key) as state,
+            fp32_working_copy(matrix.weight, rng_key) as weight,
+        ):
             step = matrix.step
             if isinstance(step, Tensor):
                 step = step.double()

@@ -1,5 +1,7 @@
 """What a rule for matrices is: how an update follows from a gradient and the weight's state."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -9,6 +11,7 @@ from optimzoo import stacks
 from optimzoo.core.update import Update
 from optimzoo.distributed import Shards
 from optimzoo.kernels import dispatch
+from optimzoo.lowbit import RngKey, dequantized_moments
 from optimzoo.stacks import State
 
 
@@ -39,6 +42,16 @@ class Matrix(NamedTuple):
     shards: Shards
     position: int
     step: Any  # a number; with `capturable` a tensor
+
+    @contextmanager
+    def opened_state(
+        self, letters: Mapping[str, str], group: dict[str, Any], rng_key: RngKey | None
+    ) -> Iterator[State]:
+        """Yield this process's part of the state, with moments in place of 8-bit codes."""
+        with ExitStack() as stack:
+            if group["state_bits"] == 8:
+                stack.enter_context(dequantized_moments(self.state, 8, rng_key))
+            yield stack.enter_context(self.shards.local_state(self.state, letters))
 
 
 class Rule:

@@ -1,7 +1,6 @@
 """Muon: orthogonalised momentum on the hidden weights, AdamW on the rest."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import Any, Unpack
 
@@ -22,7 +21,7 @@ from optimzoo.core.rule import Context, Matrix
 from optimzoo.core.update import Update, signed_decay, subtract_
 from optimzoo.core.validation import check_choice
 from optimzoo.distributed import Shards, local_part, map_whole_matrices
-from optimzoo.lowbit import RngKey, dequantized_moments, fp32_working_copy, moment_dtype
+from optimzoo.lowbit import RngKey, fp32_working_copy, moment_dtype
 from optimzoo.stacks import State, in_chunks
 from optimzoo.subspace.low_rank_average import initial_factors, take_into_low_rank
 from optimzoo.subspace.newton_schulz import (
@@ -192,11 +191,7 @@ class Muon(MomentumOptimizer):
         shards = [matrix.shards for matrix in matrices]
         momenta = []
         for matrix in matrices:
-            with ExitStack() as stack:
-                if group["state_bits"] == 8:
-                    rng_key = rng_keys.get(matrix.param)
-                    stack.enter_context(dequantized_moments(matrix.state, 8, rng_key))
-                state = stack.enter_context(matrix.shards.local_state(matrix.state, FACTORS))
+            with matrix.opened_state(FACTORS, group, rng_keys.get(matrix.param)) as state:
                 momenta.append(_momentum(descent(matrix.grad, group), state, group, matrix.shards))
         lr = step_lr(group)
         rates: Any = {"lr": lr, "weight_decay": signed_decay(group)}
