@@ -105,10 +105,13 @@ def test_a_best_rate_at_an_edge_is_named(tuned, folder):
     best = min((r for r in rows if r["protocol"] == "tuned"), key=lambda r: r["valid_loss"])
     above = [r for r in rows if r["config"]["lr"] <= best["config"]["lr"]]
     (folder / "results" / "tiny-tune.json").write_text(json.dumps({"rows": above}))
-    assert Plan("tiny").edges("adamw", "tuned", above) == ["lr"]
+    assert Plan("tiny").edges("adamw", "tuned", above) == ["lr", "lr and embedding_lr"]
     records = summary.summarise(Plan("tiny"), [r for r in results(tuned) if r["method"] == "adamw"])
     cells = {r["protocol"]: summary.cells(r)[2] for r in records}
     assert cells["tuned"].endswith(" edge")
+
+
+RATES = ("embedding_lr", "head_lr", "lr")
 
 
 def test_the_committed_plan_searches_alike_for_every_method():
@@ -116,7 +119,7 @@ def test_the_committed_plan_searches_alike_for_every_method():
     assert set(nano.select(None)) == {"sgd", "adamw", "muon", "scale"} <= set(nano.methods)
     configs = []
     for protocol, axes in (
-        ("tuned", (("embedding_lr",), ("head_lr",), ("lr",))),
+        ("tuned", (*((name,) for name in RATES), RATES)),
         ("paper", (("lr",),)),
     ):
         pairs = nano.pairs(nano.methods, [protocol])

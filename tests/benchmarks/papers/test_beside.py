@@ -166,7 +166,7 @@ def test_a_search_goes_on_where_its_best_is_at_an_end():
         made = rows(best, 9)
         assert made[3]["config"]["lr"] == pytest.approx(start * best**2)
         assert len(made) == 4 and plan.edges("galore", "tuned", made) == []
-        assert plan.edges("galore", "tuned", made[:3]) == ["lr"]
+        assert plan.edges("galore", "tuned", made[:3]) == ["lr and embedding_lr and head_lr"]
     assert len(rows(8.0, 9)) == MOST_ON_A_LINE and plan.edges("galore", "tuned", rows(8.0, 9))
     full = Plan("60m-full").tuning_runs("galore", "paper", [])
     assert [e.config.lr for e in full] == [0.01]
