@@ -102,6 +102,10 @@ def starting_values(
 
     If ``adamw_lr`` names a role, ρ of this role is the ratio to AdamW's rate of the same role.
 
+    A role that the method leaves to Adam starts half way, in the logarithm, from AdamW's rate of
+    this role to the tuned one: it is the same rule, and what they differ by in one comparison is
+    mostly another in the next.
+
     Learned positions and token types get the head's rate, unless they are all of the embedding and
     ``adamw_lr`` names it: each of their rows has a gradient in each step, as the head's has, while
     a step sees few of the tokens that the embedding's rate is for.
@@ -143,6 +147,9 @@ def starting_values(
     powers = dict.fromkeys(ROLE_RATES, 0.0) | dict(info.width_power)
     if variant.get("other") == "scale":
         powers["embedding"] = get_info("scale").width_power["embedding"]
+    left_to_adam = set(ROLE_RATES).difference(getattr(info.make, "_matrix_roles", ROLE_RATES))
+    if variant.get("other", "adam") != "adam":
+        left_to_adam &= {"vector"}
     options: dict[str, Any] = {}
     spread = {}
     for role, key in ROLE_RATES.items():
@@ -150,8 +157,11 @@ def starting_values(
         ratio = {}
         for setting, record in tuned.items():
             grown = 1.0 if width is None else (width / _width(setting)) ** powers[role]
-            theirs = adamw[setting]["values"][ROLE_RATES[of]]
-            ratio[setting] = record["values"][key] / theirs * grown
+            theirs = adamw[setting]["values"]
+            own = record["values"][key] / theirs[key]
+            if role in left_to_adam:
+                own **= 0.5
+            ratio[setting] = own * theirs[key] / theirs[ROLE_RATES[of]] * grown
         options[key] = float(f"{known[of] * _between(ratio, batch_tokens):.2g}")
         spread[role] = max(ratio.values()) / min(ratio.values())
     overrides = {}

@@ -88,7 +88,7 @@ def test_rates_of_another_unit():
     model = tiny_llama()
     optimizer = ran(SLOW, model=model)["optimizer"]
     assert "starting value" not in optimzoo.describe(optimizer)
-    assert train(model, optimizer, 40)[-1] < 0.5 < 2 < slow[-1]
+    assert train(model, optimizer, 40)[-1] < 1 < 2 < slow[-1]
 
 
 BFLOAT16 = "It trains in float32 and stands still in bfloat16"

@@ -18,18 +18,22 @@ def record(optimizer, rates, variant=None, **values):
     return {"optimizer": optimizer, "variant": variant or {}, "hyper": {}, "values": rates | values}
 
 
+# Of roles that Adam trains; half way from AdamW's rates lie 2e-2, 1e-1 and 3e-2.
+VECTOR, EMBEDDING, HEAD = 2e-2**2 / 1e-2, 1e-1**2 / 6e-2, 3e-2**2 / 8e-3
+
+
 @pytest.fixture
 def settings(monkeypatch):
     """Two comparisons of which every value is another one."""
     small = [
         record("adamw", (2e-3, 6e-2, 8e-3, 1e-2), betas=[0.9, 0.999], clip=1.0, weight_decay=0.1),
-        record("scale", (4e-3, 3e-2, 1e-2, 2e-2), momentum=0.9, clip=0.0, weight_decay=0.0),
-        record("muon", (2e-2, 1e-1, 3e-2, 1e-2), other_betas=[0.9, 0.99], clip=1.0),
+        record("scale", (4e-3, 3e-2, 1e-2, VECTOR), momentum=0.9, clip=0.0, weight_decay=0.0),
+        record("muon", (2e-2, EMBEDDING, HEAD, 1e-2), other_betas=[0.9, 0.99], clip=1.0),
         record("muon", (3e-2, 2e-1, 3e-2, 1e-2), {"state_bits": 8, "other": "scale"}),
     ]
     large = [
         record("adamw", (1e-3, 2e-2, 4e-3, 1e-2), betas=[0.9, 0.98], clip=0.0, weight_decay=0.0),
-        record("scale", (1e-3, 3e-2, 2e-3, 2e-2), momentum=0.8, clip=1.0, weight_decay=0.1),
+        record("scale", (1e-3, 3e-2, 2e-3, VECTOR), momentum=0.8, clip=1.0, weight_decay=0.1),
     ]
     made = {
         "small": {"batch_tokens": 1000, "width": 128.0, "methods": small},
