@@ -68,6 +68,8 @@ QUESTIONS = (
     _at("nano-history", "of 20 in 32 bits against GaLore's rule", "history_20_32", "galore"),
     _at("nano-ablation", "columns against rows, no momentum", "column", "row"),
     _at("nano-ablation", "columns against signs, no momentum", "column", "sign"),
+    _at("nano-ablation", "rows for the head alone", "column_head_by_rows", "column"),
+    _at("nano-ablation", "the same against rows everywhere", "column_head_by_rows", "row"),
     Question("momentum on the last layer", ("nano", "scale"), ("nano-ablation", "column")),
     *(
         _at(f"nano-{batch}", f"{text} against {other}", ours, theirs)

@@ -11,6 +11,7 @@ from typing import Any
 import optimzoo
 from benchmarks.common.files import RESULTS
 from benchmarks.common.tables import Table
+from benchmarks.experiments import fine_tuning
 from benchmarks.experiments.plan import Plan, role_rates
 from benchmarks.experiments.significance import LEVEL
 from benchmarks.experiments.summary import (
@@ -19,6 +20,7 @@ from benchmarks.experiments.summary import (
     caption,
     comparison,
     read_rows,
+    summarise,
     tuned_records,
 )
 from benchmarks.papers import perplexity_tables
@@ -43,6 +45,8 @@ def _comparison(name: str) -> str:
     if not plan.results_path.exists():
         raise ValueError(f"{plan.results_path} is missing; run compare --store first")
     rows = read_rows(plan.results_path)
+    edge = {(r["method"], r["protocol"]) for r in summarise(plan, rows) if r["edges"]}
+    rows = [row for row in rows if (row["method"], row["protocol"]) not in edge]
     return f"{comparison(plan, rows).markdown()}\n\n{caption(rows)}. {LEGEND}"
 
 
@@ -221,12 +225,19 @@ def _utilisation(name: str) -> str:
     )
 
 
+def _fine_tuning(_: str) -> str:
+    """Return the table of what methods learn and forget, and how it was made."""
+    record = fine_tuning.read()
+    return f"{fine_tuning.table(record).markdown()}\n\n{fine_tuning.caption(record)}"
+
+
 _MADE: dict[str, Callable[[str], str]] = {
     "headline": _headline,
     "findings": lambda _: findings.table().markdown(),
     "starting": lambda _: tuned_rates.table().markdown(),
     "start": tuned_rates.example,
     "checked": start_checks.text,
+    "fine-tuning": _fine_tuning,
     "choosing": choosing.methods,
     "other": choosing.other_rules,
     "paper": choosing.paper,
