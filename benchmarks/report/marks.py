@@ -225,7 +225,7 @@ def _utilisation(name: str) -> str:
     )
 
 
-def _fine_tuning(_: str) -> str:
+def _forgetting(_: str) -> str:
     """Return the table of what methods learn and forget, and how it was made."""
     record = fine_tuning.read()
     return f"{fine_tuning.table(record).markdown()}\n\n{fine_tuning.caption(record)}"
@@ -237,7 +237,7 @@ _MADE: dict[str, Callable[[str], str]] = {
     "starting": lambda _: tuned_rates.table().markdown(),
     "start": tuned_rates.example,
     "checked": start_checks.text,
-    "fine-tuning": _fine_tuning,
+    "forgetting": _forgetting,
     "choosing": choosing.methods,
     "other": choosing.other_rules,
     "paper": choosing.paper,

@@ -28,7 +28,7 @@ def test_every_mark_is_expanded(name):
     assert "{{" not in text
     marks = re.findall(r"<!-- (\w+)", text)
     made = {"table", "steps", "gpu", "utilisation", "gradients", "beside", "rows", "headline"}
-    made |= {"findings", "starting", "start", "checked", "fine-tuning", "choosing"}
+    made |= {"findings", "starting", "start", "checked", "forgetting", "choosing"}
     made |= {"other", "paper", "end"}
     assert set(marks) <= made
     assert 2 * marks.count("end") == len(marks)

@@ -35,6 +35,11 @@ def records(kind: str, name: str):
 )
 def test_no_row_of_a_page_has_its_best_rate_at_an_edge(page, kind, name):
     made = records(kind, name)
+    if kind == "table":  # leaves out those whose search has not ended
+        text = next(path for path in PAGES if path.name == page).read_text(encoding="utf-8")
+        block = text.split(f"<!-- table: {name} -->")[1].split("<!-- end -->")[0]
+        made = [r for r in made if f"| {r['label']} | {r['protocol']} |" in block]
+        assert len(made) == block.count(" | tuned | ") + block.count(" | paper | ")
     assert made and {r["label"]: r["edges"] for r in made if r["edges"]} == {}
 
 
