@@ -70,6 +70,7 @@ QUESTIONS = (
     _at("nano-ablation", "columns against signs, no momentum", "column", "sign"),
     _at("nano-ablation", "rows for the head alone", "column_head_by_rows", "column"),
     _at("nano-ablation", "the same against rows everywhere", "column_head_by_rows", "row"),
+    Question("the same against SCALE", ("nano-ablation", "column_head_by_rows"), ("nano", "scale")),
     Question("momentum on the last layer", ("nano", "scale"), ("nano-ablation", "column")),
     *(
         _at(f"nano-{batch}", f"{text} against {other}", ours, theirs)
