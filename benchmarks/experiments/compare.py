@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.common.files import make_folder, write_json
@@ -30,11 +31,8 @@ def tune(session: Session, methods: list[str], protocols: list[str]) -> int:
     paths = dict.fromkeys(plan.tune_path_of(method) for method, _ in pairs)
     while runs := [e for pair in pairs for e in plan.tuning_runs(*pair, session.rows)]:
         session.run(runs, test=False)
-        new = [{k: v for k, v in row.items() if k != "curve"} for row in session.rows]
-        for path in paths:
-            rows = merged(path, [row for row in new if plan.tune_path_of(row["method"]) == path])
-            rows.sort(key=lambda r: (r["method"], r["protocol"], r["valid_loss"] or float("inf")))
-            write_json(path, {"rows": rows})
+        _write(paths, session, ended=False)
+    _write(paths, session, ended=True)
     for path in paths:
         rows = [row for row in summary.read_rows(path) if row["method"] in plan.methods]
         print(summary.tuning_text(plan, rows))
@@ -42,6 +40,17 @@ def tune(session: Session, methods: list[str], protocols: list[str]) -> int:
         for rate in plan.edges(method, protocol, plan.tuning_rows(method)):
             print(f"note: {method} ({protocol}) is best at the edge of what was tried in {rate}")
     return 0
+
+
+def _write(paths: Iterable[Path], session: Session, *, ended: bool) -> None:
+    """Write a search's rows; a search that goes on keeps those that it has yet to come to."""
+    new = [{k: v for k, v in row.items() if k != "curve"} for row in session.rows]
+    for path in paths:
+        mine = [row for row in new if session.plan.tune_path_of(row["method"]) == path]
+        if mine:
+            rows = merged(path, mine, ended=ended)
+            rows.sort(key=lambda r: (r["method"], r["protocol"], r["valid_loss"] or float("inf")))
+            write_json(path, {"rows": rows})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

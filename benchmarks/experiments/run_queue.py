@@ -212,11 +212,21 @@ def _train_in_worker(
         os._exit(130)  # else the pool would give this worker the next run
 
 
-def merged(path: Path, rows: list[Row]) -> list[Row]:
-    """Return a results file's rows with those of the same methods and protocols replaced."""
+def merged(path: Path, rows: list[Row], *, ended: bool = True) -> list[Row]:
+    """Return a results file's rows with those of the same methods and protocols replaced.
+
+    Unless the runs have ``ended``: then those that are not among them yet stay.
+    """
     ours = {(row["method"], row["protocol"]) for row in rows}
+    again = {run_key(row["fingerprint"]) for row in rows}
     stored = read_rows(path) if path.exists() else []
-    return [row for row in stored if (row["method"], row["protocol"]) not in ours] + rows
+
+    def stays(row: Row) -> bool:
+        if (row["method"], row["protocol"]) not in ours:
+            return True
+        return not ended and run_key(row["fingerprint"]) not in again
+
+    return [row for row in stored if stays(row)] + rows
 
 
 def add_jobs_argument(parser: argparse.ArgumentParser) -> None:

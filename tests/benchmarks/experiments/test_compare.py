@@ -18,6 +18,7 @@ from benchmarks.common.progress import RunProgress, SideBySide
 from benchmarks.common.provenance import made_on
 from benchmarks.experiments import plan, run_queue, summary
 from benchmarks.experiments.plan import Plan
+from benchmarks.experiments.run_queue import merged
 from benchmarks.report import readme as report
 from benchmarks.report import tuned_rates
 from benchmarks.training.metrics import perplexity
@@ -98,6 +99,18 @@ def test_tuning_one_method_keeps_the_rows_of_the_others(folder, capsys):
     new = [r["config"]["lr"] for r in after if r not in other]
     assert new and {0.25, 0.5, 1.0} <= set(new)
     assert f"(best of {len(new)})" in capsys.readouterr().out
+
+
+def test_a_search_that_was_stopped_keeps_the_rows_it_had_not_come_to(folder, tmp_path):
+    rows = tuning_rows(folder)
+    path = tmp_path / "tune.json"
+    path.write_text(json.dumps({"rows": rows}))
+    first, *later = [r for r in rows if (r["method"], r["protocol"]) == ("adamw", "tuned")]
+    again = first | {"seconds": 1e6}
+    others = [r for r in rows if (r["method"], r["protocol"]) != ("adamw", "tuned")]
+    stopped = merged(path, [again], ended=False)
+    assert len(stopped) == len(rows) and all(r in stopped for r in [*others, *later, again])
+    assert merged(path, [again]) == [*others, again]
 
 
 def test_a_best_rate_at_an_edge_is_named(tuned, folder):
