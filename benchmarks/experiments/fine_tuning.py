@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from benchmarks.common.tables import Table
 from benchmarks.data.corpus import Corpus
 from benchmarks.experiments.plan import Entry, Row, choose, role_rates, settings, tried
 from benchmarks.experiments.run_queue import Session, add_jobs_argument, settle_counts
-from benchmarks.experiments.significance import paired
+from benchmarks.experiments.significance import mean_loss, paired
 from benchmarks.experiments.start_check import PROTOCOL, Check, stored
 from benchmarks.experiments.tuning import Search
 from benchmarks.training.cli import add_corpus_arguments, corpus_from, refuse_cache
@@ -111,7 +110,7 @@ def table(record: Row) -> Table:
             f"{mine[0]['trained'] / 1e6:.2f}",
             f"{mine[0]['state_bytes'] / 2**20:.2f}",
         ]
-        body.append((statistics.fmean(_losses(mine)), cells))
+        body.append((mean_loss(mine), cells))
     headers = (
         *("method", "hidden / embedding / head", "second text", "first text"),
         *("second, from AdamW", "first, from AdamW", "trained, M", "state, MiB"),
@@ -123,13 +122,8 @@ def _on_first(rows: list[Row]) -> list[Row]:
     return [row | {"test_loss": row["first_loss"]} for row in rows]
 
 
-def _losses(rows: list[Row]) -> list[float]:
-    return [math.inf if row["test_loss"] is None else row["test_loss"] for row in rows]
-
-
 def _cells(rows: list[Row]) -> list[str]:
-    means = (statistics.fmean(_losses(some)) for some in (rows, _on_first(rows)))
-    return [f"{math.exp(mean):.2f}" for mean in means]
+    return [f"{math.exp(mean_loss(some)):.2f}" for some in (rows, _on_first(rows))]
 
 
 def caption(record: Row) -> str:
@@ -148,13 +142,20 @@ def caption(record: Row) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `python -m benchmarks fine-tuning`."""
+    add_run_arguments(parser, Path("runs/fine-tuning"))
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, out: Path) -> None:
+    """Add what a task's runs need: methods, seeds, folder and texts."""
     parser.add_argument("--optimizers", nargs="+", metavar="NAME", help="of plan nano")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1")
     add_jobs_argument(parser)
-    parser.add_argument("--out", type=Path, default=Path("runs/fine-tuning"))
+    parser.add_argument("--out", type=Path, default=out)
     parser.add_argument("--store", action="store_true", help="also keep the rows in the repository")
     add_corpus_arguments(parser)
-    parser.add_argument("--then", nargs="+", metavar="SOURCE", help="the text after that of --data")
+    parser.add_argument(
+        "--then", nargs="+", metavar="SOURCE", help="fine-tuning: the text after that of --data"
+    )
 
 
 def main(args: argparse.Namespace) -> int:

@@ -65,5 +65,10 @@ def paired(ours: list[Row], theirs: list[Row]) -> Difference | None:
     return Difference(mean, abs(mean / float(test.statistic)), float(test.pvalue), len(seeds))
 
 
+def mean_loss(rows: list[Row]) -> float:
+    """Return the mean test loss of a method's rows; infinity if one diverged."""
+    return math.fsum(map(_loss, rows)) / len(rows)
+
+
 def _loss(row: Row) -> float:
     return math.inf if row["test_loss"] is None else float(row["test_loss"])

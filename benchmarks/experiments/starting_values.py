@@ -9,14 +9,14 @@ from pathlib import Path
 from benchmarks.common.files import make_folder, write_json
 from benchmarks.common.provenance import made_on
 from benchmarks.common.tables import Table
-from benchmarks.experiments.fine_tuning import pretrain
+from benchmarks.experiments.fine_tuning import add_run_arguments, pretrain
 from benchmarks.experiments.plan import Row, choose, role_rates, settings, tuned_text
-from benchmarks.experiments.run_queue import Session, add_jobs_argument, merged, settle_counts
-from benchmarks.experiments.significance import Difference, paired
+from benchmarks.experiments.run_queue import Session, merged, settle_counts
+from benchmarks.experiments.significance import Difference, mean_loss, paired
 from benchmarks.experiments.start_check import PROTOCOL, Check
 from benchmarks.experiments.start_tasks import TASKS
 from benchmarks.experiments.tuning import WITHIN
-from benchmarks.training.cli import add_corpus_arguments, corpus_from, refuse_cache
+from benchmarks.training.cli import corpus_from, refuse_cache
 from optimzoo.options import refuse
 from optimzoo.tuned_rates import ROLE_RATES
 
@@ -47,14 +47,9 @@ def outcomes(check: Check, rows: list[Row]) -> list[Outcome]:
         at_start = [row for row in mine if check.is_start(row)]
         difference = paired(at_start, at_best)
         assert difference is not None
-        means = [_perplexity(at_start), _perplexity(at_best)]
-        found.append(Outcome(method, at_start[0], at_best[0], (means[0], means[1]), difference))
+        perplexities = math.exp(mean_loss(at_start)), math.exp(mean_loss(at_best))
+        found.append(Outcome(method, at_start[0], at_best[0], perplexities, difference))
     return sorted(found, key=lambda outcome: outcome.perplexities[0])
-
-
-def _perplexity(rows: list[Row]) -> float:
-    losses = [math.inf if row["test_loss"] is None else row["test_loss"] for row in rows]
-    return math.exp(math.fsum(losses) / len(losses))
 
 
 def table(check: Check, rows: list[Row]) -> Table:
@@ -123,15 +118,7 @@ def moved_text(check: Check) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `python -m benchmarks starting-values`."""
     parser.add_argument("task", choices=list(TASKS))
-    parser.add_argument("--optimizers", nargs="+", metavar="NAME", help="of plan nano")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1")
-    add_jobs_argument(parser)
-    parser.add_argument("--out", type=Path, default=Path("runs/starting-values"))
-    parser.add_argument("--store", action="store_true", help="also keep the rows in the repository")
-    add_corpus_arguments(parser)
-    parser.add_argument(
-        "--then", nargs="+", metavar="SOURCE", help="fine-tuning: the text after that of --data"
-    )
+    add_run_arguments(parser, Path("runs/starting-values"))
 
 
 def main(args: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ from benchmarks.experiments.summary import (
     caption,
     comparison,
     read_rows,
-    summarise,
+    stored_records,
     tuned_records,
 )
 from benchmarks.papers import perplexity_tables
@@ -45,7 +45,7 @@ def _comparison(name: str) -> str:
     if not plan.results_path.exists():
         raise ValueError(f"{plan.results_path} is missing; run compare --store first")
     rows = read_rows(plan.results_path)
-    edge = {(r["method"], r["protocol"]) for r in summarise(plan, rows) if r["edges"]}
+    edge = {(r["method"], r["protocol"]) for r in stored_records(name) if r["edges"]}
     rows = [row for row in rows if (row["method"], row["protocol"]) not in edge]
     return f"{comparison(plan, rows).markdown()}\n\n{caption(rows)}. {LEGEND}"
 

@@ -29,12 +29,12 @@ class RunConfig:
     `min_lr_ratio`. `precision="auto"` is fp32 on a CPU and bf16-autocast on a GPU. `lowrank` makes
     the hidden weights low-rank: arguments of `optimzoo.lowrank.convert`, `freeze` to train the
     factors alone, and `restarts` or `relora` with those of `Restarts` or `ReLoRA`; empty: the model
-    is dense. `groups` has further
-    options of the parameters of a role, as `{"embedding": {"momentum": 0.9}}`. `release` steps each
-    weight in the backward, with `optimzoo.release`. `weights` is a file that the model's weights
-    are read from, `weights.pt` of another run; without it they are drawn from the seed. `optimizer`
-    is a name of the registry, or a class of one's own, `package.module:Class` or `FILE.py:Class`;
-    `model` that of a Llama, `nanogpt-char`, `vit`, or the path of a Hugging Face config.
+    is dense. `groups` has further options of the parameters of a role, as
+    `{"embedding": {"momentum": 0.9}}`. `release` steps each weight in the backward, with
+    `optimzoo.release`. `weights` is a file that the model's weights are read from, `weights.pt` of
+    another run; without it they are drawn from the seed. `optimizer` is a name of the registry, or
+    a class of one's own, `package.module:Class` or `FILE.py:Class`; `model` that of a Llama,
+    `nanogpt-char`, `vit`, or the path of a Hugging Face config.
     """
 
     optimizer: str
