@@ -36,7 +36,6 @@ from benchmarks.data.token_cache import (
     build,
     open_copied,
     open_tokens,
-    sweep,
 )
 from benchmarks.data.tokenizer import END_OF_TEXT, encode, train_tokenizer
 
@@ -133,7 +132,6 @@ def _from_cache(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray], Path]:
     key = hashlib.sha256(json.dumps(recipe.identity, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_dir / f"{recipe.name}-{key}"
-    sweep(cache_dir)
     if folder.exists():
         try:
             return *open_tokens(folder, recipe.identity), folder

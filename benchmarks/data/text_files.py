@@ -8,10 +8,16 @@ import json
 import lzma
 import os
 import re
+import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, cast
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 from benchmarks.data.sources import Document, Source, split_of
 
@@ -80,7 +86,7 @@ def _read_texts(path: Path) -> Iterator[str]:
                 number += 1
                 if line.strip() and (text := _parse_line(line)):
                     yield text
-    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, zstd.ZstdError) as error:
         raise ValueError(f"{path} is truncated or damaged ({error}); fetch it again") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error.reason}); convert it") from error
@@ -127,47 +133,5 @@ def _open_binary(path: Path) -> IO[bytes]:
     if path.suffix == ".xz":
         return lzma.open(path, "rb")
     if path.suffix == ".zst":
-        return io.BufferedReader(_ZstdReader(path))
+        return cast(IO[bytes], zstd.open(path, "rb"))
     return path.open("rb")
-
-
-class _ZstdReader(io.RawIOBase):
-    """Reader of .zst frames that, unlike zstandard's stream reader, refuses a truncated file."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            import zstandard
-        except ImportError as error:
-            raise ImportError(f"{path} needs zstandard: pip install zstandard") from error
-        self._new_frame: Callable[[], Any] = zstandard.ZstdDecompressor().decompressobj
-        self._error = zstandard.ZstdError
-        self._file = path.open("rb")
-        self._frame: Any = None
-        self._ready = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            packed = self._frame.unused_data if self._frame and self._frame.eof else b""
-            packed = packed or self._file.read(1 << 16)
-            if not packed:
-                if self._frame and not self._frame.eof:
-                    raise EOFError("the last frame is not complete")
-                return 0
-            if self._frame is None or self._frame.eof:
-                self._frame = self._new_frame()
-            try:
-                self._ready = self._frame.decompress(packed)
-            except self._error as error:
-                raise EOFError(str(error)) from error
-        size = min(len(buffer), len(self._ready))
-        buffer[:size] = self._ready[:size]
-        self._ready = self._ready[size:]
-        return size
-
-    def close(self) -> None:
-        if hasattr(self, "_file"):
-            self._file.close()
-        super().close()

@@ -1,19 +1,16 @@
 """Crash-safe cache of token files: a folder is complete or absent.
 
 A folder is built under another name, synced, and renamed into place. Its builder holds a lock that
-the kernel releases with the process, so a later run can tell an abandoned folder from one that is
-being written. Needs POSIX (`flock`, and a rename that never replaces a folder with files in it).
+ends with its process; who finds it taken waits, and takes what was built.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
+import logging
 import lzma
 import os
-import secrets
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
-from benchmarks.common.files import sync_folder
+from benchmarks.common.files import sync_folder, write_atomic, write_json
 from benchmarks.data.sources import SPLITS
 
-UNFINISHED = ".unfinished-"
+log = logging.getLogger(__name__)
 
 
 class StaleCacheError(Exception):
@@ -64,9 +62,10 @@ class TokenWriter:
     def finish(self, tokenizer: str, identity: Mapping[str, Any], **facts: Any) -> None:
         """Sync the tokens, then write tokenizer.json and, last, meta.json."""
         for file in self._files.values():
-            _sync(file)
+            file.flush()
+            os.fsync(file.fileno())
         self.close()
-        _write_synced(self._folder / "tokenizer.json", tokenizer)
+        write_atomic(self._folder / "tokenizer.json", tokenizer)
         meta = {
             **identity,
             **facts,
@@ -77,7 +76,7 @@ class TokenWriter:
                 for split in SPLITS
             },
         }
-        _write_synced(self._folder / "meta.json", json.dumps(meta, indent=2) + "\n")
+        write_json(self._folder / "meta.json", meta)
 
     def close(self) -> None:
         """Close the files; the caller keeps or removes the folder."""
@@ -156,99 +155,46 @@ def _unpack(path: Path) -> None:
     packed = path.with_name(f"{path.name}.xz")
     if path.exists() or not packed.exists():
         return
-    unpacked = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     try:
-        with lzma.open(packed) as source, unpacked.open("wb") as file:
-            shutil.copyfileobj(source, file, 1 << 20)
-            _sync(file)
-        if not path.exists():  # else another process may have mapped what it unpacked
-            os.replace(unpacked, path)
-    except (lzma.LZMAError, EOFError) as error:
+        write_atomic(path, lzma.decompress(packed.read_bytes()))
+    except lzma.LZMAError as error:
         raise StaleCacheError(f"{packed.name} is truncated or damaged ({error})") from error
     except OSError as error:
         raise OSError(
             f"{packed} cannot be unpacked in its folder ({error.strerror}); make the folder "
             "writable, with room for it, or unpack it before"
         ) from error
-    finally:
-        with suppress(OSError):  # it was moved, or never made
-            unpacked.unlink()
 
 
 def build(folder: Path, fill: Callable[[Path], None], identity: Mapping[str, Any]) -> None:
     """Fill a new folder and rename it to ``folder``, unless another process has built that."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _unfinished(folder) as built:
-        fill(built)
-        sync_folder(built)
-        while not _moved(built, folder):
-            with suppress(StaleCacheError):
-                open_tokens(folder, identity)
-                return
-            with suppress(FileNotFoundError):
-                os.rename(folder, _new_name(folder))  # swept with the dead ones
-        sync_folder(folder.parent)
-    sweep(folder.parent)
-
-
-def sweep(cache_dir: Path) -> None:
-    """Remove the unfinished folders of dead processes; a folder that is being written stays."""
-    for folder in cache_dir.glob(UNFINISHED + "*"):
-        # No permission, no locks on this file system, or a living owner: it stays.
-        with suppress(OSError), _locked(folder):
-            shutil.rmtree(folder)
-
-
-@contextmanager
-def _unfinished(folder: Path) -> Iterator[Path]:
-    with ExitStack() as stack:
-        while True:
-            built = _new_name(folder)
-            built.mkdir()
-            try:
-                stack.enter_context(_locked(built))
-            except (BlockingIOError, FileNotFoundError):
-                continue  # swept between its making and its locking
-            except OSError:
-                break  # no locks on this file system: nobody can sweep there either
-            if built.exists():
-                break
+    unfinished = folder.with_name(f".{folder.name}")
+    with _locked(folder.with_name(f".{folder.name}.lock")):
+        with suppress(StaleCacheError):
+            open_tokens(folder, identity)
+            return
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
         try:
-            yield built
+            unfinished.mkdir()
+            fill(unfinished)
+            sync_folder(unfinished)
+            shutil.rmtree(folder, ignore_errors=True)  # what other processes have mapped stays
+            os.rename(unfinished, folder)
         finally:
-            shutil.rmtree(built, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
+        sync_folder(folder.parent)
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    handle = os.open(folder, os.O_RDONLY)
+def _locked(path: Path) -> Iterator[None]:
+    lock = FileLock(path)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.acquire(blocking=False)
+    except Timeout:
+        log.warning("another process is building the tokens that %s is for; waiting", path)
+        lock.acquire()
+    try:
         yield
     finally:
-        os.close(handle)
-
-
-def _new_name(folder: Path) -> Path:
-    return folder.parent / f"{UNFINISHED}{folder.name}-{secrets.token_hex(6)}"
-
-
-def _moved(built: Path, folder: Path) -> bool:
-    try:
-        os.rename(built, folder)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            return False
-        raise
-    return True
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        _sync(file)
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+        lock.release()

@@ -9,11 +9,11 @@ import random
 from pathlib import Path
 
 import numpy as np
-import zstandard
 from tokenizers import Tokenizer
 
 from benchmarks.data.corpus import Corpus, load_corpus
 from benchmarks.data.sources import SPLITS
+from benchmarks.data.text_files import zstd
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB = 320
@@ -21,7 +21,7 @@ PACK = {
     "": bytes,
     ".gz": gzip.compress,
     ".xz": lzma.compress,
-    ".zst": lambda raw: zstandard.compress(raw[:100]) + zstandard.compress(raw[100:]),
+    ".zst": lambda raw: zstd.compress(raw[:100]) + zstd.compress(raw[100:]),
 }
 
 
@@ -67,7 +67,8 @@ def entries(cache: Path) -> list[Path]:
 
 
 def unfinished(cache: Path) -> list[Path]:
-    return sorted(path for path in cache.iterdir() if path.name.startswith("."))
+    """Folders, not the locks beside them."""
+    return sorted(path for path in cache.iterdir() if path.name.startswith(".") and path.is_dir())
 
 
 def documents_of(

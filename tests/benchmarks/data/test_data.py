@@ -360,4 +360,4 @@ def test_c4_that_cannot_be_loaded(
     with pytest.raises(ValueError, match=r"vocab_size 399 is too small .*; take 400") as error:
         load("c4", cache, vocab_size=399, max_tokens=10**6, **places)
     assert "\n" not in str(error.value)
-    assert not list(cache.iterdir())
+    assert not entries(cache) and not unfinished(cache)
