@@ -22,8 +22,8 @@ def check(kernels: Any, device: str) -> dict[str, float]:
     def normal() -> list[Tensor]:
         return [torch.randn(s, generator=generator).to(device) for s in _SHAPES]
 
-    def worst(ours: list[Tensor], theirs: list[Tensor]) -> float:
-        return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+    def worst(values: list[Tensor], expected: list[Tensor]) -> float:
+        return max(float((a - b).abs().max()) for a, b in zip(values, expected, strict=True))
 
     errors = {}
     none: list[Tensor | None] = [None] * len(_SHAPES)
@@ -92,15 +92,15 @@ def _described(kernels: Any) -> str:
 def eager_accelerators() -> list[str]:
     """Return the device types that torch finds here and that have no kernels."""
     there = {"mps": torch.backends.mps.is_available(), "xpu": torch.xpu.is_available()}
-    return [kind for kind, found in there.items() if found]
+    return [device_type for device_type, available in there.items() if available]
 
 
 def main() -> int:
     """Print the report; return 1 if a kernel gives wrong results, not if one is missing."""
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}")
     wrong = False
-    found = [(device, b) for device, backends in dispatch.BACKENDS.items() for b in backends]
-    for device, kernels in found:
+    pairs = [(device, b) for device, backends in dispatch.BACKENDS.items() for b in backends]
+    for device, kernels in pairs:
         native_one = isinstance(kernels, native.Library)
         name = f"{device}, {'native' if native_one else 'Triton'}:"
         if not kernels.available():
@@ -115,6 +115,6 @@ def main() -> int:
             good = error < 1e-5
             wrong |= not good
             print(f"  {kernel:<18} largest error {error:.1e}  {'ok' if good else 'WRONG'}")
-    for kind in eager_accelerators():
-        print(f"{kind + ':':<14} none, every step is eager; there are no kernels for {kind}")
+    for device in eager_accelerators():
+        print(f"{device + ':':<14} none, every step is eager; there are no kernels for {device}")
     return int(wrong)

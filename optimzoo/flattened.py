@@ -21,11 +21,11 @@ def flattened_by(param: Any) -> str | None:
 def refuse_flattened(params: Iterable[Any], names: Sequence[str] = ()) -> None:
     """Raise a ValueError for the first parameter that is flattened or partitioned."""
     for i, param in enumerate(params):
-        found = flattened_by(param)
-        if found is not None:
+        owner = flattened_by(param)
+        if owner is not None:
             label = names[i] if i < len(names) else f"parameter {i}"
             raise ValueError(
-                f"{label} {tuple(param.shape)} belongs to {found}, which flattens weights: no rule "
+                f"{label} {tuple(param.shape)} belongs to {owner}, which flattens weights: no rule "
                 f"sees a matrix; {_WAY_OUT}"
             )
 

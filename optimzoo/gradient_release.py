@@ -269,13 +269,15 @@ class Release:
             self._optimizer.__dict__["_step_supports_amp_scaling"] = self._scales_itself
 
     def _unscale_grads(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        found = self._unscale_rest(optimizer, *args, **kwargs)
+        found_inf = self._unscale_rest(optimizer, *args, **kwargs)
         if optimizer is not self._optimizer or not self._handles:
-            return found
+            return found_inf
         self._over = True  # the scaler may skip the step
-        for device, ours in self._found_inf.items():
-            found[device] = torch.maximum(found[device], ours) if device in found else ours
-        return found
+        for device, released in self._found_inf.items():
+            found_inf[device] = (
+                torch.maximum(found_inf[device], released) if device in found_inf else released
+            )
+        return found_inf
 
 
 def _scale_invariant(optimizer: Optimizer, param: Tensor, group: dict[str, Any]) -> bool:

@@ -146,8 +146,8 @@ def _make(
     if isinstance(groups, list):
         _refuse_flattened(groups)
     if _is_ours(info):
-        ours: Optimizer = info.make(groups, **hyper)
-        return ours
+        created: Optimizer = info.make(groups, **hyper)
+        return created
     for group in groups:
         style = group.get("weight_decay_style") if isinstance(group, dict) else None
         if style not in (None, "decoupled"):

@@ -91,11 +91,11 @@ def param_groups(model: nn.Module, overrides: Overrides = ()) -> list[dict[str, 
             f"{type(model).__name__} has no trainable parameter; "
             "set requires_grad before building the groups"
         )
-    found = _find_roles(model)
+    facts = _find_roles(model)
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     used: set[int] = set()
     for param, aliases in names.items():
-        group, order = dict(found[param]), -1
+        group, order = dict(facts[param]), -1
         for i, (pattern, options) in enumerate(rules):
             if any(pattern.search(name) for name in aliases):
                 if options.get("role") == "embedding":  # [in, out] is how an embedding lies
@@ -195,7 +195,7 @@ def _names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
 def _find_roles(model: nn.Module) -> dict[nn.Parameter, dict[str, Any]]:
     model = _unwrap(model)
     head = _find_head(model)
-    found: dict[nn.Parameter, dict[str, Any]] = {}
+    by_param: dict[nn.Parameter, dict[str, Any]] = {}
     modules = dict(model.named_modules())
     for path, module in modules.items():
         for name, param in module.named_parameters(recurse=False):
@@ -211,10 +211,10 @@ def _find_roles(model: nn.Module) -> dict[nn.Parameter, dict[str, Any]]:
             if param is head:
                 facts["role"] = "head"
                 facts["tied"] = facts["tied"] or isinstance(module, nn.Embedding)
-            if param in found:  # a second owner of a tied weight
-                facts["tied"] |= found[param]["tied"]
-            found[param] = facts
-    return found
+            if param in by_param:  # a second owner of a tied weight
+                facts["tied"] |= by_param[param]["tied"]
+            by_param[param] = facts
+    return by_param
 
 
 def _facts(module: nn.Module, name: str, param: nn.Parameter) -> dict[str, Any]:

@@ -36,10 +36,10 @@ def batches(keys: Iterable[Hashable | None], size: Callable[[int], int]) -> Iter
         keys: one for each matrix.
         size: returns the number of elements of a matrix's largest tensor.
     """
-    alike: dict[Hashable, list[int]] = {}
+    by_key: dict[Hashable, list[int]] = {}
     for i, key in enumerate(keys):
-        alike.setdefault((None, i) if key is None else (key,), []).append(i)
-    for indices in alike.values():
+        by_key.setdefault((None, i) if key is None else (key,), []).append(i)
+    for indices in by_key.values():
         most = max(1, STACK // max(1, size(indices[0]))) if len(indices) > 1 else 1
         yield from (indices[at : at + most] for at in range(0, len(indices), most))
 

@@ -130,20 +130,20 @@ def starting_values(
         >>> start = optimzoo.starting_values("muon", model, adamw_lr=3e-4, steps=10_000)
         >>> optimizer = optimzoo.create_optimizer("muon", model, **start.options)
     """
-    known = _by_role(adamw_lr)
-    for key, value in (*known.items(), ("batch_tokens", batch_tokens), ("steps", steps)):
+    by_role = _by_role(adamw_lr)
+    for key, value in (*by_role.items(), ("batch_tokens", batch_tokens), ("steps", steps)):
         if value is not None and not value > 0:
-            key = "adamw_lr" if key in known else key
+            key = "adamw_lr" if key in by_role else key
             raise ValueError(f"{key}={value}: it must be positive, or left out")
     info = get_info(name)
     tuned = _tuned(info.name, variant)
     adamw = _tuned("adamw", {})
     groups = [] if model is None else _groups(model)
     width = None if model is None else model_width(groups)
-    if not known:
+    if not by_role:
         at_width = {s: 1.0 if width is None else (_width(s) / width) ** 0.5 for s in tuned}
-        own = {s: adamw[s]["values"]["lr"] * at_width[s] for s in tuned}
-        known = {"hidden": _between(own, batch_tokens)}
+        base = {s: adamw[s]["values"]["lr"] * at_width[s] for s in tuned}
+        by_role = {"hidden": _between(base, batch_tokens)}
     powers = dict.fromkeys(ROLE_RATES, 0.0) | dict(info.width_power)
     if variant.get("other") == "scale":
         powers["embedding"] = get_info("scale").width_power["embedding"]
@@ -153,23 +153,23 @@ def starting_values(
     options: dict[str, Any] = {}
     spread = {}
     for role, key in ROLE_RATES.items():
-        of = role if role in known else "hidden"
+        of = role if role in by_role else "hidden"
         ratio = {}
         for setting, record in tuned.items():
             grown = 1.0 if width is None else (width / _width(setting)) ** powers[role]
-            theirs = adamw[setting]["values"]
-            own = record["values"][key] / theirs[key]
+            adamw_values = adamw[setting]["values"]
+            relative = record["values"][key] / adamw_values[key]
             if role in left_to_adam:
-                own **= 0.5
-            ratio[setting] = own * theirs[key] / theirs[ROLE_RATES[of]] * grown
-        options[key] = float(f"{known[of] * _between(ratio, batch_tokens):.2g}")
+                relative **= 0.5
+            ratio[setting] = relative * adamw_values[key] / adamw_values[ROLE_RATES[of]] * grown
+        options[key] = float(f"{by_role[of] * _between(ratio, batch_tokens):.2g}")
         spread[role] = max(ratio.values()) / min(ratio.values())
     overrides = {}
     names = [n for g in groups if g.get("role") == "embedding" for n in g.get("param_names", ())]
     positions = [name for name in names if is_position_name(name)]
     if len(positions) < len(names):
         overrides = {f"^{re.escape(n)}$": {"lr": options["head_lr"]} for n in positions}
-    elif names and "embedding" not in known:
+    elif names and "embedding" not in by_role:
         options["embedding_lr"] = options["head_lr"]
     nearest = min(tuned, key=lambda s: abs(math.log(_tokens(s) / (batch_tokens or _tokens(s)))))
     values = dict(tuned[nearest]["values"])
@@ -211,13 +211,13 @@ def model_width(model: nn.Module | Groups) -> float:
 def _by_role(adamw_lr: float | Mapping[str, float] | None) -> dict[str, float]:
     if adamw_lr is None:
         return {}
-    known = dict(adamw_lr) if isinstance(adamw_lr, Mapping) else {"hidden": adamw_lr}
-    if "hidden" not in known or not known.keys() <= ROLE_RATES.keys():
+    rates = dict(adamw_lr) if isinstance(adamw_lr, Mapping) else {"hidden": adamw_lr}
+    if "hidden" not in rates or not rates.keys() <= ROLE_RATES.keys():
         raise ValueError(
             f"adamw_lr={adamw_lr}: by role it takes hidden and any of "
             f"{', '.join(role for role in ROLE_RATES if role != 'hidden')}"
         )
-    return known
+    return rates
 
 
 def _groups(model: nn.Module | Groups) -> Groups:
@@ -246,18 +246,18 @@ def _tokens(setting: str) -> int:
 
 def _tuned(name: str, variant: Mapping[str, Any]) -> dict[str, Any]:
     """Return by setting the record of the method with the variant's options."""
-    found, known = {}, []
+    records, calls = {}, []
     for setting, values in tuned_settings().items():
         for record in values["methods"]:
-            known.append(_call(record["optimizer"], record["variant"]))
+            calls.append(_call(record["optimizer"], record["variant"]))
             if record["optimizer"] == name and record["variant"] == variant:
-                found[setting] = record
-    if not found:
+                records[setting] = record
+    if not records:
         raise ValueError(
             f"{_call(name, variant)} has no tuned rows to start from; there are "
-            f"{', '.join(sorted(set(known)))}"
+            f"{', '.join(sorted(set(calls)))}"
         )
-    return found
+    return records
 
 
 def _call(name: str, variant: Mapping[str, Any]) -> str:

@@ -23,10 +23,10 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def made_on(*made: dict[str, Any]) -> str:
+def made_on(*provenances: dict[str, Any]) -> str:
     """Format devices, threads, torch versions and commits of provenances, each of them once."""
     places: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for one in made:
+    for one in provenances:
         places.setdefault((one["device"], one["torch"]), []).append(one)
     texts = []
     for (device, torch_version), ones in places.items():

@@ -15,7 +15,7 @@ END_OF_TEXT = "<|endoftext|>"
 GROUP_CHARS = 2_000_000  # encoded at once: bounds the memory
 
 
-def train_tokenizer(source: Source, found: Survey, vocab_size: int, bars: Bars) -> Any:
+def train_tokenizer(source: Source, surveyed: Survey, vocab_size: int, bars: Bars) -> Any:
     """Train a byte-level BPE of exactly `vocab_size` tokens on the train split."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -31,12 +31,12 @@ def train_tokenizer(source: Source, found: Survey, vocab_size: int, bars: Bars) 
     )
 
     with ExitStack() as stack:
-        train_characters = found.characters["train"]
+        train_characters = surveyed.characters["train"]
         advance = stack.enter_context(bars.bar("counting words", train_characters, "characters"))
 
         def texts() -> Iterator[str]:
             for document in source.documents():
-                if document.split == "train" and found.owns(document):
+                if document.split == "train" and surveyed.owns(document):
                     advance(len(document.text))
                     yield document.text
             stack.enter_context(bars.bar("merging pairs", None, ""))
@@ -52,7 +52,7 @@ def train_tokenizer(source: Source, found: Survey, vocab_size: int, bars: Bars) 
 
 def encode(
     documents: Iterable[Document],
-    keep: Callable[[Document], bool],
+    is_wanted: Callable[[Document], bool],
     tokenizer: Any,
     end: int,
     vocab_size: int,
@@ -68,7 +68,7 @@ def encode(
     for group in _groups(documents):
         for document in group:
             fingerprint.add(document)
-        selected = [document for document in group if keep(document)]
+        selected = [document for document in group if is_wanted(document)]
         encodings = tokenizer.encode_batch_fast(
             [document.text for document in selected], add_special_tokens=False
         )

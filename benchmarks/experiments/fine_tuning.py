@@ -57,13 +57,13 @@ def pretrain(check: Check, args: argparse.Namespace) -> Corpus:
 
 def entries(check: Check, rows: list[Row], seeds: int) -> list[Entry]:
     """Return the runs of each method of ``rows`` at the best of its grid."""
-    found = []
+    runs = []
     for method in dict.fromkeys(row["method"] for row in rows):
         best = choose([r for r in rows if r["config"]["seed"] == 0], method, PROTOCOL)["config"]
         names = ("lr", "hyper", "clip", "warmup")
         values = {name: best[name] for name in names}
-        found += [check.entry(method, values, seed) for seed in range(seeds)]
-    return found
+        runs += [check.entry(method, values, seed) for seed in range(seeds)]
+    return runs
 
 
 def tune_lora(check: Check, session: Session, seeds: int) -> list[Entry]:
@@ -176,18 +176,21 @@ def main(args: argparse.Namespace) -> int:
     session = Session(args, check.plan, second, keep_weights=True)
     runs = entries(check, rows, args.seeds) + tune_lora(check, session, args.seeds)
     session.rows = []
-    found = session.run(runs, test=True)
-    by_key = {(row["method"], row["config"]["seed"]): row for row in found}
-    kept = []
+    trained_rows = session.run(runs, test=True)
+    by_key = {(row["method"], row["config"]["seed"]): row for row in trained_rows}
+    stored_rows = []
     for entry in runs:
         row = by_key[entry.method, entry.config.seed]
         loss, trained = on_text(entry, first, session.folder(entry) / "weights.pt")
         config = row["config"] | {"weights": Path(row["config"]["weights"]).name}
         row = {k: v for k, v in row.items() if k not in ("curve", "valid_curve")}
-        kept.append(row | {"config": config, "first_loss": loss, "trained": trained})
+        stored_rows.append(row | {"config": config, "first_loss": loss, "trained": trained})
     pretrained = Path(check.plan.values["weights"])
     losses = [on_text(runs[0], corpus, pretrained)[0] for corpus in (first, second)]
-    record = {"before": dict(zip(("first_loss", "test_loss"), losses, strict=True)), "rows": kept}
+    record = {
+        "before": dict(zip(("first_loss", "test_loss"), losses, strict=True)),
+        "rows": stored_rows,
+    }
     write_json(args.out / "fine-tuning.json", record)
     if args.store:
         write_json(PATH, record)

@@ -125,10 +125,10 @@ def verdict(losses: list[float | None]) -> tuple[str, bool]:
 
 def store(path: Path, rows: list[Row]) -> None:
     """Write the rows into a results file, in place of those of the same methods."""
-    ours = {row["method"] for row in rows}
+    methods = {row["method"] for row in rows}
     old = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    kept = [row for row in old if row["method"] not in ours]
-    write_json(path, {"published": PUBLISHED, "rows": kept + rows})
+    others = [row for row in old if row["method"] not in methods]
+    write_json(path, {"published": PUBLISHED, "rows": others + rows})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -46,8 +46,8 @@ def add_own_arguments(parser: argparse.ArgumentParser) -> None:
         "groups": "options of a role's weights, JSON, as in train",
         "start": "where its search starts, JSON; default: where AdamW's does",
     }.items():
-        how: Any = {"action": _OfOptimizer, "default": argparse.SUPPRESS, "type": as_json}
-        parser.add_argument(f"--{name}", metavar="JSON", help=text, **how)
+        options: Any = {"action": _OfOptimizer, "default": argparse.SUPPRESS, "type": as_json}
+        parser.add_argument(f"--{name}", metavar="JSON", help=text, **options)
     parser.add_argument("--model", help=f"{MODEL}; default: the plan's")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows as CSV, too")
 
@@ -206,7 +206,7 @@ def _flat(plan: Plan, row: Row) -> Row:
     config = row["config"]
     hyper = config.get("hyper", {})
     others = {name: value for name, value in hyper.items() if name not in TUNED}
-    made = row["provenance"]
+    provenance = row["provenance"]
     values = {
         "plan": plan.name,
         "method": plan.label(row["method"]),
@@ -224,7 +224,7 @@ def _flat(plan: Plan, row: Row) -> Row:
         "test_perplexity": perplexity(row["test_loss"]),
         "corpus": row["corpus"]["name"],
         "corpus_sha256": row["corpus"]["sha256"],
-        **{name: made.get(name) for name in ("commit", "device", "threads", "torch")},
+        **{name: provenance.get(name) for name in ("commit", "device", "threads", "torch")},
     }
     return {
         name: json.dumps(value) if isinstance(value, list | tuple | dict) else value

@@ -25,10 +25,10 @@ def figure() -> tuple[Any, Any]:
     return canvas, axes
 
 
-def saved(made: Any, **options: Any) -> bytes:
+def saved(figure: Any, **options: Any) -> bytes:
     """Encode a figure as the bytes of an image, PNG unless ``options`` has a ``format``."""
     buffer = io.BytesIO()
-    made.savefig(buffer, **{"format": "png", **options})
+    figure.savefig(buffer, **{"format": "png", **options})
     return buffer.getvalue()
 
 

@@ -223,9 +223,9 @@ def _size_of(name: str) -> tuple[ModelSize | None, Path]:
     raise ValueError(f"unknown plan {name!r}: {near(name, names)}there are {', '.join(names)}")
 
 
-def near(name: str, known: Iterable[str]) -> str:
+def near(name: str, choices: Iterable[str]) -> str:
     """Return a "did you mean" question with similar names, or an empty string."""
-    names = difflib.get_close_matches(name, list(known), n=3, cutoff=0.3)
+    names = difflib.get_close_matches(name, list(choices), n=3, cutoff=0.3)
     return f"did you mean {' or '.join(names)}? " if names else ""
 
 
@@ -289,6 +289,6 @@ def choose(rows: list[Row], method: str, protocol: str) -> Row:
     mine = [r for r in rows if r["method"] == method and r["protocol"] == protocol]
     finite = [r for r in mine if r["valid_loss"] is not None]
     if not finite:
-        what = "diverged everywhere" if mine else "has no tuning row"
-        raise ValueError(f"{method} ({protocol}) {what}; run compare --tune, or start lower")
+        trouble = "diverged everywhere" if mine else "has no tuning row"
+        raise ValueError(f"{method} ({protocol}) {trouble}; run compare --tune, or start lower")
     return min(finite, key=lambda r: float(r["valid_loss"]))

@@ -58,9 +58,9 @@ class Session:
         together = min(self.args.jobs, len(entries))
         bar = SideBySide(steps)
         with bar:
-            known = [(entry, self._known(entry, test)) for entry in entries]
-            ready = [(entry, row) for entry, row in known if row is not None]
-            pending = [entry for entry, row in known if row is None]
+            stored = [(entry, self._known(entry, test)) for entry in entries]
+            ready = [(entry, row) for entry, row in stored if row is not None]
+            pending = [entry for entry, row in stored if row is None]
             if together > 1:
                 runs = self._many(pending, together, bar, test)
             else:
@@ -217,14 +217,14 @@ def merged(path: Path, rows: list[Row], *, ended: bool = True) -> list[Row]:
 
     Unless the runs have ``ended``: then those that are not among them yet stay.
     """
-    ours = {(row["method"], row["protocol"]) for row in rows}
-    again = {run_key(row["fingerprint"]) for row in rows}
+    pairs = {(row["method"], row["protocol"]) for row in rows}
+    new_keys = {run_key(row["fingerprint"]) for row in rows}
     stored = read_rows(path) if path.exists() else []
 
     def stays(row: Row) -> bool:
-        if (row["method"], row["protocol"]) not in ours:
+        if (row["method"], row["protocol"]) not in pairs:
             return True
-        return not ended and run_key(row["fingerprint"]) not in again
+        return not ended and run_key(row["fingerprint"]) not in new_keys
 
     return [row for row in stored if stays(row)] + rows
 

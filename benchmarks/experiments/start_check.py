@@ -75,8 +75,8 @@ class Check:
     def moved(self) -> list[str]:
         """Return the methods whose starting values are others today than those of the rows."""
         today = Check(self.name, self.adamw_lr)
-        known = [m for m in self.starts if m in today.methods()]
-        return [m for m in known if _text(today.start(m)) != _text(self.starts[m])]
+        methods = [m for m in self.starts if m in today.methods()]
+        return [m for m in methods if _text(today.start(m)) != _text(self.starts[m])]
 
     def points(self, method: str) -> Iterator[Values]:
         """Yield the starting values, and half and twice of each role's rate and of all three."""
@@ -103,14 +103,14 @@ class Check:
         at: Values = {key: start[key] for key in keys}
         for each in (False, True):
             search = Search.of_rates(at, list(keys)) if each else Search(at, (tuple(keys),))
-            while points := search.next(found := tried(session.rows, "adamw", PROTOCOL, search)):
+            while points := search.next(results := tried(session.rows, "adamw", PROTOCOL, search)):
                 entries = []
                 for point in points:
                     self.adamw_lr = {role: point[key] for key, role in keys.items()}
                     entries.append(self.entry("adamw", self.start("adamw") | point, 0))
                 session.run(entries, test=True)
-            at = min(found, key=lambda point: point[1])[0]
-        centre = middle(found)
+            at = min(results, key=lambda point: point[1])[0]
+        centre = middle(results)
         self.adamw_lr = {role: float(f"{centre[key]:.3g}") for key, role in keys.items()}
 
     def run(self, session: Session, methods: list[str], seeds: int) -> list[Row]:
@@ -135,8 +135,8 @@ def stored() -> Iterator[tuple[Check, list[Row]]]:
     for name in TASKS:
         path = Check(name).path
         if path.exists():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            yield Check(name, found["adamw_lr"], found["starts"]), found["rows"]
+            record = json.loads(path.read_text(encoding="utf-8"))
+            yield Check(name, record["adamw_lr"], record["starts"]), record["rows"]
 
 
 def _text(values: Values) -> str:

@@ -39,7 +39,7 @@ class Outcome:
 
 def outcomes(check: Check, rows: list[Row]) -> list[Outcome]:
     """Return what came out for each method, that with the lowest perplexity first."""
-    found = []
+    results = []
     for method in dict.fromkeys(row["method"] for row in rows):
         mine = [row for row in rows if row["method"] == method]
         best = settings(choose([r for r in mine if r["config"]["seed"] == 0], method, PROTOCOL))
@@ -48,8 +48,8 @@ def outcomes(check: Check, rows: list[Row]) -> list[Outcome]:
         difference = paired(at_start, at_best)
         assert difference is not None
         perplexities = math.exp(mean_loss(at_start)), math.exp(mean_loss(at_best))
-        found.append(Outcome(method, at_start[0], at_best[0], perplexities, difference))
-    return sorted(found, key=lambda outcome: outcome.perplexities[0])
+        results.append(Outcome(method, at_start[0], at_best[0], perplexities, difference))
+    return sorted(results, key=lambda outcome: outcome.perplexities[0])
 
 
 def table(check: Check, rows: list[Row]) -> Table:
@@ -93,12 +93,12 @@ def _moved(outcome: Outcome) -> str:
 
 def summary(check: Check, rows: list[Row]) -> str:
     """Return in one sentence how many methods start within 2 % of their best."""
-    found = outcomes(check, rows)
-    near = sum(outcome.within for outcome in found)
-    seeds = sorted({outcome.difference.seeds for outcome in found})
+    results = outcomes(check, rows)
+    near = sum(outcome.within for outcome in results)
+    seeds = sorted({outcome.difference.seeds for outcome in results})
     return (
-        f"{near} of {len(found)} methods start within {100 * WITHIN:g} % of the best perplexity of "
-        f"a grid around the start ({' or '.join(map(str, seeds))} seeds)"
+        f"{near} of {len(results)} methods start within {100 * WITHIN:g} % of the best perplexity "
+        f"of a grid around the start ({' or '.join(map(str, seeds))} seeds)"
     )
 
 
@@ -137,18 +137,18 @@ def main(args: argparse.Namespace) -> int:
         refuse(args, ["then"], args.given, "the task has one text; leave {option} out")
     session = Session(args, check.plan, corpus_from(args, check.task.sizes["model"]))
     rows = check.run(session, methods, args.seeds)
-    kept = [{k: v for k, v in r.items() if k not in ("curve", "valid_curve")} for r in rows]
-    for row in kept:
+    stored_rows = [{k: v for k, v in r.items() if k not in ("curve", "valid_curve")} for r in rows]
+    for row in stored_rows:
         row["config"] = row["config"] | {"weights": Path(row["config"]["weights"]).name}
     starts = {method: check.start(method) for method in methods}
-    found = {"adamw_lr": check.adamw_lr, "starts": starts, "rows": kept}
-    write_json(args.out / f"{args.task}.json", found)
+    record = {"adamw_lr": check.adamw_lr, "starts": starts, "rows": stored_rows}
+    write_json(args.out / f"{args.task}.json", record)
     if args.store:
         before = (
             json.loads(check.path.read_text("utf-8")) if check.path.exists() else {"starts": {}}
         )
-        both = {"starts": before["starts"] | starts, "rows": merged(check.path, kept)}
-        write_json(check.path, found | both)
+        both = {"starts": before["starts"] | starts, "rows": merged(check.path, stored_rows)}
+        write_json(check.path, record | both)
     table(check, rows).print()
     print(f"{summary(check, rows)}; {adamw_text(check)}; {made_on(rows[0]['provenance'])}")
     return 0

@@ -63,9 +63,9 @@ class Search:
     def _beside(self, best: Values, tried: Tried) -> Iterator[list[Values]]:
         """Yield for each axis the neighbours beyond which nothing was tried."""
         for axis in self.axes:
-            known = [_factor(v, best, axis) for v, _ in tried if _same(v, best, but=axis)]
-            up = any(factor > 1 for factor in known)
-            down = any(factor < 1 for factor in known)
+            factors = [_factor(v, best, axis) for v, _ in tried if _same(v, best, but=axis)]
+            up = any(factor > 1 for factor in factors)
+            down = any(factor < 1 for factor in factors)
             missing = [FACTOR] * (not up) + [1 / FACTOR] * (not down)
             yield [scaled(best, axis, factor) for factor in missing]
 

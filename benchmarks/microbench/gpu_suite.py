@@ -52,9 +52,9 @@ class Stage:
     beside: bool = False  # may run concurrently with others
 
 
-def step_time(out: Path, model: str, dtype: str, *more: str, what: str = "") -> Stage:
+def step_time(out: Path, model: str, dtype: str, *more: str, label: str = "") -> Stage:
     """Return the stage that times steps on a model's shapes; of ``what``, if not of all methods."""
-    words = [model, dtype, what] if what else [model, dtype]
+    words = [model, dtype, label] if label else [model, dtype]
     rows = out / f"step-{'-'.join(words)}.json"
     command = [PYTHON, "-m", "benchmarks", "step-time", "--model", model, "--dtype", dtype]
     return Stage(f"steps {' '.join(words)}", [*command, "--out", str(rows), *more], 90, rows)
@@ -69,7 +69,7 @@ def captured(out: Path, dtype: str) -> Stage:
     """Return the stage that times every method's step as a replayed CUDA graph."""
     names = [f"{name}-captured" for name in methods(dtype) if name not in ("sgd", "adamw")]
     more = ["--no-refresh", "--no-peers", "--optimizers", "adamw", *names, "--repeats", "50"]
-    return replace(step_time(out, "60m", dtype, *more, what="captured"), seconds=60)
+    return replace(step_time(out, "60m", dtype, *more, label="captured"), seconds=60)
 
 
 def shapes(out: Path, model: str, *more: str, native: bool = True) -> Stage:

@@ -32,14 +32,14 @@ def measure_refactorization(shape: list[int], rank: int, repeats: int) -> dict[s
     A = torch.randn(rank, columns, generator=generator).to(device)
     factors: list[Tensor] = []
     timed(lambda: balanced_factors(B, A))
-    ours = [timed(lambda: factors.extend(balanced_factors(B, A))) for _ in range(repeats)]
+    times = [timed(lambda: factors.extend(balanced_factors(B, A))) for _ in range(repeats)]
     svd = timed(lambda: torch.linalg.svd(B @ A, full_matrices=False))
     product = B @ A
     difference = (factors[0] @ factors[1] - product).norm() / product.norm()
     return {
         "shape": shape,
         "rank": rank,
-        "ms": statistics.median(ours),
+        "ms": statistics.median(times),
         "svd_ms": svd,
         "difference": difference.item(),
     }

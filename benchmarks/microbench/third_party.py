@@ -21,7 +21,7 @@ def peers(rank: int, gap: int) -> dict[str, Make]:
     kozistr = {k: v for k, v in low_rank.items() if k != "proj_type"} | {"projection_type": "std"}
     kozistr_apollo = {**kozistr, "scale": 1.0, "projection_type": "random", "scale_type": "channel"}
     quiet = {"no_deprecation_warning": True}
-    known: list[tuple[str, str, str, dict[str, Any] | None, dict[str, Any]]] = [
+    classes: list[tuple[str, str, str, dict[str, Any] | None, dict[str, Any]]] = [
         ("galore-torch", "galore_torch", "GaLoreAdamW", low_rank, quiet),
         ("apollo-torch", "apollo_torch", "APOLLOAdamW", apollo, {}),
         ("pytorch_optimizer GaLore", "pytorch_optimizer", "GaLore", kozistr, {}),
@@ -36,12 +36,12 @@ def peers(rank: int, gap: int) -> dict[str, Make]:
     makers: dict[str, Make] = {}
     if hasattr(torch.optim, "Muon"):
         makers["torch Muon"] = TorchMuon
-    for name, module, cls, extra, options in known:
+    for name, module, cls, group_options, options in classes:
         try:
             optimizer_class = getattr(importlib.import_module(module), cls)
         except (ImportError, AttributeError, OSError):
             continue
-        makers[name] = _maker(optimizer_class, extra, options)
+        makers[name] = _maker(optimizer_class, group_options, options)
     return makers
 
 
@@ -61,12 +61,14 @@ class TorchMuon(torch.optim.Optimizer):
             part.step()
 
 
-def _maker(cls: Any, extra: dict[str, Any] | None, options: dict[str, Any]) -> Make:
+def _maker(cls: Any, group_options: dict[str, Any] | None, options: dict[str, Any]) -> Make:
     def make(groups: Groups) -> torch.optim.Optimizer:
-        if extra is None:
+        if group_options is None:
             params: Groups = [{"params": g["params"]} for g in groups]
         else:
-            params = [{"params": g["params"], **extra} for g in groups if g["role"] == "hidden"]
+            params = [
+                {"params": g["params"], **group_options} for g in groups if g["role"] == "hidden"
+            ]
             others = [p for g in groups if g["role"] != "hidden" for p in g["params"]]
             params += [{"params": others}] if others else []
         return cls(params, lr=1e-4, **options)

@@ -26,14 +26,14 @@ def records(path: Path = ROWS) -> list[Row]:
     paper = {r["metric"]: r["values"] for r in reversed(published()) if r["paper"][:4] == "CAST"}
     sparse = paper["WikiText-2 ppl (4096)"]["CAST 2:4 @7.5B tokens"]["LLaMA2-7B"]
     increase = paper["perplexity increase"]["CAST vs dense"]["LLaMA2-7B"]
-    known = {"continued": sparse - increase, "cast": sparse}
+    papers = {"continued": sparse - increase, "cast": sparse}
     return [
         {
             "method": method,
             "label": row["label"],
             "zeros": row["zeros"],
-            "paper": known.get(method),
-            "paper_ratio": known[method] / known["continued"] if method in known else None,
+            "paper": papers.get(method),
+            "paper_ratio": papers[method] / papers["continued"] if method in papers else None,
             "perplexity": perplexity(row["test_loss"]),
             "ratio": perplexity(row["test_loss"]) / dense,
             "tokens": row["tokens"],

@@ -184,12 +184,12 @@ def memory_cell(
     params: float, state: float, paper: float | None, *, explained: bool = False
 ) -> tuple[str, bool]:
     """Return our figure with its mark, and whether it equals the paper's or is explained."""
-    ours = f"{params + state:.2f}"
-    if paper is None or ours == f"{paper:.2f}":
-        return ours, True
+    text = f"{params + state:.2f}"
+    if paper is None or text == f"{paper:.2f}":
+        return text, True
     if f"{round(params, 2) + round(state, 2):.2f}" == f"{paper:.2f}":
-        return f"{ours}*", True
-    return f"{ours}{'?' if explained else '!'}", explained
+        return f"{text}*", True
+    return f"{text}{'?' if explained else '!'}", explained
 
 
 def memory_table(name: str) -> tuple[Table, bool]:
@@ -202,9 +202,9 @@ def memory_table(name: str) -> tuple[Table, bool]:
             column = "1.1B" if (source.paper, size) == ("Natural GaLore", "1B") else size
             paper = published_value(source.paper, source.metric, method, column)
             sizes = memory_gigabytes(*by_size[size], size)
-            ours, same = memory_cell(*sizes, paper, explained=(method, size) in source.explained)
+            cell, same = memory_cell(*sizes, paper, explained=(method, size) in source.explained)
             matches &= same
-            cells += ["-" if paper is None else f"{paper:.2f}", ours]
+            cells += ["-" if paper is None else f"{paper:.2f}", cell]
         rows.append(cells)
     notes = [
         "Ours: one step on meta tensors, then the bytes of its state. "

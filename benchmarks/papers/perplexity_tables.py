@@ -34,8 +34,8 @@ def paper_values(
 
 
 def _is_of(record: dict[str, Any], table: PaperComparison) -> bool:
-    found = (record["paper"].rsplit(" ", 1)[0], record.get("version"), record["metric"])
-    return found == (table.paper, table.version, table.metric)
+    key = (record["paper"].rsplit(" ", 1)[0], record.get("version"), record["metric"])
+    return key == (table.paper, table.version, table.metric)
 
 
 def plans_at(table: PaperComparison, size: str) -> list[Plan]:
@@ -69,12 +69,12 @@ def stored_rows(table: PaperComparison, size: str) -> dict[str, list[Row]]:
 def records(table: PaperComparison, size: str, rows: dict[str, list[Row]]) -> list[Row]:
     """Return one record per method: the paper's figure and ours, with their ratios and ranks."""
     plans = dict[str, Plan]((m, plan) for plan, m in methods_of(table, plans_at(table, size)))
-    ours = {m: summarise(plans[m], mine)[0] for m, mine in rows.items()}
+    summaries = {m: summarise(plans[m], mine)[0] for m, mine in rows.items()}
     by_size = paper_values(table, table.methods)
     paper_size = size.upper() if size.upper() in by_size else table.size
     paper = by_size.get(paper_size, {})
     compared = []
-    for method, record in ours.items():
+    for method, record in summaries.items():
         compared.append(
             {
                 **record,
@@ -84,7 +84,7 @@ def records(table: PaperComparison, size: str, rows: dict[str, list[Row]]) -> li
                 "paper": paper.get(method),
                 "paper_ratio": _ratio(paper, method, table.reference),
                 "ratio": _ratio(
-                    {m: r["perplexity"] for m, r in ours.items()}, method, table.reference
+                    {m: r["perplexity"] for m, r in summaries.items()}, method, table.reference
                 ),
             }
         )

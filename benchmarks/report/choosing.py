@@ -64,9 +64,9 @@ def other_rules(size: str) -> str:
 def paper(name: str) -> str:
     """Return in a sentence what one rate for all roles costs, by a plan's runs under `paper`."""
     plan = Plan(name)
-    found = {(r["method"], r["protocol"]): r["perplexity"] for r in stored_records(name)}
+    perplexities = {(r["method"], r["protocol"]): r["perplexity"] for r in stored_records(name)}
     texts = [
-        f"{plan.label(m)}'s {_percent(found[m, 'paper'] / found[m, 'tuned'])}"
+        f"{plan.label(m)}'s {_percent(perplexities[m, 'paper'] / perplexities[m, 'tuned'])}"
         for m in ("adamw", "muon", "scale")
     ]
     return (

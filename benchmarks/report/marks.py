@@ -64,9 +64,9 @@ def _beside(name: str, *, notes: bool = True) -> str:
 def _headline(name: str) -> str:
     """Return the sentences on SCALE and AdamW: memory, and perplexity by paired t tests."""
     records = tuned_records(name)
-    ours, theirs = (records[method]["bytes_60m"] / 1e6 for method in ("scale", "adamw"))
+    scale, adamw = (records[method]["bytes_60m"] / 1e6 for method in ("scale", "adamw"))
     text = (
-        f"SCALE holds {ours / theirs:.0%} of AdamW's bytes ({ours:.0f} MB against {theirs:.0f} MB "
+        f"SCALE holds {scale / adamw:.0%} of AdamW's bytes ({scale:.0f} MB against {adamw:.0f} MB "
         "of parameters and state at 60M in bfloat16). Both tuned on a nano Llama, its "
         "test perplexity is "
     )

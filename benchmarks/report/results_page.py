@@ -192,8 +192,8 @@ def _table(section: Row) -> str:
         dot = f'<span class="dot" style="--color: {colors[row["method"]]}"></span>'
         cells = []
         for i, (text, value) in enumerate(zip(row["cells"], row["values"], strict=True)):
-            known = "" if value is None and text == "-" else value
-            order = f' data-value="{known}"' if known is not None else ""
+            value_text = "" if value is None and text == "-" else value
+            order = f' data-value="{value_text}"' if value_text is not None else ""
             cells.append(f"<td{order}>{dot * (i == 0)}{html.escape(text)}</td>")
         way = f'<a href="#{section["id"]}-made">{_letter(ways.index(row["made"]))}</a>'
         lines.append(f'<tr>{"".join(cells)}<td title="{html.escape(row["made"])}">{way}</td></tr>')

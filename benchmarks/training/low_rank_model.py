@@ -21,10 +21,10 @@ def check(lowrank: Any) -> None:
     """
     if not isinstance(lowrank, dict):
         raise ValueError(f"lowrank is {lowrank!r}; it must be an object, as {{'rank': 32}}")
-    known = (*_CONVERSION, *_CLOCKS, "freeze")
+    keys = (*_CONVERSION, *_CLOCKS, "freeze")
     for key in lowrank:
-        if key not in known:
-            raise ValueError(f"lowrank has no key {key!r}; it takes {', '.join(known)}")
+        if key not in keys:
+            raise ValueError(f"lowrank has no key {key!r}; it takes {', '.join(keys)}")
     if lowrank and "rank" not in lowrank:
         raise ValueError("lowrank needs a rank")
     if all(key in lowrank for key in _CLOCKS):

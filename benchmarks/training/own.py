@@ -29,16 +29,16 @@ def load_class(where: str) -> type[Optimizer]:
     try:
         if not (source and name):
             raise ImportError("a module and a class, with a colon between them, are needed")
-        found = getattr(_run(source), name) if _is_file(source) else pkgutil.resolve_name(where)
+        loaded = getattr(_run(source), name) if _is_file(source) else pkgutil.resolve_name(where)
     except Exception as error:  # the module is the user's: it may raise any
         raise ValueError(
             f"optimizer {where} cannot be imported ({brief(error)}); "
             "give package.module:Class or FILE.py:Class"
         ) from error
-    if not (isinstance(found, type) and issubclass(found, Optimizer)):
-        what = found.__name__ if isinstance(found, type) else f"a {type(found).__name__}"
-        raise ValueError(f"optimizer {where} is {what}, not a subclass of torch.optim.Optimizer")
-    return found
+    if not (isinstance(loaded, type) and issubclass(loaded, Optimizer)):
+        name_of = loaded.__name__ if isinstance(loaded, type) else f"a {type(loaded).__name__}"
+        raise ValueError(f"optimizer {where} is {name_of}, not a subclass of torch.optim.Optimizer")
+    return loaded
 
 
 def source_sha256(where: str) -> str:

@@ -103,9 +103,11 @@ def adam_step(params: list[Tensor], states: Mapping[Tensor, dict[str, Any]], **r
 
     Of sharded ones on what this process has.
     """
-    held = [[local_part(states[p][k]) for p in params] for k in ("exp_avg", "exp_avg_sq", "step")]
+    moments = [
+        [local_part(states[p][k]) for p in params] for k in ("exp_avg", "exp_avg_sq", "step")
+    ]
     grads = [local_part(p.grad, like=p) for p in params if p.grad is not None]
-    adam([local_part(p) for p in params], grads, *held, **rule)
+    adam([local_part(p) for p in params], grads, *moments, **rule)
 
 
 def adam(
@@ -147,16 +149,16 @@ def adam(
     lrs = lr if isinstance(lr, list) else [lr] * len(params)
     on_device = isinstance(max_update, Tensor)  # kernels take a number
     if foreach is None and not differentiable and not on_device:
-        rest = _fused_adam(
+        eager = _fused_adam(
             *(params, grads, exp_avgs, exp_avg_sqs, steps, rng_keys, lrs),
             *(betas, eps, weight_decay, maximize, max_update),
             eps_before=eps_before,
         )
-        if not rest:
+        if not eager:
             return
-        left = {id(item.param) for item in rest}
-        lrs = [rate for p, rate in zip(params, lrs, strict=True) if id(p) in left]
-        fields = list(map(list, zip(*rest, strict=True)))
+        eager_ids = {id(item.param) for item in eager}
+        lrs = [rate for p, rate in zip(params, lrs, strict=True) if id(p) in eager_ids]
+        fields = list(map(list, zip(*eager, strict=True)))
         params, grads, exp_avgs, exp_avg_sqs, steps = fields[:5]
         rng_keys = fields[-1]
         foreach = _default_to_fused_or_foreach(params, differentiable)[1]
@@ -285,7 +287,7 @@ def _fused_adam(
 ) -> list[dispatch.TensorArgs]:
     """Step what the kernels take, in one call a device; returns the rest."""
     items = map(dispatch.vector, params, grads, exp_avgs, exp_avg_sqs, steps, rng_keys)
-    runs, rest = dispatch.partition_by_backend(items, None)
+    runs, others = dispatch.partition_by_backend(items, None)
     rate = {id(p): lr for p, lr in zip(params, lrs, strict=True)}
     for kernels, chosen in runs:
         fields = dispatch.to_argument_lists(chosen)
@@ -300,4 +302,4 @@ def _fused_adam(
             max_update=max_update,
             **dispatch.rounding(chosen),
         )
-    return rest
+    return others

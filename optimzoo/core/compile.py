@@ -43,29 +43,29 @@ def traced_step(number: int, groups: list[list[Tensor]]) -> None:
 def _step(params: list[Tensor], grads: list[Tensor], places: list[int], number: int) -> None:
     """Step ``params``, which are at ``places`` among the optimizer's, along ``grads``."""
     owner: Any = _live[number]
-    held = [p for group in owner.param_groups for p in group["params"]]
-    if [id(p) for p in held] != [id(p) for group in owner._traced[1] for p in group]:
+    owned = [p for group in owner.param_groups for p in group["params"]]
+    if [id(p) for p in owned] != [id(p) for group in owner._traced[1] for p in group]:
         raise RuntimeError("a group's list of parameters was replaced; use add_param_group")
     if any(group.get("differentiable") for group in owner.param_groups):
         raise RuntimeError("a compiled step cannot be differentiated; leave differentiable=False")
-    own_grads = [p.grad for p in held]
-    for p in held:
+    own_grads = [p.grad for p in owned]
+    for p in owned:
         p.grad = None
-    pairs = [(held[place], given) for place, given in zip(places, params, strict=True)]
+    pairs = [(owned[place], copy) for place, copy in zip(places, params, strict=True)]
     # A functionalized graph passes copies: they hold what the graph has done so far, and the graph
     # reads back what is written to them.
-    copies = [(p, given) for p, given in pairs if given.data_ptr() != p.data_ptr()]
-    for p, given in copies:
-        p.copy_(given)
+    copies = [(p, copy) for p, copy in pairs if copy.data_ptr() != p.data_ptr()]
+    for p, copy in copies:
+        p.copy_(copy)
     try:
         for (p, _), grad in zip(pairs, grads, strict=True):
             p.grad = grad
         owner._step_once()
     finally:
-        for p, own in zip(held, own_grads, strict=True):
-            p.grad = own
-    for p, given in copies:
-        given.copy_(p)
+        for p, own_grad in zip(owned, own_grads, strict=True):
+            p.grad = own_grad
+    for p, copy in copies:
+        copy.copy_(p)
 
 
 def _define() -> torch.library.Library:

@@ -76,10 +76,10 @@ def _scheduled_apart(groups: Groups) -> bool:
 
 
 def _warn(rate: float, built: list[tuple[str, Any]]) -> None:
-    roles = ", ".join(f"{role} {own:g}" for role, own in dict.fromkeys(built))
+    roles = ", ".join(f"{role} {lr:g}" for role, lr in dict.fromkeys(built))
     level, frame = 1, sys._getframe()
-    ours = ("torch", "optimzoo", "")  # a compiled frame has no name
-    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ours:
+    packages = ("torch", "optimzoo", "")  # a compiled frame has no name
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in packages:
         level, frame = level + 1, frame.f_back
     warnings.warn(
         f"every parameter group has the learning rate {rate:g} now, over the rates that were set "

@@ -78,8 +78,8 @@ class MatrixOptimizer(RoleOptimizer, Rule):
         shared: dict[str, Any] = {"maximize": False, "foreach": None, "capturable": False}
         shared |= {"rounding": "nearest", "seed": 0, "state_bits": None, "other": "adam"}
         others: dict[str, Any] = dict(options)
-        given = {name: others.pop(name, None) for name in shared}
-        shared |= {name: value for name, value in given.items() if value is not None}
+        settings = {name: others.pop(name, None) for name in shared}
+        shared |= {name: value for name, value in settings.items() if value is not None}
         super().__init__(params, {**shared, **REST_DEFAULTS, **defaults}, **others)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -250,7 +250,7 @@ class MatrixOptimizer(RoleOptimizer, Rule):
         self, group: dict[str, Any], first: int, rng_keys: dict[Tensor, RngKey]
     ) -> list[Tensor]:
         """Step the group's matrices; return the parameters that Adam steps."""
-        own, others = [], []
+        matrices, others = [], []
         by_other_rule: list[tuple[int, Tensor]] = []
         for position, p in enumerate(group["params"], start=first):
             grad = p.grad
@@ -260,7 +260,7 @@ class MatrixOptimizer(RoleOptimizer, Rule):
                 self._refuse_sparse(grad)
             self.state[p]  # there even if empty: a distributed checkpoint asks for each
             if self._is_own(p, group):
-                own += [(position, p)] * (p.numel() > 0)
+                matrices += [(position, p)] * (p.numel() > 0)
             elif group["other"] != "adam" and role_of(p, group) in ("embedding", "head"):
                 by_other_rule += [(position, p)] * (p.numel() > 0)
             else:
@@ -274,7 +274,7 @@ class MatrixOptimizer(RoleOptimizer, Rule):
                         self._step_others([p], [rng_keys.get(p)], lr=scalar_lr(group), **rule)
                 else:
                     others.append(p)
-        self._step_matrices(own, group, rng_keys)
+        self._step_matrices(matrices, group, rng_keys)
         if by_other_rule:
             self._step_by(OTHER_RULES[group["other"]], by_other_rule, group, rng_keys)
         return others
@@ -308,9 +308,9 @@ def _key(matrix: Matrix, group: dict[str, Any]) -> Any:
     weight, state = matrix.weight, matrix.state
     if matrix.shards.mesh is not None or not stacks.stackable(weight, group["foreach"]):
         return None
-    kinds = [t.shape for t in state.values()] + [t.dtype for t in state.values()]
+    layout = [t.shape for t in state.values()] + [t.dtype for t in state.values()]
     step = None if isinstance(matrix.step, Tensor) else matrix.step
-    return (weight.shape, weight.dtype, matrix.grad.dtype, weight.device, step, *state, *kinds)
+    return (weight.shape, weight.dtype, matrix.grad.dtype, weight.device, step, *state, *layout)
 
 
 def _largest(matrix: Matrix) -> int:

@@ -60,8 +60,8 @@ class MomentumOptimizer(MatrixOptimizer):
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], **options: Unpack[MomentumOptions]
     ) -> None:
-        given = {key: value for key, value in options.items() if value is not None}
-        others: dict[str, Any] = {**ADAMW, **given}
+        settings = {key: value for key, value in options.items() if value is not None}
+        others: dict[str, Any] = {**ADAMW, **settings}
         roles = tuple(others.pop("roles", ("hidden",)))
         betas, eps = others.pop("other_betas"), others.pop("other_eps")
         check_betas(betas)
@@ -75,8 +75,8 @@ class MomentumOptimizer(MatrixOptimizer):
         super().__init__(params, {"heads": 1, **defaults}, **others)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: getattr(self, key) for key in ("_matrix_roles", "_adam")}
-        return {**super().__getstate__(), **own}
+        attributes = {key: getattr(self, key) for key in ("_matrix_roles", "_adam")}
+        return {**super().__getstate__(), **attributes}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as one for each rule and, of bare parameters, for each role."""
@@ -96,16 +96,16 @@ class MomentumOptimizer(MatrixOptimizer):
         for i, item in enumerate(params):
             p = item[1] if isinstance(item, tuple) else item
             role = role_of(p, group) if hasattr(p, "ndim") else "vector"
-            own = role in self._matrix_roles and is_matrix(p, group)
-            parts.setdefault((role, own), []).append(i)
-            if own:
+            by_rule = role in self._matrix_roles and is_matrix(p, group)
+            parts.setdefault((role, by_rule), []).append(i)
+            if by_rule:
                 _check_heads(p, {**self.defaults, **group})
         parts = parts or {(group.get("role") or "vector", False): []}
         before = len(self.param_groups)
         try:
-            for (role, own), places in parts.items():
+            for (role, by_rule), places in parts.items():
                 part = {**self._adam, **group, "role": role}
-                part = with_role_options(part, self._role_options, [role] if own else [])
+                part = with_role_options(part, self._role_options, [role] if by_rule else [])
                 part["params"] = [params[i] for i in places]
                 if names is not None:
                     part["param_names"] = [names[i] for i in places]

@@ -58,10 +58,10 @@ class RoleOptimizer(Optimizer):
                 f"{type(self).__name__} was given a module, {type(params).__name__}; "
                 "give it optimzoo.param_groups(model)"
             )
-        given = check_role_options(type(self).__name__, options, self._matrix_roles)
+        role_options = check_role_options(type(self).__name__, options, self._matrix_roles)
         for name, default in (("fused", None), ("weight_decay_style", "decoupled")):
-            defaults.setdefault(name, given.pop(name, default))
-        self._role_options = given
+            defaults.setdefault(name, role_options.pop(name, default))
+        self._role_options = role_options
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -144,20 +144,20 @@ class RoleOptimizer(Optimizer):
                     self.state[param][key] = value.detach().to(device, dtype, copy=True)
 
     def _check_loaded(self, state_dict: StateDict, seen: dict[str, Any]) -> StateDict:
-        ours = [group.get("role") for group in self.param_groups]
+        roles = [group.get("role") for group in self.param_groups]
         saved = [group.get("role") for group in state_dict["param_groups"]]
-        if len(ours) == len(saved):
-            for i, (own, other) in enumerate(zip(ours, saved, strict=True)):
-                if own and other and own != other:
+        if len(roles) == len(saved):
+            for i, (ours, other) in enumerate(zip(roles, saved, strict=True)):
+                if ours and other and ours != other:
                     raise ValueError(
                         f"the state's group {i} has the role {other!r} and this optimizer's has "
-                        f"{own!r}; build the groups as they were when it was saved"
+                        f"{ours!r}; build the groups as they were when it was saved"
                     )
             # Options that an older state does not know, roles among them, stay as they are here.
             pairs = zip(self.param_groups, state_dict["param_groups"], strict=True)
             groups = [
-                {k: v for k, v in own.items() if k not in ("params", "param_names")} | dict(other)
-                for own, other in pairs
+                {k: v for k, v in ours.items() if k not in ("params", "param_names")} | dict(other)
+                for ours, other in pairs
             ]
             state_dict = {**state_dict, "param_groups": groups}
         seen.update(state_dict)
@@ -251,8 +251,8 @@ class RoleOptimizer(Optimizer):
             if isinstance(lr, Tensor) and lr.device.type != "cpu":
                 continue  # reading it would synchronize
             if lr == 0:
-                given = [p for p in group["params"] if p.grad is not None]
-                fresh += [p for p in given if not p.grad.is_sparse and not self.state.get(p)]
+                with_grad = [p for p in group["params"] if p.grad is not None]
+                fresh += [p for p in with_grad if not p.grad.is_sparse and not self.state.get(p)]
         if not fresh:
             return fresh
         grads = [local_part(p.grad, like=p) for p in fresh]  # type: ignore[arg-type]

@@ -92,13 +92,13 @@ def check_role_options(
         ValueError: an option out of range, an old name, or `other_*` of a method whose own rule
             trains every role.
     """
-    known = [*RoleOptions.__annotations__]
-    given = {key: value for key, value in options.items() if value is not None}
-    for key, value in given.items():
+    allowed = [*RoleOptions.__annotations__]
+    values = {key: value for key, value in options.items() if value is not None}
+    for key, value in values.items():
         if key in RENAMED:
             raise ValueError(f"{key} is {RENAMED[key]} now; write {RENAMED[key]}={value}")
-        if key not in known:
-            raise TypeError(f"{method} has no option {key!r}; beside its own: {', '.join(known)}")
+        if key not in allowed:
+            raise TypeError(f"{method} has no option {key!r}; beside its own: {', '.join(allowed)}")
         if key.startswith("other_") and set(matrix_roles) >= set(ROLES):
             raise ValueError(
                 f"{key}={value}: the rule of {method} trains every role; give embedding_lr, "
@@ -106,10 +106,10 @@ def check_role_options(
             )
         if key.endswith("_lr"):
             check_lr(value, key)
-    check_betas(given.get("other_betas", ()))
+    check_betas(values.get("other_betas", ()))
     names = ("other_eps", "other_weight_decay")
-    check_nonnegative(**{name: given[name] for name in names if name in given})
-    return given
+    check_nonnegative(**{name: values[name] for name in names if name in values})
+    return values
 
 
 def with_role_options(

@@ -43,11 +43,11 @@ class Rounded(RoleOptimizer):
         rounding: str,
         seed: int = 0,
     ) -> None:
-        own = {"rounding": rounding, "seed": seed}
-        check_rounding(own)
+        options = {"rounding": rounding, "seed": seed}
+        check_rounding(options)
         self._make, self._hyper = make, dict(hyper)
         self._inner = self._new_inner()
-        super().__init__(params, {"differentiable": False, **self._inner.defaults, **own})
+        super().__init__(params, {"differentiable": False, **self._inner.defaults, **options})
 
     def _new_inner(self) -> Optimizer:
         return self._make([torch.zeros(1)], **self._hyper)

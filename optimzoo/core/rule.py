@@ -123,6 +123,6 @@ def averaged(
         group: the options.
         nesterov: look ahead by taking the gradient in once more.
     """
-    given = (grad.mT if group["transposed"] else grad).reshape(mean.shape).to(mean.dtype)
-    update = take_into_average(given, mean, beta, nesterov=nesterov)
+    gradient = (grad.mT if group["transposed"] else grad).reshape(mean.shape).to(mean.dtype)
+    update = take_into_average(gradient, mean, beta, nesterov=nesterov)
     return (update.mT if group["transposed"] else update).reshape(grad.shape)

@@ -60,13 +60,13 @@ def all_reduce_(tensors: Sequence[Tensor], group: Any, *, largest: bool = False)
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for t in tensors:
         by_dtype.setdefault(torch.promote_types(t.dtype, torch.float32), []).append(t)
-    kinds = torch.distributed.ReduceOp
+    ops = torch.distributed.ReduceOp
     for dtype, some in by_dtype.items():
         buffer = torch.cat([t.reshape(-1).to(dtype) for t in some])
         if buffer.numel() == 0:
             continue
         _record("all_reduce", buffer)
-        torch.distributed.all_reduce(buffer, kinds.MAX if largest else kinds.SUM, group=group)
+        torch.distributed.all_reduce(buffer, ops.MAX if largest else ops.SUM, group=group)
         for t, part in zip(some, buffer.split([t.numel() for t in some]), strict=True):
             t.copy_(part.view(t.shape))
 

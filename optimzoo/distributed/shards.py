@@ -183,10 +183,10 @@ class Shards:
         ]
         stride = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
         whole: dict[str, Any] = {"shape": torch.Size(shape), "stride": tuple(stride)}
-        held: Tensor = DTensor.from_local(
+        tensor: Tensor = DTensor.from_local(
             local.contiguous(), self.mesh, placements, run_check=False, **whole
         )
-        return held
+        return tensor
 
     @contextmanager
     def local_state(

@@ -165,7 +165,7 @@ def partition_by_backend(
     """
     choose = choose or backend
     runs: dict[torch.device, list[TensorArgs]] = {}
-    rest: list[TensorArgs] = []
+    others: list[TensorArgs] = []
     for item in items:
         device = item.param.device
         if choose(device.type) is not None and is_supported(item):
@@ -173,13 +173,13 @@ def partition_by_backend(
         elif fused:
             raise RuntimeError(_refusal(item.param))
         else:
-            rest.append(item)
+            others.append(item)
     calls = [
         (choose(device.type), call)
         for device, chosen in runs.items()
         for call in split_at_rng_gaps(chosen)
     ]
-    return calls, rest
+    return calls, others
 
 
 def split_at_rng_gaps(items: list[TensorArgs]) -> list[list[TensorArgs]]:
@@ -234,9 +234,11 @@ def lr_argument(value: float | Tensor, device: torch.device) -> float | Tensor:
 
 
 def _refusal(param: Tensor) -> str:
-    what = f"fused=True cannot step a {param.dtype} parameter {tuple(param.shape)}"
-    kind = param.device.type
-    if backend(kind) is None:
-        why = "; ".join(b.why_not() for b in BACKENDS.get(kind, ())) or "there are none for it"
-        return f"{what} on {kind}: {why}; run `optimzoo doctor`, or leave fused=None"
-    return f"{what}: kernels take contiguous float32, bfloat16 and float16; leave fused=None"
+    refusal = f"fused=True cannot step a {param.dtype} parameter {tuple(param.shape)}"
+    device_type = param.device.type
+    if backend(device_type) is None:
+        why = (
+            "; ".join(b.why_not() for b in BACKENDS.get(device_type, ())) or "there are none for it"
+        )
+        return f"{refusal} on {device_type}: {why}; run `optimzoo doctor`, or leave fused=None"
+    return f"{refusal}: kernels take contiguous float32, bfloat16 and float16; leave fused=None"

@@ -55,8 +55,8 @@ class LaunchCache:
     def scaled_by(self, optimizer: Any) -> bool:
         """Read the tensors that ``torch.amp.GradScaler`` has set; return whether there are any."""
         names = ("grad_scale", "found_inf")
-        given = {name: getattr(optimizer, name, None) for name in names}
-        self._scaler = {name: t.reshape(()).float() for name, t in given.items() if t is not None}
+        values = {name: getattr(optimizer, name, None) for name in names}
+        self._scaler = {name: t.reshape(()).float() for name, t in values.items() if t is not None}
         return bool(self._scaler)
 
     def replay(self, states: States, groups: Groups) -> bool:
@@ -65,15 +65,15 @@ class LaunchCache:
         if not self._launches or self._layouts != [self._layout(group) for group in groups]:
             return False
         fields = [self._fields(cached, states, groups) for cached in self._launches]
-        fitting = [found for found in fields if found is not None]
+        fitting = [arguments for arguments in fields if arguments is not None]
         if len(fitting) < len(fields):
             return False
-        for cached, (params, grads, held) in zip(self._launches, fitting, strict=True):
-            counts = [step for step in held["step"] if step is not None]
-            held["step"] = dispatch.increment_steps(held["step"], params[0].device)
-            lists = (params, grads, *(held[name] for name in _STATES), cached.kinds, cached.shapes)
-            own = [(groups[number], size) for number, size in cached.groups]
-            self._call(cached.kernels, lists, own, counts, table=cached.table)
+        for cached, (params, grads, state) in zip(self._launches, fitting, strict=True):
+            counts = [step for step in state["step"] if step is not None]
+            state["step"] = dispatch.increment_steps(state["step"], params[0].device)
+            lists = (params, grads, *(state[name] for name in _STATES), cached.kinds, cached.shapes)
+            sizes = [(groups[number], size) for number, size in cached.groups]
+            self._call(cached.kernels, lists, sizes, counts, table=cached.table)
         return True
 
     def step(
@@ -96,9 +96,9 @@ class LaunchCache:
         for kernels, call in runs:
             raised = [item.step for item in call if item.step is not None]
             raised += [by_param[key] for key in {id(item.whole) for item in call} & by_param.keys()]
-            how = dispatch.rounding(call)
+            rounding = dispatch.rounding(call)
             lists = dispatch.to_argument_lists(call)
-            self._call(kernels, lists, [(group, len(call))], raised, **how)
+            self._call(kernels, lists, [(group, len(call))], raised, **rounding)
         if len(runs) == 1 and not others:
             self._new_launches[number] = runs[0]
         return list({id(item.whole): item.whole for item in others}.values())
@@ -123,18 +123,18 @@ class LaunchCache:
         lists: tuple[Any, ...],
         groups: list[tuple[dict[str, Any], int]],
         counts: list[Tensor],
-        **how: Any,
+        **rounding: Any,
     ) -> None:
         """Launch the kernels for the tensors of ``groups``, each with its number of tensors."""
         device = lists[0][0].device
         scaler = {name: tensor.to(device) for name, tensor in self._scaler.items()}
-        self._launch(kernels, lists, groups, **scaler, **how)
+        self._launch(kernels, lists, groups, **scaler, **rounding)
         for count in counts if "found_inf" in scaler else []:  # a skipped step is not counted
             count.sub_(scaler["found_inf"].to(count))
 
     def _layout(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        own = (group[name] for name in self._options)
-        return (len(group["params"]), *own, group["momentum"] != 0)
+        values = (group[name] for name in self._options)
+        return (len(group["params"]), *values, group["momentum"] != 0)
 
     def _rule(self, group: dict[str, Any]) -> tuple[Any, ...]:
         values = map(group.get, self._rule_options)
@@ -144,23 +144,23 @@ class LaunchCache:
         self, cached: CachedLaunch, states: States, groups: Groups
     ) -> tuple[list[Tensor], list[Tensor], dict[str, list[Tensor | None]]] | None:
         """Return a launch's current parameters, gradients and states; None if they changed."""
-        own = [groups[number] for number, _ in cached.groups]
-        if any(self._rule(group) != self._rule(own[0]) for group in own):
+        members = [groups[number] for number, _ in cached.groups]
+        if any(self._rule(group) != self._rule(members[0]) for group in members):
             return None
-        given = [p for group in own for p in group["params"]]
-        params = [given[place] for place in cached.places]
+        all_params = [p for group in members for p in group["params"]]
+        params = [all_params[place] for place in cached.places]
         grads = [p.grad for p in params]
         if not all(type(grad) is Tensor and not grad.is_neg() for grad in grads):
             return None
         fields: dict[str, list[Tensor | None]] = {name: [None] * len(params) for name in _STATES}
         for place, name in cached.states:
             fields[name][place] = states.get(params[place], {}).get(name)
-        held = [fields[name][place] for place, name in cached.states]
-        if not all(type(t) is Tensor for t in held):
+        tensors = [fields[name][place] for place, name in cached.states]
+        if not all(type(t) is Tensor for t in tensors):
             return None
-        if [t.data_ptr() for t in (*params, *held)] != cached.addresses:
+        if [t.data_ptr() for t in (*params, *tensors)] != cached.addresses:
             return None
-        if _kinds([*params, *grads, *held]) != cached.tensors:
+        if _kinds([*params, *grads, *tensors]) != cached.tensors:
             return None
         return params, grads, fields
 
@@ -172,10 +172,10 @@ def _kinds(tensors: Sequence[Any]) -> list[tuple[torch.Size, torch.dtype, bool]]
 
 def _may_cache(items: list[dispatch.TensorArgs], states: States, group: dict[str, Any]) -> bool:
     """Return whether a call stepped the whole group, on tensors that outlive the step."""
-    known = {id(p) for p in group["params"]}
+    param_ids = {id(p) for p in group["params"]}
     return (
-        len(items) == len(known)
-        and all(id(i.param) in known and type(i.param) in dispatch.PLAIN[:2] for i in items)
+        len(items) == len(param_ids)
+        and all(id(i.param) in param_ids and type(i.param) in dispatch.PLAIN[:2] for i in items)
         and all(i.rng_key is None and i.grad.is_contiguous() for i in items)
         and all(
             getattr(i, k) is None or states[i.param].get(k) is getattr(i, k)
@@ -197,13 +197,13 @@ def _cached_launch(
     named = [
         (i, k) for i, item in enumerate(items) for k in _STATES if getattr(item, k) is not None
     ]
-    held = [getattr(items[i], k) for i, k in named]
+    states = [getattr(items[i], k) for i, k in named]
     return CachedLaunch(
         groups=[(number, len(new[number][1])) for number in numbers],
         places=[place[id(p)] for p in params],
-        addresses=[t.data_ptr() for t in (*params, *held)],
+        addresses=[t.data_ptr() for t in (*params, *states)],
         states=named,
-        tensors=_kinds([*params, *fields[1], *held]),
+        tensors=_kinds([*params, *fields[1], *states]),
         kernels=kernels,
         kinds=kinds,
         shapes=shapes,

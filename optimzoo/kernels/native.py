@@ -303,8 +303,8 @@ class Library:
         assert library is not None
         pointers = [ctypes.c_void_p(t.data_ptr()) for t in (history, vector, out)]
         sizes = [ctypes.c_int64(n) for n in history.shape]
-        how = map(ctypes.c_int32, (TYPES[history.dtype], torch.get_num_threads()))
-        getattr(library, f"oz_cpu_history_{operation}")(*pointers, *sizes, *how)
+        settings = map(ctypes.c_int32, (TYPES[history.dtype], torch.get_num_threads()))
+        getattr(library, f"oz_cpu_history_{operation}")(*pointers, *sizes, *settings)
         return out
 
     def nm_mask(self, weight: Tensor, n: int, m: int) -> Tensor:

@@ -50,9 +50,9 @@ class Table:
         lrs = lr if isinstance(lr, list) else [lr] * self.size
         decays = weight_decay if isinstance(weight_decay, list) else [weight_decay] * self.size
         away = [rate.data_ptr() if isinstance(rate, Tensor) else 0 for rate in lrs]
-        here = [0.0 if isinstance(rate, Tensor) else rate for rate in lrs]
+        numbers = [0.0 if isinstance(rate, Tensor) else rate for rate in lrs]
         self._write(_LR_TENSOR, array("Q", away))
-        pairs = itertools.chain.from_iterable(zip(here, decays, strict=True))
+        pairs = itertools.chain.from_iterable(zip(numbers, decays, strict=True))
         self._write(_LR_AND_DECAY, array("f", pairs))
 
     def _write(self, word: int, values: "array[Any]") -> None:

@@ -45,10 +45,12 @@ def dequantized_moments(
     for key, offset in _MOMENTS.items():
         moment = state.get(key)
         if bits == 8 and moment is not None and moment.numel() >= SMALLEST:
-            own = None if rng_key is None else rng_key._replace(index=rng_key.index + offset)
+            moment_key = None if rng_key is None else rng_key._replace(index=rng_key.index + offset)
             part = _part_of(moment, stored[key][1] if key in stored else None)
             local = local_part(moment)
-            codes, scales = quantize(local, signed=key != "exp_avg_sq", rng_key=own, part=part)
+            codes, scales = quantize(
+                local, signed=key != "exp_avg_sq", rng_key=moment_key, part=part
+            )
             del state[key]
             if key in stored:  # into the same tensors, which a CUDA graph may hold
                 local_part(stored[key][0]).copy_(codes)
@@ -76,8 +78,8 @@ def _part_of(moment: Tensor, scales: Tensor | None = None) -> Part:
         )
     row = total // moment.shape[0]
     start = shards.spans["m"][0] * row
-    own = _own_blocks(moment) if scales is None else hasattr(scales, "device_mesh")
-    return Part(start, total, None if own else lambda sizes: shards.max_([sizes], "m"))
+    local_blocks = _own_blocks(moment) if scales is None else hasattr(scales, "device_mesh")
+    return Part(start, total, None if local_blocks else lambda sizes: shards.max_([sizes], "m"))
 
 
 def _own_blocks(moment: Any) -> bool:

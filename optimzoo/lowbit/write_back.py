@@ -60,8 +60,8 @@ def widened(*columns: Sequence[Tensor]) -> Iterator[list[list[Tensor]]]:
     """
     wide = [[t.float() if t.dtype in LOW else t for t in column] for column in columns]
     yield wide
-    for kept, copies in zip(columns, wide, strict=True):
-        for tensor, copy in zip(kept, copies, strict=True):
+    for narrow, copies in zip(columns, wide, strict=True):
+        for tensor, copy in zip(narrow, copies, strict=True):
             if copy is not tensor:
                 tensor.copy_(copy)
 
@@ -82,9 +82,9 @@ def apply_with_rounding(
     if not any(rng_keys) and not alone:
         rule(params, *columns)
         return
-    for rng_key, param, *rest in zip(rng_keys, params, *columns, strict=True):
+    for rng_key, param, *tensors in zip(rng_keys, params, *columns, strict=True):
         with fp32_working_copy(param, rng_key) as wide:
-            rule([wide], *([entry] for entry in rest))
+            rule([wide], *([entry] for entry in tensors))
 
 
 def at_least_float32(tensor: Tensor) -> torch.dtype:

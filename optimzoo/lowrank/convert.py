@@ -58,11 +58,11 @@ class Audit(list[Converted]):
     """Audit of :func:`convert`, one record per layer; as text, one line per shape and rank."""
 
     def __str__(self) -> str:
-        alike: dict[tuple[Any, ...], list[Converted]] = {}
+        by_shape: dict[tuple[Any, ...], list[Converted]] = {}
         for record in self:
-            alike.setdefault((record.kind, record.shape, record.rank), []).append(record)
+            by_shape.setdefault((record.kind, record.shape, record.rank), []).append(record)
         lines = [f"{'layers':>6}  {'out x in':<15}{'rank':>6}{'parameters':>28}  example"]
-        for (_, (rows, columns), rank), records in alike.items():
+        for (_, (rows, columns), rank), records in by_shape.items():
             counts = f"{_total(records, 'before'):,} -> {_total(records, 'held'):,}"
             shape = f"{rows} x {columns}"
             lines.append(f"{len(records):>6}  {shape:<15}{rank:>6}{counts:>28}  {records[0].name}")
@@ -149,8 +149,8 @@ def merge(model: nn.Module) -> int:
     """
     layers = factored_layers(model)
     if "" in layers:
-        kind = type(model).__name__
-        raise ValueError(f"{kind} cannot replace itself; merge the module that holds it")
+        name = type(model).__name__
+        raise ValueError(f"{name} cannot replace itself; merge the module that holds it")
     _replace(model, {layer: _dense(layer) for layer in layers.values()})
     return len(layers)
 
@@ -223,8 +223,8 @@ def _replace(model: nn.Module, new: Mapping[Any, nn.Module]) -> None:
     """Put each new module wherever its old one is used."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in new:
-            parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, new[module])
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, new[module])
 
 
 def _record(name: str, kind: str, old: nn.Module, layer: FactoredLinear) -> Converted:
@@ -246,13 +246,13 @@ def _dense(layer: FactoredLinear) -> nn.Module:
     """Return the ``nn.Linear`` or ``Conv1D`` with the layer's weight and the same bias object."""
     exact = torch.promote_types(layer.A.dtype, torch.float32)
     weight = copy.deepcopy(layer).to(exact).weight.to(layer.A.dtype)
-    made: Any = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    dense: Any = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     if layer.was_conv1d:
         from transformers.pytorch_utils import Conv1D
 
         with torch.device("meta"):
-            made = Conv1D(layer.out_features, layer.in_features)
+            dense = Conv1D(layer.out_features, layer.in_features)
         weight = weight.mT.contiguous()
-    made.weight = nn.Parameter(weight)
-    made.bias = layer.bias
-    return made.train(layer.training)
+    dense.weight = nn.Parameter(weight)
+    dense.bias = layer.bias
+    return dense.train(layer.training)

@@ -80,9 +80,9 @@ class MomentumReset(Clock):
         self.optimizer, self.what = optimizer, what
         self.fraction, self.seed = fraction, seed
         self.params = None if params is None else list(params)
-        known = {id(p) for p in self._all_params()}
+        stepped = {id(p) for p in self._all_params()}
         for p in self.params or []:
-            if id(p) not in known:
+            if id(p) not in stepped:
                 raise ValueError(f"a parameter of shape {tuple(p.shape)} is not in the optimizer")
 
     def check(self) -> None:
@@ -118,19 +118,19 @@ class MomentumReset(Clock):
         return [self.optimizer.state[p] for p in params if p in self.optimizer.state]
 
     def _names(self, states: list[dict[str, Any]]) -> set[str]:
-        found = dict.fromkeys(name for state in states for name in state)
-        if not found:
+        names = dict.fromkeys(name for state in states for name in state)
+        if not names:
             return set()
-        kind = type(self.optimizer).__name__
+        method = type(self.optimizer).__name__
         if not isinstance(self.what, str):
-            missing = sorted(set(self.what) - set(found))
+            missing = sorted(set(self.what) - set(names))
             if missing:
-                raise ValueError(f"{kind} has no state {missing[0]!r}; it has {', '.join(found)}")
+                raise ValueError(f"{method} has no state {missing[0]!r}; it has {', '.join(names)}")
             return set(self.what)
-        unknown = [name for name in found if name not in _MOMENTS | set(_COUNTS) | _KEPT]
-        if unknown or not _MOMENTS & set(found):
+        unknown = [name for name in names if name not in _MOMENTS | set(_COUNTS) | _KEPT]
+        if unknown or not _MOMENTS & set(names):
             raise ValueError(
-                f"{kind} has the state {', '.join(found)}, in which "
+                f"{method} has the state {', '.join(names)}, in which "
                 f"{', '.join(unknown) or 'no moment'} is not recognised; name what to reset: "
                 "what=['NAME', ...]"
             )

@@ -42,10 +42,10 @@ def balanced_factors(B: Tensor, A: Tensor, alpha: float = 0.5) -> tuple[Tensor, 
     # The triangles are brought to size one, so that their product neither overflows nor vanishes.
     b, a = (R.abs().amax().clamp_min(torch.finfo(exact).tiny) for R in (Rb, Ra))
     U, S, Vh = torch.linalg.svd((Rb / b) @ (Ra / a).mT, full_matrices=False)
-    left = S.pow(alpha) * b.pow(alpha) * a.pow(alpha)
+    column_scale = S.pow(alpha) * b.pow(alpha) * a.pow(alpha)
     right = S.pow(1 - alpha) * b.pow(1 - alpha) * a.pow(1 - alpha)
     newB, newA = torch.zeros_like(B), torch.zeros_like(A)
-    newB[:, : len(S)] = (Qb @ U) * left
+    newB[:, : len(S)] = (Qb @ U) * column_scale
     newA[: len(S)] = right[:, None] * (Vh @ Qa.mT)
     return newB, newA
 
@@ -96,10 +96,10 @@ def factored_layers(module: nn.Module) -> dict[str, FactoredLinear]:
     Raises:
         ValueError: there is none.
     """
-    found = {n: m for n, m in module.named_modules() if isinstance(m, FactoredLinear)}
-    if not found:
+    layers = {n: m for n, m in module.named_modules() if isinstance(m, FactoredLinear)}
+    if not layers:
         raise ValueError(
             f"{type(module).__name__} has no low-rank layer; convert it first "
             "(optimzoo.lowrank.convert)"
         )
-    return found
+    return layers

@@ -91,35 +91,35 @@ def _account(
         if named:
             del group["param_names"]
     if isinstance(optimizer, str):
-        made = create_optimizer(optimizer, groups, **hyper)
+        built = create_optimizer(optimizer, groups, **hyper)
     else:
-        made = optimizer(groups)
+        built = optimizer(groups)
     with _ZeroForValues():
         try:
-            made.step()
+            built.step()
         except (RuntimeError, TypeError, NotImplementedError) as error:
             if mesh is None:
                 raise
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(
-                f"{type(made).__name__} does not step sharded weights: {first}; leave shards out"
+                f"{type(built).__name__} does not step sharded weights: {first}; leave shards out"
             ) from error
     frozen = [p for p in model.parameters() if not p.requires_grad]
     sizes = [_first_part(p, mesh) * _itemsize(p, dtype) for p in frozen]
     result = Account(params=sum(sizes))
-    for group in made.param_groups:
+    for group in built.param_groups:
         for p in group["params"]:
             result.params += copies[p] * _bytes(p)
             result.grads += copies[p] * _bytes(p)
-            for name, value in made.state.get(p, {}).items():
+            for name, value in built.state.get(p, {}).items():
                 if isinstance(value, Tensor):
                     result.state[role_of(p, group), name] += copies[p] * _bytes(value)
     return result
 
 
 def _bytes(tensor: Tensor) -> int:
-    held = local_part(tensor)
-    return held.numel() * held.element_size()
+    local = local_part(tensor)
+    return local.numel() * local.element_size()
 
 
 def _first_part(param: Tensor, mesh: Any) -> int:
@@ -133,17 +133,17 @@ def _on_meta(
     params: list[Tensor], dtype: torch.dtype | None, *, merge: bool, mesh: Any
 ) -> dict[Tensor, int]:
     """Return parameters on meta, with gradients, and how many of ``params`` each stands for."""
-    kinds: dict[Any, list[Tensor]] = {}
+    by_layout: dict[Any, list[Tensor]] = {}
     for index, p in enumerate(params):
-        kinds.setdefault((p.shape, p.stride(), p.dtype) if merge else index, []).append(p)
+        by_layout.setdefault((p.shape, p.stride(), p.dtype) if merge else index, []).append(p)
     shadows: dict[Tensor, int] = {}
-    for alike in kinds.values():
+    for same_shape in by_layout.values():
         if mesh is not None:
-            shadow = shard_of(alike[0], dtype or alike[0].dtype, mesh)
+            shadow = shard_of(same_shape[0], dtype or same_shape[0].dtype, mesh)
         else:
-            shadow = nn.Parameter(torch.empty_like(alike[0], device="meta", dtype=dtype))
+            shadow = nn.Parameter(torch.empty_like(same_shape[0], device="meta", dtype=dtype))
             shadow.grad = torch.empty_like(shadow)
-        shadows[shadow] = len(alike)
+        shadows[shadow] = len(same_shape)
     return shadows
 
 

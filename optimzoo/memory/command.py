@@ -75,18 +75,18 @@ class _Plan:
 
 def main(args: argparse.Namespace) -> int:
     """Print the page; return 1 if a script failed or nothing fits."""
-    given, args = args, resolve(args)
+    unresolved, args = args, resolve(args)
     try:
         if args.script is not None:
             return _measure(args)
-        plan = _plan(given, args)
+        plan = _plan(unresolved, args)
         return _fits(plan) if args.fits is not None else _table(plan)
     except BaseException:
         _progress("")
         raise
 
 
-def _plan(given: argparse.Namespace, args: argparse.Namespace) -> _Plan:
+def _plan(unresolved: argparse.Namespace, args: argparse.Namespace) -> _Plan:
     names = [get_info(n).name for n in args.optimizer if n != "all"]
     names = list(dict.fromkeys(names)) if "all" not in args.optimizer else list_optimizers()
     hypers: dict[str, dict[str, Any]] = {name: dict(_REQUIRED.get(name, {})) for name in names}
@@ -102,12 +102,12 @@ def _plan(given: argparse.Namespace, args: argparse.Namespace) -> _Plan:
     else:
         model, step = load_model(args.model, args.seq), None
     if step is not None:
-        refuse_for_own_step(given, args.module)
+        refuse_for_own_step(unresolved, args.module)
     if args.convert is not None:
         notes.append(convert_model(model, args.convert))
     settings = {"seq": args.seq, "step": step, "device": args.device}
     settings["dtype"] = getattr(torch, args.dtype)
-    fixed = 1 if step is not None else given.batch
+    fixed = 1 if step is not None else unresolved.batch
     planners = [Planner(model, shards=shards, **settings) for shards in sorted(set(args.shards))]
     return _Plan(args, planners, hypers, _title(args, model), notes, {}, fixed)
 
@@ -135,8 +135,8 @@ def _table(plan: _Plan) -> int:
             plan.refuse(name, error)
     title = plan.title
     if not args.account:
-        own = plan.planner.step is not None
-        notes = ["its own step" if own else f"a step of {args.batch} x {args.seq} tokens"]
+        own_step = plan.planner.step is not None
+        notes = ["its own step" if own_step else f"a step of {args.batch} x {args.seq} tokens"]
         notes += ["on a GPU"] if args.device == "cuda" else []
         notes += ["checkpointing"] if args.checkpointing else []
         bound = " (an upper bound)" if len(plan.hypers) > 1 else ""
@@ -162,7 +162,7 @@ def _row(plan: _Plan, name: str, hyper: dict[str, Any]) -> report.Row:
     settings = {"checkpointing": args.checkpointing, "release": args.release}
     if args.release and len(plan.hypers) == 1:
         counted = account(planner.model, name, dtype=planner.dtype, shards=planner.shards, **hyper)
-        found = simulate(
+        simulation = simulate(
             planner.model,
             name,
             batch=args.batch,
@@ -174,14 +174,14 @@ def _row(plan: _Plan, name: str, hyper: dict[str, Any]) -> report.Row:
             **settings,
             **hyper,
         )
-        return report.Row(name, counted, found.peak)
+        return report.Row(name, counted, simulation.peak)
     method = planner.method(name, **hyper)
     return report.Row(name, method.account, planner.peak(method, args.batch, **settings))
 
 
 def _fits(plan: _Plan) -> int:
     args = plan.args
-    limit, own = parse_size(args.fits), plan.planner.step is not None
+    limit, own_step = parse_size(args.fits), plan.planner.step is not None
     settings = {"checkpointing": args.checkpointing, "release": args.release}
     fits = []
     for name, hyper in plan.methods():
@@ -194,18 +194,20 @@ def _fits(plan: _Plan) -> int:
                 plan.refuse(name, error)
     order = {change: i for i, change in enumerate(CHANGES)}
     fits.sort(key=lambda f: (f.shards, order[f.setting], f.peak.bytes / f.batch))
-    what = "its own step" if own else f"{args.seq} tokens a sequence"
-    what = f"{plan.fixed_batch} x {args.seq} tokens" if plan.fixed_batch and not own else what
+    unit = "its own step" if own_step else f"{args.seq} tokens a sequence"
+    unit = f"{plan.fixed_batch} x {args.seq} tokens" if plan.fixed_batch and not own_step else unit
     gpu = ", on a GPU" if args.device == "cuda" else ""
-    title = f"{plan.title}\nwhat fits in {args.fits} at {what}{gpu}"
+    title = f"{plan.title}\nwhat fits in {args.fits} at {unit}{gpu}"
     nothing = f"nothing fits in {args.fits}; {_way_out(plan)}"
     nothing += f"; {args.picture} is not written" if args.picture else ""
-    print(report.fits_page(title, fits, plan.refused, plan.notes, nothing=nothing, own_step=own))
+    print(
+        report.fits_page(title, fits, plan.refused, plan.notes, nothing=nothing, own_step=own_step)
+    )
     if args.json:
         value = {"title": title, "fits": [report.asdict(f) for f in fits]}
         report.write_json(args.json, value | {"refused": plan.refused, "notes": plan.notes})
     if args.picture and fits:
-        report.write_picture(args.picture, title, report.bars_of_fits(fits, own), limit)
+        report.write_picture(args.picture, title, report.bars_of_fits(fits, own_step), limit)
     return 0 if fits else 1
 
 
@@ -224,14 +226,14 @@ def _measure(args: argparse.Namespace) -> int:
             value = getattr(args, option)
             text = f"--{option} {value}: torch finds no CUDA device here to measure on"
             raise ValueError(f"{text}; leave --{option} out")
-    found = measure_script(args.script[0], args.script[1:], snapshot=args.snapshot)
+    measurement = measure_script(args.script[0], args.script[1:], snapshot=args.snapshot)
     title = f"{shlex.join(args.script)}, measured"
-    print(report.measured_page(title, found))
+    print(report.measured_page(title, measurement))
     if args.json:
-        report.write_json(args.json, {"title": title, **report.asdict(found)})
+        report.write_json(args.json, {"title": title, **report.asdict(measurement)})
     if args.picture:
-        report.write_picture(args.picture, title, [("", found.tensors.by_category)])
-    return 1 if found.error else 0
+        report.write_picture(args.picture, title, [("", measurement.tensors.by_category)])
+    return 1 if measurement.error else 0
 
 
 def _progress(text: str) -> None:

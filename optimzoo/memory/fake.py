@@ -32,8 +32,8 @@ def fake_copy(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None
         for tensor in chain(module.parameters(), module.buffers()):
             if id(tensor) in copies:
                 continue
-            kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-            fake: Tensor = torch.empty_like(tensor, dtype=kind, device="cpu")
+            fake_dtype = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            fake: Tensor = torch.empty_like(tensor, dtype=fake_dtype, device="cpu")
             if isinstance(tensor, nn.Parameter):
                 fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
             copies[id(tensor)] = fake

@@ -88,9 +88,9 @@ def measure_script(
     try:
         with _watched(result, snapshot):
             runpy.run_path(str(path), run_name="__main__")
-    except SystemExit as left:
-        if left.code not in (None, 0):
-            result.error = f"SystemExit: {left.code}"
+    except SystemExit as exit_:
+        if exit_.code not in (None, 0):
+            result.error = f"SystemExit: {exit_.code}"
     except (Exception, KeyboardInterrupt) as error:
         result.error = _traceback_of(error, path)
     finally:

@@ -104,11 +104,11 @@ class Planner:
         self, method: Method, batch: int, *, checkpointing: bool = False, release: bool = False
     ) -> Peak:
         """Return the peak of a training step; with ``release`` an upper bound of it."""
-        held = method.account
-        passes = self.passes(batch, checkpointing, release).plus(STATE, held.state_total)
+        account = method.account
+        passes = self.passes(batch, checkpointing, release).plus(STATE, account.state_total)
         if release:
             return passes.plus(TEMPORARIES, method.alone)
-        parts = {PARAMETERS: held.params, GRADIENTS: held.grads, STATE: held.state_total}
+        parts = {PARAMETERS: account.params, GRADIENTS: account.grads, STATE: account.state_total}
         parts |= {TEMPORARIES: method.temporaries, OTHER: self._buffers}
         parts |= {WORKSPACES: passes.by_category.get(WORKSPACES, 0)}
         step = Peak(sum(parts.values()), STEP, {k: v for k, v in parts.items() if v})
@@ -184,9 +184,9 @@ class Planner:
         seen: dict[Any, int] = {}
         shapes: list[Tensor] = []
         for p in params:
-            kind = (p.shape, p.stride(), p.dtype)
-            seen[kind] = seen.get(kind, 0) + 1
-            if copies is None or seen[kind] <= copies:
+            layout = (p.shape, p.stride(), p.dtype)
+            seen[layout] = seen.get(layout, 0) + 1
+            if copies is None or seen[layout] <= copies:
                 dtype = self.dtype if p.is_floating_point() and self.dtype else p.dtype
                 if mesh is not None:
                     shapes.append(shard_of(p, dtype, mesh))

@@ -47,12 +47,12 @@ def page(title: str, rows: Sequence[Row], refused: dict[str, str], notes: Sequen
     columns = "".join(f"{head:>8}" for head in heads)
     lines = [*_heading(title), f"{'method':<15}{columns}  {name}"]
     for row in rows:
-        held = row.account
-        sizes = [held.params, held.grads, held.state_total, held.total]
+        account = row.account
+        sizes = [account.params, account.grads, account.state_total, account.total]
         sizes += [row.peak.bytes] if row.peak else []
         figures = "".join(f"{_figure(size, unit):>8}" for size in sizes)
         lines.append(f"{row.method:<15}{figures}  {_bar(row, most)}".rstrip())
-    legend = "  ".join(f"{shade} {kind}" for kind, shade in _SHADES.items())
+    legend = "  ".join(f"{shade} {category}" for category, shade in _SHADES.items())
     return "\n".join([*lines, *_refusals(refused), "", legend, *_notes(notes)])
 
 
@@ -95,19 +95,19 @@ def fits_page(
     return "\n".join([*lines, *_refusals(refused), *_notes(notes)])
 
 
-def measured_page(title: str, found: Measurement) -> str:
+def measured_page(title: str, result: Measurement) -> str:
     """Return the page of a measurement, with the error of a script that failed."""
-    unit, name = _unit(max(found.tensors.bytes, found.rss_peak))
-    lines = [*_heading(title), breakdown(found.tensors)]
-    sizes: dict[str, int | None] = {"resident before": found.rss_before}
-    sizes |= {"resident peak": found.rss_peak}
-    sizes |= {"CUDA allocated": found.cuda_allocated, "CUDA reserved": found.cuda_reserved}
+    unit, name = _unit(max(result.tensors.bytes, result.rss_peak))
+    lines = [*_heading(title), breakdown(result.tensors)]
+    sizes: dict[str, int | None] = {"resident before": result.rss_before}
+    sizes |= {"resident peak": result.rss_peak}
+    sizes |= {"CUDA allocated": result.cuda_allocated, "CUDA reserved": result.cuda_reserved}
     for label, size in sizes.items():
         if size is not None:
             lines.append(f"  {label:<22}{_figure(size, unit):>9} {name}")
-    if found.error:
-        lines += ["", f"it failed after {found.seconds:.1f} s; the figures are up to there", ""]
-        lines.append(found.error)
+    if result.error:
+        lines += ["", f"it failed after {result.seconds:.1f} s; the figures are up to there", ""]
+        lines.append(result.error)
     return "\n".join(lines)
 
 
@@ -168,8 +168,8 @@ def write_picture(path: Path, title: str, bars: Sequence[Bar], limit: int | None
     Raises:
         ImportError: without matplotlib.
     """
-    figure, kind = draw(title, bars, limit), path.suffix[1:].lower()
-    _write_whole(path, lambda place: figure.savefig(place, dpi=150, format=kind))
+    figure, suffix = draw(title, bars, limit), path.suffix[1:].lower()
+    _write_whole(path, lambda place: figure.savefig(place, dpi=150, format=suffix))
 
 
 def draw(title: str, bars: Sequence[Bar], limit: int | None = None) -> Any:
@@ -187,12 +187,12 @@ def draw(title: str, bars: Sequence[Bar], limit: int | None = None) -> Any:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     places = range(len(bars))
-    left = [0.0] * len(bars)
+    starts = [0.0] * len(bars)
     for index, category in enumerate(CATEGORIES):
         widths = [parts.get(category, 0) / unit for _, parts in bars]
         if any(widths):
-            axes.barh(places, widths, left=left, label=category, color=f"C{index}")
-            left = [a + b for a, b in zip(left, widths, strict=True)]
+            axes.barh(places, widths, left=starts, label=category, color=f"C{index}")
+            starts = [a + b for a, b in zip(starts, widths, strict=True)]
     for place, total in zip(places, totals, strict=True):
         text = f" {_figure(total, unit)}"
         axes.annotate(text, (total / unit, place), va="center", fontsize=8)
@@ -213,17 +213,17 @@ def draw(title: str, bars: Sequence[Bar], limit: int | None = None) -> Any:
 def _parts(row: Row) -> dict[str, int]:
     if row.peak:
         return row.peak.by_category
-    held = row.account
-    return {PARAMETERS: held.params, GRADIENTS: held.grads, STATE: held.state_total}
+    account = row.account
+    return {PARAMETERS: account.params, GRADIENTS: account.grads, STATE: account.state_total}
 
 
 def _bar(row: Row, most: int) -> str:
     parts = dict(_parts(row))
-    named = {kind: parts.pop(kind, 0) for kind in (PARAMETERS, GRADIENTS, STATE)}
+    named = {category: parts.pop(category, 0) for category in (PARAMETERS, GRADIENTS, STATE)}
     bar, done = "", 0
-    for kind, size in {**named, "rest": sum(parts.values())}.items():
+    for category, size in {**named, "rest": sum(parts.values())}.items():
         done += size
-        bar += _SHADES[kind] * (round(_BAR * done / most) - len(bar))
+        bar += _SHADES[category] * (round(_BAR * done / most) - len(bar))
     return bar
 
 

@@ -39,8 +39,8 @@ def shard_of(param: Tensor, dtype: torch.dtype, mesh: Any) -> nn.Parameter:
         shape = (-(-param.shape[0] // mesh.size()), *param.shape[1:])
         local = torch.empty(shape, dtype=dtype)
         whole: dict[str, Any] = {"shape": param.shape, "stride": param.stride()}
-        made: Tensor = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, **whole)
-        return made
+        shard: Tensor = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, **whole)
+        return shard
 
     shadow = nn.Parameter(part())
     shadow.grad = part()

@@ -94,10 +94,10 @@ def simulate(
             session.run_model(step, min(micro_batches, 2))
         groups = param_groups(session.model)
         if isinstance(optimizer, str):
-            made = create_optimizer(optimizer, groups, **hyper)
+            built = create_optimizer(optimizer, groups, **hyper)
         else:
-            made = optimizer(groups)
-        steps = session.run_released(made, step) if release else session.run_steps(made)
+            built = optimizer(groups)
+        steps = session.run_released(built, step) if release else session.run_steps(built)
     return Simulation(max(steps.values(), key=lambda peak: peak.bytes), steps)
 
 
@@ -181,15 +181,15 @@ class Session:
     def run_steps(self, optimizer: Optimizer) -> dict[str, Peak]:
         """Run the optimizer's steps; return their peaks, each with the passes before it."""
         tracker = self.tracker
-        passes, held, steps = tracker.peak(MODEL), tracker.held(optimizer), {}
+        passes, state, steps = tracker.peak(MODEL), tracker.held(optimizer), {}
         for name in _kinds_of_steps(optimizer):
             tracker.restart()
             with self._explained():
                 optimizer.step()
             # The state stays while the model runs, and nothing else of a step does.
-            both = (passes.plus(STATE, held), tracker.peak(STEP))
+            both = (passes.plus(STATE, state), tracker.peak(STEP))
             steps[name] = self.on_device(max(both, key=lambda peak: peak.bytes))
-            held = tracker.held(optimizer)
+            state = tracker.held(optimizer)
         return steps
 
     def on_device(self, peak: Peak) -> Peak:

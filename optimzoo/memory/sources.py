@@ -47,9 +47,9 @@ def _config_of(name: str) -> LlamaConfig:
     try:
         return get_config(name)
     except ValueError:
-        known = [f"llama-{short}" for short in CONFIGS]
-        known += [other for model in public_models() for other in model.names]
-        proper = {other.lower(): other for other in known}
+        names = [f"llama-{short}" for short in CONFIGS]
+        names += [other for model in public_models() for other in model.names]
+        proper = {other.lower(): other for other in names}
         near = difflib.get_close_matches(name.rpartition("/")[2].lower(), proper, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(proper[key] for key in near)}? " if near else ""
         raise ValueError(
@@ -67,23 +67,26 @@ def convert_model(model: nn.Module, conversion: str) -> str:
     Raises:
         ValueError: no such conversion, or one that the model cannot have.
     """
-    kind, _, value = conversion.partition("=")
+    layer, _, value = conversion.partition("=")
     try:
         numbers = [int(part) for part in value.split(":")]
-        if kind == "cast" and len(numbers) == 2:
+        if layer == "cast" and len(numbers) == 2:
             layers = sparsity.prepare(model, *numbers)
             return f"{len(layers)} layers to {value} sparse ones, with CAST's weight scaling."
-        if kind in lowrank.KINDS and len(numbers) == 1:
-            audit = lowrank.convert(model, numbers[0], kind)
-            held, trained = (sum(getattr(r, key) for r in audit) for key in ("held", "trained"))
+        if layer in lowrank.KINDS and len(numbers) == 1:
+            audit = lowrank.convert(model, numbers[0], layer)
+            parameters, trained = (
+                sum(getattr(r, key) for r in audit) for key in ("held", "trained")
+            )
             return (
-                f"{len(audit)} layers to {kind}: {held:,} parameters, {trained:,} of them trained."
+                f"{len(audit)} layers to {layer}: {parameters:,} parameters, {trained:,} of them "
+                "trained."
             )
     except ValueError as error:
         if "invalid literal" not in str(error):
             raise ValueError(f"--convert {conversion}: {error}") from None
-    kinds = ", ".join(f"{name}=128" for name in lowrank.KINDS)
-    raise ValueError(f"--convert {conversion}: it takes {kinds} or cast=2:4")
+    forms = ", ".join(f"{name}=128" for name in lowrank.KINDS)
+    raise ValueError(f"--convert {conversion}: it takes {forms} or cast=2:4")
 
 
 @contextmanager
@@ -119,8 +122,8 @@ def load_function(where: str) -> tuple[nn.Module, Step | None]:
     if not callable(function):
         raise ValueError(f"{path} has no function {name!r}")
     with _explained(path), torch.device("meta"):
-        made = function()
-    model, step = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+        result = function()
+    model, step = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     if not isinstance(model, nn.Module):
         raise ValueError(f"{where} returns a {type(model).__name__}, not a torch.nn.Module")
     if step is not None and not callable(step):

@@ -101,9 +101,9 @@ class Tracker(TorchDispatchMode):
     def count_existing(self) -> None:
         """Count every existing tensor; find parameters, gradients and state by the optimizers."""
         gc.collect()
-        found = [o for o in gc.get_objects() if issubclass(type(o), (Tensor, Optimizer))]
-        self.count([o for o in found if isinstance(o, Tensor) and not isinstance(o, FakeTensor)])
-        for optimizer in (o for o in found if isinstance(o, Optimizer)):
+        objects = [o for o in gc.get_objects() if issubclass(type(o), (Tensor, Optimizer))]
+        self.count([o for o in objects if isinstance(o, Tensor) and not isinstance(o, FakeTensor)])
+        for optimizer in (o for o in objects if isinstance(o, Optimizer)):
             params = [p for group in optimizer.param_groups for p in group["params"]]
             if not any(isinstance(p, FakeTensor) for p in params):  # of a simulation
                 self._learn(optimizer)
@@ -112,9 +112,9 @@ class Tracker(TorchDispatchMode):
         """Count tensors that were made elsewhere; set the category of known ones."""
         for tensor in tensors:
             for storage in _storages(tensor):
-                known = self._live.get(storage._cdata)
-                if known is not None:
-                    known.category = known.category if category == OTHER else category
+                record = self._live.get(storage._cdata)
+                if record is not None:
+                    record.category = record.category if category == OTHER else category
                 else:
                     self._add(storage, category)
             if isinstance(tensor, nn.Parameter):
@@ -161,7 +161,7 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if any(_wraps(kind) for kind in types):
+        if any(_wraps(tensor_type) for tensor_type in types):
             return NotImplemented  # the wrapper's own operations come here by themselves
         kwargs = kwargs or {}
         for value in _tensors((args, kwargs)):
@@ -172,11 +172,11 @@ class Tracker(TorchDispatchMode):
         result = func(*args, **kwargs)
         category = self._category()
         for storage in (s for tensor in _tensors(result) for s in _storages(tensor)):
-            known = self._live.get(storage._cdata)
-            if known is None:
+            record = self._live.get(storage._cdata)
+            if record is None:
                 self._add(storage, category)
             else:
-                self._measure_again(known, storage)
+                self._measure_again(record, storage)
         return result
 
     def _resizer(self) -> Callable[..., Any]:
@@ -184,17 +184,17 @@ class Tracker(TorchDispatchMode):
 
         def resize_(storage: torch.UntypedStorage, size: int) -> Any:
             result = resize(storage, size)
-            known = self._live.get(storage._cdata)
-            if known is not None:
-                self._measure_again(known, storage)
+            record = self._live.get(storage._cdata)
+            if record is not None:
+                self._measure_again(record, storage)
             return result
 
         return resize_
 
-    def _measure_again(self, known: _Storage, storage: torch.UntypedStorage) -> None:
-        more = self._round(storage.nbytes()) - known.bytes
+    def _measure_again(self, record: _Storage, storage: torch.UntypedStorage) -> None:
+        more = self._round(storage.nbytes()) - record.bytes
         if more:
-            self._change(known, more)
+            self._change(record, more)
 
     def _category(self) -> str:
         if self.stepping:
@@ -250,9 +250,9 @@ class Tracker(TorchDispatchMode):
     def _label(self, tensors: Iterable[Tensor | None], category: str) -> None:
         for tensor in tensors:
             for storage in _storages(tensor) if tensor is not None else ():
-                known = self._live.get(storage._cdata)
-                if known is not None:
-                    known.category = category
+                record = self._live.get(storage._cdata)
+                if record is not None:
+                    record.category = category
 
     def _learn(self, optimizer: Optimizer) -> None:
         for group in optimizer.param_groups:
@@ -271,9 +271,11 @@ class Tracker(TorchDispatchMode):
         self._learn(optimizer)
 
 
-def _wraps(kind: type) -> bool:
+def _wraps(tensor_type: type) -> bool:
     """Return whether tensors of this type hold others, as a DTensor does."""
-    return hasattr(kind, "__tensor_flatten__") and hasattr(kind, "__tensor_unflatten__")
+    return hasattr(tensor_type, "__tensor_flatten__") and hasattr(
+        tensor_type, "__tensor_unflatten__"
+    )
 
 
 def _tensors(values: Any) -> Iterable[Tensor]:

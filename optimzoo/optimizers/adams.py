@@ -187,7 +187,7 @@ class AdamS(RoleOptimizer):
             The masked ones, with the number of this step of each, a float64 tensor on the device
             with `capturable`; and the others.
         """
-        masked, rest, captured = [], [], group["capturable"]
+        masked, dense, captured = [], [], group["capturable"]
         for i, p in enumerate(group["params"]):
             if p.grad is None:
                 continue
@@ -196,7 +196,7 @@ class AdamS(RoleOptimizer):
             if not _is_masked(p, group):
                 # float32 at least: in bfloat16 a second moment with β₂ = 0.999 would never move.
                 init_adam_state(state, p, capturable=captured, dtype=at_least_float32(p))
-                rest.append(p)
+                dense.append(p)
                 continue
             self._check_weight(p, group, i)  # `model.to` may have changed it since
             if "step" in state and "mask" not in state:
@@ -210,7 +210,7 @@ class AdamS(RoleOptimizer):
         counts: Any = [s.double() for s in steps] if captured else read_counts(steps)
         for p, count in zip(masked, counts, strict=True):
             self._refresh_mask(p, group, count % group["mask_every"] == 0)
-        return {p: count + 1 for p, count in zip(masked, counts, strict=True)}, rest
+        return {p: count + 1 for p, count in zip(masked, counts, strict=True)}, dense
 
     def _refresh_mask(self, p: Tensor, group: dict[str, Any], due: Any) -> None:
         """Make a mask where one is due, which the device alone may know."""
@@ -233,17 +233,17 @@ class AdamS(RoleOptimizer):
             first += len(group["params"])
 
     def _update_group(self, group: dict[str, Any], first: int) -> None:
-        counts, rest = self._init_group(group)
+        counts, dense = self._init_group(group)
         rng_keys = self._count(group, first)
         masked = self._step_fused(group, counts, rng_keys)
         shared = {k: group[k] for k in ("betas", "eps", "maximize", "foreach")}
         shared |= {"lr": scalar_lr(group), "weight_decay": signed_decay(group)}
-        own = {k: group[k] for k in ("l1", "total_steps", "decay")} | shared
-        own["rng_keys"] = [rng_keys.get(p) for p in masked]
-        own["masks"] = [local_part(self.state[p]["mask"]) for p in masked]
-        adams(*self._lists(masked), counts=[counts[p] for p in masked], **own)
-        shared["rng_keys"] = [rng_keys.get(p) for p in rest]
-        adam(*self._lists(rest), capturable=group["capturable"], **shared)
+        options = {k: group[k] for k in ("l1", "total_steps", "decay")} | shared
+        options["rng_keys"] = [rng_keys.get(p) for p in masked]
+        options["masks"] = [local_part(self.state[p]["mask"]) for p in masked]
+        adams(*self._lists(masked), counts=[counts[p] for p in masked], **options)
+        shared["rng_keys"] = [rng_keys.get(p) for p in dense]
+        adam(*self._lists(dense), capturable=group["capturable"], **shared)
 
     def _step_fused(
         self, group: dict[str, Any], counts: dict[Tensor, Any], rng_keys: dict[Tensor, RngKey]
@@ -253,7 +253,7 @@ class AdamS(RoleOptimizer):
         if group["foreach"] is not None or group["decay"] != "l1" or group["capturable"]:
             return params  # the kernels take the ramp from the host
         runs: dict[tuple[Any, float], list[dispatch.TensorArgs]] = {}
-        lists, rest = self._lists(params), []
+        lists, others = self._lists(params), []
         masks: dict[Tensor, Tensor] = {}
         for p, w, g, m, v, step in zip(params, *lists, strict=True):
             item = dispatch.vector(w, g, m, v, step, rng_keys.get(p))
@@ -263,11 +263,11 @@ class AdamS(RoleOptimizer):
                 masks[item.param] = local_part(self.state[p]["mask"])
                 runs.setdefault((kernels, counts[p]), []).append(item)
             else:
-                rest.append(p)
+                others.append(p)
         for (kernels, t), items in runs.items():
             for call in dispatch.split_at_rng_gaps(items):
                 self._fused_adams(kernels, call, group, [masks[i.param] for i in call], t)
-        return rest
+        return others
 
     def _fused_adams(
         self,
@@ -439,11 +439,11 @@ def _multi_tensor_adams(
 
 def _unpacked(masks: list[Tensor], like: list[Tensor]) -> list[Tensor]:
     """Return packed masks as 0 and 1 in the dtypes and shapes of ``like``, a shape at a time."""
-    kinds: dict[Any, list[int]] = {}
+    by_layout: dict[Any, list[int]] = {}
     for i, x in enumerate(like):
-        kinds.setdefault((x.shape, x.dtype, x.device), []).append(i)
+        by_layout.setdefault((x.shape, x.dtype, x.device), []).append(i)
     result = list(like)
-    for (shape, dtype, _), places in kinds.items():
+    for (shape, dtype, _), places in by_layout.items():
         bits = torch.stack([masks[i] for i in places])
         stack = unpack(bits.flatten(0, 1), (len(places) * shape[0], *shape[1:])).to(dtype)
         for i, mask in zip(places, stack.view(len(places), *shape), strict=True):

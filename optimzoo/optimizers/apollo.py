@@ -121,16 +121,16 @@ class APOLLO(MatrixOptimizer):
         """Return the gradient with its channels scaled as Adam scales those of ``R``."""
         step, shards = context.step, context.shards
         shape = shards.shape(grad.shape)
-        left = resolve_side("auto", shape) == "left"
+        on_left = resolve_side("auto", shape) == "left"
         omega = gaussian(state["projector_seed"], min(shape[-2:]), group["rank"], grad)
-        projected, over = ("m", "n") if left else ("n", "m")
+        projected, over = ("m", "n") if on_left else ("n", "m")
         omega = shards.local_slice(omega, projected)
-        low = omega.mT @ grad if left else grad @ omega
+        low = omega.mT @ grad if on_left else grad @ omega
         shards.sum_([low], projected)
         adam = adam_direction(state, low, group, step)
         dim: int | tuple[int, int] = (-2, -1)
         if group["scale_type"] == "channel":
-            dim = -2 if left else -1
+            dim = -2 if on_left else -1
             ratio = channel_ratio(adam, low, dim=dim)
         else:
             ratio = channel_ratio(adam, low, dim=dim, shards=shards, over=over)

@@ -219,6 +219,6 @@ def orthogonal(update: Tensor, group: dict[str, Any]) -> Tensor:
     blocks = update.unflatten(-2, (group["heads"], -1)) if group["heads"] > 1 else update
     name = group["ns_dtype"]
     dtype = fast_dtype(update) if name is None else getattr(torch, _name(name))
-    how: dict[str, Any] = {"steps": group["ns_steps"], "coefficients": group["ns_coefficients"]}
-    result = in_chunks(partial(orthogonalize, dtype=dtype, **how), blocks)
+    options: dict[str, Any] = {"steps": group["ns_steps"], "coefficients": group["ns_coefficients"]}
+    result = in_chunks(partial(orthogonalize, dtype=dtype, **options), blocks)
     return result.reshape(update.shape).to(torch.promote_types(update.dtype, torch.float32))

@@ -103,7 +103,7 @@ class RMNP(MomentumOptimizer):
     ) -> None:
         """Step what the kernels take in one call, and the others by `direction`."""
         items = [self._kernel_items(p, group, rng_keys.get(p)) for _, p in params]
-        others = [param for param, own in zip(params, items, strict=True) if not own]
+        others = [param for param, args in zip(params, items, strict=True) if not args]
         calls, _ = dispatch.partition_by_backend(itertools.chain(*items), fused=None)
         for kernels, call in calls:
             shapes = [as_matrix(item.param.detach(), group).shape for item in call]

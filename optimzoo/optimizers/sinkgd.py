@@ -136,7 +136,7 @@ class SinkGD(MatrixOptimizer):
                 **{key: group[key] for key in ("iterations", "maximize")},
                 **dispatch.rounding(call),
             )
-        others = [param for param, own in zip(params, items, strict=True) if not own]
+        others = [param for param, args in zip(params, items, strict=True) if not args]
         super()._step_matrices(others, group, rng_keys)
 
     def direction(

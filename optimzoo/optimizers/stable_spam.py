@@ -281,12 +281,12 @@ class _Batch:
 
     def _sort(self) -> list[list[_Entry]]:
         """Bring weights of one shape together, of all their shards too; return them by shape."""
-        kinds: dict[Any, list[_Entry]] = {}
+        by_key: dict[Any, list[_Entry]] = {}
         for e in self.entries:
             key = (e.shards.size, e.shards.cuts, e.grad.shape, e.grad.dtype)
-            kinds.setdefault(key, []).append(e)
-        self.entries = list(chain.from_iterable(kinds.values()))
-        return list(kinds.values())
+            by_key.setdefault(key, []).append(e)
+        self.entries = list(chain.from_iterable(by_key.values()))
+        return list(by_key.values())
 
     def _zero_moments(self, reset: Any) -> None:
         moments = [moment for e in self.entries for moment in e.moments]
@@ -375,7 +375,7 @@ class _Batch:
             at += len(part)
 
     def _step_eager(self) -> None:
-        stacks = [_stack([e.grad for e in kind]) for kind in self.kinds]
+        stacks = [_stack([e.grad for e in entries]) for entries in self.kinds]
         shards = self.entries[0].shards
         with self._averages() as (largest, mean, square):
             most = _norms(stacks, math.inf, shards)

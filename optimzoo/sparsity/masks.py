@@ -68,8 +68,8 @@ def nm_mask(
         low_wins = sizes[low] >= sizes[high]
         beaten_by[high] += low_wins
         beaten_by[low] += ~low_wins
-    kept = torch.stack([count < n for count in beaten_by], dim=-1).flatten(-2)
-    return (kept.mT if transposed else kept).reshape(weight.shape)
+    mask = torch.stack([count < n for count in beaten_by], dim=-1).flatten(-2)
+    return (mask.mT if transposed else mask).reshape(weight.shape)
 
 
 def is_nm(

@@ -36,7 +36,7 @@ def masked_weights(model: nn.Module, optimizer: Optimizer) -> list[MaskedWeight]
         ValueError: the optimizer has no masks, or a mask of a weight that the model does not have.
     """
     names = {p: name for name, p in model.named_parameters()}
-    found = []
+    weights = []
     for group in optimizer.param_groups:
         layout = {k: bool(group.get(k, False)) for k in ("transposed", "stacked")}
         for p in group["params"]:
@@ -49,10 +49,10 @@ def masked_weights(model: nn.Module, optimizer: Optimizer) -> list[MaskedWeight]
             name = names[p].replace("parametrizations.weight.original", "weight")
             weight = local_part(p.detach())
             mask = unpack(local_part(bits), weight.shape)
-            found.append(MaskedWeight(name, weight, mask, group["n"], group["m"], layout))
-    if not found:
+            weights.append(MaskedWeight(name, weight, mask, group["n"], group["m"], layout))
+    if not weights:
         raise ValueError(f"{type(optimizer).__name__} has no masks yet; take a step with AdamS")
-    return found
+    return weights
 
 
 @torch.no_grad()

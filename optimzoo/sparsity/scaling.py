@@ -46,16 +46,16 @@ def linear_targets(model: nn.Module, targets: str | None = None) -> dict[str, nn
         ValueError: no layer is found.
     """
     hidden = {p for g in param_groups(model) if g["role"] == "hidden" for p in g["params"]}
-    found = {}
+    layers = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear) or is_conv1d(module):
             named = targets is not None and re.search(targets, path)
             if named or (targets is None and weight_of(module) in hidden):
-                found[path] = module
-    if not found:
-        what = "no hidden linear layer" if targets is None else f"no linear layer like {targets!r}"
-        raise ValueError(f"{type(model).__name__} has {what}; name them with targets='REGEX'")
-    return found
+                layers[path] = module
+    if not layers:
+        lack = "no hidden linear layer" if targets is None else f"no linear layer like {targets!r}"
+        raise ValueError(f"{type(model).__name__} has {lack}; name them with targets='REGEX'")
+    return layers
 
 
 def sparse_groups(model: nn.Module, targets: str | None = None) -> list[dict[str, Any]]:
@@ -72,9 +72,9 @@ def sparse_groups(model: nn.Module, targets: str | None = None) -> list[dict[str
             part = [(p, name) for p, name in pairs if (p in chosen) is sparse]
             if part:
                 params, names = [p for p, _ in part], [name for _, name in part]
-                own = {"role": "hidden"} if sparse else {}
+                role = {"role": "hidden"} if sparse else {}
                 result.append(
-                    {**group, **own, "sparse": sparse, "params": params, "param_names": names}
+                    {**group, **role, "sparse": sparse, "params": params, "param_names": names}
                 )
     return result
 
@@ -109,8 +109,8 @@ def prepare(
     check_nm(n, m)
     if scale_blocks < 0:
         raise ValueError(f"Invalid scale_blocks: {scale_blocks}; it must be >= 0 (0: no scaling)")
-    found = linear_targets(model, targets)
-    for path, module in found.items():
+    layers = linear_targets(model, targets)
+    for path, module in layers.items():
         weight, transposed = weight_of(module), is_conv1d(module)
         assert weight is not None
         try:
@@ -121,12 +121,12 @@ def prepare(
             raise ValueError(f"{path} has {inputs} inputs, not a multiple of {scale_blocks} blocks")
         if scale_of(module) is not None:
             raise ValueError(f"{path} is scaled already; prepare a model once")
-    for module in found.values() if scale_blocks else ():
+    for module in layers.values() if scale_blocks else ():
         weight = weight_of(module)
         assert weight is not None
         scale = WeightScale(weight.detach(), scale_blocks, transposed=is_conv1d(module))
         parametrize.register_parametrization(module, "weight", scale)
-    return list(found)
+    return list(layers)
 
 
 def scale_of(module: nn.Module) -> Tensor | None:

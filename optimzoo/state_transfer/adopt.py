@@ -159,8 +159,8 @@ def _continues(p: Tensor, group: dict[str, Any], old: OldState, stabilized: bool
     keys = (old.group.keys() | group.keys()) - _FREE
     same = old.group.keys() - _FREE == group.keys() - _FREE
     same = same and all(old.group[key] == group[key] for key in keys)
-    here = all(v.device == p.device for v in old.state.values() if getattr(v, "ndim", 0))
-    return bool(old.state) and same and here and stabilized == (MOMENTS[0] in old.state)
+    same_device = all(v.device == p.device for v in old.state.values() if getattr(v, "ndim", 0))
+    return bool(old.state) and same and same_device and stabilized == (MOMENTS[0] in old.state)
 
 
 def _outcome(target: Target, moments: Moments, notes: list[str]) -> tuple[str, str]:

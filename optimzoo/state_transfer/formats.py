@@ -97,10 +97,10 @@ def check_state(state: Mapping[str, Any], param: Tensor, name: str) -> None:
             )
         cuts = [_cut(tensor) for tensor in (value, param)]
         if cuts[0] != cuts[1]:
-            how = [str(cut[1:]) if cut else "not sharded" for cut in cuts]
+            layouts = [str(cut[1:]) if cut else "not sharded" for cut in cuts]
             raise ValueError(
-                f"{key} of {name} is {how[0]}, the parameter {how[1]}: adopt from the optimizer of "
-                "the sharded model itself"
+                f"{key} of {name} is {layouts[0]}, the parameter {layouts[1]}: adopt from the "
+                "optimizer of the sharded model itself"
             )
 
 

@@ -73,9 +73,9 @@ def _of_state_dict(
                 "or what else the old optimizer got, in that order"
             )
     if params is None:
-        known = _named(new)
+        by_name = _named(new)
         # One that the new optimizer does not have is listed under a tensor of its own.
-        tensors = [known.get(name, torch.empty(0)) for name in names]
+        tensors = [by_name.get(name, torch.empty(0)) for name in names]
     else:
         tensors = list(_flat(params))
         if len(tensors) != len(keys):

@@ -67,8 +67,8 @@ def leading_basis(
     else:
         basis = _randomized(grad, rank, previous, seed, power_iterations, shards)
     if not usable.all():
-        kept = _coordinates(grad, rank, shards) if previous is None else previous
-        basis = torch.where(usable, basis, kept)
+        fallback = _coordinates(grad, rank, shards) if previous is None else previous
+        basis = torch.where(usable, basis, fallback)
     return basis
 
 
@@ -132,8 +132,8 @@ def _randomized(
         basis = _random_like(grad, width, seed, shards)
         power_iterations += 2  # only the first basis of a run has no start: make it a good one
     else:
-        extra = _random_like(grad, max(0, width - previous.shape[-1]), seed, shards)
-        basis = torch.cat([previous, extra / math.sqrt(m)], dim=-1)
+        random = _random_like(grad, max(0, width - previous.shape[-1]), seed, shards)
+        basis = torch.cat([previous, random / math.sqrt(m)], dim=-1)
     left = basis
 
     def times(columns: Tensor) -> Tensor:

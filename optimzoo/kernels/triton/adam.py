@@ -103,9 +103,9 @@ def _adam(
         byte = tl.load(
             pointer(mine, count, T.MASK, tl.uint8, False) + at // 8, mask=inside, other=0
         )
-        kept = (byte >> (at % 8).to(tl.uint8)) & 1
+        in_mask = (byte >> (at % 8).to(tl.uint8)) & 1
         toward = tl.where(p > 0, pull, tl.where(p < 0, -pull, 0.0))
-        moved = tl.where(kept != 0, m, (1.0 - alpha) * m + toward)
+        moved = tl.where(in_mask != 0, m, (1.0 - alpha) * m + toward)
         g = moved
     v += rest2 * (g * g - v)
     tl.store(exp_avg + at, nearest(m, M), mask=inside)

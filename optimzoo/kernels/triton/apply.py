@@ -46,7 +46,7 @@ _BY_COLUMN = tl.constexpr(COLUMNS)
 def _apply(
     table,
     count,
-    rest,
+    one_minus_beta,
     sign,
     grad_scale,
     found_inf,
@@ -90,7 +90,7 @@ def _apply(
     else:
         by = tl.load(scales)
     factor = gradient_scale(sign, grad_scale)
-    g = direction_again(grad, exp_avg, at, inside, factor, rest, M, NESTEROV)
+    g = direction_again(grad, exp_avg, at, inside, factor, one_minus_beta, M, NESTEROV)
     p = read(param + at, inside)
     lr, weight_decay = rates_of(mine, count)
     p = stepped(p, by * g, lr, weight_decay)
@@ -121,7 +121,7 @@ def apply_(
         by_kind.setdefault(kind, []).append(record)
     for kind, records in by_kind.items():
         add_steps(plan, records, kind)
-    plan.run(lr, weight_decay, rest=0.0, NESTEROV=False, **gradient, **rounding)
+    plan.run(lr, weight_decay, one_minus_beta=0.0, NESTEROV=False, **gradient, **rounding)
     written(params)
 
 

@@ -33,10 +33,10 @@ def nearest(x, TYPE: tl.constexpr):
 
 
 @triton.jit
-def looked_ahead(m, g, rest, NESTEROV: tl.constexpr):
+def looked_ahead(m, g, one_minus_beta, NESTEROV: tl.constexpr):
     """Return what is followed of a momentum as stored: it, or what Nesterov's looks ahead to."""
     if NESTEROV:
-        m = m + rest * (g - m)
+        m = m + one_minus_beta * (g - m)
     return m
 
 
@@ -47,7 +47,7 @@ def direction(
     at,
     inside,
     factor,
-    rest,
+    one_minus_beta,
     M: tl.constexpr,
     NESTEROV: tl.constexpr,
     FEW: tl.constexpr,
@@ -61,22 +61,22 @@ def direction(
         m = read(exp_avg + at, inside)
         if FEW:  # several warps then read an element that one of them writes
             tl.debug_barrier()
-        stored = nearest(m + rest * (g - m), M)
+        stored = nearest(m + one_minus_beta * (g - m), M)
         tl.store(exp_avg + at, stored, mask=inside)
-        g = looked_ahead(stored.to(tl.float32), g, rest, NESTEROV)
+        g = looked_ahead(stored.to(tl.float32), g, one_minus_beta, NESTEROV)
     return g
 
 
 @triton.jit
 def direction_again(
-    grad, exp_avg, at, inside, factor, rest, M: tl.constexpr, NESTEROV: tl.constexpr
+    grad, exp_avg, at, inside, factor, one_minus_beta, M: tl.constexpr, NESTEROV: tl.constexpr
 ):
     """Return what :func:`direction` has returned, from what it has stored."""
     if M is None:
         x = read(grad + at, inside) * factor
     elif NESTEROV:
         g = read(grad + at, inside) * factor
-        x = looked_ahead(read(exp_avg + at, inside), g, rest, NESTEROV)
+        x = looked_ahead(read(exp_avg + at, inside), g, one_minus_beta, NESTEROV)
     else:
         x = read(exp_avg + at, inside)
     return x

@@ -88,8 +88,8 @@ class _Launch:
         self.compiled: dict[Any, Any] = {}
 
     def __call__(self, table: Tensor, arguments: dict[str, Any], variant: Any) -> None:
-        given = {**arguments, **self.constants, "table": table}
-        values = [given[name] for name in self.kernel.arg_names]
+        values_by_name = {**arguments, **self.constants, "table": table}
+        values = [values_by_name[name] for name in self.kernel.arg_names]
         compiled = self.compiled.get(variant)
         if compiled is not None:  # Triton then does not look at each argument again
             compiled[self.grid](*values)
@@ -138,11 +138,11 @@ class Plan:
                 bucket.append(record)
                 units.append(tile.units)
         for (types, aligned, huge, (shape, warps)), (bucket, units) in buckets.items():
-            own = {**constants, **dict(zip("PGM", types, strict=True)), **dict(shape)}
-            own |= {"ALIGNED": aligned, "HUGE": huge, "num_warps": warps}
-            own["SEARCH"] = next(size for size in T.SEARCHES if len(bucket) <= size)
+            constexprs = {**constants, **dict(zip("PGM", types, strict=True)), **dict(shape)}
+            constexprs |= {"ALIGNED": aligned, "HUGE": huge, "num_warps": warps}
+            constexprs["SEARCH"] = next(size for size in T.SEARCHES if len(bucket) <= size)
             orders = [record.order for record in bucket]
-            self._launches.append(_Launch(kernel, len(self._words), orders, sum(units), own))
+            self._launches.append(_Launch(kernel, len(self._words), orders, sum(units), constexprs))
             self._words.extend(_columns(bucket, units))
 
     @contextmanager
@@ -188,10 +188,10 @@ class Plan:
         lrs = lr if isinstance(lr, list) else [lr] * count
         decays = weight_decay if isinstance(weight_decay, list) else [weight_decay] * count
         away = [rate.data_ptr() if isinstance(rate, Tensor) else 0 for rate in lrs]
-        here = [0.0 if isinstance(rate, Tensor) else rate for rate in lrs]
-        if self._rates != (away, here, decays):
-            self._rates = away, here, list(decays)
-            pairs = array("f", itertools.chain.from_iterable(zip(here, decays, strict=True)))
+        numbers = [0.0 if isinstance(rate, Tensor) else rate for rate in lrs]
+        if self._rates != (away, numbers, decays):
+            self._rates = away, numbers, list(decays)
+            pairs = array("f", itertools.chain.from_iterable(zip(numbers, decays, strict=True)))
             self._write(T.LR, away)
             self._write(T.RATES, memoryview(pairs).cast("B").cast("q").tolist())
 

@@ -71,7 +71,7 @@ def _rows(
 def _column_parts(
     table,
     count,
-    rest,
+    one_minus_beta,
     sign,
     grad_scale,
     found_inf,
@@ -103,7 +103,7 @@ def _column_parts(
     for start in range(begin, tl.minimum(begin + CHUNK, rows), R):
         row = start + tl.arange(0, R)
         at, inside = tile(row, col, rows, cols)
-        g = direction(grad, exp_avg, at, inside, factor, rest, M, NESTEROV, C < 8)
+        g = direction(grad, exp_avg, at, inside, factor, one_minus_beta, M, NESTEROV, C < 8)
         squares += g * g
     tl.store(out + chunk * cols + col, tl.sum(squares, 0), mask=col < cols)
 
@@ -243,7 +243,7 @@ def reduce_(
     plan.add(_clipped_parts, whole, _span_tile)
     ended = [r._replace(rows=n, cols=1) for r, n in zip(whole, parts, strict=True)]
     plan.add(_clipped_ends, ended, _last_tile)
-    plan.run(rest=0.0, NESTEROV=False, eps=0.0, L2=True, **gradient)
+    plan.run(one_minus_beta=0.0, NESTEROV=False, eps=0.0, L2=True, **gradient)
 
 
 def add_column_sums(plan: Plan, records: Sequence[Record], *, INVERT: bool) -> None:

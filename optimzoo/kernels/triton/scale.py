@@ -59,7 +59,7 @@ from optimzoo.kernels.triton.table import (
 def _rows(
     table,
     count,
-    rest,
+    one_minus_beta,
     eps,
     sign,
     grad_scale,
@@ -98,13 +98,13 @@ def _rows(
         squares = tl.zeros([R, C], tl.float32)
         for start in range(0, cols, C):
             at, inside = tile(row, start + tl.arange(0, C), rows, cols)
-            g = direction(grad, exp_avg, at, inside, factor, rest, M, NESTEROV, False)
+            g = direction(grad, exp_avg, at, inside, factor, one_minus_beta, M, NESTEROV, False)
             squares += g * g
         by = inverse_length(tl.sum(squares, 1), cols.to(tl.float32), eps, L2)[:, None]
         tl.debug_barrier()  # the momentum may be read by other threads than wrote it
         for start in range(0, cols, C):
             at, inside = tile(row, start + tl.arange(0, C), rows, cols)
-            g = direction_again(grad, exp_avg, at, inside, factor, rest, M, NESTEROV)
+            g = direction_again(grad, exp_avg, at, inside, factor, one_minus_beta, M, NESTEROV)
             p = read(param + at, inside)
             p = stepped(p, g * by, lr, weight_decay)
             write_param(param + at, p, inside, at, key, P, STOCHASTIC, HUGE)
@@ -113,8 +113,8 @@ def _rows(
         param += base
         grad += base
         exp_avg += base
-        g = direction(grad, exp_avg, at, inside, factor, rest, M, NESTEROV, False)
-        h = direction(grad, exp_avg, edges, at_edge, factor, rest, M, NESTEROV, True)
+        g = direction(grad, exp_avg, at, inside, factor, one_minus_beta, M, NESTEROV, False)
+        h = direction(grad, exp_avg, edges, at_edge, factor, one_minus_beta, M, NESTEROV, True)
         p = read(param + at, inside)
         q = read(param + edges, at_edge)
         squares = tl.sum(g * g, 1) + tl.sum(h * h, 1)
@@ -126,7 +126,7 @@ def _rows(
     else:
         at, inside = tile(row, tl.arange(0, C), rows, cols)
         p = read(param + at, inside)
-        g = direction(grad, exp_avg, at, inside, factor, rest, M, NESTEROV, False)
+        g = direction(grad, exp_avg, at, inside, factor, one_minus_beta, M, NESTEROV, False)
         by = inverse_length(tl.sum(g * g, 1), cols.to(tl.float32), eps, L2)[:, None]
         p = stepped(p, g * by, lr, weight_decay)
         write_param(param + at, p, inside, at, key, P, STOCHASTIC, HUGE)
@@ -136,7 +136,7 @@ def _rows(
 def _signs(
     table,
     count,
-    rest,
+    one_minus_beta,
     sign,
     grad_scale,
     found_inf,
@@ -165,7 +165,15 @@ def _signs(
     )
     lr, weight_decay = rates_of(mine, count)
     g = direction(
-        grad, exp_avg, at, inside, gradient_scale(sign, grad_scale), rest, M, NESTEROV, False
+        grad,
+        exp_avg,
+        at,
+        inside,
+        gradient_scale(sign, grad_scale),
+        one_minus_beta,
+        M,
+        NESTEROV,
+        False,
     )
     g = tl.where(g > 0, 1.0, tl.where(g < 0, -1.0, g))  # zero and NaN stay
     p = read(param + at, inside)
@@ -215,7 +223,7 @@ def scale_(
         if table is not None and not plan.captured:
             table.plan = plan
     gradient, rounding = scalars(maximize=maximize, **shared)
-    rule = {"rest": 1.0 - momentum, "NESTEROV": nesterov, "eps": float(eps), "L2": l2}
+    rule = {"one_minus_beta": 1.0 - momentum, "NESTEROV": nesterov, "eps": float(eps), "L2": l2}
     rule |= numbers(betas=betas, eps=adam_eps)
     plan.run(lr, weight_decay, **rule, **gradient, **rounding)
     written(params, exp_avgs, exp_avg_sqs)
