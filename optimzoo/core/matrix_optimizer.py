@@ -170,9 +170,9 @@ class MatrixOptimizer(RoleOptimizer, Rule):
     ) -> None:
         shards, rng_key = matrix.shards, rng_keys.get(matrix.param)
         grad = descent(matrix.grad, group)
-        letters = rule.state_letters(group, shards.shape(grad.shape))
+        dims = rule.state_dims(group, shards.shape(grad.shape))
         with (
-            matrix.opened_state(letters, group, rng_key) as state,
+            matrix.opened_state(dims, group, rng_key) as state,
             fp32_working_copy(matrix.weight, rng_key) as weight,
         ):
             step = matrix.step

@@ -60,7 +60,7 @@ class AdafactorRule(Rule):
     weight's own RMS; here β₂ and ``η`` are those that Adam would take.
     """
 
-    def state_letters(self, group: dict[str, Any], shape: torch.Size) -> dict[str, str]:
+    def state_dims(self, group: dict[str, Any], shape: torch.Size) -> dict[str, str]:
         """Return the dimensions of the two factors."""
         return {"row_var": "m", "col_var": "n"}
 

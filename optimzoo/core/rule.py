@@ -45,13 +45,13 @@ class Matrix(NamedTuple):
 
     @contextmanager
     def opened_state(
-        self, letters: Mapping[str, str], group: dict[str, Any], rng_key: RngKey | None
+        self, dims: Mapping[str, str], group: dict[str, Any], rng_key: RngKey | None
     ) -> Iterator[State]:
         """Yield this process's part of the state, with moments in place of 8-bit codes."""
         with ExitStack() as stack:
             if group["state_bits"] == 8:
                 stack.enter_context(dequantized_moments(self.state, 8, rng_key))
-            yield stack.enter_context(self.shards.local_state(self.state, letters))
+            yield stack.enter_context(self.shards.local_state(self.state, dims))
 
 
 class Rule:
@@ -82,10 +82,10 @@ class Rule:
     def init_state(self, p: Tensor, state: State, group: dict[str, Any]) -> None:
         """Create state of a weight's layout where it is missing."""
 
-    def state_letters(self, group: dict[str, Any], shape: torch.Size) -> dict[str, str]:
+    def state_dims(self, group: dict[str, Any], shape: torch.Size) -> dict[str, str]:
         """Return by key which dimensions of a state tensor are the weight's.
 
-        In the letters of :meth:`optimzoo.distributed.Shards.to_dtensor`.
+        Named as in :meth:`optimzoo.distributed.Shards.to_dtensor`.
         """
         return {}
 

@@ -34,7 +34,7 @@ def local_part(tensor: Tensor, like: Any = None) -> Tensor:
 class Shards:
     """Sharding of a weight seen as a matrix ``[..., m, n]``; empty for a plain tensor.
 
-    Dimensions have letters: ``m`` rows, ``n`` columns, ``s`` the one that stacks matrices. Each
+    Dimensions have names: ``m`` rows, ``n`` columns, ``s`` the one that stacks matrices. Each
     dimension of the device mesh shards at most one of them. A sharded stack needs no communication:
     each of its matrices is whole.
 
@@ -42,9 +42,9 @@ class Shards:
         mesh: the weight's device mesh; None for a plain tensor.
         size: the shape of the weight.
         placements: the weight's placements, one per dimension of the mesh.
-        cuts: the letter that each dimension of the mesh shards; empty where it shards none.
-        lengths: length of each letter's dimension in the whole weight.
-        spans: first index and length of this process's shard, for each sharded letter.
+        cuts: the dimension that each dimension of the mesh shards; empty where it shards none.
+        lengths: length of each dimension in the whole weight, by name.
+        spans: first index and length of this process's shard, for each sharded dimension.
     """
 
     mesh: Any = None
@@ -65,17 +65,17 @@ class Shards:
             return UNSHARDED
         sharded: Any = param
         mesh, placements = sharded.device_mesh, tuple(sharded.placements)
-        letters = _letters(param.ndim, transposed, stacked)
+        dims = _dims(param.ndim, transposed, stacked)
         cuts = []
         for i, placement in enumerate(placements):
             dim = getattr(placement, "dim", None)
-            cuts.append("" if dim is None or mesh.size(i) == 1 else letters[dim])
+            cuts.append("" if dim is None or mesh.size(i) == 1 else dims[dim])
             if cuts[-1] == "?":
                 raise RuntimeError(
                     f"a weight {list(param.shape)} is cut along dimension {dim}, inside of the "
                     "rows of its matrix; shard it along dimension 0"
                 )
-        lengths = {x: param.shape[letters.index(x)] for x in letters if x != "?"}
+        lengths = {x: param.shape[dims.index(x)] for x in dims if x != "?"}
         spans = _spans(mesh, placements, cuts, lengths)
         return cls(mesh, tuple(param.shape), placements, tuple(cuts), lengths, spans)
 
@@ -92,13 +92,13 @@ class Shards:
             spans={other.get(x, x): span for x, span in self.spans.items()},
         )
 
-    def is_sharded(self, letters: str = "mn") -> bool:
+    def is_sharded(self, dims: str = "mn") -> bool:
         """Return whether one of these dimensions is sharded."""
-        return any(x in letters for x in self.cuts if x)
+        return any(x in dims for x in self.cuts if x)
 
-    def groups(self, letters: str = "mn") -> list[Any]:
+    def groups(self, dims: str = "mn") -> list[Any]:
         """Return the process groups over which these dimensions are sharded."""
-        return [self.mesh.get_group(i) for i, x in enumerate(self.cuts) if x and x in letters]
+        return [self.mesh.get_group(i) for i, x in enumerate(self.cuts) if x and x in dims]
 
     def shape(self, local: torch.Size) -> torch.Size:
         """Return the shape of the whole matrix whose shard here has the shape ``local``."""
@@ -159,16 +159,16 @@ class Shards:
         self.sum_([product], "n")
         return self.gather(product)
 
-    def to_dtensor(self, local: Tensor, letters: str) -> Tensor:
-        """Wrap a state tensor in a DTensor, sharded where ``letters`` name sharded dimensions.
+    def to_dtensor(self, local: Tensor, dims: str) -> Tensor:
+        """Wrap a state tensor in a DTensor, sharded where ``dims`` name sharded dimensions.
 
-        A tensor that is the same on every process stays plain. ``letters`` name the last
+        A tensor that is the same on every process stays plain. ``dims`` name the last
         dimensions, a dot one that the weight does not have; those of a stack come before them.
         """
         if self.mesh is None or local.ndim == 0:
             return local
-        stack = "s" + "." * (local.ndim - len(letters) - 1) if local.ndim > len(letters) else ""
-        named = (stack + letters)[-local.ndim :]
+        stack = "s" + "." * (local.ndim - len(dims) - 1) if local.ndim > len(dims) else ""
+        named = (stack + dims)[-local.ndim :]
         if not any(x and x in named for x in self.cuts):
             return local
         from torch.distributed.tensor import DTensor, Replicate
@@ -190,13 +190,13 @@ class Shards:
 
     @contextmanager
     def local_state(
-        self, state: MutableMapping[str, Any], letters: Mapping[str, str]
+        self, state: MutableMapping[str, Any], dims: Mapping[str, str]
     ) -> Iterator[MutableMapping[str, Any]]:
         """Yield the state as plain local tensors; :meth:`to_dtensor` new ones afterwards.
 
         Args:
             state: the parameter's state.
-            letters: by key of the state, the ``letters`` of :meth:`to_dtensor`.
+            dims: by key of the state, the ``dims`` of :meth:`to_dtensor`.
         """
         if self.mesh is None:
             yield state
@@ -206,9 +206,7 @@ class Shards:
         yield inner
         for key, value in inner.items():
             if value is not before.get(key):
-                state[key] = (
-                    self.to_dtensor(value, letters.get(key, "")) if key in letters else value
-                )
+                state[key] = self.to_dtensor(value, dims.get(key, "")) if key in dims else value
 
 
 UNSHARDED = Shards()
@@ -217,8 +215,8 @@ UNSHARDED = Shards()
 def sum_packed(tensors: Sequence[Tensor], shards: Sequence[Shards], over: Sequence[str]) -> None:
     """Apply :meth:`Shards.sum_` to tensors of many weights, by one all-reduce per process group."""
     packed: dict[int, tuple[Any, list[Tensor]]] = {}
-    for tensor, shard, letters in zip(tensors, shards, over, strict=True):
-        for group in shard.groups(letters):
+    for tensor, shard, dims in zip(tensors, shards, over, strict=True):
+        for group in shard.groups(dims):
             packed.setdefault(id(group), (group, []))[1].append(tensor)
     for group, some in packed.values():
         all_reduce_(some, group)
@@ -228,7 +226,7 @@ def _positive(dim: int | tuple[int, ...], ndim: int) -> set[int]:
     return {i % ndim for i in ((dim,) if isinstance(dim, int) else dim)}
 
 
-def _letters(ndim: int, transposed: bool, stacked: bool) -> str:
+def _dims(ndim: int, transposed: bool, stacked: bool) -> str:
     if ndim < 2:
         return "m" * ndim
     if ndim > 2 and not stacked:

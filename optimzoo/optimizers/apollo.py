@@ -96,7 +96,7 @@ class APOLLO(MatrixOptimizer):
         check_choice("scale_type", options["scale_type"], ("channel", "tensor"))
         check_limiter(options["limiter"])
 
-    def state_letters(self, group: dict[str, Any], shape: torch.Size) -> dict[str, str]:
+    def state_dims(self, group: dict[str, Any], shape: torch.Size) -> dict[str, str]:
         """Return the dimensions of the low-rank moments."""
         low = ".n" if resolve_side("auto", shape) == "left" else "m."
         return {"exp_avg": low, "exp_avg_sq": low}

@@ -44,7 +44,7 @@ class LowRankOptimizer(MatrixOptimizer):
         check_choice("projector", options["projector"], KINDS)
         check_choice("side", options["side"], SIDES)
 
-    def state_letters(self, group: dict[str, Any], shape: torch.Size) -> dict[str, str]:
+    def state_dims(self, group: dict[str, Any], shape: torch.Size) -> dict[str, str]:
         """Return the dimensions of projector, moments and history."""
         low = {"n": ".n", "m": "m.", "": ".."}[low_dimension(group, shape)]
         return {

@@ -166,7 +166,7 @@ class Muon(MomentumOptimizer):
             factors = initial_factors(matrix, rank, moment_dtype(p, group), shards)
             local.update(zip(FACTORS, factors, strict=True))
 
-    def state_letters(self, group: dict[str, Any], shape: torch.Size) -> dict[str, str]:
+    def state_dims(self, group: dict[str, Any], shape: torch.Size) -> dict[str, str]:
         """Return the dimensions of the factors."""
         return FACTORS
 

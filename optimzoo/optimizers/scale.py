@@ -578,8 +578,8 @@ def _part(p: Tensor, state: State, group: dict[str, Any], rng_key: RngKey | None
     if group["normalize"] in ("column", "row"):
         dim = input_dim(group["role"] or "hidden", transposed=group["transposed"])
         dim = dim if group["normalize"] == "column" else -3 - dim
-    letters = {0: "mn", -1: "n", -2: "m"}[dim]
-    if group["normalize"] == "sign" or not shards.is_sharded(letters):
+    dims = {0: "mn", -1: "n", -2: "m"}[dim]
+    if group["normalize"] == "sign" or not shards.is_sharded(dims):
         return None
     grad = local_part(p.grad, like=p)
     return Part(local_part(p), grad, _local_average(state), shards, dim, group, rng_key)
@@ -594,8 +594,8 @@ def _step_parts(parts: Sequence[Part]) -> None:
         wide = torch.promote_types(g.dtype, torch.float32)
         length = torch.linalg.vector_norm(g, dim=part.dim, keepdim=True, dtype=wide)
         squares.append(length.square())
-    letters = ["n" if part.dim == -1 else "m" for part in summed]
-    sum_packed(squares, [part.shards for part in summed], letters)
+    dims = ["n" if part.dim == -1 else "m" for part in summed]
+    sum_packed(squares, [part.shards for part in summed], dims)
     for part, grad, square in zip(summed, sources, squares, strict=True):
         count = part.shards.shape(grad.shape)[part.dim]
         _write(part, _divided(grad, square.sqrt(), count, part.group["norm"], part.group["eps"]))

@@ -104,7 +104,7 @@ class SinkGD(MatrixOptimizer):
         if not options["alpha"] > 0:
             raise ValueError(f"Invalid alpha: {options['alpha']}; it must be > 0")
 
-    def state_letters(self, group: dict[str, Any], shape: torch.Size) -> dict[str, str]:
+    def state_dims(self, group: dict[str, Any], shape: torch.Size) -> dict[str, str]:
         """Return that the vector of the spectral norm is whole, but for a stack's dimension."""
         return {KEY: "."}
 

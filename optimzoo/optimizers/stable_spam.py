@@ -130,7 +130,7 @@ class StableSPAM(MatrixOptimizer):
             raise ValueError("state_bits=8 counts its steps in Python; it excludes capturable=True")
         check_choice("reset_step", options["reset_step"], ("authors", "clean"))
 
-    def state_letters(self, group: dict[str, Any], shape: torch.Size) -> dict[str, str]:
+    def state_dims(self, group: dict[str, Any], shape: torch.Size) -> dict[str, str]:
         """Return the dimensions of the moments."""
         whole = "mn" if len(shape) > 1 else "m"
         return {"exp_avg": whole, "exp_avg_sq": whole}
@@ -177,8 +177,8 @@ class StableSPAM(MatrixOptimizer):
                 if coded:
                     stack.enter_context(dequantized_moments(state, 8, rng_key))
                 if shards.mesh is not None:
-                    letters = self.state_letters(group, shards.shape(grad.shape))
-                    state = stack.enter_context(shards.local_state(state, letters))
+                    dims = self.state_dims(group, shards.shape(grad.shape))
+                    state = stack.enter_context(shards.local_state(state, dims))
                 if kernels is None:
                     weight = stack.enter_context(fp32_working_copy(weight, rng_key))
                 init_moments(state, grad, dtype)

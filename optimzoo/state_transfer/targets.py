@@ -109,8 +109,8 @@ def _stable_spam(new: StableSPAM, p: Tensor, group: dict[str, Any]) -> Target:
         state[key] = 0
         step_as_tensor(state, p, capturable=group["capturable"], key=key)
     shards = Shards.of(p, **_layout(group))
-    letters = new.state_letters(group, shards.shape(weight.shape))
-    with shards.local_state(state, letters) as local:
+    dims = new.state_dims(group, shards.shape(weight.shape))
+    with shards.local_state(state, dims) as local:
         init_moments(local, weight, moment_dtype(weight, group))
     keys = ("exp_avg", "exp_avg_sq", "moment_step")
     return Target(state, *keys, group["betas"], as_matrix=True, normalized=True)
