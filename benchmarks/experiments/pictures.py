@@ -108,11 +108,11 @@ def memory_figure(plan: Plan, records: list[Row]) -> Any:
     bars = [((x, y - by), (x, y + by)) for (x, y), by in zip(points, spreads, strict=True)]
     several = len({record["protocol"] for record in records}) > 1
     names = [r["label"] + f" ({r['protocol']})" * several for r in records]
-    _label(axes, names, points, [*bars, *pairwise(corners)], bold=front)
+    label(axes, names, points, [*bars, *pairwise(corners)], bold=front)
     return canvas
 
 
-def _label(
+def label(
     axes: Any, names: list[str], points: list[Point], lines: list[tuple[Point, Point]], bold: Any
 ) -> None:
     """Write a name beside each point, on no other one, and rather not on one of the lines."""

@@ -24,7 +24,7 @@ from benchmarks.experiments.summary import (
     tuned_records,
 )
 from benchmarks.papers import perplexity_tables
-from benchmarks.report import choosing, findings, start_checks, tuned_rates
+from benchmarks.report import batches, choosing, findings, start_checks, tuned_rates
 from benchmarks.training.flops import speed_text
 from optimzoo.models.llama import get_config
 
@@ -233,6 +233,7 @@ def _forgetting(_: str) -> str:
 
 _MADE: dict[str, Callable[[str], str]] = {
     "headline": _headline,
+    "batches": batches.text,
     "findings": lambda _: findings.table().markdown(),
     "starting": lambda _: tuned_rates.table().markdown(),
     "start": tuned_rates.example,

@@ -2,14 +2,16 @@
 
 import argparse
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from benchmarks.common.files import ROOT, write_atomic
 from benchmarks.experiments import pictures
 from benchmarks.experiments.own import read_comparison, write_csv
 from benchmarks.experiments.plan import Plan
 from benchmarks.experiments.summary import read_rows, tuned_records, write_report
-from benchmarks.report import results_page, tuned_rates
+from benchmarks.report import batches, results_page, tuned_rates
 from benchmarks.report.marks import filled
 from optimzoo.options import refuse
 from optimzoo.tuned_rates import tuned_settings
@@ -17,13 +19,24 @@ from optimzoo.tuned_rates import tuned_settings
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 
 
-def picture(name: str) -> bytes:
-    """Draw perplexity against memory of a plan's tuned runs, as reproducible SVG."""
+def _front(name: str) -> Any:
+    """Draw perplexity against memory of a plan's tuned runs."""
+    return pictures.memory_figure(Plan(name), list(tuned_records(name).values()))
+
+
+# By the mark of the text that shows it.
+_PICTURES: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "headline": ("memory.svg", _front),
+    "batches": ("batches.svg", batches.figure),
+}
+
+
+def _svg(draw: Callable[[str], Any], name: str) -> bytes:
+    """Draw a figure of the rows as reproducible SVG."""
     import matplotlib
 
-    records = list(tuned_records(name).values())
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-        return pictures.memory(Plan(name), records, format="svg", metadata={"Date": None})
+        return pictures.saved(draw(name), format="svg", metadata={"Date": None})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,8 +77,10 @@ def main(args: argparse.Namespace) -> int:
     tuned_settings.cache_clear()  # the pages show what is in that file
     for path, text in _pages().items():
         write_atomic(path, text)
-    for name in re.findall(r"<!-- headline: (\S+) -->", README.read_text("utf-8")):
-        write_atomic(DOCS / "memory.svg", picture(name))
+        for mark, name in re.findall(r"<!-- (\w+): (\S+) -->", text):
+            if mark in _PICTURES:
+                file, draw = _PICTURES[mark]
+                write_atomic(DOCS / file, _svg(draw, name))
     stored = [(plan, read_rows(plan.results_path)) for plan in Plan.stored()]
     write_atomic(args.out / "index.html", results_page.render(own))
     for plan, rows in stored:
@@ -75,7 +90,7 @@ def main(args: argparse.Namespace) -> int:
     if args.csv:
         write_csv(args.csv, [*stored, *([own] if own else [])])
     print(
-        f"written: {README.name}, its picture, {DOCS.name}/, {args.out}/index.html, and loss.png, "
-        "memory.png by plan"
+        f"written: {README.name}, {DOCS.name}/ and its pictures, {args.out}/index.html, and "
+        "loss.png, memory.png by plan"
     )
     return 0

@@ -191,7 +191,14 @@ def test_indices_beyond_32_bits():
     values[table.FIRST.value] = -first // count
     values[table.RATES.value] = int(np.float32(2.0**-15).view(np.int32))
     gradient, rounding = launch.scalars(seed=3, step=4)
-    rule = {"one_minus_beta": 0.1, "NESTEROV": False, "eps": 0.0, "L2": False, **gradient, **rounding}
+    rule = {
+        "one_minus_beta": 0.1,
+        "NESTEROV": False,
+        "eps": 0.0,
+        "L2": False,
+        **gradient,
+        **rounding,
+    }
     types = {"P": launch.TYPES[BF16], "G": launch.TYPES[BF16], "M": None}
     tile = dict(launch.row_tile(record).constants)
     _rows[(1,)](
