@@ -163,13 +163,13 @@ class _Snapshot:
 
 
 def _curve(optimizer: Optimizer, closure: Callable[[], Any], role: str, factors: Any) -> Curve:
-    starting = [float(group["lr"]) for group in optimizer.param_groups]
+    base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
     tested = [(group.get("role") or "all") == role for group in optimizer.param_groups]
-    first = next(rate for rate, mine in zip(starting, tested, strict=True) if mine)
+    first = next(rate for rate, mine in zip(base_lrs, tested, strict=True) if mine)
     curve: Curve = []
     lowest = math.inf
     for factor in map(float, factors):
-        for group, rate, mine in zip(optimizer.param_groups, starting, tested, strict=True):
+        for group, rate, mine in zip(optimizer.param_groups, base_lrs, tested, strict=True):
             value = rate * factor if mine else 0.0
             group["lr"] = lr.fill_(value) if isinstance(lr := group["lr"], Tensor) else value
         with torch.enable_grad():

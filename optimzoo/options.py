@@ -8,7 +8,7 @@ from collections.abc import Iterable
 def refuse(
     args: argparse.Namespace,
     names: Iterable[str],
-    set_names: list[str],
+    given_options: list[str],
     reason: str,
     but: str | bool = False,
 ) -> None:
@@ -18,7 +18,7 @@ def refuse(
         ValueError: names the option, its value and ``reason``, with ``{option}`` replaced.
     """
     for name in names:
-        if name in set_names and name != but:
+        if name in given_options and name != but:
             value = getattr(args, name)
             value = " ".join(map(str, value)) if isinstance(value, list) else value
             option = f"--{name.replace('_', '-')}"

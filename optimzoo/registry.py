@@ -146,8 +146,8 @@ def _make(
     if isinstance(groups, list):
         _refuse_flattened(groups)
     if _is_ours(info):
-        created: Optimizer = info.make(groups, **hyper)
-        return created
+        instance: Optimizer = info.make(groups, **hyper)
+        return instance
     for group in groups:
         style = group.get("weight_decay_style") if isinstance(group, dict) else None
         if style not in (None, "decoupled"):

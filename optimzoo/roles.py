@@ -91,11 +91,11 @@ def param_groups(model: nn.Module, overrides: Overrides = ()) -> list[dict[str, 
             f"{type(model).__name__} has no trainable parameter; "
             "set requires_grad before building the groups"
         )
-    facts = _find_roles(model)
+    facts_by_param = _find_roles(model)
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     used: set[int] = set()
     for param, aliases in names.items():
-        group, order = dict(facts[param]), -1
+        group, order = dict(facts_by_param[param]), -1
         for i, (pattern, options) in enumerate(rules):
             if any(pattern.search(name) for name in aliases):
                 if options.get("role") == "embedding":  # [in, out] is how an embedding lies
@@ -195,7 +195,7 @@ def _names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
 def _find_roles(model: nn.Module) -> dict[nn.Parameter, dict[str, Any]]:
     model = _unwrap(model)
     head = _find_head(model)
-    by_param: dict[nn.Parameter, dict[str, Any]] = {}
+    facts_by_param: dict[nn.Parameter, dict[str, Any]] = {}
     modules = dict(model.named_modules())
     for path, module in modules.items():
         for name, param in module.named_parameters(recurse=False):
@@ -211,10 +211,10 @@ def _find_roles(model: nn.Module) -> dict[nn.Parameter, dict[str, Any]]:
             if param is head:
                 facts["role"] = "head"
                 facts["tied"] = facts["tied"] or isinstance(module, nn.Embedding)
-            if param in by_param:  # a second owner of a tied weight
-                facts["tied"] |= by_param[param]["tied"]
-            by_param[param] = facts
-    return by_param
+            if param in facts_by_param:  # a second owner of a tied weight
+                facts["tied"] |= facts_by_param[param]["tied"]
+            facts_by_param[param] = facts
+    return facts_by_param
 
 
 def _facts(module: nn.Module, name: str, param: nn.Parameter) -> dict[str, Any]:

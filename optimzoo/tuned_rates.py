@@ -130,20 +130,20 @@ def starting_values(
         >>> start = optimzoo.starting_values("muon", model, adamw_lr=3e-4, steps=10_000)
         >>> optimizer = optimzoo.create_optimizer("muon", model, **start.options)
     """
-    by_role = _by_role(adamw_lr)
-    for key, value in (*by_role.items(), ("batch_tokens", batch_tokens), ("steps", steps)):
+    adamw_lrs = _by_role(adamw_lr)
+    for key, value in (*adamw_lrs.items(), ("batch_tokens", batch_tokens), ("steps", steps)):
         if value is not None and not value > 0:
-            key = "adamw_lr" if key in by_role else key
+            key = "adamw_lr" if key in adamw_lrs else key
             raise ValueError(f"{key}={value}: it must be positive, or left out")
     info = get_info(name)
     tuned = _tuned(info.name, variant)
     adamw = _tuned("adamw", {})
     groups = [] if model is None else _groups(model)
     width = None if model is None else model_width(groups)
-    if not by_role:
+    if not adamw_lrs:
         at_width = {s: 1.0 if width is None else (_width(s) / width) ** 0.5 for s in tuned}
         base = {s: adamw[s]["values"]["lr"] * at_width[s] for s in tuned}
-        by_role = {"hidden": _between(base, batch_tokens)}
+        adamw_lrs = {"hidden": _between(base, batch_tokens)}
     powers = dict.fromkeys(ROLE_RATES, 0.0) | dict(info.width_power)
     if variant.get("other") == "scale":
         powers["embedding"] = get_info("scale").width_power["embedding"]
@@ -153,7 +153,7 @@ def starting_values(
     options: dict[str, Any] = {}
     spread = {}
     for role, key in ROLE_RATES.items():
-        of = role if role in by_role else "hidden"
+        of = role if role in adamw_lrs else "hidden"
         ratio = {}
         for setting, record in tuned.items():
             grown = 1.0 if width is None else (width / _width(setting)) ** powers[role]
@@ -162,14 +162,14 @@ def starting_values(
             if role in left_to_adam:
                 relative **= 0.5
             ratio[setting] = relative * adamw_values[key] / adamw_values[ROLE_RATES[of]] * grown
-        options[key] = float(f"{by_role[of] * _between(ratio, batch_tokens):.2g}")
+        options[key] = float(f"{adamw_lrs[of] * _between(ratio, batch_tokens):.2g}")
         spread[role] = max(ratio.values()) / min(ratio.values())
     overrides = {}
     names = [n for g in groups if g.get("role") == "embedding" for n in g.get("param_names", ())]
     positions = [name for name in names if is_position_name(name)]
     if len(positions) < len(names):
         overrides = {f"^{re.escape(n)}$": {"lr": options["head_lr"]} for n in positions}
-    elif names and "embedding" not in by_role:
+    elif names and "embedding" not in adamw_lrs:
         options["embedding_lr"] = options["head_lr"]
     nearest = min(tuned, key=lambda s: abs(math.log(_tokens(s) / (batch_tokens or _tokens(s)))))
     values = dict(tuned[nearest]["values"])

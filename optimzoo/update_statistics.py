@@ -56,7 +56,7 @@ def _compared(weights: list[tuple[str, Tensor]], before: list[Tensor]) -> dict[s
     sum_packed(squares, [Shards.of(p) for p in params], ["smn"] * len(params))
     statistics = {}
     for role in dict.fromkeys(role for role, _ in weights):
-        of_role = [i for i, (of, _) in enumerate(weights) if of == role]
+        of_role = [i for i, (weight_role, _) in enumerate(weights) if weight_role == role]
         device = squares[of_role[0]].device  # a model may be on several
         sums = torch.stack([squares[i].to(device) for i in of_role]).sum(0).tolist()
         count = max(sum(params[i].numel() for i in of_role), 1)

@@ -92,7 +92,7 @@ class SideBySide(RunProgress):
         )
 
     def end(self, key: str, steps: int) -> None:
-        """Remove a finished run of ``steps`` steps from the running ones."""
+        """Count a run's ``steps`` as done, and remove it from the running ones."""
         self._running.pop(key, None)
         self._base += steps
 

@@ -168,7 +168,7 @@ def _copied(folder: Path, vocab_size: int, limits: Mapping[str, Any], bars: Bars
 def _text_recipe(source: Source, vocab_size: int, bars: Bars, tokenized_as: Path | None) -> _Recipe:
     import tokenizers
 
-    given_tokenizer = None if tokenized_as is None else _tokenizer_of(tokenized_as, vocab_size)
+    reused_tokenizer = None if tokenized_as is None else _tokenizer_of(tokenized_as, vocab_size)
 
     with bars.bar("reading", None, "characters") as advance:
         surveyed = survey(source, advance)
@@ -178,11 +178,13 @@ def _text_recipe(source: Source, vocab_size: int, bars: Bars, tokenized_as: Path
         "vocab_size": vocab_size,
         "tokenizers": tokenizers.__version__,
     }
-    if given_tokenizer is not None:
-        identity["tokenizer_sha256"] = hashlib.sha256(given_tokenizer.to_str().encode()).hexdigest()
+    if reused_tokenizer is not None:
+        identity["tokenizer_sha256"] = hashlib.sha256(
+            reused_tokenizer.to_str().encode()
+        ).hexdigest()
 
     def fill(folder: Path) -> None:
-        tokenizer = given_tokenizer or train_tokenizer(source, surveyed, vocab_size, bars)
+        tokenizer = reused_tokenizer or train_tokenizer(source, surveyed, vocab_size, bars)
         writer = TokenWriter(folder, _dtype(vocab_size))
         total = sum(surveyed.characters.values())
         try:

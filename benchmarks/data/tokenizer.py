@@ -15,7 +15,7 @@ END_OF_TEXT = "<|endoftext|>"
 GROUP_CHARS = 2_000_000  # encoded at once: bounds the memory
 
 
-def train_tokenizer(source: Source, surveyed: Survey, vocab_size: int, bars: Bars) -> Any:
+def train_tokenizer(source: Source, survey: Survey, vocab_size: int, bars: Bars) -> Any:
     """Train a byte-level BPE of exactly `vocab_size` tokens on the train split."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -31,12 +31,12 @@ def train_tokenizer(source: Source, surveyed: Survey, vocab_size: int, bars: Bar
     )
 
     with ExitStack() as stack:
-        train_characters = surveyed.characters["train"]
+        train_characters = survey.characters["train"]
         advance = stack.enter_context(bars.bar("counting words", train_characters, "characters"))
 
         def texts() -> Iterator[str]:
             for document in source.documents():
-                if document.split == "train" and surveyed.owns(document):
+                if document.split == "train" and survey.owns(document):
                     advance(len(document.text))
                     yield document.text
             stack.enter_context(bars.bar("merging pairs", None, ""))

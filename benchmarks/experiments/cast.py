@@ -2,44 +2,38 @@
 
 import argparse
 import contextlib
+import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from benchmarks.common.files import RESULTS, write_atomic, write_json
-from benchmarks.common.progress import RunProgress
 from benchmarks.common.provenance import made_on
 from benchmarks.common.tables import Table
-from benchmarks.data.corpus import Corpus
 from benchmarks.experiments import pictures
+from benchmarks.experiments.plan import Entry, Plan, Row, choose, settings, tried
+from benchmarks.experiments.run_queue import Session, add_jobs_argument, settle_counts
+from benchmarks.experiments.significance import mean_loss, paired
 from benchmarks.experiments.sparse_run import Method, SparseRun, sparse_config
+from benchmarks.experiments.tuning import Search, Values
 from benchmarks.training.cli import add_corpus_arguments, corpus_from, refuse_cache
 from benchmarks.training.config import RunConfig
-from benchmarks.training.loop import train
 from benchmarks.training.metrics import perplexity
-from benchmarks.training.run import Run
 from optimzoo.options import refuse
 
-Row = dict[str, Any]
-
-# Rates and decays: the best of a few tried each, at the default sizes.
+# The rates and the decays are where the search begins.
 METHODS = {
-    "dense": Method("dense, as trained", trained=False, distill=False),
-    "continued": Method("dense, trained further", lr=2e-3, distill=False),
-    "oneshot": Method("pruned once, no training", prune=True, trained=False, distill=False),
-    "fixed": Method("pruned once, fixed mask", lr=4e-3, prune=True),
-    "l2": Method("masked L2, dense forward", lr=5e-4, decay="l2", l1=0.1),
-    "srste": Method(
-        "SR-STE (L2, pruned forward)", lr=5e-4, decay="l2", l1=0.2, masked_forward=True
-    ),
+    "dense": Method("dense", trained=False, distill=False),
+    "continued": Method("dense, further", lr=2e-3, distill=False),
+    "oneshot": Method("pruned once", prune=True, trained=False, distill=False),
+    "fixed": Method("fixed mask", lr=4e-3, prune=True),
+    "l2": Method("masked L2", lr=5e-4, decay="l2", l1=0.1),
+    "srste": Method("SR-STE", lr=5e-4, decay="l2", l1=0.2, masked_forward=True),
     "cast": Method("CAST", lr=1e-3, decay="l1", l1=1e-2, scale_blocks=2),
 }
+PROTOCOL = "tuned"
 # Options that only some of the methods have.
 _TAKERS: dict[str, Callable[[Method], bool]] = {
     "steps": lambda method: method.trained,
@@ -48,115 +42,176 @@ _TAKERS: dict[str, Callable[[Method], bool]] = {
     "l1": lambda method: method.decay is not None,
     "eta": lambda method: method.trained and method.distill,
 }
-HEADERS = ("method", "zeros", "valid ppl", "after pruning", "test ppl", "masked max", "tokens", "s")
+HEADERS = ("method", "lr/other/l1", "valid ppl", "pruned", "test ppl", "to dense", "masked max")
 
 
-def train_or_read(
-    name: str,
-    config: RunConfig,
-    args: argparse.Namespace,
-    corpus: Corpus,
-    bar: RunProgress,
-    make_run: Callable[..., Run] = Run,
-) -> Row:
-    """Train a run and keep its weights, or read it if it is finished. Return its row.
+def search_of(name: str) -> Search:
+    """Return the search for a method's rates and the strength of its decay."""
+    method = METHODS[name]
+    start: Values = {"lr": method.lr, "other_lr": method.other_lr}
+    axes: tuple[tuple[str, ...], ...] = (("lr",), ("other_lr",), ("lr", "other_lr"))
+    if method.decay:
+        start["l1"] = method.l1
+        axes = (("l1",), *axes)
+    return Search(start, axes if method.trained else ())
 
-    Raises:
-        ValueError: its loss is not finite.
+
+class Comparison:
+    """Runs from dense weights, and what the methods' searches have found.
+
+    Attributes:
+        path: of the committed rows: those of the runs, and those of the search.
+        searched: rows of the search.
     """
-    options: Any = {"save_every": 100, "keep_weights": True, "make_run": make_run}
-    progress = bar.start(name, config.steps)
-    row = train(config, corpus, out=args.out / name, progress=progress, **options)
-    if row["diverged"]:
-        raise ValueError(f"the loss of {name} is not finite; lower the rates")
-    return row
 
+    def __init__(self, model: str) -> None:
+        self.path = RESULTS / f"{model}-cast.json"
+        record = json.loads(self.path.read_text("utf-8")) if self.path.exists() else {}
+        self.rows: list[Row] = record.get("rows", [])
+        self.searched: list[Row] = record.get("search", [])
 
-def train_dense(args: argparse.Namespace, corpus: Corpus, bar: RunProgress) -> dict[str, Tensor]:
-    """Train the dense model, or read it if it is finished. Return its weights."""
-    rates = {"lr": args.dense_lr, "other_lr": args.dense_other_lr}
-    hyper = {"weight_decay": 0.0}
-    config = RunConfig("adamw", hyper=hyper, steps=args.dense_steps, **rates, **_sizes(args))
-    row = train_or_read("start", config, args, corpus, bar)
-    bar.finish(f"dense: validation perplexity {perplexity(row['valid_loss']):.2f}")
-    return dict(torch.load(args.out / "start" / "weights.pt", weights_only=True))
+    def values(self, name: str) -> Values:
+        """Return a method's best values, or those where its search begins."""
+        search = search_of(name)
+        if not tried(self.searched, name, PROTOCOL, search):
+            return search.start
+        return settings(choose(self.searched, name, PROTOCOL), search.start)
+
+    def edges(self, name: str) -> list[str]:
+        """Return the values of a method that are best at the edge of what was tried."""
+        search = search_of(name)
+        return search.edges(tried(self.searched, name, PROTOCOL, search))
 
 
 def _sizes(args: argparse.Namespace) -> Row:
-    names = ("model", "batch_size", "seq_len", "eval_tokens", "seed")
-    return {name: getattr(args, name) for name in names} | {"clip": 1.0}
+    names = ("model", "batch_size", "seq_len", "eval_tokens")
+    return {name: getattr(args, name) for name in names}
 
 
-def run_method(
-    name: str, args: argparse.Namespace, corpus: Corpus, dense: dict[str, Tensor], bar: RunProgress
-) -> Row:
-    """Train one method from the dense weights. Return its row."""
-    method = METHODS[name]
-    changes = {k: getattr(args, k) for k in ("lr", "l1") if getattr(args, k) is not None}
-    method = replace(method, **changes)
+def train_dense(args: argparse.Namespace, session: Session) -> list[Path]:
+    """Train the dense model of each seed by tuned AdamW; return the files of their weights."""
+    tuned = Plan("nano").chosen("adamw", PROTOCOL, 0).config
+    config = replace(tuned, **_sizes(args), steps=args.dense_steps)
+    entries = [Entry("start", PROTOCOL, replace(config, seed=s)) for s in range(args.seeds)]
+    session.run(entries, test=False)
+    session.rows = []
+    return [session.folder(entry) / "weights.pt" for entry in entries]
+
+
+def entry(name: str, values: Values, args: argparse.Namespace, weights: Path, seed: int) -> Entry:
+    """Return the run of a method with these values from the dense weights of a seed."""
+    options = {k: getattr(args, k) for k in values if getattr(args, k) is not None}
+    method = replace(METHODS[name], **values | options)
     config = RunConfig(
         optimizer="adams" if method.decay else "adamw",
         lr=method.lr,
-        other_lr=args.other_lr,
+        other_lr=method.other_lr,
         steps=args.steps if method.trained else 1,
         min_lr_ratio=0.0,
         warmup=0.05,
-        **{**_sizes(args), "seed": args.seed + 1},  # other batches than the dense run's
+        clip=1.0,
+        weights=str(weights),
+        seed=seed + 1,  # other batches than the dense run's
+        **_sizes(args),
     )
-    config = sparse_config(config, method, dense, args.eta)
-    make_run = partial(SparseRun, method=method, dense=dense, eta=args.eta)
-    row = train_or_read(name, config, args, corpus, bar, make_run)
-    bar.finish(
-        f"{method.label}: validation perplexity {perplexity(row['valid_before']):.2f}, "
-        f"{perplexity(row['valid_loss']):.2f} after pruning"
-    )
-    return {**row, "method": name}
+    tag = f"-l1-{method.l1:g}" if method.decay else ""
+    return Entry(name, PROTOCOL, sparse_config(config, method, args.eta), tag)
 
 
-def cells(row: Row) -> list[str]:
-    """Format a row as table cells, in the order of `HEADERS`."""
-    largest = row.get("masked_max")
+def tune(args: argparse.Namespace, session: Session, weights: Path) -> list[Row]:
+    """Search each method's values with seed 0; return the rows, without their curves."""
+    names = [name for name in args.methods if METHODS[name].trained]
+    while True:
+        searches = {name: search_of(name) for name in names}
+        entries = [
+            entry(name, point, args, weights, 0)
+            for name, search in searches.items()
+            for point in search.next(tried(session.rows, name, PROTOCOL, search))
+        ]
+        if not entries:
+            break
+        session.run(entries, test=False)
+    rows, session.rows = session.rows, []
+    return [_stored(row, "curve", "valid_curve", "masked_curve") for row in rows]
+
+
+def _stored(row: Row, *without: str) -> Row:
+    """Return a row as it is kept: without the place of the dense weights."""
+    config = row["config"] | {"weights": Path(row["config"]["weights"]).name}
+    return {k: v for k, v in row.items() if k not in without} | {"config": config}
+
+
+def by_method(rows: list[Row]) -> dict[str, list[Row]]:
+    """Return each method's rows, one a seed."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["method"], []).append(row)
+    return groups
+
+
+def cells(rows: list[Row], dense: list[Row]) -> list[str]:
+    """Format a method's rows as table cells, in the order of `HEADERS`."""
+    row, difference = rows[0], paired(rows, dense)
+    method = METHODS[row["method"]]
+    values = [row["config"]["lr"], row["config"]["other_lr"]]
+    values += [row["config"]["hyper"]["l1"]] if method.decay else []
+    largest = max((r["masked_max"] for r in rows if "masked_max" in r), default=None)
+
+    def mean(name: str) -> str:
+        return f"{perplexity(math.fsum(r[name] for r in rows) / len(rows)):.2f}"
+
     return [
-        row["label"],
-        f"{row['zeros']:.0%}",
-        f"{perplexity(row['valid_before']):.2f}",
-        f"{perplexity(row['valid_loss']):.2f}",
-        f"{perplexity(row['test_loss']):.2f}",
+        method.label,
+        "/".join(f"{value:g}" for value in values) if method.trained else "-",
+        mean("valid_before"),
+        mean("valid_loss"),
+        f"{math.exp(mean_loss(rows)):.2f}",
+        "" if rows is dense or difference is None else difference.text(),
         "-" if largest is None else f"{largest:.1e}",
-        f"{row['tokens']:,}",
-        f"{row['seconds']:.0f}",
     ]
 
 
 LEGEND = (
-    "zeros: of the hidden linear weights. valid ppl: as trained; masked max: the largest masked "
-    "weight then, in units of the kept ones' median. after pruning: 2:4, as are the test figures. "
-    "tokens, s: of the further training alone; every trained row but the dense one learns from the "
-    "dense model too."
+    "valid ppl: as trained; pruned: with weights that are 2:4, as are the test figures. masked "
+    "max: of the masked weights before that, over the kept ones' median. to dense: to the dense "
+    "model trained further. fixed mask: that of the weights pruned once; masked L2: decay of the "
+    "masked weights, dense forward; SR-STE: the same, pruned forward. All but the dense ones learn "
+    "from the dense model too. lr/other/l1: rate of hidden weights, of the others, strength of the "
+    "decay, by a search with seed 0."
 )
+
+
+def table(rows: list[Row]) -> Table:
+    """Return the table of methods, means over the seeds, and how it was made."""
+    config, groups = rows[0]["config"], by_method(rows)
+    trained = max(rows, key=lambda row: row["config"]["steps"])
+    seeds = len({row["config"]["seed"] for row in rows})
+    origin = (
+        f"{config['model']}, {rows[0]['corpus']['name']} text, {trained['tokens']:,} further "
+        f"tokens a run, {seeds} seed{'s' * (seeds > 1)}, {rows[0]['precision']}; "
+        f"{made_on(rows[0]['provenance'])}"
+    )
+    dense = groups.get("continued", [])
+    lines = [cells(mine, dense) for mine in groups.values()]
+    return Table(HEADERS, lines, notes=[origin, LEGEND], left=2)
 
 
 def write_report(rows: list[Row], out: Path) -> None:
     """Print the table, and write table.md, masked.png and flips.png."""
-    config = rows[0]["config"]
-    origin = (
-        f"{config['model']}, {rows[0]['corpus']['name']} text, seed {config['seed']}, "
-        f"{rows[0]['precision']}; {made_on(rows[0]['provenance'])}"
-    )
-    table = Table(HEADERS, [cells(row) for row in rows], notes=[origin, LEGEND], gap=2)
-    write_atomic(out / "table.md", "\n\n".join([table.markdown(), origin, LEGEND]) + "\n")
+    result = table(rows)
+    write_atomic(out / "table.md", "\n\n".join([result.markdown(), *result.notes]) + "\n")
     # The first report has no older mask to compare with.
     columns = {"masked": (1, "masked mean / kept median", 0)}
     columns["flips"] = (3, "share of mask bits flipped in 10 steps", 1)
     for name, (column, label, first) in columns.items():
         curves = {
             row["label"]: [(point[0], point[column]) for point in row["masked_curve"][first:]]
-            for row in rows
+            for row in reversed(rows)  # seed 0's
             if row["masked_curve"][first:]
         }
         picture = pictures.lines(curves, label, log=name == "masked")
         write_atomic(out / f"{name}.png", picture)
-    table.print()
+    result.print()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -168,13 +223,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--eval-tokens", type=int, default=65536)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1")
     parser.add_argument("--eta", type=float, default=1 / 3, help="the teacher's share of the loss")
-    parser.add_argument("--dense-lr", type=float, default=1e-3)
-    parser.add_argument("--dense-other-lr", type=float, default=1.6e-2)
+    parser.add_argument("--tune", action="store_true", help="search rates and decay with seed 0")
     parser.add_argument("--lr", type=float, help="of hidden weights; default: each method's")
-    parser.add_argument("--other-lr", type=float, default=4e-3, help="of the rest, all methods")
+    parser.add_argument("--other-lr", type=float, help="of the others; default: each method's")
     parser.add_argument("--l1", type=float, help="decay, of the methods that have one")
+    add_jobs_argument(parser)
     parser.add_argument("--out", type=Path, default=Path("runs/cast"))
     parser.add_argument("--store", action="store_true", help="also keep the rows in the repository")
     parser.add_argument("--fresh", action="store_true", help="forget the finished runs in --out")
@@ -183,6 +238,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _refuse_dropped(args: argparse.Namespace) -> None:
     """Refuse an option that no method has, and print a note if only some have it."""
+    if args.tune:
+        reason = "--tune searches it; leave one of the two out"
+        refuse(args, ["lr", "other_lr", "l1"], args.given, reason)
     for name, takes in _TAKERS.items():
         without = [m for m in args.methods if not takes(METHODS[m])]
         if len(without) == len(args.methods):
@@ -198,20 +256,36 @@ def _refuse_dropped(args: argparse.Namespace) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run what is missing; print the table and write results.json, table.md and the pictures."""
     _refuse_dropped(args)
+    settle_counts(args)
+    args.committed = False
     if args.fresh:
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(args.out)
     corpus = corpus_from(args, args.model)
-    trained = sum(METHODS[name].trained for name in args.methods)
-    with RunProgress(args.dense_steps + trained * args.steps) as bar:
-        dense = train_dense(args, corpus, bar)
-        rows = [run_method(name, args, corpus, dense, bar) for name in args.methods]
-    write_json(args.out / "results.json", {"rows": rows})
+    comparison, plan = Comparison(args.model), Plan("nano")
+    plan.methods = {name: {"label": method.label} for name, method in METHODS.items()}
+    plan.methods["start"] = {"label": "dense"}
+    starts = train_dense(args, Session(args, plan, corpus, keep_weights=True))
+    session = Session(args, plan, corpus, keep_weights=True, make_run=SparseRun)
+    if args.tune:
+        comparison.searched = tune(args, session, starts[0])
+    entries = [
+        entry(name, comparison.values(name), args, weights, seed)
+        for name in args.methods
+        for seed, weights in enumerate(starts)
+    ]
+    places = {(e.method, e.config.seed): place for place, e in enumerate(entries)}
+    rows = [_stored(row, "valid_curve") for row in session.run(entries, test=True)]
+    rows.sort(key=lambda row: places[row["method"], row["config"]["seed"]])
+    if diverged := [row["method"] for row in rows if row["diverged"]]:
+        raise ValueError(f"the loss of {diverged[0]} is not finite; lower the rates")
+    record = {"rows": rows, "search": comparison.searched}
+    write_json(args.out / "results.json", record)
     if args.store:
-        write_json(RESULTS / f"{args.model}-cast.json", {"rows": rows})
+        write_json(comparison.path, record)
     write_report(rows, args.out)
     print(
-        f"written: {args.out}/results.json, table.md, masked.png, flips.png, METHOD/weights.pt\n"
+        f"written: {args.out}/results.json, table.md, masked.png, flips.png, runs/*/weights.pt\n"
         f"curves: tensorboard --logdir {args.out}"
     )
     return 0

@@ -89,10 +89,10 @@ def main(args: argparse.Namespace) -> int:
     plan = Plan(args.plan)
     if args.model:
         set_model(plan, args.model, args.out)
-    outside = [add_own(plan, where, args.out, **options) for where, options in args.optimizer]
+    user_methods = [add_own(plan, where, args.out, **options) for where, options in args.optimizer]
     # The plan's methods are tuned already, but for another model.
-    alone = args.tune and outside and not args.model and not args.optimizers
-    methods = [*([] if alone else plan.select(args.optimizers)), *outside]
+    alone = args.tune and user_methods and not args.model and not args.optimizers
+    methods = [*([] if alone else plan.select(args.optimizers)), *user_methods]
     protocols = list(PROTOCOLS) if args.protocol == "both" else [args.protocol]
     pairs = plan.pairs(methods, protocols)
     missing = [m for m in methods if m not in dict(pairs)]

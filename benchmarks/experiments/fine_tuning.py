@@ -178,18 +178,18 @@ def main(args: argparse.Namespace) -> int:
     session.rows = []
     trained_rows = session.run(runs, test=True)
     by_key = {(row["method"], row["config"]["seed"]): row for row in trained_rows}
-    stored_rows = []
+    slim_rows = []
     for entry in runs:
         row = by_key[entry.method, entry.config.seed]
         loss, trained = on_text(entry, first, session.folder(entry) / "weights.pt")
         config = row["config"] | {"weights": Path(row["config"]["weights"]).name}
         row = {k: v for k, v in row.items() if k not in ("curve", "valid_curve")}
-        stored_rows.append(row | {"config": config, "first_loss": loss, "trained": trained})
+        slim_rows.append(row | {"config": config, "first_loss": loss, "trained": trained})
     pretrained = Path(check.plan.values["weights"])
     losses = [on_text(runs[0], corpus, pretrained)[0] for corpus in (first, second)]
     record = {
         "before": dict(zip(("first_loss", "test_loss"), losses, strict=True)),
-        "rows": stored_rows,
+        "rows": slim_rows,
     }
     write_json(args.out / "fine-tuning.json", record)
     if args.store:

@@ -25,10 +25,10 @@ def figure() -> tuple[Any, Any]:
     return canvas, axes
 
 
-def saved(figure: Any, **options: Any) -> bytes:
+def saved(canvas: Any, **options: Any) -> bytes:
     """Encode a figure as the bytes of an image, PNG unless ``options`` has a ``format``."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, **{"format": "png", **options})
+    canvas.savefig(buffer, **{"format": "png", **options})
     return buffer.getvalue()
 
 
@@ -108,11 +108,11 @@ def memory_figure(plan: Plan, records: list[Row]) -> Any:
     bars = [((x, y - by), (x, y + by)) for (x, y), by in zip(points, spreads, strict=True)]
     several = len({record["protocol"] for record in records}) > 1
     names = [r["label"] + f" ({r['protocol']})" * several for r in records]
-    label(axes, names, points, [*bars, *pairwise(corners)], bold=front)
+    place_labels(axes, names, points, [*bars, *pairwise(corners)], bold=front)
     return canvas
 
 
-def label(
+def place_labels(
     axes: Any, names: list[str], points: list[Point], lines: list[tuple[Point, Point]], bold: Any
 ) -> None:
     """Write a name beside each point, on no other one, and rather not on one of the lines."""

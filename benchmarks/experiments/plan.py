@@ -289,6 +289,6 @@ def choose(rows: list[Row], method: str, protocol: str) -> Row:
     mine = [r for r in rows if r["method"] == method and r["protocol"] == protocol]
     finite = [r for r in mine if r["valid_loss"] is not None]
     if not finite:
-        trouble = "diverged everywhere" if mine else "has no tuning row"
-        raise ValueError(f"{method} ({protocol}) {trouble}; run compare --tune, or start lower")
+        problem = "diverged everywhere" if mine else "has no tuning row"
+        raise ValueError(f"{method} ({protocol}) {problem}; run compare --tune, or start lower")
     return min(finite, key=lambda r: float(r["valid_loss"]))

@@ -33,6 +33,7 @@ from benchmarks.training.cli import corpus_from
 from benchmarks.training.config import fingerprint
 from benchmarks.training.loop import finished, train
 from benchmarks.training.metrics import perplexity
+from benchmarks.training.run import Run
 
 WAIT = 0.5  # seconds between two looks at what other processes have
 Pairs = Iterator[tuple[Entry, Row]]
@@ -41,14 +42,21 @@ Pairs = Iterator[tuple[Entry, Row]]
 class Session:
     """Queue that trains entries in one or several processes and collects their rows.
 
-    ``keep_weights`` leaves the trained weights in each run's folder.
+    ``keep_weights`` leaves the trained weights in each run's folder; ``make_run`` is a class of
+    runs other than `Run`.
     """
 
     def __init__(
-        self, args: argparse.Namespace, plan: Plan, corpus: Corpus, *, keep_weights: bool = False
+        self,
+        args: argparse.Namespace,
+        plan: Plan,
+        corpus: Corpus,
+        *,
+        keep_weights: bool = False,
+        make_run: type[Run] = Run,
     ) -> None:
         self.args, self.plan, self.corpus = args, plan, corpus
-        self.keep_weights = keep_weights
+        self.keep_weights, self.make_run = keep_weights, make_run
         self.rows: list[Row] = []
         self.known = committed_rows() if args.committed else {}
 
@@ -58,9 +66,9 @@ class Session:
         together = min(self.args.jobs, len(entries))
         bar = SideBySide(steps)
         with bar:
-            stored = [(entry, self._known(entry, test)) for entry in entries]
-            ready = [(entry, row) for entry, row in stored if row is not None]
-            pending = [entry for entry, row in stored if row is None]
+            lookups = [(entry, self._known(entry, test)) for entry in entries]
+            ready = [(entry, row) for entry, row in lookups if row is not None]
+            pending = [entry for entry, row in lookups if row is None]
             if together > 1:
                 runs = self._many(pending, together, bar, test)
             else:
@@ -125,7 +133,8 @@ class Session:
 
     def _options(self, entry: Entry, test: bool) -> dict[str, Any]:
         options: dict[str, Any] = {"out": self.folder(entry), "save_every": _save_every(entry)}
-        return options | {"test": test, "keep_weights": self.keep_weights}
+        options |= {"keep_weights": self.keep_weights, "make_run": self.make_run}
+        return options | {"test": test}
 
     def _many(self, entries: list[Entry], jobs: int, bar: SideBySide, test: bool) -> Pairs:
         threads = threads_each(jobs)

@@ -1,7 +1,6 @@
 """Runs that train a dense model further to N:M sparsity: CAST and other methods."""
 
 import copy
-import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,6 +37,7 @@ class Method:
     Attributes:
         label: in tables.
         lr: learning rate of the hidden weights.
+        other_lr: learning rate of the other weights.
         decay: of AdamS (`l1`, `l2`), or None for AdamW.
         l1: strength of the decay.
         prune: fix the dense weights' mask from the first step on.
@@ -49,6 +49,7 @@ class Method:
 
     label: str
     lr: float = 1e-3
+    other_lr: float = 4e-3
     decay: str | None = None
     l1: float = 0.0
     prune: bool = False
@@ -75,48 +76,31 @@ class MaskedForward(nn.Module):
         return weight + (weight * self.mask - weight).detach()
 
 
-def sparse_config(
-    config: RunConfig, method: Method, dense: dict[str, Tensor], eta: float
-) -> RunConfig:
-    """Return a configuration with the method and the dense weights' hash as ``hyper``.
+def sparse_config(config: RunConfig, method: Method, eta: float) -> RunConfig:
+    """Return a configuration with the method and the teacher's share as ``hyper``.
 
     They are part of the run's fingerprint.
     """
-    digest = hashlib.sha256()
-    for value in dense.values():
-        digest.update(value.numpy().tobytes())
-    facts = {**asdict(method), "eta": eta, "start": digest.hexdigest()[:16]}
-    return replace(config, hyper=facts)
+    return replace(config, hyper={**asdict(method), "eta": eta})
 
 
 class SparseRun(Run):
     """Training run from dense weights to a sparse model.
 
     Args:
-        config: from `sparse_config`.
+        config: from `sparse_config`; its ``weights`` are the dense ones.
         corpus: the text.
         out: the folder of its results and checkpoints.
-        method: how the model becomes sparse.
-        dense: the weights to start from.
-        eta: the teacher's share of the loss.
         options: of `Run`.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        corpus: Corpus,
-        out: Path | None,
-        *,
-        method: Method,
-        dense: dict[str, Tensor],
-        eta: float,
-        **options: Any,
-    ) -> None:
+    def __init__(self, config: RunConfig, corpus: Corpus, out: Path | None, **options: Any) -> None:
         super().__init__(replace(config, optimizer="adamw", hyper={}), corpus, out, **options)
         self.config = config
-        self.method, self.eta = method, eta if method.distill else 0.0
-        self.model.load_state_dict(dense)
+        facts = dict(config.hyper)
+        eta = facts.pop("eta")
+        self.method = method = Method(**facts)
+        self.eta = eta if method.distill else 0.0
         self.teacher = copy.deepcopy(self.model).requires_grad_(False)
         layers: dict[str, Any] = dict(linear_targets(self.model))
         self.fixed = {m: nm_mask(m.weight, N, M) for m in layers.values() if method.prune}

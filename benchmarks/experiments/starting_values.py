@@ -137,17 +137,17 @@ def main(args: argparse.Namespace) -> int:
         refuse(args, ["then"], args.given, "the task has one text; leave {option} out")
     session = Session(args, check.plan, corpus_from(args, check.task.sizes["model"]))
     rows = check.run(session, methods, args.seeds)
-    stored_rows = [{k: v for k, v in r.items() if k not in ("curve", "valid_curve")} for r in rows]
-    for row in stored_rows:
+    slim_rows = [{k: v for k, v in r.items() if k not in ("curve", "valid_curve")} for r in rows]
+    for row in slim_rows:
         row["config"] = row["config"] | {"weights": Path(row["config"]["weights"]).name}
     starts = {method: check.start(method) for method in methods}
-    record = {"adamw_lr": check.adamw_lr, "starts": starts, "rows": stored_rows}
+    record = {"adamw_lr": check.adamw_lr, "starts": starts, "rows": slim_rows}
     write_json(args.out / f"{args.task}.json", record)
     if args.store:
         before = (
             json.loads(check.path.read_text("utf-8")) if check.path.exists() else {"starts": {}}
         )
-        both = {"starts": before["starts"] | starts, "rows": merged(check.path, stored_rows)}
+        both = {"starts": before["starts"] | starts, "rows": merged(check.path, slim_rows)}
         write_json(check.path, record | both)
     table(check, rows).print()
     print(f"{summary(check, rows)}; {adamw_text(check)}; {made_on(rows[0]['provenance'])}")

@@ -53,7 +53,7 @@ class Stage:
 
 
 def step_time(out: Path, model: str, dtype: str, *more: str, label: str = "") -> Stage:
-    """Return the stage that times steps on a model's shapes; of ``what``, if not of all methods."""
+    """Return the stage that times steps on a model's shapes; ``label`` names part of it."""
     words = [model, dtype, label] if label else [model, dtype]
     rows = out / f"step-{'-'.join(words)}.json"
     command = [PYTHON, "-m", "benchmarks", "step-time", "--model", model, "--dtype", dtype]

@@ -56,7 +56,7 @@ class TorchMuon(torch.optim.Optimizer):
         super().__init__([*hidden, *others], {})
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Step both."""
+        """Step Muon, then AdamW; ignore ``closure``."""
         for part in self.parts:
             part.step()
 

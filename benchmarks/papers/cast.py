@@ -1,45 +1,53 @@
 """Comparison with CAST's published run: the perplexity cost of 2:4 weights."""
 
+import math
 from pathlib import Path
 
-from benchmarks.common.files import RESULTS, write_atomic, write_json
+from benchmarks.common.files import write_atomic, write_json
 from benchmarks.common.tables import Table
+from benchmarks.experiments.cast import Comparison, by_method
 from benchmarks.experiments.plan import Row
-from benchmarks.experiments.summary import read_rows
+from benchmarks.experiments.significance import mean_loss
 from benchmarks.papers.published import published
-from benchmarks.training.metrics import perplexity
 
-ROWS = RESULTS / "nano-cast.json"
 HEADERS = ("method", "zeros", "paper", "ratio", "ours", "ratio", "tokens")
-NOTE = (
+_NOTE = (
     "paper: LLaMA2-7B on WikiText-2, CAST and, from the increase that the abstract states, the "
-    "dense model. Ours: nano on test text, one seed; ratios are to the dense model trained as "
+    "dense model. Ours: nano on test text, {seeds}; ratios are to the dense model trained as "
     "long. Perplexities on different text do not compare: read the ratios. The runs: python -m "
     "benchmarks cast --store."
 )
 
 
-def records(path: Path = ROWS) -> list[Row]:
+def records(rows: list[Row]) -> list[Row]:
     """Return one record per method: our figures, and the published one if there is one."""
-    rows = {row["method"]: row for row in read_rows(path)}
-    dense = perplexity(rows["continued"]["test_loss"])
+    groups = by_method(rows)
+    dense = math.exp(mean_loss(groups["continued"]))
     paper = {r["metric"]: r["values"] for r in reversed(published()) if r["paper"][:4] == "CAST"}
     sparse = paper["WikiText-2 ppl (4096)"]["CAST 2:4 @7.5B tokens"]["LLaMA2-7B"]
     increase = paper["perplexity increase"]["CAST vs dense"]["LLaMA2-7B"]
-    papers = {"continued": sparse - increase, "cast": sparse}
+    paper_perplexities = {"continued": sparse - increase, "cast": sparse}
     return [
         {
             "method": method,
-            "label": row["label"],
-            "zeros": row["zeros"],
-            "paper": papers.get(method),
-            "paper_ratio": papers[method] / papers["continued"] if method in papers else None,
-            "perplexity": perplexity(row["test_loss"]),
-            "ratio": perplexity(row["test_loss"]) / dense,
-            "tokens": row["tokens"],
+            "label": mine[0]["label"],
+            "zeros": mine[0]["zeros"],
+            "paper": paper_perplexities.get(method),
+            "paper_ratio": paper_perplexities[method] / paper_perplexities["continued"]
+            if method in paper_perplexities
+            else None,
+            "perplexity": math.exp(mean_loss(mine)),
+            "ratio": math.exp(mean_loss(mine)) / dense,
+            "tokens": mine[0]["tokens"],
         }
-        for method, row in rows.items()
+        for method, mine in groups.items()
     ]
+
+
+def note(rows: list[Row]) -> str:
+    """Return what the table shows, and how its rows are made."""
+    seeds = len({row["config"]["seed"] for row in rows})
+    return _NOTE.format(seeds="one seed" if seeds == 1 else f"{seeds} seeds")
 
 
 def cells(record: Row) -> list[str]:
@@ -58,8 +66,9 @@ def cells(record: Row) -> list[str]:
 
 def show(out: Path) -> None:
     """Print the table, and write it as Markdown and as JSON."""
-    compared = records()
-    table = Table(HEADERS, [cells(record) for record in compared], title="CAST", notes=[NOTE])
+    rows = Comparison("nano").rows
+    compared, text = records(rows), note(rows)
+    table = Table(HEADERS, [cells(record) for record in compared], title="CAST", notes=[text])
     table.print()
-    write_atomic(out / "cast.md", f"# CAST\n\n{table.markdown()}\n\n{NOTE}\n")
+    write_atomic(out / "cast.md", f"# CAST\n\n{table.markdown()}\n\n{text}\n")
     write_json(out / "cast.json", {"records": compared})

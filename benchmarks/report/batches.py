@@ -18,13 +18,13 @@ PAPER_PLAN = "60m-full"  # the published batch
 
 def differences(name: str) -> dict[str, dict[int, Difference]]:
     """Return each method's differences to AdamW by tokens of a batch, from the committed rows."""
-    found: dict[str, dict[int, Difference]] = {}
+    by_method: dict[str, dict[int, Difference]] = {}
     for plan in (Plan(f"{name}-{batch}") for batch in PLANS):
         records = tuned_records(plan.name) if plan.results_path.exists() else {}
         for method, record in records.items():
             if method != REFERENCE and record["difference"] and not record["edges"]:
-                found.setdefault(method, {})[plan.batch_tokens] = record["difference"]
-    return found
+                by_method.setdefault(method, {})[plan.batch_tokens] = record["difference"]
+    return by_method
 
 
 def published() -> dict[str, float]:
@@ -75,5 +75,5 @@ def figure(name: str) -> Any:
     axes.set_xlabel("tokens of a batch")
     axes.set_ylabel("test perplexity to AdamW's (%)")
     axes.set_title(f"{name}, every method tuned at each batch (lower is better)")
-    pictures.label(axes, [name for name, _ in ends], [at for _, at in ends], [], bold=())
+    pictures.place_labels(axes, [name for name, _ in ends], [at for _, at in ends], [], bold=())
     return canvas

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from benchmarks.common.tables import Table
+from benchmarks.experiments.cast import Comparison, by_method
 from benchmarks.experiments.plan import Plan, Row
 from benchmarks.experiments.significance import Difference, paired
 from benchmarks.experiments.summary import read_rows
@@ -40,6 +41,7 @@ def _at(plan: str, text: str, ours: str, theirs: str) -> Question:
     return Question(text, (plan, ours), (plan, theirs))
 
 
+_CAST = "nano-cast"  # no plan: rows of `benchmarks cast`
 QUESTIONS = (
     _at("nano", "SCALE against AdamW", "scale", "adamw"),
     _at("nano", "spectral normalisation against AdamW", "scale_spectral", "adamw"),
@@ -83,6 +85,9 @@ QUESTIONS = (
         )
     ),
     _at("nano-lowrank-long", "restarts against none", "low_rank_restarts", "low_rank"),
+    _at(_CAST, "2:4 by CAST against dense, trained as long", "cast", "continued"),
+    _at(_CAST, "2:4 by CAST against a fixed mask", "cast", "fixed"),
+    _at(_CAST, "2:4 by CAST against SR-STE", "cast", "srste"),
 )
 
 
@@ -111,11 +116,15 @@ def table() -> Table:
 
 
 def _rows(plan: str, method: str) -> list[Row]:
+    if plan == _CAST:
+        return by_method(Comparison("nano").rows)[method]
     path = Plan(plan).results_path
     rows = read_rows(path) if path.exists() else []
     return [row for row in rows if (row["method"], row["protocol"]) == (method, "tuned")]
 
 
 def _edges(name: str, method: str) -> list[str]:
+    if name == _CAST:
+        return Comparison("nano").edges(method)
     plan = Plan(name)
     return plan.edges(method, "tuned", plan.tuning_rows(method))

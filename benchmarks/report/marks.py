@@ -11,7 +11,7 @@ from typing import Any
 import optimzoo
 from benchmarks.common.files import RESULTS
 from benchmarks.common.tables import Table
-from benchmarks.experiments import fine_tuning
+from benchmarks.experiments import cast, fine_tuning
 from benchmarks.experiments.plan import Plan, role_rates
 from benchmarks.experiments.significance import LEVEL
 from benchmarks.experiments.summary import (
@@ -64,9 +64,10 @@ def _beside(name: str, *, notes: bool = True) -> str:
 def _headline(name: str) -> str:
     """Return the sentences on SCALE and AdamW: memory, and perplexity by paired t tests."""
     records = tuned_records(name)
-    scale, adamw = (records[method]["bytes_60m"] / 1e6 for method in ("scale", "adamw"))
+    scale_mb, adamw_mb = (records[method]["bytes_60m"] / 1e6 for method in ("scale", "adamw"))
     text = (
-        f"SCALE holds {scale / adamw:.0%} of AdamW's bytes ({scale:.0f} MB against {adamw:.0f} MB "
+        f"SCALE holds {scale_mb / adamw_mb:.0%} of AdamW's bytes ({scale_mb:.0f} MB against "
+        f"{adamw_mb:.0f} MB "
         "of parameters and state at 60M in bfloat16). Both tuned on a nano Llama, its "
         "test perplexity is "
     )
@@ -231,6 +232,12 @@ def _forgetting(_: str) -> str:
     return f"{fine_tuning.table(record).markdown()}\n\n{fine_tuning.caption(record)}"
 
 
+def _cast(model: str) -> str:
+    """Return the table of CAST and other methods to 2:4, and how it was made."""
+    result = cast.table(cast.Comparison(model).rows)
+    return "\n\n".join([result.markdown(), *result.notes])
+
+
 _MADE: dict[str, Callable[[str], str]] = {
     "headline": _headline,
     "batches": batches.text,
@@ -239,6 +246,7 @@ _MADE: dict[str, Callable[[str], str]] = {
     "start": tuned_rates.example,
     "checked": start_checks.text,
     "forgetting": _forgetting,
+    "cast": _cast,
     "choosing": choosing.methods,
     "other": choosing.other_rules,
     "paper": choosing.paper,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.experiments import summary
+from benchmarks.experiments.cast import Comparison, by_method
 from benchmarks.experiments.colors import method_colors
 from benchmarks.experiments.model_sizes import MODEL_SIZES
 from benchmarks.experiments.pictures import pareto_front
@@ -42,8 +43,8 @@ def sections(own: tuple[Plan, list[Row]] | None = None) -> list[Row]:
         rows_of_plan = summary.read_rows(plan.results_path)
         title = "Every method under both protocols"
         result.append(_protocols(plan, rows_of_plan, "protocols", title))
-    if cast.ROWS.exists():
-        result.append(_cast())
+    if rows_of_cast := Comparison("nano").rows:
+        result.append(_cast(rows_of_cast))
     return result
 
 
@@ -92,21 +93,21 @@ def _protocols(plan: Plan, rows: list[Row], name: str, title: str) -> Row:
     return section
 
 
-def _cast() -> Row:
-    rows = {row["method"]: row for row in summary.read_rows(cast.ROWS)}
+def _cast(rows: list[Row]) -> Row:
+    groups = by_method(rows)
     numbers = ("zeros", "paper", "paper_ratio", "perplexity", "ratio", "tokens")
     body = [
         {
             "method": record["method"],
             "cells": cast.cells(record),
             "values": [None, *(record[key] for key in numbers)],
-            "made": how_made([rows[record["method"]]]),
+            "made": how_made(groups[record["method"]]),
         }
-        for record in cast.records()
+        for record in cast.records(rows)
     ]
-    where, notes = _where(list(rows.values())), [cast.NOTE]
+    where, notes = _where(rows), [cast.note(rows)]
     section = _section("cast", "CAST: from dense to 2:4", where, cast.HEADERS, body, notes)
-    section["curves"] = _curves(list(rows.values()), {m: r["label"] for m, r in rows.items()})
+    section["curves"] = _curves(rows, {m: mine[0]["label"] for m, mine in groups.items()})
     return section
 
 
@@ -192,8 +193,8 @@ def _table(section: Row) -> str:
         dot = f'<span class="dot" style="--color: {colors[row["method"]]}"></span>'
         cells = []
         for i, (text, value) in enumerate(zip(row["cells"], row["values"], strict=True)):
-            value_text = "" if value is None and text == "-" else value
-            order = f' data-value="{value_text}"' if value_text is not None else ""
+            sort_key = "" if value is None and text == "-" else value
+            order = f' data-value="{sort_key}"' if sort_key is not None else ""
             cells.append(f"<td{order}>{dot * (i == 0)}{html.escape(text)}</td>")
         way = f'<a href="#{section["id"]}-made">{_letter(ways.index(row["made"]))}</a>'
         lines.append(f'<tr>{"".join(cells)}<td title="{html.escape(row["made"])}">{way}</td></tr>')

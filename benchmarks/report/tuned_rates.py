@@ -31,7 +31,7 @@ def text() -> str:
     A method is left out where one of its best rates is at an edge of what was tried, and a
     comparison where AdamW is; SGD, whose rates are of the gradient's size.
     """
-    settings: dict[str, Any] = {}
+    by_plan: dict[str, Any] = {}
     for plan in map(Plan, PLANS):
         rows = plan.tuning_rows("adamw")  # and all the other methods'
         if not rows:
@@ -39,8 +39,8 @@ def text() -> str:
         tuned = [m for m in plan.methods if not plan.edges(m, "tuned", rows)]
         methods = [m for m in tuned if m != "sgd"]
         if "adamw" in methods:
-            settings[plan.name] = _setting(plan, methods)
-    return json.dumps(settings, indent=1) + "\n"
+            by_plan[plan.name] = _setting(plan, methods)
+    return json.dumps(by_plan, indent=1) + "\n"
 
 
 def stored() -> str:

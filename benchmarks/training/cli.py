@@ -70,9 +70,9 @@ def corpus_from(args: argparse.Namespace, model: str, *, progress: bool = True) 
         ValueError: options that the model's corpus does not take.
     """
     if model in (CHARACTERS, IMAGES):
-        unused = ["data"] if model == IMAGES else []
+        without_effect = ["data"] if model == IMAGES else []
         reason = f"the data of model {model} are its own, and whole; leave {{option}} out"
-        refuse(args, [*unused, "max_chars", "max_tokens", "tokenizer"], args.given, reason)
+        refuse(args, [*without_effect, "max_chars", "max_tokens", "tokenizer"], args.given, reason)
     if model == IMAGES:
         return grating_corpus()
     if model == CHARACTERS:
@@ -110,9 +110,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--groups", type=as_json, default={}, help="JSON, further options of a role's weights"
     )
-    shown = {"optimizer", "lr", "hyper", "lowrank", "groups"}
+    added = {"optimizer", "lr", "hyper", "lowrank", "groups"}
     for option in fields(RunConfig):
-        if option.name in shown:
+        if option.name in added:
             continue
         name = "--" + option.name.replace("_", "-")
         if option.name == "compile":

@@ -37,7 +37,7 @@ def train(
     keep: int = 3,
     skip_damaged: bool = False,
     keep_weights: bool = False,
-    make_run: Callable[..., Run] | None = None,
+    make_run: type[Run] = Run,
 ) -> dict[str, Any]:
     """Train, and return the run's row: configuration, losses, bytes, times, provenance.
 
@@ -51,7 +51,7 @@ def train(
     row = finished(config, corpus, out, test=test)
     if row and (weights is None or weights.exists()):
         return row
-    run = (make_run or Run)(config, corpus, out, parallel=parallel, keep=keep)
+    run = make_run(config, corpus, out, parallel=parallel, keep=keep)
     run.resume(skip_damaged=skip_damaged)
     scalars = Scalars(out if parallel.leads else None, first_step=run.step)
     reset_peak_memory()

@@ -36,8 +36,10 @@ def load_class(where: str) -> type[Optimizer]:
             "give package.module:Class or FILE.py:Class"
         ) from error
     if not (isinstance(loaded, type) and issubclass(loaded, Optimizer)):
-        name_of = loaded.__name__ if isinstance(loaded, type) else f"a {type(loaded).__name__}"
-        raise ValueError(f"optimizer {where} is {name_of}, not a subclass of torch.optim.Optimizer")
+        description = loaded.__name__ if isinstance(loaded, type) else f"a {type(loaded).__name__}"
+        raise ValueError(
+            f"optimizer {where} is {description}, not a subclass of torch.optim.Optimizer"
+        )
     return loaded
 
 

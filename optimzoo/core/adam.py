@@ -103,11 +103,11 @@ def adam_step(params: list[Tensor], states: Mapping[Tensor, dict[str, Any]], **r
 
     Of sharded ones on what this process has.
     """
-    moments = [
+    state_lists = [
         [local_part(states[p][k]) for p in params] for k in ("exp_avg", "exp_avg_sq", "step")
     ]
     grads = [local_part(p.grad, like=p) for p in params if p.grad is not None]
-    adam([local_part(p) for p in params], grads, *moments, **rule)
+    adam([local_part(p) for p in params], grads, *state_lists, **rule)
 
 
 def adam(

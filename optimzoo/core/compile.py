@@ -51,12 +51,12 @@ def _step(params: list[Tensor], grads: list[Tensor], places: list[int], number: 
     own_grads = [p.grad for p in owned]
     for p in owned:
         p.grad = None
-    pairs = [(owned[place], copy) for place, copy in zip(places, params, strict=True)]
+    pairs = [(owned[place], passed) for place, passed in zip(places, params, strict=True)]
     # A functionalized graph passes copies: they hold what the graph has done so far, and the graph
     # reads back what is written to them.
-    copies = [(p, copy) for p, copy in pairs if copy.data_ptr() != p.data_ptr()]
-    for p, copy in copies:
-        p.copy_(copy)
+    copies = [(p, passed) for p, passed in pairs if passed.data_ptr() != p.data_ptr()]
+    for p, passed in copies:
+        p.copy_(passed)
     try:
         for (p, _), grad in zip(pairs, grads, strict=True):
             p.grad = grad
@@ -64,8 +64,8 @@ def _step(params: list[Tensor], grads: list[Tensor], places: list[int], number: 
     finally:
         for p, own_grad in zip(owned, own_grads, strict=True):
             p.grad = own_grad
-    for p, copy in copies:
-        copy.copy_(p)
+    for p, passed in copies:
+        passed.copy_(p)
 
 
 def _define() -> torch.library.Library:

@@ -249,7 +249,7 @@ class MatrixOptimizer(RoleOptimizer, Rule):
     def _update_group(
         self, group: dict[str, Any], first: int, rng_keys: dict[Tensor, RngKey]
     ) -> list[Tensor]:
-        """Step the group's matrices; return the parameters that Adam steps."""
+        """Step the group but for the parameters that are returned: Adam steps them with others."""
         matrices, others = [], []
         by_other_rule: list[tuple[int, Tensor]] = []
         for position, p in enumerate(group["params"], start=first):
@@ -423,7 +423,7 @@ def count_steps(
 
 
 def adam_direction(state: State, grad: Tensor, group: dict[str, Any], step: Any) -> Tensor:
-    """Update the moments in ``state`` with ``grad`` and return ``m / (√v + eps)``."""
+    """Update Adam's moments in ``state`` and return ``m / (√v + eps)``, without bias correction."""
     beta1, beta2 = group["betas"]
     if "exp_avg" not in state:
         dtype = moment_dtype(grad, group)

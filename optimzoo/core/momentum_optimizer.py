@@ -96,16 +96,18 @@ class MomentumOptimizer(MatrixOptimizer):
         for i, item in enumerate(params):
             p = item[1] if isinstance(item, tuple) else item
             role = role_of(p, group) if hasattr(p, "ndim") else "vector"
-            by_rule = role in self._matrix_roles and is_matrix(p, group)
-            parts.setdefault((role, by_rule), []).append(i)
-            if by_rule:
+            has_matrix_rule = role in self._matrix_roles and is_matrix(p, group)
+            parts.setdefault((role, has_matrix_rule), []).append(i)
+            if has_matrix_rule:
                 _check_heads(p, {**self.defaults, **group})
         parts = parts or {(group.get("role") or "vector", False): []}
         before = len(self.param_groups)
         try:
-            for (role, by_rule), places in parts.items():
+            for (role, has_matrix_rule), places in parts.items():
                 part = {**self._adam, **group, "role": role}
-                part = with_role_options(part, self._role_options, [role] if by_rule else [])
+                part = with_role_options(
+                    part, self._role_options, [role] if has_matrix_rule else []
+                )
                 part["params"] = [params[i] for i in places]
                 if names is not None:
                     part["param_names"] = [names[i] for i in places]

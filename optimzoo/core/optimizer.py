@@ -147,17 +147,17 @@ class RoleOptimizer(Optimizer):
         roles = [group.get("role") for group in self.param_groups]
         saved = [group.get("role") for group in state_dict["param_groups"]]
         if len(roles) == len(saved):
-            for i, (ours, other) in enumerate(zip(roles, saved, strict=True)):
-                if ours and other and ours != other:
+            for i, (role, saved_role) in enumerate(zip(roles, saved, strict=True)):
+                if role and saved_role and role != saved_role:
                     raise ValueError(
-                        f"the state's group {i} has the role {other!r} and this optimizer's has "
-                        f"{ours!r}; build the groups as they were when it was saved"
+                        f"the state's group {i} has the role {saved_role!r} and this optimizer's "
+                        f"has {role!r}; build the groups as they were when it was saved"
                     )
             # Options that an older state does not know, roles among them, stay as they are here.
             pairs = zip(self.param_groups, state_dict["param_groups"], strict=True)
             groups = [
-                {k: v for k, v in ours.items() if k not in ("params", "param_names")} | dict(other)
-                for ours, other in pairs
+                {k: v for k, v in group.items() if k not in ("params", "param_names")} | dict(new)
+                for group, new in pairs
             ]
             state_dict = {**state_dict, "param_groups": groups}
         seen.update(state_dict)

@@ -92,13 +92,15 @@ def check_role_options(
         ValueError: an option out of range, an old name, or `other_*` of a method whose own rule
             trains every role.
     """
-    allowed = [*RoleOptions.__annotations__]
+    option_names = [*RoleOptions.__annotations__]
     values = {key: value for key, value in options.items() if value is not None}
     for key, value in values.items():
         if key in RENAMED:
             raise ValueError(f"{key} is {RENAMED[key]} now; write {RENAMED[key]}={value}")
-        if key not in allowed:
-            raise TypeError(f"{method} has no option {key!r}; beside its own: {', '.join(allowed)}")
+        if key not in option_names:
+            raise TypeError(
+                f"{method} has no option {key!r}; beside its own: {', '.join(option_names)}"
+            )
         if key.startswith("other_") and set(matrix_roles) >= set(ROLES):
             raise ValueError(
                 f"{key}={value}: the rule of {method} trains every role; give embedding_lr, "

@@ -123,6 +123,6 @@ def averaged(
         group: the options.
         nesterov: look ahead by taking the gradient in once more.
     """
-    gradient = (grad.mT if group["transposed"] else grad).reshape(mean.shape).to(mean.dtype)
-    update = take_into_average(gradient, mean, beta, nesterov=nesterov)
+    oriented_grad = (grad.mT if group["transposed"] else grad).reshape(mean.shape).to(mean.dtype)
+    update = take_into_average(oriented_grad, mean, beta, nesterov=nesterov)
     return (update.mT if group["transposed"] else update).reshape(grad.shape)

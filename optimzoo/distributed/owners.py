@@ -82,8 +82,8 @@ def _deal(function: Function, parts: list[Tensor], shards: list[Shards]) -> list
 
 def _part_shapes(part: Tensor, shard: Shards, world: int) -> list[torch.Size]:
     """Return the shape of each process's shard."""
-    letter, dim = ("m", -2) if shard.is_sharded("m") else ("n", -1)
-    length = shard.lengths[letter]
+    axis, dim = ("m", -2) if shard.is_sharded("m") else ("n", -1)
+    length = shard.lengths[axis]
     chunk = -(-length // world)
     shapes = []
     for i in range(world):

@@ -136,21 +136,21 @@ class Shards:
         for group in self.groups(over):
             all_reduce_(tensors, group, largest=True)
 
-    def local_slice(self, whole: Tensor, letter: str = "m", dim: int = -2) -> Tensor:
+    def local_slice(self, whole: Tensor, axis: str = "m", dim: int = -2) -> Tensor:
         """Return this process's slice of a tensor that every process has whole."""
-        if letter not in self.spans:
+        if axis not in self.spans:
             return whole
-        return whole.narrow(dim, *self.spans[letter])
+        return whole.narrow(dim, *self.spans[axis])
 
-    def gather(self, part: Tensor, letter: str = "m", dim: int = -2) -> Tensor:
+    def gather(self, part: Tensor, axis: str = "m", dim: int = -2) -> Tensor:
         """Gather the slices by one all-reduce, the same bits on every process."""
-        if letter not in self.spans:
+        if axis not in self.spans:
             return part
         shape = list(part.shape)
-        shape[dim] = self.lengths[letter]
+        shape[dim] = self.lengths[axis]
         whole = part.new_zeros(shape)
-        whole.narrow(dim, *self.spans[letter]).copy_(part)
-        self.sum_([whole], letter)
+        whole.narrow(dim, *self.spans[axis]).copy_(part)
+        self.sum_([whole], axis)
         return whole
 
     def matmul(self, matrix: Tensor, columns: Tensor) -> Tensor:
@@ -248,10 +248,10 @@ def _spans(
     # Strided shards (FSDP2 over tensor parallelism) cut what the plain ones have left.
     order = sorted(range(len(cuts)), key=lambda i: hasattr(placements[i], "split_factor"))
     for i in order:
-        letter = cuts[i]
-        if letter:
-            start, size = spans.get(letter, (0, lengths[letter]))
+        axis = cuts[i]
+        if axis:
+            start, size = spans.get(axis, (0, lengths[axis]))
             chunk = -(-size // mesh.size(i))
             skipped = min(coordinate[i] * chunk, size)
-            spans[letter] = (start + skipped, min(chunk, size - skipped))
+            spans[axis] = (start + skipped, min(chunk, size - skipped))
     return spans

@@ -68,12 +68,18 @@ class LaunchCache:
         fitting = [arguments for arguments in fields if arguments is not None]
         if len(fitting) < len(fields):
             return False
-        for cached, (params, grads, state) in zip(self._launches, fitting, strict=True):
-            counts = [step for step in state["step"] if step is not None]
-            state["step"] = dispatch.increment_steps(state["step"], params[0].device)
-            lists = (params, grads, *(state[name] for name in _STATES), cached.kinds, cached.shapes)
-            sizes = [(groups[number], size) for number, size in cached.groups]
-            self._call(cached.kernels, lists, sizes, counts, table=cached.table)
+        for cached, (params, grads, state_lists) in zip(self._launches, fitting, strict=True):
+            counts = [step for step in state_lists["step"] if step is not None]
+            state_lists["step"] = dispatch.increment_steps(state_lists["step"], params[0].device)
+            lists = (
+                params,
+                grads,
+                *(state_lists[name] for name in _STATES),
+                cached.kinds,
+                cached.shapes,
+            )
+            sized_groups = [(groups[number], size) for number, size in cached.groups]
+            self._call(cached.kernels, lists, sized_groups, counts, table=cached.table)
         return True
 
     def step(
@@ -123,12 +129,12 @@ class LaunchCache:
         lists: tuple[Any, ...],
         groups: list[tuple[dict[str, Any], int]],
         counts: list[Tensor],
-        **rounding: Any,
+        **options: Any,
     ) -> None:
         """Launch the kernels for the tensors of ``groups``, each with its number of tensors."""
         device = lists[0][0].device
         scaler = {name: tensor.to(device) for name, tensor in self._scaler.items()}
-        self._launch(kernels, lists, groups, **scaler, **rounding)
+        self._launch(kernels, lists, groups, **scaler, **options)
         for count in counts if "found_inf" in scaler else []:  # a skipped step is not counted
             count.sub_(scaler["found_inf"].to(count))
 
@@ -144,10 +150,10 @@ class LaunchCache:
         self, cached: CachedLaunch, states: States, groups: Groups
     ) -> tuple[list[Tensor], list[Tensor], dict[str, list[Tensor | None]]] | None:
         """Return a launch's current parameters, gradients and states; None if they changed."""
-        members = [groups[number] for number, _ in cached.groups]
-        if any(self._rule(group) != self._rule(members[0]) for group in members):
+        cached_groups = [groups[number] for number, _ in cached.groups]
+        if any(self._rule(group) != self._rule(cached_groups[0]) for group in cached_groups):
             return None
-        all_params = [p for group in members for p in group["params"]]
+        all_params = [p for group in cached_groups for p in group["params"]]
         params = [all_params[place] for place in cached.places]
         grads = [p.grad for p in params]
         if not all(type(grad) is Tensor and not grad.is_neg() for grad in grads):
@@ -197,13 +203,13 @@ def _cached_launch(
     named = [
         (i, k) for i, item in enumerate(items) for k in _STATES if getattr(item, k) is not None
     ]
-    states = [getattr(items[i], k) for i, k in named]
+    state_tensors = [getattr(items[i], k) for i, k in named]
     return CachedLaunch(
         groups=[(number, len(new[number][1])) for number in numbers],
         places=[place[id(p)] for p in params],
-        addresses=[t.data_ptr() for t in (*params, *states)],
+        addresses=[t.data_ptr() for t in (*params, *state_tensors)],
         states=named,
-        tensors=_kinds([*params, *fields[1], *states]),
+        tensors=_kinds([*params, *fields[1], *state_tensors]),
         kernels=kernels,
         kinds=kinds,
         shapes=shapes,

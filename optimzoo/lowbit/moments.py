@@ -45,11 +45,13 @@ def dequantized_moments(
     for key, offset in _MOMENTS.items():
         moment = state.get(key)
         if bits == 8 and moment is not None and moment.numel() >= SMALLEST:
-            moment_key = None if rng_key is None else rng_key._replace(index=rng_key.index + offset)
+            moment_rng_key = (
+                None if rng_key is None else rng_key._replace(index=rng_key.index + offset)
+            )
             part = _part_of(moment, stored[key][1] if key in stored else None)
             local = local_part(moment)
             codes, scales = quantize(
-                local, signed=key != "exp_avg_sq", rng_key=moment_key, part=part
+                local, signed=key != "exp_avg_sq", rng_key=moment_rng_key, part=part
             )
             del state[key]
             if key in stored:  # into the same tensors, which a CUDA graph may hold
@@ -78,8 +80,8 @@ def _part_of(moment: Tensor, scales: Tensor | None = None) -> Part:
         )
     row = total // moment.shape[0]
     start = shards.spans["m"][0] * row
-    local_blocks = _own_blocks(moment) if scales is None else hasattr(scales, "device_mesh")
-    return Part(start, total, None if local_blocks else lambda sizes: shards.max_([sizes], "m"))
+    has_local_blocks = _own_blocks(moment) if scales is None else hasattr(scales, "device_mesh")
+    return Part(start, total, None if has_local_blocks else lambda sizes: shards.max_([sizes], "m"))
 
 
 def _own_blocks(moment: Any) -> bool:

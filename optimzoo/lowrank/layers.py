@@ -120,7 +120,7 @@ class LowRankLinear(FactoredLinear):
         draw_uniform_(self.B, 1 / math.sqrt(self.rank), generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer; ``x`` is [..., in]."""
+        """Return ``s (x Aᵀ) Bᵀ + b`` for ``x`` of shape [..., in]."""
         return F.linear(F.linear(x, self.A) * self.scale, self.B, self.bias)
 
 
@@ -179,7 +179,7 @@ class SparseLowRankLinear(FactoredLinear):
         return dense_sum(self.B, self.A, self.values, self.indices, self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer; ``x`` is [..., in]."""
+        """Return ``x (s B A + S)ᵀ + b`` for ``x`` of shape [..., in]."""
         tensors = [x, self.B, self.A, self.values]
         device = x.device.type
         if torch.is_autocast_enabled(device):
@@ -214,7 +214,7 @@ class LoRALinear(FactoredLinear):
         return torch.addmm(self.frozen, self.B, self.A, alpha=self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer; ``x`` is [..., in]."""
+        """Return ``x W₀ᵀ + s (x Aᵀ) Bᵀ + b`` for ``x`` of shape [..., in]."""
         low = F.linear(F.linear(x, self.A) * self.scale, self.B)
         return F.linear(x, self.frozen, self.bias) + low
 

@@ -80,9 +80,9 @@ class MomentumReset(Clock):
         self.optimizer, self.what = optimizer, what
         self.fraction, self.seed = fraction, seed
         self.params = None if params is None else list(params)
-        stepped = {id(p) for p in self._all_params()}
+        param_ids = {id(p) for p in self._all_params()}
         for p in self.params or []:
-            if id(p) not in stepped:
+            if id(p) not in param_ids:
                 raise ValueError(f"a parameter of shape {tuple(p.shape)} is not in the optimizer")
 
     def check(self) -> None:
@@ -95,7 +95,7 @@ class MomentumReset(Clock):
         self._names(self._states())
 
     def fire(self) -> None:
-        """Reset the state now; do nothing before the optimizer's first step.
+        """Reset the selected moments now, whatever the schedule; nothing before the first step.
 
         Raises:
             ValueError: as :meth:`check`; nothing is changed then.
@@ -118,19 +118,21 @@ class MomentumReset(Clock):
         return [self.optimizer.state[p] for p in params if p in self.optimizer.state]
 
     def _names(self, states: list[dict[str, Any]]) -> set[str]:
-        names = dict.fromkeys(name for state in states for name in state)
-        if not names:
+        state_names = dict.fromkeys(name for state in states for name in state)
+        if not state_names:
             return set()
         method = type(self.optimizer).__name__
         if not isinstance(self.what, str):
-            missing = sorted(set(self.what) - set(names))
+            missing = sorted(set(self.what) - set(state_names))
             if missing:
-                raise ValueError(f"{method} has no state {missing[0]!r}; it has {', '.join(names)}")
+                raise ValueError(
+                    f"{method} has no state {missing[0]!r}; it has {', '.join(state_names)}"
+                )
             return set(self.what)
-        unknown = [name for name in names if name not in _MOMENTS | set(_COUNTS) | _KEPT]
-        if unknown or not _MOMENTS & set(names):
+        unknown = [name for name in state_names if name not in _MOMENTS | set(_COUNTS) | _KEPT]
+        if unknown or not _MOMENTS & set(state_names):
             raise ValueError(
-                f"{method} has the state {', '.join(names)}, in which "
+                f"{method} has the state {', '.join(state_names)}, in which "
                 f"{', '.join(unknown) or 'no moment'} is not recognised; name what to reset: "
                 "what=['NAME', ...]"
             )

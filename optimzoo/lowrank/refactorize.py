@@ -43,10 +43,10 @@ def balanced_factors(B: Tensor, A: Tensor, alpha: float = 0.5) -> tuple[Tensor, 
     b, a = (R.abs().amax().clamp_min(torch.finfo(exact).tiny) for R in (Rb, Ra))
     U, S, Vh = torch.linalg.svd((Rb / b) @ (Ra / a).mT, full_matrices=False)
     column_scale = S.pow(alpha) * b.pow(alpha) * a.pow(alpha)
-    right = S.pow(1 - alpha) * b.pow(1 - alpha) * a.pow(1 - alpha)
+    row_scale = S.pow(1 - alpha) * b.pow(1 - alpha) * a.pow(1 - alpha)
     newB, newA = torch.zeros_like(B), torch.zeros_like(A)
     newB[:, : len(S)] = (Qb @ U) * column_scale
-    newA[: len(S)] = right[:, None] * (Vh @ Qa.mT)
+    newA[: len(S)] = row_scale[:, None] * (Vh @ Qa.mT)
     return newB, newA
 
 

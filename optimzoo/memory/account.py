@@ -91,27 +91,28 @@ def _account(
         if named:
             del group["param_names"]
     if isinstance(optimizer, str):
-        built = create_optimizer(optimizer, groups, **hyper)
+        instance = create_optimizer(optimizer, groups, **hyper)
     else:
-        built = optimizer(groups)
+        instance = optimizer(groups)
     with _ZeroForValues():
         try:
-            built.step()
+            instance.step()
         except (RuntimeError, TypeError, NotImplementedError) as error:
             if mesh is None:
                 raise
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(
-                f"{type(built).__name__} does not step sharded weights: {first}; leave shards out"
+                f"{type(instance).__name__} does not step sharded weights: {first}; "
+                "leave shards out"
             ) from error
     frozen = [p for p in model.parameters() if not p.requires_grad]
     sizes = [_first_part(p, mesh) * _itemsize(p, dtype) for p in frozen]
     result = Account(params=sum(sizes))
-    for group in built.param_groups:
+    for group in instance.param_groups:
         for p in group["params"]:
             result.params += copies[p] * _bytes(p)
             result.grads += copies[p] * _bytes(p)
-            for name, value in built.state.get(p, {}).items():
+            for name, value in instance.state.get(p, {}).items():
                 if isinstance(value, Tensor):
                     result.state[role_of(p, group), name] += copies[p] * _bytes(value)
     return result
@@ -137,13 +138,13 @@ def _on_meta(
     for index, p in enumerate(params):
         by_layout.setdefault((p.shape, p.stride(), p.dtype) if merge else index, []).append(p)
     shadows: dict[Tensor, int] = {}
-    for same_shape in by_layout.values():
+    for same_layout in by_layout.values():
         if mesh is not None:
-            shadow = shard_of(same_shape[0], dtype or same_shape[0].dtype, mesh)
+            shadow = shard_of(same_layout[0], dtype or same_layout[0].dtype, mesh)
         else:
-            shadow = nn.Parameter(torch.empty_like(same_shape[0], device="meta", dtype=dtype))
+            shadow = nn.Parameter(torch.empty_like(same_layout[0], device="meta", dtype=dtype))
             shadow.grad = torch.empty_like(shadow)
-        shadows[shadow] = len(same_shape)
+        shadows[shadow] = len(same_layout)
     return shadows
 
 

@@ -75,18 +75,18 @@ class _Plan:
 
 def main(args: argparse.Namespace) -> int:
     """Print the page; return 1 if a script failed or nothing fits."""
-    unresolved, args = args, resolve(args)
+    raw_args, args = args, resolve(args)
     try:
         if args.script is not None:
             return _measure(args)
-        plan = _plan(unresolved, args)
+        plan = _plan(raw_args, args)
         return _fits(plan) if args.fits is not None else _table(plan)
     except BaseException:
         _progress("")
         raise
 
 
-def _plan(unresolved: argparse.Namespace, args: argparse.Namespace) -> _Plan:
+def _plan(raw_args: argparse.Namespace, args: argparse.Namespace) -> _Plan:
     names = [get_info(n).name for n in args.optimizer if n != "all"]
     names = list(dict.fromkeys(names)) if "all" not in args.optimizer else list_optimizers()
     hypers: dict[str, dict[str, Any]] = {name: dict(_REQUIRED.get(name, {})) for name in names}
@@ -102,12 +102,12 @@ def _plan(unresolved: argparse.Namespace, args: argparse.Namespace) -> _Plan:
     else:
         model, step = load_model(args.model, args.seq), None
     if step is not None:
-        refuse_for_own_step(unresolved, args.module)
+        refuse_for_own_step(raw_args, args.module)
     if args.convert is not None:
         notes.append(convert_model(model, args.convert))
     settings = {"seq": args.seq, "step": step, "device": args.device}
     settings["dtype"] = getattr(torch, args.dtype)
-    fixed = 1 if step is not None else unresolved.batch
+    fixed = 1 if step is not None else raw_args.batch
     planners = [Planner(model, shards=shards, **settings) for shards in sorted(set(args.shards))]
     return _Plan(args, planners, hypers, _title(args, model), notes, {}, fixed)
 
@@ -194,10 +194,12 @@ def _fits(plan: _Plan) -> int:
                 plan.refuse(name, error)
     order = {change: i for i, change in enumerate(CHANGES)}
     fits.sort(key=lambda f: (f.shards, order[f.setting], f.peak.bytes / f.batch))
-    unit = "its own step" if own_step else f"{args.seq} tokens a sequence"
-    unit = f"{plan.fixed_batch} x {args.seq} tokens" if plan.fixed_batch and not own_step else unit
+    workload = "its own step" if own_step else f"{args.seq} tokens a sequence"
+    workload = (
+        f"{plan.fixed_batch} x {args.seq} tokens" if plan.fixed_batch and not own_step else workload
+    )
     gpu = ", on a GPU" if args.device == "cuda" else ""
-    title = f"{plan.title}\nwhat fits in {args.fits} at {unit}{gpu}"
+    title = f"{plan.title}\nwhat fits in {args.fits} at {workload}{gpu}"
     nothing = f"nothing fits in {args.fits}; {_way_out(plan)}"
     nothing += f"; {args.picture} is not written" if args.picture else ""
     print(

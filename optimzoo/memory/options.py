@@ -85,30 +85,34 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
         ValueError: an option out of its range, or one that another leaves without effect.
         ImportError: a picture, and matplotlib is not installed.
     """
-    names = [name for name, value in vars(args).items() if value is not None and value is not False]
+    given_options = [
+        name for name, value in vars(args).items() if value is not None and value is not False
+    ]
     if args.script is not None:
         reason = "a script is measured as it runs; leave {option} out, or plan with --model"
-        refuse(args, _OF_A_SIMULATION, names, reason, but=args.device == "cuda" and "device")
-    elif "snapshot" in names:
+        refuse(
+            args, _OF_A_SIMULATION, given_options, reason, but=args.device == "cuda" and "device"
+        )
+    elif "snapshot" in given_options:
         raise ValueError(
             f"--snapshot is of a script on CUDA; add --script FILE.py behind {args.snapshot}"
         )
     if args.account:
         reason = "it changes the peak of a step, which --account leaves out; leave out one of them"
-        refuse(args, _OF_A_STEP, names, reason)
+        refuse(args, _OF_A_STEP, given_options, reason)
     for name in ("batch", "seq"):
-        if name in names and getattr(args, name) < 1:
+        if name in given_options and getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1")
     for shards in args.shards or []:
         if shards < 1:
             raise ValueError(f"--shards is {shards}; it must be at least 1")
-    if len(args.shards or []) > 1 and "fits" not in names:
+    if len(args.shards or []) > 1 and "fits" not in given_options:
         several = " ".join(map(str, args.shards))
         raise ValueError(f"--shards {several}: several are compared by --fits; give one, or --fits")
-    if "fits" in names:
+    if "fits" in given_options:
         parse_size(args.fits)
-    _check_files({name: getattr(args, name) for name in _FILES if name in names})
-    values = {name: DEFAULTS[name] for name in DEFAULTS if name not in names}
+    _check_files({name: getattr(args, name) for name in _FILES if name in given_options})
+    values = {name: DEFAULTS[name] for name in DEFAULTS if name not in given_options}
     return argparse.Namespace(**{**vars(args), **values})
 
 
@@ -118,9 +122,9 @@ def refuse_for_own_step(args: argparse.Namespace, where: str) -> None:
     Raises:
         ValueError: one of them was given.
     """
-    names = [name for name in ("batch", "seq") if getattr(args, name) is not None]
+    given_options = [name for name in ("batch", "seq") if getattr(args, name) is not None]
     reason = f"{where} returns a step of its own, which decides that; leave {{option}} out"
-    refuse(args, ("batch", "seq"), names, reason)
+    refuse(args, ("batch", "seq"), given_options, reason)
 
 
 def _check_files(files: dict[str, Path]) -> None:

@@ -104,11 +104,11 @@ class Planner:
         self, method: Method, batch: int, *, checkpointing: bool = False, release: bool = False
     ) -> Peak:
         """Return the peak of a training step; with ``release`` an upper bound of it."""
-        account = method.account
-        passes = self.passes(batch, checkpointing, release).plus(STATE, account.state_total)
+        counted = method.account
+        passes = self.passes(batch, checkpointing, release).plus(STATE, counted.state_total)
         if release:
             return passes.plus(TEMPORARIES, method.alone)
-        parts = {PARAMETERS: account.params, GRADIENTS: account.grads, STATE: account.state_total}
+        parts = {PARAMETERS: counted.params, GRADIENTS: counted.grads, STATE: counted.state_total}
         parts |= {TEMPORARIES: method.temporaries, OTHER: self._buffers}
         parts |= {WORKSPACES: passes.by_category.get(WORKSPACES, 0)}
         step = Peak(sum(parts.values()), STEP, {k: v for k, v in parts.items() if v})

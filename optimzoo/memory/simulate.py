@@ -94,10 +94,10 @@ def simulate(
             session.run_model(step, min(micro_batches, 2))
         groups = param_groups(session.model)
         if isinstance(optimizer, str):
-            built = create_optimizer(optimizer, groups, **hyper)
+            instance = create_optimizer(optimizer, groups, **hyper)
         else:
-            built = optimizer(groups)
-        steps = session.run_released(built, step) if release else session.run_steps(built)
+            instance = optimizer(groups)
+        steps = session.run_released(instance, step) if release else session.run_steps(instance)
     return Simulation(max(steps.values(), key=lambda peak: peak.bytes), steps)
 
 
@@ -181,15 +181,15 @@ class Session:
     def run_steps(self, optimizer: Optimizer) -> dict[str, Peak]:
         """Run the optimizer's steps; return their peaks, each with the passes before it."""
         tracker = self.tracker
-        passes, state, steps = tracker.peak(MODEL), tracker.held(optimizer), {}
+        passes, state_bytes, steps = tracker.peak(MODEL), tracker.held(optimizer), {}
         for name in _kinds_of_steps(optimizer):
             tracker.restart()
             with self._explained():
                 optimizer.step()
             # The state stays while the model runs, and nothing else of a step does.
-            both = (passes.plus(STATE, state), tracker.peak(STEP))
+            both = (passes.plus(STATE, state_bytes), tracker.peak(STEP))
             steps[name] = self.on_device(max(both, key=lambda peak: peak.bytes))
-            state = tracker.held(optimizer)
+            state_bytes = tracker.held(optimizer)
         return steps
 
     def on_device(self, peak: Peak) -> Peak:
@@ -237,7 +237,7 @@ def language_model_step(batch: int, seq: int) -> Step:
 
 
 def checkpoint_blocks(model: nn.Module) -> None:
-    """Let each block recompute its forward pass in the backward pass, in place.
+    """Replace each block's ``forward`` by one that is recomputed in the backward pass.
 
     Blocks are the elements of the outermost ``nn.ModuleList``s (or ``nn.Sequential``s).
 

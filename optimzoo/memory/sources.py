@@ -67,19 +67,19 @@ def convert_model(model: nn.Module, conversion: str) -> str:
     Raises:
         ValueError: no such conversion, or one that the model cannot have.
     """
-    layer, _, value = conversion.partition("=")
+    method, _, value = conversion.partition("=")
     try:
         numbers = [int(part) for part in value.split(":")]
-        if layer == "cast" and len(numbers) == 2:
+        if method == "cast" and len(numbers) == 2:
             layers = sparsity.prepare(model, *numbers)
             return f"{len(layers)} layers to {value} sparse ones, with CAST's weight scaling."
-        if layer in lowrank.KINDS and len(numbers) == 1:
-            audit = lowrank.convert(model, numbers[0], layer)
+        if method in lowrank.KINDS and len(numbers) == 1:
+            audit = lowrank.convert(model, numbers[0], method)
             parameters, trained = (
                 sum(getattr(r, key) for r in audit) for key in ("held", "trained")
             )
             return (
-                f"{len(audit)} layers to {layer}: {parameters:,} parameters, {trained:,} of them "
+                f"{len(audit)} layers to {method}: {parameters:,} parameters, {trained:,} of them "
                 "trained."
             )
     except ValueError as error:

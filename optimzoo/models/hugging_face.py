@@ -63,9 +63,10 @@ def from_config(name: str, device: str = "cpu", **changes: Any) -> nn.Module:
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError:
-        noun = "config" if name.endswith(".json") else "model"
+        source_type = "config" if name.endswith(".json") else "model"
         raise ImportError(
-            f"{name} is a Hugging Face {noun}, which needs transformers: pip install transformers"
+            f"{name} is a Hugging Face {source_type}, which needs transformers: pip install "
+            "transformers"
         ) from None
     try:
         config = AutoConfig.for_model(fields.pop("model_type"), **fields)

@@ -263,12 +263,14 @@ class SCALE(RoleOptimizer):
                 matrices, vectors = self._init_group(group)
                 rng_keys = self._count(group, first)
                 first += len(group["params"])
-                with ExitStack() as inner:
+                with ExitStack() as group_stack:
                     for p in matrices if group["state_bits"] == 8 else []:
-                        inner.enter_context(dequantized_moments(self.state[p], 8, rng_keys.get(p)))
+                        group_stack.enter_context(
+                            dequantized_moments(self.state[p], 8, rng_keys.get(p))
+                        )
                     parts = self._step_group(number, matrices, vectors, rng_keys)
                     if parts:  # their momentum changes below
-                        stack.enter_context(inner.pop_all())
+                        stack.enter_context(group_stack.pop_all())
                 cut += parts
             if scaled and cut:
                 raise RuntimeError(
@@ -427,8 +429,10 @@ def scale(
 
     def direction(grads: list[Tensor], norm_states: Sequence[State | None]) -> list[Tensor]:
         matrices = [matrix_view(grad, stacked=stacked) for grad in grads]
-        rule = partial(normalized, dim=dim, normalize=normalize, norm=norm, eps=eps)
-        updates = [u for _, u in sorted(batch_by_shape(rule, matrices, foreach), key=itemgetter(0))]
+        normalizer = partial(normalized, dim=dim, normalize=normalize, norm=norm, eps=eps)
+        updates = [
+            u for _, u in sorted(batch_by_shape(normalizer, matrices, foreach), key=itemgetter(0))
+        ]
         for update, state in zip(updates, norm_states, strict=False):  # one, or all None
             if state is not None:
                 divide_by_spectral_norm_(update, state)
@@ -544,7 +548,7 @@ def _kernel_kind(group: dict[str, Any]) -> int:
 
 
 def _launch(
-    kernels: Any, lists: tuple[Any, ...], groups: list[tuple[dict[str, Any], int]], **rounding: Any
+    kernels: Any, lists: tuple[Any, ...], groups: list[tuple[dict[str, Any], int]], **options: Any
 ) -> None:
     """Step tensors of groups that agree in `SHARED`, each with its number of tensors."""
     device = lists[0][0].device
@@ -565,7 +569,7 @@ def _launch(
         adam_eps=group["other_eps"],
         maximize=group["maximize"],
         nesterov=group["nesterov"],
-        **rounding,
+        **options,
     )
 
 

@@ -167,7 +167,7 @@ def sinkhorn(grad: Tensor, iterations: int, shards: Shards = UNSHARDED) -> Tenso
     smallest = torch.finfo(x.dtype).tiny
     *_, m, n = shards.shape(x.shape)
     for _ in range(iterations):
-        for dim, letter, length in ((-1, "n", n), (-2, "m", m)):
-            rms = shards.norm(x, dim=dim, over=letter) / length**0.5
+        for dim, axis, length in ((-1, "n", n), (-2, "m", m)):
+            rms = shards.norm(x, dim=dim, over=axis) / length**0.5
             x.div_(rms.clamp_min_(smallest))
     return x

@@ -375,7 +375,7 @@ class _Batch:
             at += len(part)
 
     def _step_eager(self) -> None:
-        stacks = [_stack([e.grad for e in entries]) for entries in self.kinds]
+        stacks = [_stack([e.grad for e in same_shape]) for same_shape in self.kinds]
         shards = self.entries[0].shards
         with self._averages() as (largest, mean, square):
             most = _norms(stacks, math.inf, shards)

@@ -53,8 +53,10 @@ def linear_targets(model: nn.Module, targets: str | None = None) -> dict[str, nn
             if named or (targets is None and weight_of(module) in hidden):
                 layers[path] = module
     if not layers:
-        lack = "no hidden linear layer" if targets is None else f"no linear layer like {targets!r}"
-        raise ValueError(f"{type(model).__name__} has {lack}; name them with targets='REGEX'")
+        problem = (
+            "no hidden linear layer" if targets is None else f"no linear layer like {targets!r}"
+        )
+        raise ValueError(f"{type(model).__name__} has {problem}; name them with targets='REGEX'")
     return layers
 
 
@@ -72,9 +74,15 @@ def sparse_groups(model: nn.Module, targets: str | None = None) -> list[dict[str
             part = [(p, name) for p, name in pairs if (p in chosen) is sparse]
             if part:
                 params, names = [p for p, _ in part], [name for _, name in part]
-                role = {"role": "hidden"} if sparse else {}
+                role_option = {"role": "hidden"} if sparse else {}
                 result.append(
-                    {**group, **role, "sparse": sparse, "params": params, "param_names": names}
+                    {
+                        **group,
+                        **role_option,
+                        "sparse": sparse,
+                        "params": params,
+                        "param_names": names,
+                    }
                 )
     return result
 

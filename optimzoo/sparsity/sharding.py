@@ -21,10 +21,10 @@ def check_cut(param: Tensor, m: int, *, transposed: bool, stacked: bool) -> None
         return
     shards = Shards.of(param, stacked=stacked)
     inputs = "m" if transposed else "n"
-    for letter, dim in (("m", -2), ("n", -1)):
-        along_bits = letter == "n" and shards.is_sharded("n")
-        unit = math.lcm(m if letter == inputs else 1, 8 if along_bits else 1)
-        parts = math.prod(group.size() for group in shards.groups(letter))
+    for axis, dim in (("m", -2), ("n", -1)):
+        along_bits = axis == "n" and shards.is_sharded("n")
+        unit = math.lcm(m if axis == inputs else 1, 8 if along_bits else 1)
+        parts = math.prod(group.size() for group in shards.groups(axis))
         if parts > 1 and unit > 1 and param.shape[dim] % (parts * unit):
             raise ValueError(
                 f"dimension {param.ndim + dim} is cut into {parts} parts, which are not multiples "

@@ -132,8 +132,8 @@ def _randomized(
         basis = _random_like(grad, width, seed, shards)
         power_iterations += 2  # only the first basis of a run has no start: make it a good one
     else:
-        random = _random_like(grad, max(0, width - previous.shape[-1]), seed, shards)
-        basis = torch.cat([previous, random / math.sqrt(m)], dim=-1)
+        random_columns = _random_like(grad, max(0, width - previous.shape[-1]), seed, shards)
+        basis = torch.cat([previous, random_columns / math.sqrt(m)], dim=-1)
     left = basis
 
     def times(columns: Tensor) -> Tensor:

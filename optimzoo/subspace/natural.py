@@ -75,10 +75,10 @@ def natural_gradient(
     shards.sum_([row], over)
     if isinstance(index, Tensor):
         places = torch.arange(gram.shape[-1], device=gram.device)
-        at_place = places == index.view((*index.shape[:1], *(1,) * (gram.ndim - 2)))
-        changed = torch.where(at_place.unsqueeze(-1), row.unsqueeze(-2), gram)
-        gram.copy_(torch.where(at_place.unsqueeze(-2), row.unsqueeze(-1), changed))
-        weights = _solve_on_device(gram, at_place, damping, relative).to(gram.dtype)
+        is_replaced = places == index.view((*index.shape[:1], *(1,) * (gram.ndim - 2)))
+        changed = torch.where(is_replaced.unsqueeze(-1), row.unsqueeze(-2), gram)
+        gram.copy_(torch.where(is_replaced.unsqueeze(-2), row.unsqueeze(-1), changed))
+        weights = _solve_on_device(gram, is_replaced, damping, relative).to(gram.dtype)
     else:
         gram[..., index, :] = row
         gram[..., :, index] = row

@@ -72,6 +72,7 @@ REFUSED = {
         "--lr 0.1: none of the --methods has it; add one of continued, fixed, l2, srste, cast, or "
         "leave --lr out"
     ),
+    "cast --tune --l1 0.1": "--l1 0.1: --tune searches it; leave one of the two out",
     "cast --methods dense --steps 9": "--steps 9: none of the --methods has it; add one of ",
     "cast --methods dense --other-lr 9": "--other-lr 9.0: none of the --methods has it; add one",
     "cast --methods fixed continued --l1 0.1": (

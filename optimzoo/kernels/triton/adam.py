@@ -52,8 +52,8 @@ def _clamped(update, limit):
 def _adam(
     table,
     count,
-    rest1,
-    rest2,
+    one_minus_beta1,
+    one_minus_beta2,
     log_beta1,
     log_beta2,
     adam_eps,
@@ -95,7 +95,7 @@ def _adam(
     v = read(exp_avg_sq + at, inside)
     if CLIPPED:
         g = _clip(g, pointer(mine, count, T.EXTRA, tl.float32, False))
-    m += rest1 * (g - m)
+    m += one_minus_beta1 * (g - m)
     moved = m
     if MASKED or not DIRECTION:
         p = read(param + at, inside)
@@ -107,7 +107,7 @@ def _adam(
         toward = tl.where(p > 0, pull, tl.where(p < 0, -pull, 0.0))
         moved = tl.where(in_mask != 0, m, (1.0 - alpha) * m + toward)
         g = moved
-    v += rest2 * (g * g - v)
+    v += one_minus_beta2 * (g * g - v)
     tl.store(exp_avg + at, nearest(m, M), mask=inside)
     tl.store(exp_avg_sq + at, nearest(v, M), mask=inside)
     if DIRECTION:
@@ -186,8 +186,8 @@ def numbers(
     """Return the kernel's arguments of these options."""
     logs = [math.log(beta) if beta > 0 else -math.inf for beta in betas]
     return {
-        "rest1": 1.0 - betas[0],
-        "rest2": 1.0 - betas[1],
+        "one_minus_beta1": 1.0 - betas[0],
+        "one_minus_beta2": 1.0 - betas[1],
         "log_beta1": logs[0],
         "log_beta2": logs[1],
         "adam_eps": float(eps),

@@ -138,11 +138,13 @@ class Plan:
                 bucket.append(record)
                 units.append(tile.units)
         for (types, aligned, huge, (shape, warps)), (bucket, units) in buckets.items():
-            constexprs = {**constants, **dict(zip("PGM", types, strict=True)), **dict(shape)}
-            constexprs |= {"ALIGNED": aligned, "HUGE": huge, "num_warps": warps}
-            constexprs["SEARCH"] = next(size for size in T.SEARCHES if len(bucket) <= size)
+            launch_constants = {**constants, **dict(zip("PGM", types, strict=True)), **dict(shape)}
+            launch_constants |= {"ALIGNED": aligned, "HUGE": huge, "num_warps": warps}
+            launch_constants["SEARCH"] = next(size for size in T.SEARCHES if len(bucket) <= size)
             orders = [record.order for record in bucket]
-            self._launches.append(_Launch(kernel, len(self._words), orders, sum(units), constexprs))
+            self._launches.append(
+                _Launch(kernel, len(self._words), orders, sum(units), launch_constants)
+            )
             self._words.extend(_columns(bucket, units))
 
     @contextmanager

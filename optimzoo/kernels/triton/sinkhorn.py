@@ -139,8 +139,8 @@ def _pass(
             for left in range(0, cols, C):
                 part = _columns(scales, left + col, cols, FIRST, C)
                 x = _scaled(grad, row, left + col, r, part, rows, cols)
-                later = (left + col < cols) & (start > begin)
-                so_far = tl.load(out + left + col, mask=later, other=0.0)
+                has_sum = (left + col < cols) & (start > begin)
+                so_far = tl.load(out + left + col, mask=has_sum, other=0.0)
                 tl.debug_barrier()  # several threads may read a sum that one of them writes
                 tl.store(out + left + col, so_far + tl.sum(x * x, 0), mask=left + col < cols)
             tl.debug_barrier()

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import tiny_benchmarks
@@ -17,7 +18,7 @@ from optimzoo.models.llama import Llama
 from optimzoo.sparsity import is_nm, linear_targets, nm_mask
 
 SMALL = ["--model", "tiny", "--dense-steps", "4", "--steps", "13", "--batch-size", "2"]
-SMALL += ["--seq-len", "16", "--eval-tokens", "64"]
+SMALL += ["--seq-len", "16", "--eval-tokens", "64", "--jobs", "1"]
 TRAINED = [name for name, method in cast.METHODS.items() if method.trained]
 
 
@@ -35,8 +36,13 @@ def run(out, *words):
     return {row["method"]: row for row in json.loads((out / "results.json").read_text())["rows"]}
 
 
+def folder(out, method):
+    [found] = (out / "runs").glob(f"{method}-*")
+    return found
+
+
 def weights(out, method):
-    return torch.load(out / method / "weights.pt", weights_only=True)
+    return torch.load(folder(out, method) / "weights.pt", weights_only=True)
 
 
 def loaded(out, method):
@@ -65,10 +71,10 @@ def test_every_method_ends_in_a_plain_checkpoint(corpus, tmp_path, capsys, monke
     kept = json.loads((tmp_path / "kept" / "tiny-cast.json").read_text())["rows"]
     assert [row["method"] for row in kept] == list(rows)
     text = capsys.readouterr().out
-    assert "CAST" in text and "after" in text
-    for name in ("table.md", "masked.png", "flips.png", "cast/row.json"):
+    assert "CAST" in text and "pruned" in text
+    for name in ("table.md", "masked.png", "flips.png"):
         assert (tmp_path / "a" / name).stat().st_size > 0
-    assert list((tmp_path / "a" / "cast").glob("events*"))
+    assert list(folder(tmp_path / "a", "cast").glob("events*"))
 
 
 @pytest.mark.parametrize(
@@ -86,14 +92,14 @@ def test_a_stopped_run_goes_on_to_the_same_bits(corpus, tmp_path, monkeypatch, n
     words = ["cast", *SMALL, "--out", str(tmp_path / "cut"), "--methods", name]
     monkeypatch.setattr(cast.SparseRun, "train_step", stopping)
     assert command.main(words) == 130
-    assert tiny_benchmarks.saved_step(tmp_path / "cut" / name) == 8
+    assert tiny_benchmarks.saved_step(folder(tmp_path / "cut", name)) == 8
     monkeypatch.setattr(cast.SparseRun, "train_step", step)
     again = run(tmp_path / "cut", "--methods", name)[name]
     same = ("valid_before", "valid_loss", "test_loss", "curve", "masked_curve", "zeros")
     assert {k: again[k] for k in same} == {k: whole[k] for k in same}
-    pair = [weights(tmp_path / folder, name) for folder in ("whole", "cut")]
+    pair = [weights(tmp_path / out, name) for out in ("whole", "cut")]
     torch.testing.assert_close(*pair, rtol=0, atol=0)
-    assert not (tmp_path / "cut" / name / "checkpoints").exists()
+    assert not (folder(tmp_path / "cut", name) / "checkpoints").exists()
 
 
 def test_finished_runs_are_read_and_others_run_again(corpus, tmp_path, monkeypatch):
@@ -112,6 +118,36 @@ def test_finished_runs_are_read_and_others_run_again(corpus, tmp_path, monkeypat
     assert other["valid_loss"] != first["valid_loss"]
     run(tmp_path, "--methods", "cast", "--l1", "0.5", "--fresh")
     assert len(trained) == 26
+
+
+def test_rates_and_decay_are_searched_and_kept(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(cast, "RESULTS", tmp_path / "kept")
+    search_of = cast.search_of
+    monkeypatch.setattr(cast, "search_of", lambda name: replace(search_of(name), most=5))
+    words = ["--methods", "continued", "cast", "--seeds", "2", "--steps", "3", "--store"]
+    run(tmp_path / "out", *words, "--tune")
+    record = json.loads((tmp_path / "kept" / "tiny-cast.json").read_text())
+    axes = {"continued": ["lr", "other_lr"], "cast": ["lr", "other_lr", "l1"]}
+    comparison = cast.Comparison("tiny")
+    for name, names in axes.items():
+        points = [row for row in record["search"] if row["method"] == name]
+        settings = [{**row["config"]["hyper"], **row["config"]} for row in points]
+        tried = {tuple(config[key] for key in names) for config in settings}
+        assert len(tried) == len(points) >= 5
+        best = settings[min(range(len(points)), key=lambda i: points[i]["valid_loss"])]
+        assert comparison.values(name) == {key: best[key] for key in names}
+        rows = [row for row in record["rows"] if row["method"] == name]
+        assert [row["config"]["seed"] for row in rows] == [1, 2]
+        for row in rows:
+            config = {**row["config"]["hyper"], **row["config"]}
+            assert {key: config[key] for key in names} == comparison.values(name)
+            assert config["weights"] == "weights.pt"
+        assert rows[0]["fingerprint"]["weights"] != rows[1]["fingerprint"]["weights"]
+        assert comparison.edges(name)  # five points do not end it
+    monkeypatch.setattr(cast, "tune", None)
+    assert run(tmp_path / "again", *words)["cast"]["test_loss"] == pytest.approx(
+        record["rows"][-1]["test_loss"]
+    )
 
 
 def test_the_fixed_mask_is_that_of_the_dense_model(corpus, tmp_path):
