@@ -71,18 +71,21 @@ class Update:
 def subtract_(
     weight: Tensor, update: Tensor, *, size: Number, lr: Number, weight_decay: float
 ) -> None:
-    """Set ``W ← (1 − lr · weight_decay) W − size · U``, rounded once.
+    """Set ``W ← (1 − lr · weight_decay) W − size · U``; weights below float32 are rounded once.
 
     A negative decay is cautious.
     """
     update = update.reshape(weight.shape)
     decay = lr * abs(weight_decay) if weight_decay else 0.0
-    if isinstance(size, Tensor) or isinstance(decay, Tensor) or decay != 0.0:
+    in_place = decay == 0.0 or (weight_decay > 0 and weight.dtype not in LOW)
+    if isinstance(size, Tensor) or isinstance(decay, Tensor) or not in_place:
         wide = torch.promote_types(weight.dtype, torch.float32)
         step = update.to(wide) * size
         (decayed,) = decaying([step], [weight.to(wide)], weight_decay)
         weight.sub_(step + decayed * decay)
     else:
+        if decay != 0.0:
+            weight.mul_(1 - decay)
         weight.sub_(update, alpha=size)
 
 
