@@ -96,6 +96,7 @@ def symmetric_product(
     """
     size = left.shape[-2]
     one = left.ndim == 2 and left.device.type == "cpu" and not torch.compiler.is_compiling()
+    one = one and not (torch.is_grad_enabled() and left.requires_grad)
     if not one or left.dtype.itemsize < 4 or size < 3 * _PANEL:
         if matrix is None:
             return left @ right

@@ -57,6 +57,16 @@ def test_small_ones_and_stacks_are_multiplied_whole(monkeypatch):
         assert torch.equal(symmetric_product(x, x.mT), x @ x.mT)
 
 
+def test_large_matrices_have_a_gradient():
+    x = torch.randn(384, 400, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(384, 400, dtype=torch.float64)
+    (orthogonalize(x, steps=1) * weight).sum().backward()
+    change = 1e-6 * torch.randn_like(weight)
+    with torch.no_grad():
+        ends = [(orthogonalize(x + s * change, steps=1) * weight).sum() for s in (1, -1)]
+    torch.testing.assert_close((x.grad * change).sum(), (ends[0] - ends[1]) / 2, rtol=1e-5, atol=0)
+
+
 def test_a_zero_matrix_stays_zero():
     zero = torch.zeros(400, 410)
     assert not orthogonalize(zero).any() and not whiten(zero, steps=4).any()
