@@ -170,7 +170,7 @@ class Session:
                 lambda: released.enter_context(step_in_backward(optimizer)),
             )
             steps = {}
-            for name in _kinds_of_steps(optimizer):
+            for name in _step_names(optimizer):
                 self.tracker.restart()
                 self.run_model(step)
                 with self._explained():
@@ -182,7 +182,7 @@ class Session:
         """Run the optimizer's steps; return their peaks, each with the passes before it."""
         tracker = self.tracker
         passes, state_bytes, steps = tracker.peak(MODEL), tracker.held(optimizer), {}
-        for name in _kinds_of_steps(optimizer):
+        for name in _step_names(optimizer):
             tracker.restart()
             with self._explained():
                 optimizer.step()
@@ -208,7 +208,7 @@ class Session:
             ) from error
 
 
-def _kinds_of_steps(optimizer: Optimizer) -> Iterator[str]:
+def _step_names(optimizer: Optimizer) -> Iterator[str]:
     """Yield `first`, `next` and, with projectors, `refresh`, before a step that refreshes them."""
     yield "first"
     yield "next"

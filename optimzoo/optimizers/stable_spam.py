@@ -249,7 +249,7 @@ class _Batch:
         """Step the weights."""
         rule = self.rule
         if self.kernels is None:
-            self.kinds = self._sort()
+            self.by_shape = self._sort()
         counts = [e.state["moment_step"] for e in self.entries]
         if rule["capturable"]:
             self.step = torch.stack([e.state["step"] for e in self.entries]).double()
@@ -375,7 +375,7 @@ class _Batch:
             at += len(part)
 
     def _step_eager(self) -> None:
-        stacks = [_stack([e.grad for e in same_shape]) for same_shape in self.kinds]
+        stacks = [_stack([e.grad for e in same_shape]) for same_shape in self.by_shape]
         shards = self.entries[0].shards
         with self._averages() as (largest, mean, square):
             most = _norms(stacks, math.inf, shards)
