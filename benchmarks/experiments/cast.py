@@ -141,6 +141,10 @@ def _stored(row: Row, *without: str) -> Row:
     return {k: v for k, v in row.items() if k not in without} | {"config": config}
 
 
+def _others(rows: list[Row], args: argparse.Namespace) -> list[Row]:
+    return [row for row in rows if row["method"] not in args.methods]
+
+
 def by_method(rows: list[Row]) -> dict[str, list[Row]]:
     """Return each method's rows, one a seed."""
     groups: dict[str, list[Row]] = {}
@@ -268,7 +272,7 @@ def main(args: argparse.Namespace) -> int:
     starts = train_dense(args, Session(args, plan, corpus, keep_weights=True))
     session = Session(args, plan, corpus, keep_weights=True, make_run=SparseRun)
     if args.tune:
-        comparison.searched = tune(args, session, starts[0])
+        comparison.searched = _others(comparison.searched, args) + tune(args, session, starts[0])
     entries = [
         entry(name, comparison.values(name), args, weights, seed)
         for name in args.methods
@@ -279,10 +283,11 @@ def main(args: argparse.Namespace) -> int:
     rows.sort(key=lambda row: places[row["method"], row["config"]["seed"]])
     if diverged := [row["method"] for row in rows if row["diverged"]]:
         raise ValueError(f"the loss of {diverged[0]} is not finite; lower the rates")
-    record = {"rows": rows, "search": comparison.searched}
-    write_json(args.out / "results.json", record)
+    write_json(args.out / "results.json", {"rows": rows, "search": comparison.searched})
     if args.store:
-        write_json(comparison.path, record)
+        every = _others(comparison.rows, args) + rows
+        every.sort(key=lambda row: list(METHODS).index(row["method"]))
+        write_json(comparison.path, {"rows": every, "search": comparison.searched})
     write_report(rows, args.out)
     print(
         f"written: {args.out}/results.json, table.md, masked.png, flips.png, runs/*/weights.pt\n"

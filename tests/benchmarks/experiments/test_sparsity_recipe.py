@@ -144,6 +144,11 @@ def test_rates_and_decay_are_searched_and_kept(corpus, tmp_path, monkeypatch):
             assert config["weights"] == "weights.pt"
         assert rows[0]["fingerprint"]["weights"] != rows[1]["fingerprint"]["weights"]
         assert comparison.edges(name)  # five points do not end it
+    run(tmp_path / "out", "--methods", "fixed", "--store")
+    stored = json.loads((tmp_path / "kept" / "tiny-cast.json").read_text())
+    assert stored["search"] == record["search"]
+    assert [r for r in stored["rows"] if r["method"] != "fixed"] == record["rows"]
+    assert len(stored["rows"]) == len(record["rows"]) + 1
     monkeypatch.setattr(cast, "tune", None)
     assert run(tmp_path / "again", *words)["cast"]["test_loss"] == pytest.approx(
         record["rows"][-1]["test_loss"]
