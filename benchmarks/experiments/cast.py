@@ -193,7 +193,7 @@ def table(rows: list[Row]) -> Table:
     origin = (
         f"{config['model']}, {rows[0]['corpus']['name']} text, {trained['tokens']:,} further "
         f"tokens a run, {seeds} seed{'s' * (seeds > 1)}, {rows[0]['precision']}; "
-        f"{made_on(rows[0]['provenance'])}"
+        f"{made_on(*(row['provenance'] for row in rows))}"
     )
     dense = groups.get("continued", [])
     lines = [cells(mine, dense) for mine in groups.values()]

@@ -95,9 +95,9 @@ def symmetric_product(
     of the products), and mirrored.
     """
     size = left.shape[-2]
-    one = left.ndim == 2 and left.device.type == "cpu" and not torch.compiler.is_compiling()
-    one = one and not (torch.is_grad_enabled() and left.requires_grad)
-    if not one or left.dtype.itemsize < 4 or size < 3 * _PANEL:
+    large = left.ndim == 2 and size >= 3 * _PANEL and left.dtype.itemsize >= 4
+    traced = torch.compiler.is_compiling() or (torch.is_grad_enabled() and left.requires_grad)
+    if traced or not large or left.device.type != "cpu":
         if matrix is None:
             return left @ right
         return add_product(matrix, left, right, beta=beta, alpha=alpha)
