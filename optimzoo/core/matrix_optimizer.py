@@ -19,11 +19,11 @@ from optimzoo.core.adam import (
     read_counts,
     step_as_tensor,
 )
-from optimzoo.core.optimizer import RoleOptimizer, scalar_lr
+from optimzoo.core.optimizer import RoleOptimizer, scalar_lr, signed_decay
 from optimzoo.core.other_rules import OTHER_RULES
 from optimzoo.core.role_options import SharedOptions
 from optimzoo.core.rule import Context, Matrix, Rule
-from optimzoo.core.update import signed_decay, subtract_each_
+from optimzoo.core.update import subtract_each_
 from optimzoo.core.validation import (
     check_betas,
     check_capturable,

@@ -301,3 +301,9 @@ def scalar_lr(group: dict[str, Any]) -> float | Tensor:
     """Return the group's current learning rate as a float or a 0-dim tensor."""
     lr = group["lr"]
     return lr.reshape(()) if isinstance(lr, Tensor) else lr
+
+
+def signed_decay(group: Mapping[str, Any]) -> float:
+    """Return a group's weight decay as rules and kernels take it: negative where it is cautious."""
+    decay: float = group["weight_decay"]
+    return -decay if group["weight_decay_style"] == "cautious" else decay

@@ -1,8 +1,7 @@
 """Updates of hidden weights, and how a step subtracts them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,12 +10,6 @@ from optimzoo.lowbit import LOW, RngKey, fp32_working_copy
 
 Number = float | Tensor
 DECAY_STYLES = ("decoupled", "cautious")
-
-
-def signed_decay(group: Mapping[str, Any]) -> float:
-    """Return a group's weight decay as rules and kernels take it: negative where it is cautious."""
-    decay: float = group["weight_decay"]
-    return -decay if group["weight_decay_style"] == "cautious" else decay
 
 
 def decaying(

@@ -13,10 +13,10 @@ from torch.optim.optimizer import ParamsT, _default_to_fused_or_foreach
 
 from optimzoo.core.adam import adam, count_up, init_adam_state, read_counts, step_as_tensor
 from optimzoo.core.matrix_optimizer import REST_DEFAULTS, local_params
-from optimzoo.core.optimizer import RoleOptimizer, copy_group, options_of, scalar_lr
+from optimzoo.core.optimizer import RoleOptimizer, copy_group, options_of, scalar_lr, signed_decay
 from optimzoo.core.record import register
 from optimzoo.core.role_options import RoleOptions
-from optimzoo.core.update import decaying, signed_decay
+from optimzoo.core.update import decaying
 from optimzoo.core.validation import (
     check_betas,
     check_capturable,

@@ -15,11 +15,11 @@ from optimzoo.core.channel_rule import (
     limit_norm_growth,
 )
 from optimzoo.core.matrix_optimizer import adam_direction
-from optimzoo.core.optimizer import options_of
+from optimzoo.core.optimizer import options_of, signed_decay
 from optimzoo.core.record import register
 from optimzoo.core.role_options import SharedOptions
 from optimzoo.core.rule import Context
-from optimzoo.core.update import Number, Update, signed_decay
+from optimzoo.core.update import Number, Update
 from optimzoo.core.validation import check_choice
 from optimzoo.optimizers.galore import LowRankOptimizer, LowRankUpdate
 from optimzoo.stacks import State

@@ -15,10 +15,10 @@ from optimzoo.core.momentum_optimizer import (
     adjustment,
     momentum_of,
 )
-from optimzoo.core.optimizer import options_of
+from optimzoo.core.optimizer import options_of, signed_decay
 from optimzoo.core.record import register
 from optimzoo.core.rule import Context, Matrix
-from optimzoo.core.update import Update, signed_decay, subtract_
+from optimzoo.core.update import Update, subtract_
 from optimzoo.core.validation import check_choice
 from optimzoo.distributed import Shards, local_part, map_whole_matrices
 from optimzoo.lowbit import RngKey, fp32_working_copy, moment_dtype

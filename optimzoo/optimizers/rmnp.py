@@ -13,10 +13,10 @@ from optimzoo.core.momentum_optimizer import (
     adjustment,
     momentum_of,
 )
-from optimzoo.core.optimizer import options_of
+from optimzoo.core.optimizer import options_of, signed_decay
 from optimzoo.core.record import register
 from optimzoo.core.rule import Context, looks_ahead
-from optimzoo.core.update import Update, signed_decay
+from optimzoo.core.update import Update
 from optimzoo.kernels import dispatch
 from optimzoo.lowbit import RngKey
 from optimzoo.stacks import State

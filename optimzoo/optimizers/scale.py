@@ -16,12 +16,12 @@ from torch.optim.optimizer import (
 )
 
 from optimzoo.core.adam import adam_step, init_adam_state, step_as_tensor
-from optimzoo.core.optimizer import RoleOptimizer, copy_group, options_of, scalar_lr
+from optimzoo.core.optimizer import RoleOptimizer, copy_group, options_of, scalar_lr, signed_decay
 from optimzoo.core.record import register
 from optimzoo.core.role_options import RoleRates
 from optimzoo.core.rule import looks_ahead, take_into_average
 from optimzoo.core.spectral_norm import divide_by_spectral_norm_
-from optimzoo.core.update import decaying, signed_decay
+from optimzoo.core.update import decaying
 from optimzoo.core.validation import (
     check_betas,
     check_choice,

@@ -12,12 +12,12 @@ from optimzoo.core.matrix_optimizer import (
     kernel_items,
     step_lr,
 )
-from optimzoo.core.optimizer import options_of
+from optimzoo.core.optimizer import options_of, signed_decay
 from optimzoo.core.record import register
 from optimzoo.core.role_options import SharedOptions
 from optimzoo.core.rule import Context
 from optimzoo.core.spectral_norm import KEY, divide_by_spectral_norm_
-from optimzoo.core.update import Update, signed_decay
+from optimzoo.core.update import Update
 from optimzoo.distributed import UNSHARDED, Shards
 from optimzoo.kernels import dispatch
 from optimzoo.lowbit import RngKey

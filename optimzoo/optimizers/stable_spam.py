@@ -18,10 +18,10 @@ from optimzoo.core.adam import (
     step_as_tensor,
 )
 from optimzoo.core.matrix_optimizer import MatrixOptimizer, as_matrix, oriented
-from optimzoo.core.optimizer import options_of, scalar_lr
+from optimzoo.core.optimizer import options_of, scalar_lr, signed_decay
 from optimzoo.core.record import register
 from optimzoo.core.role_options import SharedOptions
-from optimzoo.core.update import decaying, signed_decay
+from optimzoo.core.update import decaying
 from optimzoo.core.validation import check_betas, check_choice
 from optimzoo.distributed import UNSHARDED, Shards, local_part
 from optimzoo.kernels import dispatch

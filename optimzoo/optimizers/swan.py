@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from optimzoo.core.matrix_optimizer import MatrixOptimizer, descent, step_lr
-from optimzoo.core.optimizer import options_of
+from optimzoo.core.optimizer import options_of, signed_decay
 from optimzoo.core.record import register
 from optimzoo.core.role_options import SharedOptions
 from optimzoo.core.rule import Context, Matrix
-from optimzoo.core.update import Update, signed_decay, subtract_
+from optimzoo.core.update import Update, subtract_
 from optimzoo.distributed import map_whole_matrices
 from optimzoo.kernels import dispatch
 from optimzoo.lowbit import RngKey, fp32_working_copy
