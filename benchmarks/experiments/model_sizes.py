@@ -56,7 +56,7 @@ def _full(model: str, steps: int, rank: int) -> ModelSize:
 
 MODEL_SIZES = {
     "nano-1k": _batch(1024),
-    "nano-4k": _batch(4096),
+    "nano-4k": _batch(4096, centre=(2.0, 1.0)),  # between the neighbours' best
     "nano-16k": _batch(16384, centre=(2.0, 2.0)),
     "60m-full": _full("60m", 11_000, 128),
     "130m-full": _full("130m", 20_000, 256),
