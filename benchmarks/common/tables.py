@@ -35,7 +35,8 @@ class Table:
         )
         for i, header in enumerate(self.headers):
             side = "left" if i < self.left else "right"
-            grid.add_column(header.replace(" ", "\n"), justify=side, no_wrap=i > 0)  # type: ignore[arg-type]
+            whole = i > 0 and not any(", " in row[i] for row in self.rows)  # else it may wrap
+            grid.add_column(header.replace(" ", "\n"), justify=side, no_wrap=whole)  # type: ignore[arg-type]
         for row in self.rows:
             grid.add_row(*row)
         console = Console()

@@ -59,6 +59,7 @@ QUESTIONS = (
     _at("nano", "the same against AdamW", "muon_8bit_scale", "adamw"),
     _at("nano", "the same against SCALE spectral", "muon_8bit_scale", "scale_spectral"),
     _at("nano", "SinkGD, other=scale, against SCALE", "sinkgd_scale", "scale"),
+    _at("nano", "the same against SinkGD, other=adam", "sinkgd_scale", "sinkgd"),
     _at("nano", "Stable-SPAM against AdamW", "stable_spam", "adamw"),
     _at("nano", "APOLLO against AdamW", "apollo", "adamw"),
     _at("nano", "APOLLO-Mini against SCALE", "apollo_mini", "scale"),

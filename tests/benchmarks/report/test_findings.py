@@ -85,3 +85,20 @@ def test_questions_name_methods_that_plans_have():
                 assert cast.METHODS[method].trained
             else:
                 assert "tuned" in Plan(plan).methods[method]
+
+
+def test_what_scale_loses_to_adamw_is_lost_at_the_embedding_and_the_head():
+    """docs/results.md says it; SinkGD and SCALE agree on what Adam is worth there."""
+    pairs = {(q.ours, q.theirs): q.difference() for q in findings.QUESTIONS}
+    whole = pairs[("nano", "scale"), ("nano", "adamw")]
+    roles = pairs[("nano", "sinkgd_scale"), ("nano", "sinkgd")]
+    assert whole.mean > 0.05 and roles.mean > 0.05
+    assert abs(whole.mean - roles.mean) < 2 * (whole.error + roles.error)
+
+
+def test_the_table_of_cast_is_whole_on_a_terminal_of_80_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    cast.table(cast.Comparison("nano").rows).print()
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and "…" not in "".join(lines)
+    assert any(line.startswith(" CAST ") for line in lines)
