@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = f"of {', '.join(names)}"
     parser.add_argument("table", nargs="+", choices=names, metavar="TABLE", help=text)
     parser.add_argument("--memory-only", action="store_true", help="the memory column, in seconds")
-    sizes = ("nano", *MODEL_SIZES)  # --scale: the option's earlier name
+    sizes = ("nano", *MODEL_SIZES)
     parser.add_argument("--size", default="nano", choices=sizes, metavar="SIZE")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="some of the table's methods")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1")

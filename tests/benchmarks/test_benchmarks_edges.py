@@ -107,16 +107,16 @@ def test_groups_give_a_role_options_of_its_own(folder, capsys):
     assert capsys.readouterr().err.endswith(error)
 
 
-def slow_worker(args, entry, name, folder, test):
+def slow_worker(args, entry, name, options):
     """A worker that says when it has begun to train; at one learning rate its steps take long."""
     CONFIGS["tiny"] = tiny_benchmarks.TINY
 
     def hook(*_):
-        (folder / "begun").touch()
+        (options["out"] / "begun").touch()
         time.sleep(1 if entry.config.lr == 1e-2 else 0)
 
     register_optimizer_step_post_hook(hook)
-    return run_job(args, entry, name, folder, test)
+    return run_job(args, entry, name, options)
 
 
 @pytest.mark.thorough

@@ -102,3 +102,12 @@ def test_the_table_of_cast_is_whole_on_a_terminal_of_80_columns(monkeypatch, cap
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80 and "…" not in "".join(lines)
     assert any(line.startswith(" CAST ") for line in lines)
+
+
+def test_refactorization_brings_what_the_momentum_reset_costs():
+    """docs/weights.md says it of 1,600 steps."""
+    pairs = {q.ours: q.difference() for q in findings.QUESTIONS if q.theirs[1] == "low_rank"}
+    plan = "nano-lowrank-long"
+    parts = [pairs[plan, f"low_rank_{part}"] for part in ("refactorize", "reset")]
+    both = pairs[plan, "low_rank_restarts"]
+    assert parts[0].mean < 0 < parts[1].mean and "level" in both.text()
