@@ -104,7 +104,7 @@ def test_the_table_of_cast_is_whole_on_a_terminal_of_80_columns(monkeypatch, cap
     assert any(line.startswith(" CAST ") for line in lines)
 
 
-def test_refactorization_brings_what_the_momentum_reset_costs():
+def test_refactorization_alone_is_ahead_and_the_momentum_reset_behind():
     """docs/weights.md says it of 1,600 steps."""
     pairs = {q.ours: q.difference() for q in findings.QUESTIONS if q.theirs[1] == "low_rank"}
     plan = "nano-lowrank-long"
