@@ -24,7 +24,8 @@ class Measurement:
     Attributes:
         tensors: the peak of all tensors, exact, on all devices.
         rss_before: resident memory of the process before the run.
-        rss_peak: peak of the resident memory.
+        rss_peak: peak of the resident memory, as the kernel counts it: per CPU, so that it may be
+            off by some MiB.
         cuda_allocated: the peak of CUDA's allocator, blocks in use; None without CUDA.
         cuda_reserved: the peak of what the allocator has from the driver; None without CUDA.
         seconds: duration of the run.

@@ -16,8 +16,6 @@ pytestmark = pytest.mark.usefixtures("few_objects")
 def test_a_known_peak_to_the_byte():
     held = torch.ones(MIB)  # 4 MiB that were there before
 
-    # Blocks over 32 MiB are never taken from what the process already holds, so that the resident
-    # peak shows them whatever ran before.
     def step():
         a = torch.ones(10 * MIB)  # 40 MiB
         b = a + 1  # 40 more
@@ -28,11 +26,18 @@ def test_a_known_peak_to_the_byte():
     result = measure(step, steps=3)
     assert result.tensors.bytes - base == 80 * MIB
     assert result.error is None
-    assert result.rss_peak - result.rss_before >= 75 * MIB
     assert (result.cuda_allocated is None) == (not torch.cuda.is_available())
     del held
     gc.collect()
     assert base - measure(lambda: None).tensors.bytes == 4 * MIB
+
+
+def test_the_resident_peak_shows_a_large_block():
+    # A block over 32 MiB is never taken from what the process already holds. It is this large
+    # because the kernel keeps the count per CPU, off by tens of MiB where there are many, and may
+    # take pages of files back meanwhile.
+    result = measure(lambda: torch.ones(128 * MIB))
+    assert result.rss_peak - result.rss_before >= 256 * MIB
 
 
 def test_categories_of_a_training_loop_that_nobody_introduced():
