@@ -28,7 +28,7 @@ from optimzoo.kernels.triton.launch import (
     scalars,
     written,
 )
-from optimzoo.kernels.triton.table import Record, block, number, owner, pointer, rates_of
+from optimzoo.kernels.triton.table import Record, block, owner, pointer, rates_of
 
 
 @triton.jit
@@ -87,9 +87,7 @@ def _adam(
     exp_avg_sq = pointer(mine, count, T.EXP_AVG_SQ, M, ALIGNED)
     grad = pointer(mine, count, T.GRAD, G, ALIGNED)
     at, inside = block(mine, count, found_inf, ALIGNED, C)
-    key = rounding_key(
-        number(mine, count, T.INDEX), first_index, step_low, step_high, seed_low, seed_high
-    )
+    key = rounding_key(mine, count, first_index, step_low, step_high, seed_low, seed_high)
     g = read(grad + at, inside) * gradient_scale(sign, grad_scale)
     m = read(exp_avg + at, inside)
     v = read(exp_avg_sq + at, inside)

@@ -74,9 +74,7 @@ def _apply(
     scales = pointer(mine, count, T.EXTRA, tl.float32, False)
     rows = height(mine, count, found_inf)
     cols = width(mine, count, ALIGNED)
-    key = rounding_key(
-        number(mine, count, T.INDEX), first_index, step_low, step_high, seed_low, seed_high
-    )
+    key = rounding_key(mine, count, first_index, step_low, step_high, seed_low, seed_high)
     # From the end: the cache still holds what a pass before this one has read last.
     across = tl.cdiv(cols, C)
     part = tl.cdiv(number(mine, count, T.ROWS), R) * across - 1 - unit(mine, count)

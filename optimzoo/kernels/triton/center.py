@@ -17,7 +17,7 @@ from optimzoo.kernels.triton.element import (
     write_param,
 )
 from optimzoo.kernels.triton.launch import UNSPECIALIZED, Plan, row_tile, scalars, written
-from optimzoo.kernels.triton.table import Record, height, number, owner, pointer, tile, unit, width
+from optimzoo.kernels.triton.table import Record, height, owner, pointer, tile, unit, width
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -36,7 +36,6 @@ def _center(
     STOCHASTIC: tl.constexpr,
     P: tl.constexpr,
     G: tl.constexpr,
-    M: tl.constexpr,
     ALIGNED: tl.constexpr,
     HUGE: tl.constexpr,
     SEARCH: tl.constexpr,
@@ -49,9 +48,7 @@ def _center(
     grad = pointer(mine, count, T.GRAD, G, ALIGNED)
     rows = height(mine, count, found_inf)
     cols = width(mine, count, ALIGNED)
-    key = rounding_key(
-        number(mine, count, T.INDEX), first_index, step_low, step_high, seed_low, seed_high
-    )
+    key = rounding_key(mine, count, first_index, step_low, step_high, seed_low, seed_high)
     factor = gradient_scale(sign, grad_scale)
     n = cols.to(tl.float32)
     row = unit(mine, count) * R + tl.arange(0, R)

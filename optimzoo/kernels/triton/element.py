@@ -4,6 +4,8 @@
 import triton
 import triton.language as tl
 
+from optimzoo.kernels.triton.table import INDEX, number
+
 
 @triton.jit
 def read(pointer, inside):
@@ -114,9 +116,9 @@ def hashed(x):
 
 
 @triton.jit
-def rounding_key(index, first_index, step_low, step_high, seed_low, seed_high):
-    """Return the key of the tensor with this index; the counter's words are int32."""
-    key = hashed((index + first_index).to(tl.uint32))
+def rounding_key(mine, count, first_index, step_low, step_high, seed_low, seed_high):
+    """Return the tensor's key, from its index; the counter's words are int32."""
+    key = hashed((number(mine, count, INDEX) + first_index).to(tl.uint32))
     key = hashed(step_high.to(tl.uint32, bitcast=True) ^ key)
     key = hashed(step_low.to(tl.uint32, bitcast=True) ^ key)
     key = hashed(seed_high.to(tl.uint32, bitcast=True) ^ key)

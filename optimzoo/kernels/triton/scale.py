@@ -44,7 +44,6 @@ from optimzoo.kernels.triton.table import (
     Record,
     block,
     height,
-    number,
     odd_rows,
     owner,
     pointer,
@@ -88,9 +87,7 @@ def _rows(
     exp_avg = pointer(mine, count, T.EXP_AVG, M, ALIGNED)
     rows = height(mine, count, found_inf)
     cols = width(mine, count, ALIGNED)
-    key = rounding_key(
-        number(mine, count, T.INDEX), first_index, step_low, step_high, seed_low, seed_high
-    )
+    key = rounding_key(mine, count, first_index, step_low, step_high, seed_low, seed_high)
     lr, weight_decay = rates_of(mine, count)
     factor = gradient_scale(sign, grad_scale)
     row = unit(mine, count) * R + tl.arange(0, R)
@@ -160,9 +157,7 @@ def _signs(
     grad = pointer(mine, count, T.GRAD, G, ALIGNED)
     exp_avg = pointer(mine, count, T.EXP_AVG, M, ALIGNED)
     at, inside = block(mine, count, found_inf, ALIGNED, C)
-    key = rounding_key(
-        number(mine, count, T.INDEX), first_index, step_low, step_high, seed_low, seed_high
-    )
+    key = rounding_key(mine, count, first_index, step_low, step_high, seed_low, seed_high)
     lr, weight_decay = rates_of(mine, count)
     g = direction(
         grad,

@@ -103,11 +103,8 @@ def _pass(
     found_inf,
     FIRST: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    P: tl.constexpr,
     G: tl.constexpr,
-    M: tl.constexpr,
     ALIGNED: tl.constexpr,
-    HUGE: tl.constexpr,
     SEARCH: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
@@ -162,11 +159,6 @@ def _column_scales(
     count,
     found_inf,
     FIRST: tl.constexpr,
-    P: tl.constexpr,
-    G: tl.constexpr,
-    M: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    HUGE: tl.constexpr,
     SEARCH: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
@@ -196,7 +188,6 @@ def _step(
     NORMALIZE: tl.constexpr,
     P: tl.constexpr,
     G: tl.constexpr,
-    M: tl.constexpr,
     ALIGNED: tl.constexpr,
     HUGE: tl.constexpr,
     SEARCH: tl.constexpr,
@@ -211,9 +202,7 @@ def _step(
     scales = pointer(mine, count, T.EXTRA, tl.float32, False)
     rows = height(mine, count, found_inf)
     cols = width(mine, count, ALIGNED)
-    key = rounding_key(
-        number(mine, count, T.INDEX), first_index, step_low, step_high, seed_low, seed_high
-    )
+    key = rounding_key(mine, count, first_index, step_low, step_high, seed_low, seed_high)
     lr, weight_decay = rates_of(mine, count)
     row = unit(mine, count) * R + tl.arange(0, R)
     r = tl.load(scales + cols + row, mask=row < rows, other=1.0)
