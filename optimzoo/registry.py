@@ -143,8 +143,6 @@ def _make(
         groups = param_groups(groups)
     elif not isinstance(groups, torch.Tensor):  # copied, because torch writes into the groups
         groups = [dict(g) if isinstance(g, dict) else g for g in groups]
-    if isinstance(groups, list):
-        _refuse_flattened(groups)
     if _is_ours(info):
         instance: Optimizer = info.make(groups, **hyper)
         return instance
@@ -162,18 +160,7 @@ def _make(
     if rounding.get("rounding", "nearest") != "nearest":
         return Rounded(groups, make, hyper, **rounding)
     optimizer: Optimizer = make(groups, **hyper)
+    for group in optimizer.param_groups:
+        refuse_flattened(group["params"], group.get("param_names", ()))
     watch(optimizer)
     return optimizer
-
-
-def _refuse_flattened(groups: list[Any]) -> None:
-    """Refuse parameters of FSDP1 and DeepSpeed, for torch's optimizers too."""
-    items: list[Any] = []
-    for group in groups:
-        params = group.get("params") if isinstance(group, dict) else group
-        items += params if isinstance(params, list) else [params]
-    pairs = [
-        item if isinstance(item, tuple) else (f"parameter {i}", item)
-        for i, item in enumerate(items)
-    ]
-    refuse_flattened([param for _, param in pairs], [str(name) for name, _ in pairs])

@@ -149,15 +149,24 @@ def adam(
     lrs = lr if isinstance(lr, list) else [lr] * len(params)
     on_device = isinstance(max_update, Tensor)  # kernels take a number
     if foreach is None and not differentiable and not on_device:
-        eager = _fused_adam(
-            *(params, grads, exp_avgs, exp_avg_sqs, steps, rng_keys, lrs),
-            *(betas, eps, weight_decay, maximize, max_update),
-            eps_before=eps_before,
-        )
+        items = map(dispatch.vector, params, grads, exp_avgs, exp_avg_sqs, steps, rng_keys)
+        runs, eager = dispatch.partition_by_backend(items, None)
+        rate = {id(p): lr for p, lr in zip(params, lrs, strict=True)}
+        for kernels, chosen in runs:
+            kernels.adam_(
+                *dispatch.to_argument_lists(chosen)[:5],
+                lr=[dispatch.lr_argument(rate[id(i.param)], i.param.device) for i in chosen],
+                betas=betas,
+                eps=eps,
+                weight_decay=weight_decay,
+                maximize=maximize,
+                eps_before=eps_before,
+                max_update=max_update,
+                **dispatch.rounding(chosen),
+            )
         if not eager:
             return
-        eager_ids = {id(item.param) for item in eager}
-        lrs = [rate for p, rate in zip(params, lrs, strict=True) if id(p) in eager_ids]
+        lrs = [rate[id(item.param)] for item in eager]
         fields = list(map(list, zip(*eager, strict=True)))
         params, grads, exp_avgs, exp_avg_sqs, steps = fields[:5]
         rng_keys = fields[-1]
@@ -267,39 +276,3 @@ def _multi_tensor_adam(
         rates = [torch.as_tensor(lr, device=u.device) for lr, u in zip(lrs, update, strict=True)]
     torch._foreach_mul_(update, rates)
     torch._foreach_sub_(params, update)
-
-
-def _fused_adam(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    rng_keys: Sequence[RngKey | None],
-    lrs: list[Rate],
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-    max_update: Any,
-    *,
-    eps_before: bool,
-) -> list[dispatch.TensorArgs]:
-    """Step what the kernels take, in one call a device; returns the rest."""
-    items = map(dispatch.vector, params, grads, exp_avgs, exp_avg_sqs, steps, rng_keys)
-    runs, others = dispatch.partition_by_backend(items, None)
-    rate = {id(p): lr for p, lr in zip(params, lrs, strict=True)}
-    for kernels, chosen in runs:
-        fields = dispatch.to_argument_lists(chosen)
-        kernels.adam_(
-            *fields[:5],
-            lr=[dispatch.lr_argument(rate[id(i.param)], i.param.device) for i in chosen],
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            maximize=maximize,
-            eps_before=eps_before,
-            max_update=max_update,
-            **dispatch.rounding(chosen),
-        )
-    return others

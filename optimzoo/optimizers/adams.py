@@ -238,10 +238,9 @@ class AdamS(RoleOptimizer):
         masked = self._step_fused(group, counts, rng_keys)
         shared = {k: group[k] for k in ("betas", "eps", "maximize", "foreach")}
         shared |= {"lr": scalar_lr(group), "weight_decay": signed_decay(group)}
-        options = {k: group[k] for k in ("l1", "total_steps", "decay")} | shared
-        options["rng_keys"] = [rng_keys.get(p) for p in masked]
-        options["masks"] = [local_part(self.state[p]["mask"]) for p in masked]
-        adams(*self._lists(masked), counts=[counts[p] for p in masked], **options)
+        masks = [local_part(self.state[p]["mask"]) for p in masked]
+        keys = [rng_keys.get(p) for p in masked]
+        adams(*self._lists(masked), masks, [counts[p] for p in masked], group, rng_keys=keys)
         shared["rng_keys"] = [rng_keys.get(p) for p in dense]
         adam(*self._lists(dense), capturable=group["capturable"], **shared)
 
@@ -266,30 +265,17 @@ class AdamS(RoleOptimizer):
                 others.append(p)
         for (kernels, t), items in runs.items():
             for call in dispatch.split_at_rng_gaps(items):
-                self._fused_adams(kernels, call, group, [masks[i.param] for i in call], t)
+                kernels.adam_(
+                    *dispatch.to_argument_lists(call)[:5],
+                    lr=dispatch.lr_argument(group["lr"], call[0].param.device),
+                    weight_decay=signed_decay(group),
+                    eps_before=False,
+                    masks=[masks[i.param] for i in call],
+                    alpha=min(t / group["total_steps"], 1.0),
+                    **{k: group[k] for k in ("betas", "eps", "maximize", "l1")},
+                    **dispatch.rounding(call),
+                )
         return others
-
-    def _fused_adams(
-        self,
-        kernels: Any,
-        items: list[dispatch.TensorArgs],
-        group: dict[str, Any],
-        masks: list[Tensor],
-        t: float,
-    ) -> None:
-        kernels.adam_(
-            *dispatch.to_argument_lists(items)[:5],
-            lr=dispatch.lr_argument(group["lr"], items[0].param.device),
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=signed_decay(group),
-            maximize=group["maximize"],
-            eps_before=False,
-            masks=masks,
-            l1=group["l1"],
-            alpha=min(t / group["total_steps"], 1.0),
-            **dispatch.rounding(items),
-        )
 
     def _lists(self, params: list[Tensor]) -> Lists:
         """Return parameters, gradients, moments and step counts, as local tensors."""
@@ -331,38 +317,30 @@ def adams(
     steps: list[Tensor],
     masks: list[Tensor],
     counts: list[Any],
+    group: dict[str, Any],
     *,
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    l1: float,
-    total_steps: int,
-    decay: str,
-    weight_decay: float,
-    maximize: bool,
-    foreach: bool | None,
     rng_keys: Sequence[RngKey | None],
 ) -> None:
-    """Take one step of :class:`AdamS`, in place, on weights with packed masks.
+    """Take one step of :class:`AdamS` with a group's options, in place, on masked weights.
 
     ``counts`` are the numbers of this step, to which ``steps`` are incremented.
     """
     if not params:
         return
+    foreach = group["foreach"]
     if foreach is None:
         foreach = _default_to_fused_or_foreach(params, False)[1]
     rule: Callable[..., None] = _multi_tensor_adams if foreach else _single_tensor_adams
     count_up(steps)
-    ramp = [t / total_steps for t in counts]
+    ramp = [t / group["total_steps"] for t in counts]
     ramp = [a.clamp(max=1.0) if isinstance(a, Tensor) else min(a, 1.0) for a in ramp]
-    options = (lr, betas, eps, l1, decay, weight_decay)
 
     def step(params: Any, grads: Any, means: Any, squares: Any, *others: Any) -> None:
         with widened(means, squares) as (means, squares):
             grads = [g.to(m.dtype) for g, m in zip(grads, means, strict=True)]
-            if maximize:
+            if group["maximize"]:
                 grads = list(torch._foreach_neg(grads))
-            rule(params, grads, means, squares, *others, *options)
+            rule(params, grads, means, squares, *others, group)
 
     lists = (params, grads, exp_avgs, exp_avg_sqs, masks, counts, ramp)
     apply_with_rounding(step, rng_keys, *lists, alone=any(m.dtype in LOW for m in exp_avgs))
@@ -376,28 +354,23 @@ def _single_tensor_adams(
     masks: list[Tensor],
     counts: list[Any],
     ramp: list[Any],
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    l1: float,
-    decay: str,
-    weight_decay: float,
+    group: dict[str, Any],
 ) -> None:
-    beta1, beta2 = betas
+    (beta1, beta2), l1, weight_decay = group["betas"], group["l1"], signed_decay(group)
     tensors = zip(params, grads, exp_avgs, exp_avg_sqs, masks, counts, ramp, strict=True)
     for theta, g, mu, v, bits, t, alpha in tensors:
         mu.lerp_(g, 1 - beta1)
-        if decay == "l1":
+        if group["decay"] == "l1":
             pulled = mu * (1 - alpha) + theta.sign() * (alpha * l1)
         else:
             pulled = mu + theta * (alpha * l1)
         modified = torch.where(unpack(bits, theta.shape), mu, pulled)
         v.mul_(beta2).addcmul_(modified, modified, value=1 - beta2)
-        update = modified / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + eps)
+        update = modified / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + group["eps"])
         if weight_decay != 0:
             (decayed,) = decaying([update], [theta], weight_decay)
             update = update.add(decayed, alpha=abs(weight_decay))
-        theta.sub_(update * lr)
+        theta.sub_(update * scalar_lr(group))
 
 
 def _multi_tensor_adams(
@@ -408,18 +381,14 @@ def _multi_tensor_adams(
     masks: list[Tensor],
     counts: list[Any],
     ramp: list[Any],
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    l1: float,
-    decay: str,
-    weight_decay: float,
+    group: dict[str, Any],
 ) -> None:
-    beta1, beta2 = betas
+    (beta1, beta2), l1, weight_decay = group["betas"], group["l1"], signed_decay(group)
     torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
-    updates = torch._foreach_sign(params) if decay == "l1" else params
+    shrinks = group["decay"] == "l1"
+    updates = torch._foreach_sign(params) if shrinks else params
     updates = torch._foreach_mul(updates, [alpha * l1 for alpha in ramp])
-    faded = torch._foreach_mul(exp_avgs, [1 - a for a in ramp]) if decay == "l1" else exp_avgs
+    faded = torch._foreach_mul(exp_avgs, [1 - a for a in ramp]) if shrinks else exp_avgs
     torch._foreach_add_(updates, faded)
     del faded
     torch._foreach_lerp_(updates, exp_avgs, _unpacked(masks, exp_avgs))
@@ -428,12 +397,12 @@ def _multi_tensor_adams(
     torch._foreach_div_(updates, [1 - beta1**t for t in counts])
     denominators = torch._foreach_div(exp_avg_sqs, [1 - beta2**t for t in counts])
     torch._foreach_sqrt_(denominators)
-    torch._foreach_add_(denominators, eps)
+    torch._foreach_add_(denominators, group["eps"])
     torch._foreach_div_(updates, denominators)
     if weight_decay != 0:
         decayed = decaying(updates, params, weight_decay)
         torch._foreach_add_(updates, decayed, alpha=abs(weight_decay))
-    torch._foreach_mul_(updates, lr)
+    torch._foreach_mul_(updates, scalar_lr(group))
     torch._foreach_sub_(params, updates)
 
 

@@ -308,7 +308,6 @@ class SCALE(RoleOptimizer):
             others = set(map(id, self._launch_cache.step(number, items, group, counts)))
             matrices = [p for p in matrices if id(local[p]) in others]
             vectors = [p for p in vectors if id(local[p]) in others]
-        lr = scalar_lr(group)
         foreach = group["foreach"]
         if foreach is None:
             foreach = _default_to_fused_or_foreach(matrices, group["differentiable"])[1]
@@ -316,16 +315,7 @@ class SCALE(RoleOptimizer):
             [local_part(p) for p in matrices],
             [local_part(p.grad, like=p) for p in matrices if p.grad is not None],
             [_local_average(self.state[p]) for p in matrices],
-            lr=lr,
-            momentum=group["momentum"],
-            nesterov=group["nesterov"],
-            weight_decay=signed_decay(group),
-            dim=input_dim(group["role"] or "hidden", transposed=group["transposed"]),
-            stacked=group["stacked"],
-            normalize=group["normalize"],
-            norm=group["norm"],
-            eps=group["eps"],
-            maximize=group["maximize"],
+            group,
             foreach=foreach,
             rng_keys=[rng_keys.get(p) for p in matrices],
             norm_states=[self.state[p] if _has_unit_norm(p, group) else None for p in matrices],
@@ -333,7 +323,7 @@ class SCALE(RoleOptimizer):
         adam_step(
             vectors,
             self.state,
-            lr=lr,
+            lr=scalar_lr(group),
             betas=group["other_betas"],
             eps=group["other_eps"],
             weight_decay=signed_decay(group),
@@ -402,34 +392,24 @@ def scale(
     params: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor | None],
+    group: dict[str, Any],
     *,
-    lr: float | Tensor,
-    momentum: float,
-    nesterov: bool,
-    weight_decay: float,
-    dim: int,
-    stacked: bool,
-    normalize: str,
-    norm: str,
-    eps: float,
-    maximize: bool,
     foreach: bool,
     rng_keys: Sequence[RngKey | None],
     norm_states: Sequence[State | None],
 ) -> None:
-    """Take one step of :class:`SCALE`, in place, on weights of one layout.
+    """Take one step of :class:`SCALE` with a group's options, in place.
 
     ``norm_states`` are the states of those whose update gets the spectral norm one.
     """
     rule = _multi_tensor_scale if foreach else _single_tensor_scale
     if not params:
         return
-    if normalize == "row":
-        normalize, dim = "column", -3 - dim
+    options = {name: group[name] for name in ("normalize", "norm", "eps")}
+    normalizer = partial(normalized, dim=_reduced_dim(group), **options)
 
     def direction(grads: list[Tensor], norm_states: Sequence[State | None]) -> list[Tensor]:
-        matrices = [matrix_view(grad, stacked=stacked) for grad in grads]
-        normalizer = partial(normalized, dim=dim, normalize=normalize, norm=norm, eps=eps)
+        matrices = [matrix_view(grad, stacked=group["stacked"]) for grad in grads]
         updates = [
             u for _, u in sorted(batch_by_shape(normalizer, matrices, foreach), key=itemgetter(0))
         ]
@@ -439,10 +419,9 @@ def scale(
         return [update.view_as(grad) for update, grad in zip(updates, grads, strict=True)]
 
     def step(params: Any, grads: Any, exp_avgs: Any, norm_states: Any) -> None:
-        if maximize:
+        if group["maximize"]:
             grads = [-g for g in grads]
-        along = partial(direction, norm_states=norm_states)
-        rule(params, grads, exp_avgs, along, lr, momentum, weight_decay, nesterov=nesterov)
+        rule(params, grads, exp_avgs, partial(direction, norm_states=norm_states), group)
 
     alone = any(state is not None for state in norm_states)
     apply_with_rounding(step, rng_keys, params, grads, exp_avgs, norm_states, alone=alone)
@@ -476,15 +455,12 @@ def _single_tensor_scale(
     grads: list[Tensor],
     exp_avgs: list[Tensor | None],
     direction: Callable[[list[Tensor]], list[Tensor]],
-    lr: float | Tensor,
-    momentum: float,
-    weight_decay: float,
-    *,
-    nesterov: bool = False,
+    group: dict[str, Any],
 ) -> None:
+    momentum, weight_decay = group["momentum"], signed_decay(group)
     for p, g, m in zip(params, grads, exp_avgs, strict=True):
         if m is not None and momentum != 0:
-            g = take_into_average(g.to(m.dtype), m, momentum, nesterov=nesterov)
+            g = take_into_average(g.to(m.dtype), m, momentum, nesterov=group["nesterov"])
             # With `differentiable` autograd keeps m for the backward, and the next step changes it.
             g = m.clone() if g is m and m.requires_grad else g
         (update,) = direction([g])
@@ -493,7 +469,7 @@ def _single_tensor_scale(
             # (bfloat16 would lose every decay factor above 0.998).
             (decayed,) = decaying([update], [p], weight_decay)
             update = update.add(decayed, alpha=abs(weight_decay))
-        p.sub_(update * lr)
+        p.sub_(update * scalar_lr(group))
 
 
 def _multi_tensor_scale(
@@ -501,22 +477,20 @@ def _multi_tensor_scale(
     grads: list[Tensor],
     exp_avgs: list[Tensor | None],
     direction: Callable[[list[Tensor]], list[Tensor]],
-    lr: float | Tensor,
-    momentum: float,
-    weight_decay: float,
-    *,
-    nesterov: bool = False,
+    group: dict[str, Any],
 ) -> None:
+    momentum, weight_decay = group["momentum"], signed_decay(group)
     buffers = [m for m in exp_avgs if m is not None]
     if buffers and momentum != 0:
         grads = [g.to(m.dtype) for g, m in zip(grads, buffers, strict=True)]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
-        grads = list(torch._foreach_lerp(grads, buffers, momentum)) if nesterov else buffers
+        ahead = group["nesterov"]
+        grads = list(torch._foreach_lerp(grads, buffers, momentum)) if ahead else buffers
     updates = direction(grads)
     if weight_decay != 0:
         decayed = decaying(updates, params, weight_decay)
         torch._foreach_add_(updates, decayed, alpha=abs(weight_decay))
-    torch._foreach_mul_(updates, lr)
+    torch._foreach_mul_(updates, scalar_lr(group))
     torch._foreach_sub_(params, updates)
 
 
@@ -543,8 +517,15 @@ def _kernel_kind(group: dict[str, Any]) -> int:
     """Return along what the group's matrices are normalised, as kernels call it."""
     if group["normalize"] == "sign":
         return dispatch.SIGN
+    return dispatch.ROWS if _reduced_dim(group) == -1 else dispatch.COLUMNS
+
+
+def _reduced_dim(group: dict[str, Any]) -> int:
+    """Return the dimension of a matrix whose elements share a norm; 0: there is none."""
+    if group["normalize"] not in ("column", "row"):
+        return 0
     dim = input_dim(group["role"] or "hidden", transposed=group["transposed"])
-    return dispatch.ROWS if (dim == -1) == (group["normalize"] == "column") else dispatch.COLUMNS
+    return dim if group["normalize"] == "column" else -3 - dim
 
 
 def _launch(
@@ -578,10 +559,7 @@ def _part(p: Tensor, state: State, group: dict[str, Any], rng_key: RngKey | None
     if not hasattr(p, "device_mesh") or p.grad is None:
         return None
     shards = Shards.of(p, stacked=bool(group["stacked"]))
-    dim = 0
-    if group["normalize"] in ("column", "row"):
-        dim = input_dim(group["role"] or "hidden", transposed=group["transposed"])
-        dim = dim if group["normalize"] == "column" else -3 - dim
+    dim = _reduced_dim(group)
     dims = {0: "mn", -1: "n", -2: "m"}[dim]
     if group["normalize"] == "sign" or not shards.is_sharded(dims):
         return None
@@ -624,6 +602,5 @@ def _averaged(part: Part) -> Tensor:
 
 def _write(part: Part, direction: Tensor) -> None:
     update = direction.view_as(part.weight)
-    lr, decay = scalar_lr(part.group), signed_decay(part.group)
     with fp32_working_copy(part.weight, part.rng_key) as weight:
-        _single_tensor_scale([weight], [part.grad], [None], lambda _: [update], lr, 0.0, decay)
+        _single_tensor_scale([weight], [part.grad], [None], lambda _: [update], part.group)
