@@ -70,20 +70,11 @@ def sparse_groups(model: nn.Module, targets: str | None = None) -> list[dict[str
     result = []
     for group in param_groups(model):
         pairs = list(zip(group["params"], group["param_names"], strict=True))
-        for sparse in (True, False):
+        for sparse, role in ((True, "hidden"), (False, group["role"])):
             part = [(p, name) for p, name in pairs if (p in chosen) is sparse]
             if part:
-                params, names = [p for p, _ in part], [name for _, name in part]
-                role_option = {"role": "hidden"} if sparse else {}
-                result.append(
-                    {
-                        **group,
-                        **role_option,
-                        "sparse": sparse,
-                        "params": params,
-                        "param_names": names,
-                    }
-                )
+                lists = {"params": [p for p, _ in part], "param_names": [name for _, name in part]}
+                result.append({**group, "role": role, "sparse": sparse, **lists})
     return result
 
 
