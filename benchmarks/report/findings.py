@@ -69,6 +69,15 @@ QUESTIONS = (
     _at("nano-history", "a history of 20 in 8 bits against 32", "history_20_8", "history_20_32"),
     _at("nano-history", "of 1 in 8 bits against 20 in 32", "history_1_8", "history_20_32"),
     _at("nano-history", "of 20 in 32 bits against GaLore's rule", "history_20_32", "galore"),
+    *(
+        Question(f"{text} with 8 bits of state against 32", ("nano-8bit", f"{m}_8bit"), ("nano", m))
+        for text, m in (
+            ("Muon", "muon"),
+            ("SCALE", "scale"),
+            ("GaLore", "galore"),
+            ("Stable-SPAM", "stable_spam"),
+        )
+    ),
     _at("nano-ablation", "columns against rows, no momentum", "column", "row"),
     _at("nano-ablation", "columns against signs, no momentum", "column", "sign"),
     _at("nano-ablation", "rows for the head alone", "column_head_by_rows", "column"),
