@@ -90,14 +90,20 @@ struct Plain {
       const char *ahead = reinterpret_cast<const char *>(x) + AHEAD;
       for (int64_t line = 0; line < t.cols * int64_t{sizeof(raw)}; line += 64)
         __builtin_prefetch(ahead + line);
-      add_squares<TYPE>(sums, x, t.cols);
+      if (looks_ahead())
+        add_squares(sums, this->ahead(row * t.cols), t.cols);
+      else
+        add_squares(sums, Values<TYPE>{x}, t.cols);
     }
   }
 
   void column_update(int64_t row, const float *by) const {
     const int64_t at = row * t.cols;
     raw *p = static_cast<raw *>(t.param) + at;
-    subtract_each<TYPE, TYPE>(p, direction(at, t.cols, false), t.cols, lr, by, decay);
+    if (looks_ahead())
+      subtract_each<TYPE>(p, ahead(at), t.cols, lr, by, decay);
+    else
+      subtract_each<TYPE>(p, Values<TYPE>{direction(at, t.cols, false)}, t.cols, lr, by, decay);
   }
 };
 
@@ -123,7 +129,7 @@ struct Mixed {
     return load(t.exp_avg, at, n, t.state_type, buffer); /* as it is stored */
   }
 
-  /* What a row's step follows: the direction or, of Nesterov's momentum, what it looks ahead to. */
+  /* What a step follows: the direction or, of Nesterov's momentum, what it looks ahead to. */
   const float *followed(int64_t at, int64_t n, bool update, float *buffer) const {
     const float *x = direction(at, n, update, buffer);
     if (!r.nesterov || !t.exp_avg) return x;
@@ -168,7 +174,7 @@ struct Mixed {
     const float scale = scale_of(t, r);
     for (int64_t at = from; at < to; at += BLOCK) {
       const int64_t n = std::min(BLOCK, to - at);
-      const float *x = direction(at, n, true, buffer);
+      const float *x = followed(at, n, true, buffer);
       for (int64_t i = 0; i < n; ++i) {
         const float y = scale * x[i];
         signs[i] = y > 0 ? 1.0f : y < 0 ? -1.0f : y; /* zero and NaN stay */
@@ -182,7 +188,7 @@ struct Mixed {
     for (int64_t row = from; row < to; ++row)
       for (int64_t col = 0; col < t.cols; col += BLOCK) {
         const int64_t at = row * t.cols + col, n = std::min(BLOCK, t.cols - col);
-        add_squares<OZ_F32>(sums + col, direction(at, n, true, buffer), n);
+        add_squares(sums + col, Values<OZ_F32>{followed(at, n, true, buffer)}, n);
       }
   }
 
@@ -190,10 +196,8 @@ struct Mixed {
     float buffer[BLOCK];
     for (int64_t col = 0; col < t.cols; col += BLOCK) {
       const int64_t at = row * t.cols + col, n = std::min(BLOCK, t.cols - col);
-      const float *x = direction(at, n, false, buffer);
-      change(at, n, [&](float *p) {
-        subtract_each<OZ_F32, OZ_F32>(p, x, n, lr, by + col, decay);
-      });
+      const Values<OZ_F32> x = {followed(at, n, false, buffer)};
+      change(at, n, [&](float *p) { subtract_each<OZ_F32>(p, x, n, lr, by + col, decay); });
     }
   }
 };

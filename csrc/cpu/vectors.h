@@ -199,17 +199,16 @@ inline void subtract(typename Element<TYPE>::raw *p, const typename Element<XTYP
   subtract_row<TYPE>(p, Values<XTYPE>{x}, n, lr, by, decay);
 }
 
-/* As subtract, with a factor by[i] an element. */
-template <int TYPE, int XTYPE>
-inline void subtract_each(typename Element<TYPE>::raw *p, const typename Element<XTYPE>::raw *x,
-                          int64_t n, float lr, const float *by, float decay) {
+/* As subtract_row, with a factor by[i] an element. */
+template <int TYPE, typename Row>
+inline void subtract_each(typename Element<TYPE>::raw *p, Row x, int64_t n, float lr,
+                          const float *by, float decay) {
   using P = Element<TYPE>;
   with_decay(lr, decay, [&](auto step) {
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES)
-      put<TYPE>(p + i, step(get<TYPE>(p + i), lr * get<OZ_F32>(by + i), get<XTYPE>(x + i)));
-    for (; i < n; ++i)
-      p[i] = P::make(step(P::get(p[i]), lr * by[i], Element<XTYPE>::get(x[i])));
+      put<TYPE>(p + i, step(get<TYPE>(p + i), lr * get<OZ_F32>(by + i), x.lanes(i)));
+    for (; i < n; ++i) p[i] = P::make(step(P::get(p[i]), lr * by[i], x.one(i)));
   });
 }
 
@@ -302,14 +301,14 @@ inline void average(typename Element<TYPE>::raw *m, const typename Element<GTYPE
 }
 
 /* sums[i] = sums[i] + x[i]^2 */
-template <int TYPE>
-inline void add_squares(float *sums, const typename Element<TYPE>::raw *x, int64_t n) {
+template <typename Row>
+inline void add_squares(float *sums, Row x, int64_t n) {
   int64_t i = 0;
   for (; i + LANES <= n; i += LANES) {
-    const floats v = get<TYPE>(x + i);
+    const floats v = x.lanes(i);
     put<OZ_F32>(sums + i, get<OZ_F32>(sums + i) + v * v);
   }
-  for (; i < n; ++i) sums[i] += Element<TYPE>::get(x[i]) * Element<TYPE>::get(x[i]);
+  for (; i < n; ++i) sums[i] += x.one(i) * x.one(i);
 }
 
 /* bfloat16 from `from[0, n)`, elements [at, at + n) of a tensor, a register at a time; returns how

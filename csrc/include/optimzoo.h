@@ -15,7 +15,7 @@
 
 #include <stdint.h>
 
-#define OZ_ABI 9
+#define OZ_ABI 10
 
 #ifdef __cplusplus
 extern "C" {
@@ -62,7 +62,7 @@ typedef struct oz_options {
                                              correction of the second moment */
   int32_t direction;                      /* Adam: param receives m / (sqrt(v) + eps), no step taken */
   int32_t threads;                        /* CPU */
-  int32_t nesterov;                       /* SCALE: look ahead, see below; CPU: by OZ_ROWS */
+  int32_t nesterov;                       /* SCALE: look ahead, see below */
   int32_t iterations;                     /* CPU, SinkGD */
   int32_t reserved;
 } oz_options;
@@ -72,7 +72,7 @@ typedef struct oz_options {
  *
  * SCALE, by tensor.kind, with b = momentum, n = the number of elements reduced over:
  *     if exp_avg:  m = m + (1 - b) (g - m), stored rounded to state_type; g = m as it is stored
- *                  and with nesterov, on the CPU by OZ_ROWS, g = m + (1 - b) (g0 - m), g0 the gradient
+ *                  and with nesterov  g = m + (1 - b) (g0 - m), g0 the gradient
  *     OZ_ROWS      s_i = max(sqrt(sum_j g_ij^2 / n), eps)        (l2: without / n)
  *     OZ_COLUMNS   s_j = max(sqrt(sum_i g_ij^2 / n), eps)        (l2: without / n)
  *     OZ_SIGN      u = sign(g), instead of u = g / s

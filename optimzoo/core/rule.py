@@ -7,10 +7,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from optimzoo import stacks
 from optimzoo.core.update import Update
 from optimzoo.distributed import Shards
-from optimzoo.kernels import dispatch
 from optimzoo.lowbit import RngKey, dequantized_moments
 from optimzoo.stacks import State
 
@@ -101,14 +99,6 @@ def take_into_average(grad: Tensor, mean: Tensor, beta: float, *, nesterov: bool
     """Take a gradient of its average's dtype into it, in place; return that, or Nesterov's."""
     mean.lerp_(grad, 1 - beta)
     return grad.lerp(mean, beta) if nesterov else mean
-
-
-def looks_ahead(p: Tensor, kind: int) -> bool:
-    """Return whether a weight's device has a kernel for Nesterov's momentum, reduced by ``kind``.
-
-    A CPU has it for rows.
-    """
-    return kind == dispatch.ROWS or stacks.on_gpu(p)
 
 
 def averaged(

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from optimzoo.kernels.table import TYPES, Rate, Shapes, States, Table, Tensors
 
-_ABI = 9
+_ABI = 10
 _ROWS, _COLUMNS, _SIGN, _ADAM = range(4)
 
 
@@ -154,10 +154,7 @@ class Library:
         table: Table | None = None,
         **shared: Any,
     ) -> None:
-        """Take SCALE's step (``oz_*_scale``); ``shared`` and ``table`` are :meth:`_call`'s.
-
-        ``nesterov``: on a CPU by rows alone.
-        """
+        """Take SCALE's step (``oz_*_scale``); ``shared`` and ``table`` are :meth:`_call`'s."""
         extras: States = [] if table else self._scale_scratch(params, kinds, shapes)
         options = _Options(
             momentum=momentum,

@@ -15,7 +15,7 @@ from optimzoo.core.momentum_optimizer import (
 )
 from optimzoo.core.optimizer import options_of, signed_decay
 from optimzoo.core.record import register
-from optimzoo.core.rule import Context, looks_ahead
+from optimzoo.core.rule import Context
 from optimzoo.core.update import Update
 from optimzoo.kernels import dispatch
 from optimzoo.lowbit import RngKey
@@ -127,6 +127,4 @@ class RMNP(MomentumOptimizer):
         if dispatch.backend(p.device.type) is None or group["state_bits"]:
             return []
         self.init_state(p, self.state[p], group)
-        items = kernel_items(p, self.state[p]["momentum_buffer"], group, rng_key)
-        ahead = not group["nesterov"] or all(looks_ahead(p, item.kind) for item in items)
-        return items if ahead else []
+        return kernel_items(p, self.state[p]["momentum_buffer"], group, rng_key)

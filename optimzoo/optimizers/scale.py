@@ -19,7 +19,7 @@ from optimzoo.core.adam import adam_step, init_adam_state, step_as_tensor
 from optimzoo.core.optimizer import RoleOptimizer, copy_group, options_of, scalar_lr, signed_decay
 from optimzoo.core.record import register
 from optimzoo.core.role_options import RoleRates
-from optimzoo.core.rule import looks_ahead, take_into_average
+from optimzoo.core.rule import take_into_average
 from optimzoo.core.spectral_norm import divide_by_spectral_norm_
 from optimzoo.core.update import decaying
 from optimzoo.core.validation import (
@@ -97,8 +97,7 @@ class SCALE(RoleOptimizer):
         params: groups from :func:`optimzoo.param_groups`; bare parameters fall back by shape.
         lr: step of every normalised weight: the RMS of its update. Float or 1-element tensor.
         momentum: β of the head. A group that names its own `momentum` gets it in any role.
-        nesterov: follow Nesterov's momentum where there is momentum. On a CPU the kernel is for
-            one scalar per row.
+        nesterov: follow Nesterov's momentum where there is momentum.
         weight_decay: λ, decoupled.
         weight_decay_style: `decoupled`, or `cautious`, only where update and weight agree in sign
             (:func:`~optimzoo.core.update.decaying`).
@@ -495,22 +494,11 @@ def _multi_tensor_scale(
 
 
 def _may_fuse(group: dict[str, Any]) -> bool:
-    """Return whether the group's options allow the kernels.
-
-    Raises:
-        RuntimeError: ``fused=True`` and Nesterov's momentum where no kernel has it.
-    """
+    """Return whether the group's options allow the kernels."""
+    if group["fused"] is not None:
+        return bool(group["fused"])
     eager = group["foreach"] or group["differentiable"] or group["normalize"] == "spectral"
-    eager = eager or (group["spectral_norm"] and group["role"] in (None, "hidden"))
-    if group["nesterov"] and has_momentum(group):
-        kind = _kernel_kind(group)
-        no_kernel = not all(looks_ahead(p, kind) for p in group["params"])
-        if no_kernel and group["fused"]:
-            raise RuntimeError(
-                "nesterov=True with fused=True normalises rows alone on a CPU; leave fused=None"
-            )
-        eager = eager or no_kernel
-    return bool(group["fused"] or (group["fused"] is None and not eager))
+    return not (eager or (group["spectral_norm"] and group["role"] in (None, "hidden")))
 
 
 def _kernel_kind(group: dict[str, Any]) -> int:

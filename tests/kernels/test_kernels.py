@@ -102,8 +102,6 @@ def test_scale_is_the_rule(kernels, device, kind, types):
             {"weight_decay": -0.5, "l2": False, "maximize": False, "nesterov": True},
         ]
     ):
-        if "nesterov" in options and kernels is native.CPU and kind != ROWS:
-            continue
         params = [normal(s, i, ptype, device, offset=turn) for i, s in enumerate(SHAPES)]
         grads = [normal(s, 99 + i, gtype, device, offset=turn) for i, s in enumerate(SHAPES)]
         moments = [
@@ -147,7 +145,7 @@ def test_scale_is_the_rule(kernels, device, kind, types):
                 assert np.all(error <= atol + rtol * (np.abs(new_p) + 0.5)), shape
 
 
-@pytest.mark.parametrize(("kernels", "device"), BACKENDS[1:])
+@on_backends
 def test_signs_are_those_that_nesterov_looks_ahead_to(kernels, device):
     """Of a momentum that stays above zero, where the gradient once more would lead below it."""
     p, g, m = (torch.full((3, 40), x, device=device) for x in (0.0, -2.0, 1.0))
