@@ -116,7 +116,10 @@ class GradientStabilizer:
         return args, {**kwargs, "closure": evaluate}
 
     def after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Put new moments into the optimizer's state: one that is empty means a first step."""
+        """Move the moments of parameters seen for the first time into the optimizer's state.
+
+        Before the step it would be too soon: an optimizer takes an empty state for its first step.
+        """
         for param, moments in self._fresh.items():
             optimizer.state[param].update(moments)
         self._fresh = {}

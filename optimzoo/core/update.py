@@ -52,7 +52,7 @@ class Update:
     scale: Number = 1.0
 
     def dense(self) -> Tensor:
-        """Return ``U``."""
+        """Return ``U`` at full size, without ``scale``."""
         return self.matrix
 
     def subtract_from(self, weight: Tensor, *, lr: Number, weight_decay: float) -> None:

@@ -24,7 +24,7 @@ def check_capturable(options: dict[str, Any]) -> None:
 
 
 def check_state_bits(bits: Any) -> None:
-    """Refuse a width of the state other than None and 8."""
+    """Raise a ValueError unless the width of the state is None or 8."""
     if bits not in (None, 8):
         raise ValueError(f"Invalid state_bits: {bits!r}; it must be None or 8")
 

@@ -143,7 +143,10 @@ class Shards:
         return whole.narrow(dim, *self.spans[axis])
 
     def gather(self, part: Tensor, axis: str = "m", dim: int = -2) -> Tensor:
-        """Gather the slices by one all-reduce, the same bits on every process."""
+        """Return the whole tensor of each process's slice; ``part`` itself if it is not cut.
+
+        It takes an all-reduce for each mesh dimension that cuts ``axis``; all get the same bits.
+        """
         if axis not in self.spans:
             return part
         shape = list(part.shape)

@@ -77,7 +77,7 @@ class FactoredLinear(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw every parameter anew: A and bias as ``nn.Linear`` would, B = 0."""
+        """Draw every parameter anew: bias as ``nn.Linear``, A and B by :meth:`reset_factors`."""
         self.reset_factors(generator)
         if self.bias is not None:
             draw_uniform_(self.bias, 1 / math.sqrt(self.in_features), generator)

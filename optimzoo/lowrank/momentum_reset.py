@@ -86,11 +86,11 @@ class MomentumReset(Clock):
                 raise ValueError(f"a parameter of shape {tuple(p.shape)} is not in the optimizer")
 
     def check(self) -> None:
-        """Check that the optimizer's state has the names to reset.
+        """Check that the optimizer's state has the names to reset, as soon as it has a state.
 
         Raises:
-            ValueError: it has unknown names (then name those to reset with ``what``), or none of
-                those asked for.
+            ValueError: it does not have a name of ``what``; or, without ``what``, it has unknown
+                names (then name those to reset), or no moments.
         """
         self._names(self._states())
 

@@ -59,7 +59,7 @@ def refactorize_(module: nn.Module, alpha: float = 0.5) -> int:
     moments of the old factors mean little for the new ones, hence
     :class:`~optimzoo.lowrank.MomentumReset`.
 
-    A layer whose product is zero (LoRA or SLTrain before their first step) is left as it is:
+    A layer with a factor of zeros (LoRA or SLTrain before their first step) is left as it is:
     balanced factors of zero are zero, and would never get a gradient again.
 
     Args:

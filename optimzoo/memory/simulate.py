@@ -170,7 +170,7 @@ class Session:
                 lambda: released.enter_context(step_in_backward(optimizer)),
             )
             steps = {}
-            for name in _step_names(optimizer):
+            for name in _prepare_steps(optimizer):
                 self.tracker.restart()
                 self.run_model(step)
                 with self._explained():
@@ -182,7 +182,7 @@ class Session:
         """Run the optimizer's steps; return their peaks, each with the passes before it."""
         tracker = self.tracker
         passes, state_bytes, steps = tracker.peak(MODEL), tracker.held(optimizer), {}
-        for name in _step_names(optimizer):
+        for name in _prepare_steps(optimizer):
             tracker.restart()
             with self._explained():
                 optimizer.step()
@@ -208,8 +208,8 @@ class Session:
             ) from error
 
 
-def _step_names(optimizer: Optimizer) -> Iterator[str]:
-    """Yield `first`, `next` and, with projectors, `refresh`, before a step that refreshes them."""
+def _prepare_steps(optimizer: Optimizer) -> Iterator[str]:
+    """Yield names of steps; before `refresh`, let every group refresh its projector each step."""
     yield "first"
     yield "next"
     groups = [g for g in optimizer.param_groups if "update_proj_gap" in g]

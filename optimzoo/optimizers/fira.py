@@ -102,7 +102,7 @@ class Fira(LowRankOptimizer):
     def direction(
         self, grad: Tensor, state: State, group: dict[str, Any], context: Context
     ) -> Update:
-        """Return Adam's direction in the subspace, and the scaled residual."""
+        """Update Adam's moments in the subspace; return their direction plus scaled residual."""
         shards = context.shards
         low = project(state, grad, shards)
         adam = adam_direction(state, low, group, context.step)

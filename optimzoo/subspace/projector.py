@@ -107,8 +107,8 @@ def low_rank_update_(
 ) -> None:
     """Apply ``W ← (1 − decay) W − size · back(low)`` in place (see :func:`project_back`).
 
-    A 2-D weight takes no full-size temporary, unless its dtype is narrower than that of ``low``:
-    the factors of the product would be rounded to it.
+    A 2-D weight takes no full-size temporary, unless ``size`` or ``decay`` is a tensor or its dtype
+    is narrower than that of ``low``: the factors of the product would be rounded to it.
     """
     narrower = torch.promote_types(weight.dtype, low.dtype) != weight.dtype
     if isinstance(size, Tensor) or isinstance(decay, Tensor) or narrower or weight.ndim != 2:
