@@ -7,7 +7,6 @@ ends with its process; who finds it taken waits, and takes what was built.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import lzma
 import os
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from benchmarks.common.files import sync_folder, write_atomic, write_json
+from benchmarks.common.files import read_json, sync_folder, write_atomic, write_json
 from benchmarks.data.sources import SPLITS
 
 log = logging.getLogger(__name__)
@@ -135,7 +134,7 @@ def open_copied(
 
 def _description(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     with _reasons():
-        meta = json.loads((folder / "meta.json").read_text("utf-8"))
+        meta = read_json(folder / "meta.json")
         for key, value in identity.items():
             if meta[key] != value:
                 raise StaleCacheError(f"meta.json has {key} {meta[key]!r}, expected {value!r}")

@@ -2,14 +2,13 @@
 
 import argparse
 import contextlib
-import json
 import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.common.files import RESULTS, write_atomic, write_json
+from benchmarks.common.files import RESULTS, read_json, write_atomic, write_json
 from benchmarks.common.provenance import made_on
 from benchmarks.common.tables import Table
 from benchmarks.experiments import pictures
@@ -66,7 +65,7 @@ class Comparison:
 
     def __init__(self, model: str) -> None:
         self.path = RESULTS / f"{model}-cast.json"
-        record = json.loads(self.path.read_text("utf-8")) if self.path.exists() else {}
+        record = read_json(self.path) if self.path.exists() else {}
         self.rows: list[Row] = record.get("rows", [])
         self.searched: list[Row] = record.get("search", [])
 

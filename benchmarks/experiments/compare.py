@@ -15,7 +15,7 @@ from benchmarks.experiments.own import (
     write_comparison,
     write_csv,
 )
-from benchmarks.experiments.plan import PROTOCOLS, Plan
+from benchmarks.experiments.plan import PROTOCOLS, Plan, read_rows
 from benchmarks.experiments.run_queue import Session, add_jobs_argument, merged, settle_counts
 from benchmarks.training.cli import add_corpus_arguments, corpus_from, refuse_cache
 from optimzoo.options import refuse
@@ -34,7 +34,7 @@ def tune(session: Session, methods: list[str], protocols: list[str]) -> int:
         _write(paths, session, ended=False)
     _write(paths, session, ended=True)
     for path in paths:
-        rows = [row for row in summary.read_rows(path) if row["method"] in plan.methods]
+        rows = [row for row in read_rows(path) if row["method"] in plan.methods]
         print(summary.tuning_text(plan, rows))
     for method, protocol in pairs:
         for rate in plan.edges(method, protocol, plan.tuning_rows(method)):

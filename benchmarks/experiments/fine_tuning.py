@@ -1,7 +1,6 @@
 """Fine-tuning: what each method learns of a second text, and what it forgets of the first."""
 
 import argparse
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -9,16 +8,16 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.files import RESULTS, make_folder, write_json
+from benchmarks.common.files import RESULTS, make_folder, read_json, write_json
 from benchmarks.common.progress import RunProgress
 from benchmarks.common.provenance import made_on
 from benchmarks.common.tables import Table
 from benchmarks.data.corpus import Corpus
-from benchmarks.experiments.plan import Entry, Row, choose, role_rates, settings, tried
+from benchmarks.experiments.plan import Entry, Row, choose, settings, tried
 from benchmarks.experiments.run_queue import Session, add_jobs_argument, settle_counts
 from benchmarks.experiments.significance import mean_loss, paired
 from benchmarks.experiments.start_check import PROTOCOL, Check, stored
-from benchmarks.experiments.tuning import Search
+from benchmarks.experiments.tuning import Search, role_rates
 from benchmarks.training.cli import add_corpus_arguments, corpus_from, refuse_cache
 from benchmarks.training.loop import train
 from benchmarks.training.metrics import perplexity
@@ -207,5 +206,5 @@ def read() -> Row:
     """
     if not PATH.exists():
         raise ValueError(f"{PATH} is missing; run fine-tuning --store first")
-    record: Row = json.loads(PATH.read_text(encoding="utf-8"))
+    record: Row = read_json(PATH)
     return record

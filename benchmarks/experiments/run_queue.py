@@ -23,12 +23,12 @@ from benchmarks.experiments.plan import (
     Plan,
     Row,
     committed_rows,
+    read_rows,
     run_key,
     settings,
     tuned_text,
 )
 from benchmarks.experiments.run_lock import lock_run
-from benchmarks.experiments.summary import read_rows
 from benchmarks.training.cli import corpus_from
 from benchmarks.training.config import fingerprint
 from benchmarks.training.loop import finished, train

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 
-from benchmarks.common.files import RESULTS
+from benchmarks.common.files import RESULTS, read_json
 from benchmarks.experiments.plan import Entry, Plan, Row, choose, settings, tried, tuned_text
 from benchmarks.experiments.run_queue import Session
 from benchmarks.experiments.start_tasks import TASKS
@@ -135,7 +135,7 @@ def stored() -> Iterator[tuple[Check, list[Row]]]:
     for name in TASKS:
         path = Check(name).path
         if path.exists():
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = read_json(path)
             yield Check(name, record["adamw_lr"], record["starts"]), record["rows"]
 
 

@@ -1,21 +1,20 @@
 """Starting values beside each method's own best, on tasks that they were not fitted to."""
 
 import argparse
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.common.files import make_folder, write_json
+from benchmarks.common.files import make_folder, read_json, write_json
 from benchmarks.common.provenance import made_on
 from benchmarks.common.tables import Table
 from benchmarks.experiments.fine_tuning import add_run_arguments, pretrain
-from benchmarks.experiments.plan import Row, choose, role_rates, settings, tuned_text
+from benchmarks.experiments.plan import Row, choose, settings, tuned_text
 from benchmarks.experiments.run_queue import Session, merged, settle_counts
 from benchmarks.experiments.significance import Difference, mean_loss, paired
 from benchmarks.experiments.start_check import PROTOCOL, Check
 from benchmarks.experiments.start_tasks import TASKS
-from benchmarks.experiments.tuning import WITHIN
+from benchmarks.experiments.tuning import WITHIN, role_rates
 from benchmarks.training.cli import corpus_from, refuse_cache
 from optimzoo.options import refuse
 from optimzoo.tuned_rates import ROLE_RATES
@@ -144,9 +143,7 @@ def main(args: argparse.Namespace) -> int:
     record = {"adamw_lr": check.adamw_lr, "starts": starts, "rows": slim_rows}
     write_json(args.out / f"{args.task}.json", record)
     if args.store:
-        before = (
-            json.loads(check.path.read_text("utf-8")) if check.path.exists() else {"starts": {}}
-        )
+        before = read_json(check.path) if check.path.exists() else {"starts": {}}
         both = {"starts": before["starts"] | starts, "rows": merged(check.path, slim_rows)}
         write_json(check.path, record | both)
     table(check, rows).print()

@@ -15,9 +15,17 @@ from benchmarks.common.provenance import made_on
 from benchmarks.common.tables import Table
 from benchmarks.experiments import pictures
 from benchmarks.experiments.model_sizes import MODEL_SIZES, rescaled
-from benchmarks.experiments.plan import Plan, Row, choose, role_rates, settings, tuned_text
+from benchmarks.experiments.plan import (
+    Plan,
+    Row,
+    choose,
+    read_rows,
+    rows_of,
+    settings,
+    tuned_text,
+)
 from benchmarks.experiments.significance import paired
-from benchmarks.experiments.tuning import is_rate
+from benchmarks.experiments.tuning import is_rate, role_rates
 from benchmarks.training.low_rank_model import on_meta
 from benchmarks.training.metrics import perplexity
 from benchmarks.training.own import create_own, is_own
@@ -27,11 +35,6 @@ from optimzoo.memory import account
 
 MIB = 1024**2
 REFERENCE = "adamw"  # of the differences
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a results file."""
-    return json.loads(path.read_text(encoding="utf-8"))["rows"]
 
 
 @cache
@@ -77,10 +80,7 @@ def summarise(plan: Plan, rows: list[Row]) -> list[Row]:
     records = []
     pairs = dict.fromkeys((r["method"], r["protocol"]) for r in rows)
     for method, protocol in pairs:
-        mine, reference = (
-            [r for r in rows if (r["method"], r["protocol"]) == (name, protocol)]
-            for name in (method, REFERENCE)
-        )
+        mine, reference = (rows_of(rows, name, protocol) for name in (method, REFERENCE))
         losses = [perplexity(r["test_loss"]) for r in mine]
         finite = all(map(math.isfinite, losses))
         times = [r["optimizer_ms"] for r in mine if r["optimizer_ms"] is not None]
@@ -182,11 +182,10 @@ def tuning_text(plan: Plan, rows: list[Row]) -> str:
     lines = []
     for method, protocol in dict.fromkeys((r["method"], r["protocol"]) for r in rows):
         best = choose(rows, method, protocol)
-        tried = sum((r["method"], r["protocol"]) == (method, protocol) for r in rows)
         values = tuned_text(settings(best))
         lines.append(
             f"{plan.label(method):<12} {protocol:<6} {values}: validation perplexity "
-            f"{perplexity(best['valid_loss']):.2f} (best of {tried})"
+            f"{perplexity(best['valid_loss']):.2f} (best of {len(rows_of(rows, method, protocol))})"
         )
     return "\n".join(lines)
 

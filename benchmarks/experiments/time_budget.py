@@ -1,6 +1,5 @@
 """Reduction of seeds, tuning and steps to a time budget, decided once per folder of runs."""
 
-import json
 import os
 import time
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.files import write_json
+from benchmarks.common.files import read_json, write_json
 from benchmarks.data.corpus import Corpus
 from benchmarks.experiments.plan import Entry
 from benchmarks.training.run import Run
@@ -112,7 +111,7 @@ def refuse_other(path: Path, asked: dict[str, Any]) -> None:
     """
     if not path.exists():
         return
-    before = json.loads(path.read_text(encoding="utf-8")).get("asked", {})
+    before = read_json(path).get("asked", {})
     for option, value in asked.items():
         if option in before and before[option] != value:
             raise ValueError(
@@ -135,6 +134,6 @@ def load_or_decide(path: Path, asked: dict[str, Any], decide: Callable[[], Cut])
             pass
         finally:
             temporary.unlink()
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_json(path)
     values.pop("asked", None)  # older files have none
     return Cut(**{**values, "notes": tuple(values["notes"])})

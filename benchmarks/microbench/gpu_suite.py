@@ -10,7 +10,6 @@ which runs what a CPU can, at small sizes.
 import argparse
 import importlib.util
 import itertools
-import json
 import os
 import shutil
 import subprocess
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.files import ROOT, write_json
+from benchmarks.common.files import ROOT, read_json, write_json
 from benchmarks.common.provenance import provenance
 from benchmarks.microbench.step_time import DEFAULT
 
@@ -184,7 +183,7 @@ def run(stage: Stage, log: Path, end: float) -> dict[str, Any]:
     result: dict[str, Any] = {"stage": stage.name, "ended": ended}
     result["seconds"] = round(time.perf_counter() - start, 1)
     if stage.rows is not None and stage.rows.exists():
-        result["rows"] = json.loads(stage.rows.read_text(encoding="utf-8"))
+        result["rows"] = read_json(stage.rows)
         stage.rows.unlink()  # it is in gpu.json now
     print(f"{stage.name}: {ended} ({result['seconds']} s)", flush=True)
     return result

@@ -8,8 +8,8 @@ from typing import Any
 
 from benchmarks.common.files import write_atomic, write_json
 from benchmarks.common.tables import Table
-from benchmarks.experiments.plan import Plan, Row
-from benchmarks.experiments.summary import MIB, read_rows, summarise
+from benchmarks.experiments.plan import Plan, Row, read_rows, rows_of
+from benchmarks.experiments.summary import MIB, summarise
 from benchmarks.papers.comparisons import TABLES, PaperComparison
 from benchmarks.papers.published import published
 
@@ -60,8 +60,7 @@ def stored_rows(table: PaperComparison, size: str) -> dict[str, list[Row]]:
     by_method: dict[str, list[Row]] = {}
     for plan, method in methods_of(table, plans_at(table, size)):
         rows = read_rows(plan.results_path) if plan.results_path.exists() else []
-        mine = [r for r in rows if (r["method"], r["protocol"]) == (method, table.protocol)]
-        if mine:
+        if mine := rows_of(rows, method, table.protocol):
             by_method[method] = mine
     return by_method
 
@@ -80,7 +79,8 @@ def records(table: PaperComparison, size: str, rows: dict[str, list[Row]]) -> li
                 **record,
                 "size": paper_size,
                 "tokens": rows[method][0]["tokens"],
-                "tried": _tried(plans[method], method, table.protocol),
+                # Runs from which the method's rates were chosen.
+                "tried": len(rows_of(plans[method].tuning_rows(method), method, table.protocol)),
                 "paper": paper.get(method),
                 "paper_ratio": _ratio(paper, method, table.reference),
                 "ratio": _ratio(
@@ -93,12 +93,6 @@ def records(table: PaperComparison, size: str, rows: dict[str, list[Row]]) -> li
         for place, record in enumerate(sorted(both, key=lambda r: r[key]), start=1):
             record[name] = place
     return sorted(compared, key=lambda r: r["perplexity"])
-
-
-def _tried(plan: Plan, method: str, protocol: str) -> int:
-    """Return the number of committed runs from which a method's rates were chosen."""
-    rows = plan.tuning_rows(method)
-    return sum((row["method"], row["protocol"]) == (method, protocol) for row in rows)
 
 
 def _ratio(values: dict[str, float], method: str, reference: str) -> float | None:

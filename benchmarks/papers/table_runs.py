@@ -13,7 +13,7 @@ import torch
 from benchmarks.common.files import make_folder, write_json
 from benchmarks.data.corpus import Corpus
 from benchmarks.experiments import time_budget as budget
-from benchmarks.experiments.plan import Entry, Plan, Row, choose, near, settings, tried
+from benchmarks.experiments.plan import Entry, Plan, Row, choose, near, rows_of, settings, tried
 from benchmarks.experiments.run_queue import Session, merged, threads_each
 from benchmarks.experiments.time_budget import Cut
 from benchmarks.papers import perplexity_tables
@@ -92,8 +92,7 @@ class TableRuns:
         search = plan.search(method, protocol)
         if not search.axes or "tuned_by" in plan.values:
             return True
-        rows = plan.tuning_rows(method)
-        mine = [r for r in rows if (r["method"], r["protocol"]) == (method, protocol)]
+        mine = rows_of(plan.tuning_rows(method), method, protocol)
         begun = tried(mine, method, protocol, search)
         return bool(mine) and not (begun and self._tuning_runs(plan, [method], mine))
 

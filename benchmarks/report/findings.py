@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 from benchmarks.common.tables import Table
 from benchmarks.experiments.cast import Comparison, by_method
-from benchmarks.experiments.plan import Plan, Row
+from benchmarks.experiments.plan import Plan, Row, read_rows, rows_of
 from benchmarks.experiments.significance import Difference, paired
-from benchmarks.experiments.summary import read_rows
 from benchmarks.training.config import RunConfig
 
 
@@ -122,8 +121,7 @@ def _rows(plan: str, method: str) -> list[Row]:
     if plan == _CAST:
         return by_method(Comparison("nano").rows)[method]
     path = Plan(plan).results_path
-    rows = read_rows(path) if path.exists() else []
-    return [row for row in rows if (row["method"], row["protocol"]) == (method, "tuned")]
+    return rows_of(read_rows(path) if path.exists() else [], method, "tuned")
 
 
 def _edges(name: str, method: str) -> list[str]:

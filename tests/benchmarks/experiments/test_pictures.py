@@ -12,8 +12,8 @@ import pytest
 from benchmarks.common.files import ROOT
 from benchmarks.experiments import labels, pictures
 from benchmarks.experiments.colors import COLORS, OTHERS, method_colors
-from benchmarks.experiments.plan import Plan
-from benchmarks.experiments.summary import read_rows, summarise
+from benchmarks.experiments.plan import Plan, read_rows
+from benchmarks.experiments.summary import summarise
 
 PLANS = {plan.name: plan for plan in Plan.stored()}
 

@@ -5,8 +5,7 @@ import math
 
 import pytest
 
-from benchmarks.experiments.plan import Plan
-from benchmarks.experiments.summary import read_rows
+from benchmarks.experiments.plan import Plan, read_rows
 from benchmarks.report import tuned_rates
 
 
