@@ -13,11 +13,11 @@ from benchmarks.common.provenance import made_on
 from benchmarks.common.tables import Table
 from benchmarks.experiments import pictures
 from benchmarks.experiments.plan import Entry, Plan, Row, choose, settings, tried
-from benchmarks.experiments.run_queue import Session, add_jobs_argument, settle_counts
+from benchmarks.experiments.run_queue import Session, add_run_arguments, settle_run_arguments
 from benchmarks.experiments.significance import mean_loss, paired
 from benchmarks.experiments.sparse_run import Method, SparseRun, sparse_config
 from benchmarks.experiments.tuning import Search, Values
-from benchmarks.training.cli import add_corpus_arguments, corpus_from, refuse_cache
+from benchmarks.training.cli import corpus_from
 from benchmarks.training.config import RunConfig
 from benchmarks.training.metrics import perplexity
 from optimzoo.options import refuse
@@ -226,17 +226,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--eval-tokens", type=int, default=65536)
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1")
     parser.add_argument("--eta", type=float, default=1 / 3, help="the teacher's share of the loss")
     parser.add_argument("--tune", action="store_true", help="search rates and decay with seed 0")
     parser.add_argument("--lr", type=float, help="of hidden weights; default: each method's")
     parser.add_argument("--other-lr", type=float, help="of the others; default: each method's")
     parser.add_argument("--l1", type=float, help="decay, of the methods that have one")
-    add_jobs_argument(parser)
-    parser.add_argument("--out", type=Path, default=Path("runs/cast"))
-    parser.add_argument("--store", action="store_true", help="also keep the rows in the repository")
     parser.add_argument("--fresh", action="store_true", help="forget the finished runs in --out")
-    add_corpus_arguments(parser)
+    add_run_arguments(parser, "runs/cast", seeds=1)
 
 
 def _refuse_dropped(args: argparse.Namespace) -> None:
@@ -253,14 +249,12 @@ def _refuse_dropped(args: argparse.Namespace) -> None:
         elif without and name in args.given:
             option = f"--{name.replace('_', '-')} {getattr(args, name):g}"
             print(f"note: {option} is without effect on {', '.join(without)}")
-    refuse_cache(args)
 
 
 def main(args: argparse.Namespace) -> int:
     """Run what is missing; print the table and write results.json, table.md and the pictures."""
     _refuse_dropped(args)
-    settle_counts(args)
-    args.committed = False
+    settle_run_arguments(args)
     if args.fresh:
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(args.out)

@@ -14,11 +14,11 @@ from benchmarks.common.provenance import made_on
 from benchmarks.common.tables import Table
 from benchmarks.data.corpus import Corpus
 from benchmarks.experiments.plan import Entry, Row, choose, settings, tried
-from benchmarks.experiments.run_queue import Session, add_jobs_argument, settle_counts
+from benchmarks.experiments.run_queue import Session, add_run_arguments, settle_run_arguments
 from benchmarks.experiments.significance import mean_loss, paired
 from benchmarks.experiments.start_check import PROTOCOL, Check, stored
 from benchmarks.experiments.tuning import Search, role_rates
-from benchmarks.training.cli import add_corpus_arguments, corpus_from, refuse_cache
+from benchmarks.training.cli import corpus_from
 from benchmarks.training.loop import train
 from benchmarks.training.metrics import perplexity
 from benchmarks.training.run import Run
@@ -141,17 +141,13 @@ def caption(record: Row) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `python -m benchmarks fine-tuning`."""
-    add_run_arguments(parser, Path("runs/fine-tuning"))
+    add_task_arguments(parser, "runs/fine-tuning")
 
 
-def add_run_arguments(parser: argparse.ArgumentParser, out: Path) -> None:
-    """Add what a task's runs need: methods, seeds, folder and texts."""
+def add_task_arguments(parser: argparse.ArgumentParser, out: str) -> None:
+    """Add what a task's runs need: methods, and a second text."""
     parser.add_argument("--optimizers", nargs="+", metavar="NAME", help="of plan nano")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1")
-    add_jobs_argument(parser)
-    parser.add_argument("--out", type=Path, default=out)
-    parser.add_argument("--store", action="store_true", help="also keep the rows in the repository")
-    add_corpus_arguments(parser)
+    add_run_arguments(parser, out, seeds=3)
     parser.add_argument(
         "--then", nargs="+", metavar="SOURCE", help="fine-tuning: the text after that of --data"
     )
@@ -159,9 +155,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, out: Path) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run what is missing and print the table."""
-    refuse_cache(args)
-    settle_counts(args)
-    args.committed = False
+    settle_run_arguments(args)
     tasks = {check.name: (check, rows) for check, rows in stored()}
     if TASK not in tasks:
         raise ValueError(f"{Check(TASK).path} is missing; run starting-values {TASK} --store first")

@@ -8,14 +8,14 @@ from pathlib import Path
 from benchmarks.common.files import make_folder, read_json, write_json
 from benchmarks.common.provenance import made_on
 from benchmarks.common.tables import Table
-from benchmarks.experiments.fine_tuning import add_run_arguments, pretrain
+from benchmarks.experiments.fine_tuning import add_task_arguments, pretrain
 from benchmarks.experiments.plan import Row, choose, settings, tuned_text
-from benchmarks.experiments.run_queue import Session, merged, settle_counts
+from benchmarks.experiments.run_queue import Session, merged, settle_run_arguments
 from benchmarks.experiments.significance import Difference, mean_loss, paired
 from benchmarks.experiments.start_check import PROTOCOL, Check
 from benchmarks.experiments.start_tasks import TASKS
 from benchmarks.experiments.tuning import WITHIN, role_rates
-from benchmarks.training.cli import corpus_from, refuse_cache
+from benchmarks.training.cli import corpus_from
 from optimzoo.options import refuse
 from optimzoo.tuned_rates import ROLE_RATES
 
@@ -117,14 +117,12 @@ def moved_text(check: Check) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `python -m benchmarks starting-values`."""
     parser.add_argument("task", choices=list(TASKS))
-    add_run_arguments(parser, Path("runs/starting-values"))
+    add_task_arguments(parser, "runs/starting-values")
 
 
 def main(args: argparse.Namespace) -> int:
     """Run what is missing and print the table."""
-    refuse_cache(args)
-    settle_counts(args)
-    args.committed = False
+    settle_run_arguments(args)
     check = Check(args.task)
     methods = check.plan.select(args.optimizers) if args.optimizers else check.methods()
     if "sgd" in methods:

@@ -11,7 +11,7 @@ import tiny_benchmarks
 from test_compare_jobs import compare, rows_of, write_plan
 from tiny_benchmarks import start
 
-from benchmarks.experiments.run_lock import lock_run
+from benchmarks.experiments.run_queue import lock_run
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
 
