@@ -19,9 +19,9 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-from benchmarks.data.sources import Document, Source, split_of
+from benchmarks.data.sources import Document, Source, grouped, split_of
 
-BLOCK_CHARS = 10_000  # the size of a document cut from a .txt file
+BLOCK_CHARS = 10_000  # of a document cut from a .txt file, at least
 TEXT_SUFFIXES = (".txt", ".jsonl")
 PACKED_SUFFIXES = (".gz", ".xz", ".zst")
 NAMED_SPLITS = {"valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
@@ -80,7 +80,9 @@ def _read_texts(path: Path) -> Iterator[str]:
             # newline="\n" keeps the text exact; utf-8-sig drops the mark that some editors add.
             handle = io.TextIOWrapper(binary, encoding="utf-8-sig", newline="\n")
             if _kind(path) == ".txt":
-                yield from _blocks(handle)
+                # Cut at line ends, or inside a longer line.
+                pieces = iter(lambda: handle.readline(BLOCK_CHARS), "")
+                yield from map("".join, grouped(pieces, len, BLOCK_CHARS))
                 return
             for line in handle:
                 number += 1
@@ -111,20 +113,6 @@ def _parse_line(line: str) -> str:
     except UnicodeEncodeError as error:
         raise _BadLineError("the text has a lone surrogate, which UTF-8 cannot hold") from error
     return text
-
-
-def _blocks(handle: IO[str]) -> Iterator[str]:
-    """Yield documents of at least BLOCK_CHARS, cut at line ends (or inside a longer line)."""
-    lines: list[str] = []
-    size = 0
-    while line := handle.readline(BLOCK_CHARS):
-        lines.append(line)
-        size += len(line)
-        if size >= BLOCK_CHARS:
-            yield "".join(lines)
-            lines, size = [], 0
-    if lines:
-        yield "".join(lines)
 
 
 def _open_binary(path: Path) -> IO[bytes]:
