@@ -196,12 +196,12 @@ def main(args: argparse.Namespace) -> int:
         ),
         "plan": lambda: iter([one_peak(args.plan_model, "scale", "bfloat16", device, PLAN)]),
     }
-    console, rows, good = Console(), [], True
+    console, rows, good = Console(highlight=False), [], True
     for check in args.checks:
         for row in makers[check]():
             rows.append(row)
             good &= row.get("same", True) and abs(row.get("difference") or 0) < 0.02
-            console.print(line(row), highlight=False)
+            console.print(line(row))
             if args.out:
                 write_json(args.out, {"rows": rows, "provenance": provenance()})
     return 0 if good else 1

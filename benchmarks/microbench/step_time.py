@@ -24,7 +24,7 @@ from benchmarks.common.provenance import provenance
 from benchmarks.common.tables import Table
 from benchmarks.common.timing import timed
 from benchmarks.microbench.operations import operations
-from benchmarks.microbench.refresh import REFRESHES, measure_refresh
+from benchmarks.microbench.refresh import REFRESH_SHAPES, REFRESHES, measure_refresh
 from benchmarks.microbench.third_party import peers
 from optimzoo.models.llama import Llama, get_config
 from optimzoo.roles import ROLES
@@ -232,7 +232,7 @@ def main(args: argparse.Namespace) -> int:
         name = name.partition("-")[0]
         optimzoo.get_info(VARIANTS.get(name, (name,))[0])
     steps = measure_steps(args)
-    console = Console()
+    console = Console(highlight=False)
     base = steps[0]
     cells = [
         [
@@ -258,9 +258,11 @@ def main(args: argparse.Namespace) -> int:
         "ratio",
     )
     Table(headers, cells, title=f"{args.model}, {args.dtype}, rank {args.rank}", gap=2).print()
-    refreshes = (
-        measure_refresh(args.rank, min(args.repeats, REFRESHES)) if not args.no_refresh else []
-    )
+    refreshes = [
+        measure_refresh(*shape, args.rank, min(args.repeats, REFRESHES))
+        for shape in REFRESH_SHAPES
+        if not args.no_refresh
+    ]
     for row in refreshes:
         ms = row["ms"]
         m, n = row["shape"]
@@ -270,8 +272,7 @@ def main(args: argparse.Namespace) -> int:
                 f"{k} {ms[k]:.1f} ms ({ms['svd'] / ms[k]:.1f}x faster, "
                 f"{100 * row['captured'][k]:.2f} % of the best energy)"
                 for k in ("cold", "warm")
-            ),
-            highlight=False,
+            )
         )
     if args.out:
         write_json(
