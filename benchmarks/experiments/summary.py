@@ -197,4 +197,4 @@ def write_report(plan: Plan, rows: list[Row], out: Path) -> None:
     write_atomic(out / "table.md", f"{text}\n")
     records = summarise(plan, rows)
     write_atomic(out / "loss.png", pictures.losses(plan, rows, records))
-    write_atomic(out / "memory.png", pictures.memory(plan, records))
+    write_atomic(out / "memory.png", pictures.saved(pictures.memory_figure(plan, records)))

@@ -1,7 +1,6 @@
 """Reduction of seeds, tuning and steps to a time budget, decided once per folder of runs."""
 
 import os
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.common.files import read_json, write_json
+from benchmarks.common.timing import timed
 from benchmarks.data.corpus import Corpus
 from benchmarks.experiments.plan import Entry
 from benchmarks.training.run import Run
@@ -44,21 +44,15 @@ def measure(
     torch.set_num_threads(threads)
     try:
         each = {e.method: e for e in entries}
-        return {method: _measured(entry, corpus, steps) for method, entry in each.items()}
+        return {method: _fastest(entry, corpus, steps) for method, entry in each.items()}
     finally:
         torch.set_num_threads(before)
 
 
-def _measured(entry: Entry, corpus: Corpus, steps: int) -> float:
+def _fastest(entry: Entry, corpus: Corpus, steps: int) -> float:
     run = Run(replace(entry.config, compile=False), corpus)
-    times = []
-    for _ in range(steps + 1):
-        start = time.perf_counter()
-        run.train_step(log=False)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+    times = [timed(lambda: run.train_step(log=False)) for _ in range(steps + 1)]
+    return min(times[1:]) / 1000
 
 
 def fit(

@@ -90,7 +90,7 @@ def test_a_diverged_run_is_not_drawn():
     assert len(extents(pictures.memory_figure(PLANS["nano"], records))) == len(records) - 1
     for record in records:
         record["perplexity"] = math.nan
-    assert pictures.memory(PLANS["nano"], records).startswith(b"\x89PNG")
+    assert pictures.saved(pictures.memory_figure(PLANS["nano"], records)).startswith(b"\x89PNG")
 
 
 def test_names_of_one_point_are_set_apart():
