@@ -15,15 +15,7 @@ from benchmarks.common.provenance import made_on
 from benchmarks.common.tables import Table
 from benchmarks.experiments import pictures
 from benchmarks.experiments.model_sizes import MODEL_SIZES, rescaled
-from benchmarks.experiments.plan import (
-    Plan,
-    Row,
-    choose,
-    read_rows,
-    rows_of,
-    settings,
-    tuned_text,
-)
+from benchmarks.experiments.plan import Plan, Row, choose, read_rows, rows_of, settings, tuned_text
 from benchmarks.experiments.significance import paired
 from benchmarks.experiments.tuning import is_rate, role_rates
 from benchmarks.training.low_rank_model import on_meta

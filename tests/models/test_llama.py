@@ -216,7 +216,7 @@ def test_flops_are_three_times_the_counted_forward(name, length):
         model, input_ids = Llama(config), torch.zeros(2, length, dtype=torch.long)
         with FlopCounterMode(display=False) as counter:
             model(input_ids)
-    # The counter ignores the causal mask as well; the backward pass is twice the forward.
+    # The counter ignores the causal mask; the backward pass is twice the forward.
     masked = 6 * config.num_hidden_layers * length * config.hidden_size  # torch counts these
     expected = (flops_per_token(config, length) + masked) * 2 * length
     assert 3 * counter.get_total_flops() == expected

@@ -131,10 +131,7 @@ def test_the_committed_plan_searches_alike_for_every_method():
     nano = Plan("nano")
     assert set(nano.select(None)) == {"sgd", "adamw", "muon", "scale"} <= set(nano.methods)
     configs = []
-    for protocol, axes in (
-        ("tuned", (*((name,) for name in RATES), RATES)),
-        ("paper", (("lr",),)),
-    ):
+    for protocol, axes in (("tuned", (*((name,) for name in RATES), RATES)), ("paper", (("lr",),))):
         pairs = nano.pairs(nano.methods, [protocol])
         for method, _ in pairs:
             search = nano.search(method, protocol)

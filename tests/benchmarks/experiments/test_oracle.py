@@ -276,10 +276,7 @@ def test_the_tied_weight_is_the_head_also_of_few_characters(config):
             [1.92, 1.89, 1.9],
             "validation loss 1.903 (3 seeds: 1.890 to 1.920), published 1.88 ± 0.03: agrees",
         ),
-        (
-            [1.88, None],
-            "validation loss diverged (2 seeds: -), published 1.88 ± 0.03: differs",
-        ),
+        ([1.88, None], "validation loss diverged (2 seeds: -), published 1.88 ± 0.03: differs"),
         ([None], "validation loss diverged, published 1.88 ± 0.03: differs"),
     ],
 )
