@@ -13,7 +13,7 @@ from benchmarks.common.provenance import made_on
 from benchmarks.common.tables import Table
 from benchmarks.experiments import pictures
 from benchmarks.experiments.plan import Entry, Plan, Row, choose, settings, tried
-from benchmarks.experiments.run_queue import Session, add_run_arguments, settle_run_arguments
+from benchmarks.experiments.run_queue import Session, add_run_arguments, settle_run_arguments, slim
 from benchmarks.experiments.significance import mean_loss, paired
 from benchmarks.experiments.sparse_run import Method, SparseRun, sparse_config
 from benchmarks.experiments.tuning import Search, Values
@@ -131,13 +131,7 @@ def tune(args: argparse.Namespace, session: Session, weights: Path) -> list[Row]
             break
         session.run(entries, test=False)
     rows, session.rows = session.rows, []
-    return [_stored(row, "curve", "valid_curve", "masked_curve") for row in rows]
-
-
-def _stored(row: Row, *without: str) -> Row:
-    """Return a row as it is kept: without the place of the dense weights."""
-    config = row["config"] | {"weights": Path(row["config"]["weights"]).name}
-    return {k: v for k, v in row.items() if k not in without} | {"config": config}
+    return [slim(row, "curve", "valid_curve", "masked_curve") for row in rows]
 
 
 def _others(rows: list[Row], args: argparse.Namespace) -> list[Row]:
@@ -272,7 +266,7 @@ def main(args: argparse.Namespace) -> int:
         for seed, weights in enumerate(starts)
     ]
     places = {(e.method, e.config.seed): place for place, e in enumerate(entries)}
-    rows = [_stored(row, "valid_curve") for row in session.run(entries, test=True)]
+    rows = [slim(row, "valid_curve") for row in session.run(entries, test=True)]
     rows.sort(key=lambda row: places[row["method"], row["config"]["seed"]])
     if diverged := [row["method"] for row in rows if row["diverged"]]:
         raise ValueError(f"the loss of {diverged[0]} is not finite; lower the rates")

@@ -14,7 +14,7 @@ from benchmarks.common.provenance import made_on
 from benchmarks.common.tables import Table
 from benchmarks.data.corpus import Corpus
 from benchmarks.experiments.plan import Entry, Row, choose, settings, tried
-from benchmarks.experiments.run_queue import Session, add_run_arguments, settle_run_arguments
+from benchmarks.experiments.run_queue import Session, add_run_arguments, settle_run_arguments, slim
 from benchmarks.experiments.significance import mean_loss, paired
 from benchmarks.experiments.start_check import PROTOCOL, Check, stored
 from benchmarks.experiments.tuning import Search, role_rates
@@ -175,9 +175,8 @@ def main(args: argparse.Namespace) -> int:
     for entry in runs:
         row = by_key[entry.method, entry.config.seed]
         loss, trained = on_text(entry, first, session.folder(entry) / "weights.pt")
-        config = row["config"] | {"weights": Path(row["config"]["weights"]).name}
-        row = {k: v for k, v in row.items() if k not in ("curve", "valid_curve")}
-        slim_rows.append(row | {"config": config, "first_loss": loss, "trained": trained})
+        row = slim(row, "curve", "valid_curve")
+        slim_rows.append(row | {"first_loss": loss, "trained": trained})
     pretrained = Path(check.plan.values["weights"])
     losses = [on_text(runs[0], corpus, pretrained)[0] for corpus in (first, second)]
     record = {

@@ -225,6 +225,12 @@ def _train_in_worker(
         os._exit(130)  # else the pool would give this worker the next run
 
 
+def slim(row: Row, *without: str) -> Row:
+    """Return a row as it is stored: without its curves and the folder of its weights."""
+    config = row["config"] | {"weights": Path(row["config"]["weights"]).name}
+    return {k: v for k, v in row.items() if k not in without} | {"config": config}
+
+
 def merged(path: Path, rows: list[Row], *, ended: bool = True) -> list[Row]:
     """Return a results file's rows with those of the same methods and protocols replaced.
 

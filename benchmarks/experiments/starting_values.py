@@ -3,14 +3,13 @@
 import argparse
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 from benchmarks.common.files import make_folder, read_json, write_json
 from benchmarks.common.provenance import made_on
 from benchmarks.common.tables import Table
 from benchmarks.experiments.fine_tuning import add_task_arguments, pretrain
 from benchmarks.experiments.plan import Row, choose, settings, tuned_text
-from benchmarks.experiments.run_queue import Session, merged, settle_run_arguments
+from benchmarks.experiments.run_queue import Session, merged, settle_run_arguments, slim
 from benchmarks.experiments.significance import Difference, mean_loss, paired
 from benchmarks.experiments.start_check import PROTOCOL, Check
 from benchmarks.experiments.start_tasks import TASKS
@@ -134,9 +133,7 @@ def main(args: argparse.Namespace) -> int:
         refuse(args, ["then"], args.given, "the task has one text; leave {option} out")
     session = Session(args, check.plan, corpus_from(args, check.task.sizes["model"]))
     rows = check.run(session, methods, args.seeds)
-    slim_rows = [{k: v for k, v in r.items() if k not in ("curve", "valid_curve")} for r in rows]
-    for row in slim_rows:
-        row["config"] = row["config"] | {"weights": Path(row["config"]["weights"]).name}
+    slim_rows = [slim(row, "curve", "valid_curve") for row in rows]
     starts = {method: check.start(method) for method in methods}
     record = {"adamw_lr": check.adamw_lr, "starts": starts, "rows": slim_rows}
     write_json(args.out / f"{args.task}.json", record)

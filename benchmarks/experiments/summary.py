@@ -82,7 +82,6 @@ def summarise(plan: Plan, rows: list[Row]) -> list[Row]:
                 "label": plan.label(method),
                 "protocol": protocol,
                 "rates": role_rates(settings(mine[0])),
-                "settings": settings(mine[0]),
                 "edges": _edges(plan, mine[0]),
                 "perplexity": statistics.fmean(losses),
                 "spread": statistics.stdev(losses) if len(losses) > 1 and finite else None,
@@ -111,17 +110,14 @@ def _edges(plan: Plan, row: Row) -> list[str]:
     return [name for name in values if is_rate(name)]
 
 
-def _short(rates: list[float]) -> list[float]:
-    return rates if len(set(rates)) > 1 else rates[:1]
-
-
 def cells(record: Row) -> list[str]:
     """Format a record as table cells, in the order of `HEADERS`."""
     spread = f" ±{record['spread']:.2f}" if record["spread"] is not None else ""
+    rates = record["rates"] if len(set(record["rates"])) > 1 else record["rates"][:1]
     return [
         record["label"],
         record["protocol"],
-        "/".join(f"{r:g}" for r in _short(record["rates"])) + " edge" * bool(record["edges"]),
+        "/".join(f"{r:g}" for r in rates) + " edge" * bool(record["edges"]),
         f"{record['perplexity']:.2f}{spread}",
         f"{record['held_bytes'] / MIB:.1f}",
         f"{record['bytes_60m'] / 1e6:.0f}" if math.isfinite(record["bytes_60m"]) else "-",

@@ -25,7 +25,7 @@ from benchmarks.common.tables import Table
 from benchmarks.common.timing import timed
 from benchmarks.microbench.operations import operations
 from benchmarks.microbench.refresh import REFRESH_SHAPES, REFRESHES, measure_refresh
-from benchmarks.microbench.third_party import peers
+from benchmarks.microbench.third_party import Make, peers
 from optimzoo.models.llama import Llama, get_config
 from optimzoo.roles import ROLES
 
@@ -50,7 +50,6 @@ EXECUTION_MODES: dict[str, dict[str, Any]] = {
     "compiled": {},
 }
 LOW_RANK = ("galore", "natural_galore", "fira", "apollo")
-Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 
 def ours(name: str, rank: int, gap: int) -> Make:
@@ -248,14 +247,8 @@ def main(args: argparse.Namespace) -> int:
         for row in steps
     ]
     headers = (
-        "method",
-        "step ms",
-        "ratio",
-        "operations",
-        "of stream",
-        "first ms",
-        "amortised ms",
-        "ratio",
+        *("method", "step ms", "ratio", "operations", "of stream"),
+        *("first ms", "amortised ms", "ratio"),
     )
     Table(headers, cells, title=f"{args.model}, {args.dtype}, rank {args.rank}", gap=2).print()
     refreshes = [
@@ -275,12 +268,9 @@ def main(args: argparse.Namespace) -> int:
             )
         )
     if args.out:
+        plain = {k: v for k, v in vars(args).items() if k not in ("given", "out")}
         write_json(
             args.out,
-            {"rows": steps, "refresh": refreshes, "provenance": provenance(), "args": _plain(args)},
+            {"rows": steps, "refresh": refreshes, "provenance": provenance(), "args": plain},
         )
     return 0
-
-
-def _plain(args: argparse.Namespace) -> dict[str, Any]:
-    return {k: v for k, v in vars(args).items() if k != "given" and not isinstance(v, Path)}

@@ -38,16 +38,11 @@ def _is_of(record: dict[str, Any], table: PaperComparison) -> bool:
     return key == (table.paper, table.version, table.metric)
 
 
-def plans_at(table: PaperComparison, size: str) -> list[Plan]:
-    """Return the table's plans at a model size."""
-    if table.plans == ("full",):
-        return [Plan(f"{size}-full")]
-    return [Plan(name.replace("nano", size, 1)) for name in table.plans]
-
-
-def methods_of(table: PaperComparison, plans: list[Plan]) -> list[tuple[Plan, str]]:
-    """Return each method of the table with the first plan that has it."""
-    pairs = []
+def methods_at(table: PaperComparison, size: str) -> list[tuple[Plan, str]]:
+    """Return each method of the table with the first plan at a model size that has it."""
+    full = table.plans == ("full",)
+    names = [f"{size}-full"] if full else [p.replace("nano", size, 1) for p in table.plans]
+    plans, pairs = [Plan(name) for name in names], []
     for method in table.methods:
         plan = next((p for p in plans if table.protocol in p.methods.get(method, {})), None)
         if plan is not None:
@@ -58,7 +53,7 @@ def methods_of(table: PaperComparison, plans: list[Plan]) -> list[tuple[Plan, st
 def stored_rows(table: PaperComparison, size: str) -> dict[str, list[Row]]:
     """Return the committed rows of a table by method."""
     by_method: dict[str, list[Row]] = {}
-    for plan, method in methods_of(table, plans_at(table, size)):
+    for plan, method in methods_at(table, size):
         rows = read_rows(plan.results_path) if plan.results_path.exists() else []
         if mine := rows_of(rows, method, table.protocol):
             by_method[method] = mine
@@ -67,11 +62,12 @@ def stored_rows(table: PaperComparison, size: str) -> dict[str, list[Row]]:
 
 def records(table: PaperComparison, size: str, rows: dict[str, list[Row]]) -> list[Row]:
     """Return one record per method: the paper's figure and ours, with their ratios and ranks."""
-    plans = dict[str, Plan]((m, plan) for plan, m in methods_of(table, plans_at(table, size)))
+    plans = {method: plan for plan, method in methods_at(table, size)}
     summaries = {m: summarise(plans[m], mine)[0] for m, mine in rows.items()}
     by_size = paper_values(table, table.methods)
     paper_size = size.upper() if size.upper() in by_size else table.size
     paper = by_size.get(paper_size, {})
+    ours = {method: record["perplexity"] for method, record in summaries.items()}
     compared = []
     for method, record in summaries.items():
         compared.append(
@@ -83,9 +79,7 @@ def records(table: PaperComparison, size: str, rows: dict[str, list[Row]]) -> li
                 "tried": len(rows_of(plans[method].tuning_rows(method), method, table.protocol)),
                 "paper": paper.get(method),
                 "paper_ratio": _ratio(paper, method, table.reference),
-                "ratio": _ratio(
-                    {m: r["perplexity"] for m, r in summaries.items()}, method, table.reference
-                ),
+                "ratio": _ratio(ours, method, table.reference),
             }
         )
     both = [r for r in compared if r["paper"] is not None]
@@ -141,18 +135,13 @@ def cells(record: Row) -> list[str]:
 
 def lines_below(table: PaperComparison, made: list[Row]) -> list[str]:
     """Return the notes below a table: tau, how to read it, seeds, tuning runs."""
-    lines = (
-        [
-            "Kendall's tau with the paper's order: "
-            + "; ".join(
-                f"{t['size']} {t['tau']:+.2f} (p {t['p']:.2f}, {t['methods']} methods)"
-                for t in taus(table, made)
-            )
-            + "."
-        ]
-        if taus(table, made)
-        else ["Too few methods in common for an order."]
-    )
+    texts = [
+        f"{t['size']} {t['tau']:+.2f} (p {t['p']:.2f}, {t['methods']} methods)"
+        for t in taus(table, made)
+    ]
+    lines = ["Too few methods in common for an order."]
+    if texts:
+        lines = [f"Kendall's tau with the paper's order: {'; '.join(texts)}."]
     size = made[0]["size"] if made else table.size
     seeds = sorted({r["seeds"] for r in made})
     version = f"{table.version}, " if table.version else ""

@@ -26,11 +26,8 @@ class TableRuns:
 
     def __init__(self, args: argparse.Namespace, table: PaperComparison) -> None:
         self.args, self.table = args, table
-        self.pairs = perplexity_tables.methods_of(
-            table, perplexity_tables.plans_at(table, args.size)
-        )
-        if args.methods:
-            self.pairs = [(plan, m) for plan, m in self.pairs if m in args.methods]
+        pairs = perplexity_tables.methods_at(table, args.size)
+        self.pairs = [(p, m) for p, m in pairs if not args.methods or m in args.methods]
         make_folder(args.out, "--out")
         model = self.pairs[0][0].values["model"]
         self.corpus: Corpus = corpus_from(args, model)
@@ -143,12 +140,7 @@ def _refuse_early(args: argparse.Namespace) -> None:
     has = {}
     for name in args.table:
         table = perplexity_tables.TABLES[name]
-        has[name] = [
-            m
-            for _, m in perplexity_tables.methods_of(
-                table, perplexity_tables.plans_at(table, args.size)
-            )
-        ]
+        has[name] = [m for _, m in perplexity_tables.methods_at(table, args.size)]
     known = list(dict.fromkeys(m for methods in has.values() for m in methods))
     for method in args.methods or []:
         if method not in known:

@@ -358,7 +358,7 @@ def test_the_committed_run_agrees():
     assert oracle.verdict([row["valid_loss"] for row in rows])[1]
 
 
-def test_the_model_of_a_run_is_a_method_of_it(text):
+def test_a_run_has_the_model_that_its_seed_draws(text):
     corpus = character_corpus(text, 64)
     run = Run(oracle.make_config(4, corpus), corpus)
     assert isinstance(run.model, GPT)

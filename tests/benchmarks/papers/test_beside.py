@@ -29,16 +29,8 @@ def test_every_method_of_a_table_is_published_or_ours_alone():
         known = {method for by_size in values.values() for method in by_size}
         assert known == {m for m, paper in table.methods.items() if paper}, name
         assert table.size in values and table.reference in values[table.size]
-        found = (
-            [
-                m
-                for _, m in perplexity_tables.methods_of(
-                    table, perplexity_tables.plans_at(table, "nano")
-                )
-            ]
-            if (table.plans != ("full",))
-            else [m for _, m in perplexity_tables.methods_of(table, [Plan("full")])]
-        )
+        size = "60m" if table.plans == ("full",) else "nano"
+        found = [method for _, method in perplexity_tables.methods_at(table, size)]
         assert set(found) >= known - {"muon", "swan", "stable_spam"}, name
 
 
