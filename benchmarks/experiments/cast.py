@@ -14,7 +14,7 @@ from benchmarks.common.tables import Table
 from benchmarks.experiments import pictures
 from benchmarks.experiments.plan import Entry, Plan, Row, choose, settings, tried
 from benchmarks.experiments.run_queue import Session, add_run_arguments, settle_run_arguments, slim
-from benchmarks.experiments.significance import mean_loss, paired
+from benchmarks.experiments.significance import by_method, mean_loss, paired
 from benchmarks.experiments.sparse_run import Method, SparseRun, sparse_config
 from benchmarks.experiments.tuning import Search, Values
 from benchmarks.training.cli import corpus_from
@@ -120,15 +120,12 @@ def entry(name: str, values: Values, args: argparse.Namespace, weights: Path, se
 def tune(args: argparse.Namespace, session: Session, weights: Path) -> list[Row]:
     """Search each method's values with seed 0; return the rows, without their curves."""
     names = [name for name in args.methods if METHODS[name].trained]
-    while True:
-        searches = {name: search_of(name) for name in names}
-        entries = [
-            entry(name, point, args, weights, 0)
-            for name, search in searches.items()
-            for point in search.next(tried(session.rows, name, PROTOCOL, search))
-        ]
-        if not entries:
-            break
+    searches = {name: search_of(name) for name in names}
+    while entries := [
+        entry(name, point, args, weights, 0)
+        for name, search in searches.items()
+        for point in search.next(tried(session.rows, name, PROTOCOL, search))
+    ]:
         session.run(entries, test=False)
     rows, session.rows = session.rows, []
     return [slim(row, "curve", "valid_curve", "masked_curve") for row in rows]
@@ -136,14 +133,6 @@ def tune(args: argparse.Namespace, session: Session, weights: Path) -> list[Row]
 
 def _others(rows: list[Row], args: argparse.Namespace) -> list[Row]:
     return [row for row in rows if row["method"] not in args.methods]
-
-
-def by_method(rows: list[Row]) -> dict[str, list[Row]]:
-    """Return each method's rows, one a seed."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row["method"], []).append(row)
-    return groups
 
 
 def cells(rows: list[Row], dense: list[Row]) -> list[str]:

@@ -15,7 +15,7 @@ from benchmarks.common.tables import Table
 from benchmarks.data.corpus import Corpus
 from benchmarks.experiments.plan import Entry, Row, choose, settings, tried
 from benchmarks.experiments.run_queue import Session, add_run_arguments, settle_run_arguments, slim
-from benchmarks.experiments.significance import mean_loss, paired
+from benchmarks.experiments.significance import by_method, mean_loss, paired
 from benchmarks.experiments.start_check import PROTOCOL, Check, stored
 from benchmarks.experiments.tuning import Search, role_rates
 from benchmarks.training.cli import corpus_from
@@ -91,13 +91,12 @@ def on_text(entry: Entry, corpus: Corpus, weights: Path) -> tuple[float | None, 
 def table(record: Row) -> Table:
     """Return the table: both texts' perplexities, differences from AdamW's, state."""
     rows = record["rows"]
-    adamw = [row for row in rows if row["method"] == "adamw"]
+    adamw = by_method(rows)["adamw"]
     check = Check(TASK)
     check.plan.methods["lora"] = LORA
     before = record["before"]
     body = [(before["test_loss"], ["not fine-tuned", "", *_cells([before]), "", "", "", ""])]
-    for method in dict.fromkeys(row["method"] for row in rows):
-        mine = [row for row in rows if row["method"] == method]
+    for method, mine in by_method(rows).items():
         second, first = paired(mine, adamw), paired(_on_first(mine), _on_first(adamw))
         assert second is not None and first is not None
         rates = [f"{rate:g}" for rate in role_rates(settings(mine[0]))]

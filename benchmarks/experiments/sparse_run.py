@@ -58,11 +58,6 @@ class Method:
     distill: bool = True
     trained: bool = True
 
-    @property
-    def dense(self) -> bool:
-        """Return whether the model stays dense."""
-        return self.decay is None and not self.prune
-
 
 class MaskedForward(nn.Module):
     """Parametrization that masks a weight in the forward, with a straight-through gradient."""
@@ -193,7 +188,8 @@ class SparseRun(Run):
             if parametrize.is_parametrized(module, "weight"):
                 parametrize.remove_parametrizations(module, "weight")
         layers: list[Any] = list(linear_targets(self.model).values())
-        if not self.method.dense and not all(is_nm(m.weight, N, M) for m in layers):
+        sparse = self.method.decay or self.method.prune
+        if sparse and not all(is_nm(m.weight, N, M) for m in layers):
             raise RuntimeError(f"{self.method.label}: a weight is not {N}:{M}")
         zeros = sum(int((m.weight == 0).sum()) for m in layers)
         facts["zeros"] = zeros / sum(m.weight.numel() for m in layers)

@@ -46,11 +46,10 @@ class Check:
 
     def methods(self) -> list[str]:
         """Return the plan's methods that have starting values: tuned, to the end, and not SGD."""
-        return [m for m, r in self.plan.methods.items() if PROTOCOL in r and self._has_start(m)]
-
-    def _has_start(self, method: str) -> bool:
         records = [r for setting in tuned_settings().values() for r in setting["methods"]]
-        return self._call(method) in [(r["optimizer"], r["variant"]) for r in records]
+        calls = [(r["optimizer"], r["variant"]) for r in records]
+        methods = self.plan.methods.items()
+        return [m for m, r in methods if PROTOCOL in r and self._call(m) in calls]
 
     def _call(self, method: str) -> tuple[str, Values]:
         """Return the optimizer's name and the options with which it is tuned apart."""

@@ -10,7 +10,7 @@ from benchmarks.common.tables import Table
 from benchmarks.experiments.fine_tuning import add_task_arguments, pretrain
 from benchmarks.experiments.plan import Row, choose, settings, tuned_text
 from benchmarks.experiments.run_queue import Session, merged, settle_run_arguments, slim
-from benchmarks.experiments.significance import Difference, mean_loss, paired
+from benchmarks.experiments.significance import Difference, by_method, mean_loss, paired
 from benchmarks.experiments.start_check import PROTOCOL, Check
 from benchmarks.experiments.start_tasks import TASKS
 from benchmarks.experiments.tuning import WITHIN, role_rates
@@ -38,8 +38,7 @@ class Outcome:
 def outcomes(check: Check, rows: list[Row]) -> list[Outcome]:
     """Return what came out for each method, that with the lowest perplexity first."""
     results = []
-    for method in dict.fromkeys(row["method"] for row in rows):
-        mine = [row for row in rows if row["method"] == method]
+    for method, mine in by_method(rows).items():
         best = settings(choose([r for r in mine if r["config"]["seed"] == 0], method, PROTOCOL))
         at_best = [row for row in mine if tuned_text(settings(row)) == tuned_text(best)]
         at_start = [row for row in mine if check.is_start(row)]

@@ -36,22 +36,20 @@ def seconds_of(entry: Entry, step_seconds: float) -> float:
     return step_seconds * (config.steps + evaluated)
 
 
-def measure(
-    entries: list[Entry], corpus: Corpus, *, threads: int, steps: int = 3
-) -> dict[str, float]:
-    """Return each method's seconds per step: the fastest of ``steps``, after a warm-up step."""
+def measure(entries: list[Entry], corpus: Corpus, *, threads: int) -> dict[str, float]:
+    """Return each method's seconds per step: the fastest of three, after a warm-up step."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         each = {e.method: e for e in entries}
-        return {method: _fastest(entry, corpus, steps) for method, entry in each.items()}
+        return {method: _fastest(entry, corpus) for method, entry in each.items()}
     finally:
         torch.set_num_threads(before)
 
 
-def _fastest(entry: Entry, corpus: Corpus, steps: int) -> float:
+def _fastest(entry: Entry, corpus: Corpus) -> float:
     run = Run(replace(entry.config, compile=False), corpus)
-    times = [timed(lambda: run.train_step(log=False)) for _ in range(steps + 1)]
+    times = [timed(lambda: run.train_step(log=False)) for _ in range(4)]
     return min(times[1:]) / 1000
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from benchmarks.common.files import write_atomic, write_json
 from benchmarks.common.tables import Table
-from benchmarks.experiments.cast import Comparison, by_method
+from benchmarks.experiments.cast import Comparison
 from benchmarks.experiments.plan import Row
-from benchmarks.experiments.significance import mean_loss
+from benchmarks.experiments.significance import by_method, mean_loss
 from benchmarks.papers.published import published
 
 HEADERS = ("method", "zeros", "paper", "ratio", "ours", "ratio", "tokens")

@@ -25,17 +25,13 @@ def paper_values(
     """Return published perplexities by size and our method, all of the table's version."""
     values: dict[str, dict[str, float]] = {}
     for record in published():
-        if _is_of(record, table):
+        key = (record["paper"].rsplit(" ", 1)[0], record.get("version"), record["metric"])
+        if key == (table.paper, table.version, table.metric):
             for method, name in names.items():
                 for size, value in record["values"].get(name, {}).items():
                     number = math.exp(value) if table.log else float(value)
                     values.setdefault(size, {})[method] = number
     return values
-
-
-def _is_of(record: dict[str, Any], table: PaperComparison) -> bool:
-    key = (record["paper"].rsplit(" ", 1)[0], record.get("version"), record["metric"])
-    return key == (table.paper, table.version, table.metric)
 
 
 def methods_at(table: PaperComparison, size: str) -> list[tuple[Plan, str]]:

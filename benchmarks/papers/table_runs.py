@@ -15,6 +15,7 @@ from benchmarks.data.corpus import Corpus
 from benchmarks.experiments import time_budget as budget
 from benchmarks.experiments.plan import Entry, Plan, Row, choose, near, rows_of, settings, tried
 from benchmarks.experiments.run_queue import Session, merged, threads_each
+from benchmarks.experiments.significance import by_method
 from benchmarks.experiments.time_budget import Cut
 from benchmarks.papers import perplexity_tables
 from benchmarks.papers.perplexity_tables import PaperComparison
@@ -31,15 +32,6 @@ class TableRuns:
         make_folder(args.out, "--out")
         model = self.pairs[0][0].values["model"]
         self.corpus: Corpus = corpus_from(args, model)
-
-    def tuning(self) -> list[Entry]:
-        """Return the first tuning runs of each method without committed rates."""
-        missing = [(p, m) for p, m in self.pairs if not self._committed(p, m)]
-        return [e for p, m in missing for e in self._tuning_runs(p, [m], [])]
-
-    def final(self) -> list[Entry]:
-        """Return one run per method, where its search starts if its rates are not committed."""
-        return [self._final(p, m, 0, None) for p, m in self.pairs]
 
     def run(self) -> tuple[dict[str, list[Row]], list[str]]:
         """Train all runs. Return each method's rows, and notes on what was cut."""
@@ -61,8 +53,7 @@ class TableRuns:
             finals = [self._final(plan, m, s, chosen[m]) for s in range(cut.seeds) for m in methods]
             with self._stored(plan.results_path, session, {"plan": plan.values}):
                 session.run(finals, test=True)
-            for row in session.rows:
-                rows.setdefault(row["method"], []).append(row)
+            rows |= by_method(session.rows)
         return rows, list(cut.notes)
 
     def _cut(self) -> Cut:
@@ -71,7 +62,9 @@ class TableRuns:
             return Cut(args.seeds, tune=True, share=1.0)
 
         def decide() -> Cut:
-            final, tuning = self.final(), self.tuning()
+            missing = [(p, m) for p, m in self.pairs if not self._committed(p, m)]
+            tuning = [e for p, m in missing for e in self._tuning_runs(p, [m], [])]
+            final = [self._final(p, m, 0, None) for p, m in self.pairs]
             seconds = budget.measure(final, self.corpus, threads=threads_each(args.jobs))
             workers = args.jobs * int(os.environ.get("WORLD_SIZE", "1"))
             return budget.fit(

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from benchmarks.common.tables import Table
-from benchmarks.experiments.cast import Comparison, by_method
+from benchmarks.experiments.cast import Comparison
 from benchmarks.experiments.plan import Plan, Row, read_rows, rows_of
-from benchmarks.experiments.significance import Difference, paired
+from benchmarks.experiments.significance import Difference, by_method, paired
 from benchmarks.training.config import RunConfig
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.experiments import summary
-from benchmarks.experiments.cast import Comparison, by_method
+from benchmarks.experiments.cast import Comparison
 from benchmarks.experiments.colors import method_colors
 from benchmarks.experiments.model_sizes import MODEL_SIZES
 from benchmarks.experiments.pictures import pareto_front
 from benchmarks.experiments.plan import Plan, Row, read_rows, rows_of
+from benchmarks.experiments.significance import by_method
 from benchmarks.papers import cast, perplexity_tables
 from benchmarks.papers.memory_columns import published_value
 from benchmarks.papers.perplexity_tables import PaperComparison

@@ -53,13 +53,9 @@ def table() -> Table:
             label = ", ".join([f"`{name}`", *(f"`{k}={v!r}`" for k, v in variant.items())])
             lines[label] = _line(label, starting_values(name, adamw_lr=1.0, **variant))
     headers = ("method", "hidden", "embedding", "head", "vectors", "clip", "β or momentum")
-    return Table(
-        (*headers, "decay", "from"), [lines[label] for label in sorted(lines, key=_by_name)]
-    )
-
-
-def _by_name(label: str) -> str:
-    return label.replace("`", "")  # apollo before apollo_mini
+    # Without the quotes apollo comes before apollo_mini.
+    labels = sorted(lines, key=lambda label: label.replace("`", ""))
+    return Table((*headers, "decay", "from"), [lines[label] for label in labels])
 
 
 def example(name: str) -> str:
