@@ -19,15 +19,13 @@ WARNING = (
 )
 
 
-def paper_values(
-    table: PaperComparison, names: dict[str, str | None]
-) -> dict[str, dict[str, float]]:
+def paper_values(table: PaperComparison) -> dict[str, dict[str, float]]:
     """Return published perplexities by size and our method, all of the table's version."""
     values: dict[str, dict[str, float]] = {}
     for record in published():
         key = (record["paper"].rsplit(" ", 1)[0], record.get("version"), record["metric"])
         if key == (table.paper, table.version, table.metric):
-            for method, name in names.items():
+            for method, name in table.methods.items():
                 for size, value in record["values"].get(name, {}).items():
                     number = math.exp(value) if table.log else float(value)
                     values.setdefault(size, {})[method] = number
@@ -60,7 +58,7 @@ def records(table: PaperComparison, size: str, rows: dict[str, list[Row]]) -> li
     """Return one record per method: the paper's figure and ours, with their ratios and ranks."""
     plans = {method: plan for plan, method in methods_at(table, size)}
     summaries = {m: summarise(plans[m], mine)[0] for m, mine in rows.items()}
-    by_size = paper_values(table, table.methods)
+    by_size = paper_values(table)
     paper_size = size.upper() if size.upper() in by_size else table.size
     paper = by_size.get(paper_size, {})
     ours = {method: record["perplexity"] for method, record in summaries.items()}
@@ -96,7 +94,7 @@ def taus(table: PaperComparison, made: list[Row]) -> list[Row]:
     from scipy.stats import kendalltau
 
     results = []
-    for size, values in paper_values(table, table.methods).items():
+    for size, values in paper_values(table).items():
         pairs = [(values[r["method"]], r["perplexity"]) for r in made if r["method"] in values]
         if len(pairs) > 2:
             tau, p = kendalltau(*zip(*pairs, strict=True))

@@ -30,17 +30,6 @@ from benchmarks.data import tokenizer as tokens
 from benchmarks.data.batches import Batches, iterate_eval
 from benchmarks.data.sources import SPLITS, split_of, stdlib_source
 
-
-@pytest.fixture
-def corpus_file(tmp_path: Path) -> Path:
-    return write_jsonl(tmp_path / "small.jsonl", make_texts())
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "cache" / "tokens"
-
-
 # Splits and tokens
 
 

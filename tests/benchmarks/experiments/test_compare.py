@@ -29,9 +29,8 @@ PAIRS = [(m, p) for m in ("adamw", "scale") for p in ("tuned", "paper")]
 
 
 def run(folder: Path, *options: object) -> int:
-    text = [folder / f"{name}.txt" for name in ("valid", "test", "train")]
-    words = ["compare", "--plan=tiny", "--jobs=1", "--out=out", *options]
-    return main([*map(str, [*words, "--data", *text, "--cache-dir", folder / "cache"])])
+    words = ["compare", "--plan=tiny", "--jobs=1", "--out=out", *map(str, options)]
+    return main([*words, *tiny_benchmarks.text_words(folder)])
 
 
 @pytest.fixture(scope="module")

@@ -92,9 +92,7 @@ def folder(monkeypatch, tmp_path):
 
 
 def run(folder: Path, command: str, *options: object) -> int:
-    text = [folder / f"{name}.txt" for name in ("valid", "test", "train")]
-    words = [command, *options, "--data", *text, "--cache-dir", folder / "cache"]
-    return main([*map(str, words)])
+    return main([command, *map(str, options), *tiny_benchmarks.text_words(folder)])
 
 
 def compare(folder: Path, *options: object) -> int:

@@ -218,10 +218,9 @@ def test_a_run_that_diverges_says_so(corpus, tmp_path):
 
 
 def command(tmp_path, *options: str) -> list[str]:
-    text = map(str, tiny_benchmarks.write_text(tmp_path))
     sizes = {"model": "tiny", "steps": 6, "batch-size": 4, "seq-len": 16, "eval-tokens": 256}
     sizes = [f"--{name}={value}" for name, value in sizes.items()]
-    return ["train", *options, *sizes, "--data", *text, "--cache-dir", str(tmp_path / "cache")]
+    return ["train", *options, *sizes, *tiny_benchmarks.text_words(tmp_path)]
 
 
 def test_the_command_prints_the_result(tmp_path, capsys):
