@@ -198,5 +198,4 @@ def read() -> Row:
     """
     if not PATH.exists():
         raise ValueError(f"{PATH} is missing; run fine-tuning --store first")
-    record: Row = read_json(PATH)
-    return record
+    return read_json(PATH)

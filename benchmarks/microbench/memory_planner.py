@@ -85,11 +85,8 @@ def held_after_a_step(
     optimizer.step()
     state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
     grads = [p.grad for p in weights.parameters() if p.grad is not None]
-    params, grad, states = (
-        sum(t.numel() * t.element_size() for t in tensors)
-        for tensors in (list(weights.parameters()), grads, state)
-    )
-    return params, grad, states
+    params = sum(p.nbytes for p in weights.parameters())
+    return params, sum(grad.nbytes for grad in grads), sum(t.nbytes for t in state)
 
 
 def simulate_rows(

@@ -32,10 +32,8 @@ def records(rows: list[Row]) -> list[Row]:
             "method": method,
             "label": mine[0]["label"],
             "zeros": mine[0]["zeros"],
-            "paper": paper_perplexities.get(method),
-            "paper_ratio": paper_perplexities[method] / paper_perplexities["continued"]
-            if method in paper_perplexities
-            else None,
+            "paper": (theirs := paper_perplexities.get(method)),
+            "paper_ratio": theirs and theirs / (sparse - increase),
             "perplexity": math.exp(mean_loss(mine)),
             "ratio": math.exp(mean_loss(mine)) / dense,
             "tokens": mine[0]["tokens"],

@@ -13,5 +13,4 @@ def published() -> list[dict[str, Any]]:
 
     ``version`` is the paper's on arXiv, where more than one of them is at hand.
     """
-    records: list[dict[str, Any]] = read_json(Path(__file__).with_name("published.json"))
-    return records
+    return read_json(Path(__file__).with_name("published.json"))

@@ -176,8 +176,7 @@ class Run:
     def _loss(self, inputs: Tensor, labels: Tensor) -> Tensor:
         if self.graphed:
             torch.compiler.cudagraph_mark_step_begin()
-        loss: Tensor = self.forward(self._moved(inputs), self._moved(labels))
-        return loss
+        return self.forward(self._moved(inputs), self._moved(labels))
 
     def _moved(self, tokens: Tensor) -> Tensor:
         """Copy tokens to the device without synchronizing."""
