@@ -62,13 +62,8 @@ class Check:
         if method in self.starts:
             return self.starts[method]
         name, variant = self._call(method)
-        start = starting_values(
-            name,
-            self.groups,
-            adamw_lr=self.adamw_lr,
-            batch_tokens=self.task.batch_tokens,
-            **variant,
-        )
+        options = {"adamw_lr": self.adamw_lr, "batch_tokens": self.task.batch_tokens, **variant}
+        start = starting_values(name, self.groups, **options)
         return {"clip": start.clip or 0.0, "warmup": start.warmup, **start.options}
 
     def moved(self) -> list[str]:

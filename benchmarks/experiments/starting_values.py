@@ -56,32 +56,21 @@ def table(check: Check, rows: list[Row]) -> Table:
         error = outcome.difference.error
         percent = f"{100 * math.expm1(outcome.difference.mean):+.1f}"
         percent += "" if error is None else f" ±{100 * error:.1f}"
-        body.append(
-            [
-                check.plan.label(outcome.method),
-                "/".join(f"{rate:g}" for rate in role_rates(settings(outcome.start))),
-                f"{outcome.perplexities[0]:.3f}",
-                f"{outcome.perplexities[1]:.3f}",
-                _moved(outcome),
-                f"{percent} %" + ("" if outcome.within else ", far"),
-            ]
-        )
+        percent += " %" if outcome.within else " %, far"
+        rates = "/".join(f"{rate:g}" for rate in role_rates(settings(outcome.start)))
+        both = [f"{value:.3f}" for value in outcome.perplexities]
+        label = check.plan.label(outcome.method)
+        body.append([label, rates, *both, _moved(outcome), percent])
     headers = ("method", "hidden / embedding / head", "start", "best", "best at", "difference")
     return Table(headers, body)
 
 
 def _moved(outcome: Outcome) -> str:
     """Return how the best point of the grid differs from the start, as ``head x 2``."""
-    ratios = {
-        role: best / start
-        for role, best, start in zip(
-            (role for role in ROLE_RATES if role != "vector"),
-            role_rates(settings(outcome.best)),
-            role_rates(settings(outcome.start)),
-            strict=True,
-        )
-        if best != start
-    }
+    roles = [role for role in ROLE_RATES if role != "vector"]
+    rates = [role_rates(settings(row)) for row in (outcome.best, outcome.start)]
+    pairs = zip(roles, *rates, strict=True)
+    ratios = {role: best / start for role, best, start in pairs if best != start}
     if not ratios:
         return "start"
     which = next(iter(ratios)) if len(ratios) == 1 else "all"

@@ -103,16 +103,9 @@ def table() -> Table:
         config = RunConfig(**question.rows()[0][0]["config"])
         p = "-" if difference.p is None else f"{max(difference.p, 0.001):.3f}"
         p = f"< {p}" if difference.p is not None and difference.p < 0.001 else p
-        lines.append(
-            [
-                question.text,
-                difference.text(),
-                f"{difference.seeds}",
-                p,
-                f"{config.tokens_per_step:,}",
-                f"{config.steps * config.tokens_per_step / 1e6:.1f} M",
-            ]
-        )
+        batch = config.tokens_per_step
+        cells = [question.text, difference.text(), f"{difference.seeds}", p]
+        lines.append([*cells, f"{batch:,}", f"{config.steps * batch / 1e6:.1f} M"])
     headers = ("question", "difference in perplexity", "seeds", "p", "batch", "tokens")
     return Table(headers, lines, left=2)
 

@@ -96,20 +96,10 @@ def _methods(name: str) -> str:
         rates = "-"
         if method in plan.methods and not plan.edges(method, "tuned", tuning):
             rates = " / ".join(f"{r:g}" for r in role_rates(plan.best(method, "tuned")))
-        rows.append(
-            [
-                f"`{method}`",
-                info.description,
-                source_link(info.source, short=True),
-                info.state,
-                rates,
-            ]
-        )
-    table = Table(
-        ("name", "method", "source", "state", f"lr: hidden / embedding / head, on {name}"),
-        rows,
-        left=5,
-    )
+        link = source_link(info.source, short=True)
+        rows.append([f"`{method}`", info.description, link, info.state, rates])
+    headers = ("name", "method", "source", "state", f"lr: hidden / embedding / head, on {name}")
+    table = Table(headers, rows, left=5)
     note = (
         "`adamw`, `sgd`, `adafactor` and torch's others have the same names as in torch. state: in "
         "weights of that role; rest: embedding, head and vectors; r: the rank, s: the history. "
