@@ -11,17 +11,8 @@ from benchmarks.training.config import RunConfig
 from benchmarks.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("tiny")
-SCALE = RunConfig(
-    "scale",
-    1e-2,
-    other_lr=2e-2,
-    model="tiny",
-    steps=9,
-    batch_size=4,
-    seq_len=16,
-    accumulate=2,
-    eval_tokens=256,
-)
+SIZES = {"steps": 9, "batch_size": 4, "seq_len": 16, "accumulate": 2, "eval_tokens": 256}
+SCALE = RunConfig("scale", 1e-2, other_lr=2e-2, model="tiny", **SIZES)
 SAME = ("curve", "valid_loss", "test_loss", "state_bytes", "tokens")
 
 
