@@ -126,9 +126,9 @@ def limited(source: Source, max_chars: int | None) -> Source:
     return replace(source, documents=documents)
 
 
-def stdlib_source(root: Path | None = None) -> Source:
+def stdlib_source() -> Source:
     """Return the running Python's standard library: .py files except tests, split by path."""
-    folder = Path(sysconfig.get_path("stdlib")) if root is None else root
+    folder = Path(sysconfig.get_path("stdlib"))
 
     def documents() -> Iterator[Document]:
         paths = []

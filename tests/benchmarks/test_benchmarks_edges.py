@@ -7,7 +7,7 @@ import time
 
 import pytest
 import tiny_benchmarks
-from tiny_benchmarks import text_words
+from tiny_benchmarks import text_words, train_words
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from benchmarks.__main__ import main
@@ -23,12 +23,6 @@ def folder(tmp_path, monkeypatch):
     """The tiny text, model and plan, and an empty folder of results."""
     tiny_benchmarks.tiny_corpus(tmp_path)
     return tiny_benchmarks.patched(monkeypatch, tmp_path)
-
-
-def train_words(folder, **options) -> list[str]:
-    sizes = {"model": "tiny", "steps": 4, "batch-size": 4, "seq-len": 16, "eval-tokens": 256}
-    values = {"optimizer": "sgd", "lr": 0.1, **sizes, **options}
-    return ["train", *(f"--{name}={value}" for name, value in values.items()), *text_words(folder)]
 
 
 def test_a_loss_beyond_exp_has_diverged(folder, capsys):

@@ -78,6 +78,14 @@ def text_words(folder: Path) -> list[str]:
     return ["--data", *map(str, names), "--cache-dir", str(folder / "cache")]
 
 
+def train_words(folder: Path, **options: object) -> list[str]:
+    """`train` with the model `tiny` on the text of a folder, by default with SGD."""
+    sizes = {"model": "tiny", "steps": 4, "batch_size": 4, "seq_len": 16, "eval_tokens": 256}
+    values = {"optimizer": "sgd", "lr": 0.1, **sizes, **options}
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+    return ["train", *words, *text_words(folder)]
+
+
 def tiny_corpus(folder: Path) -> Corpus:
     return load(write_text(folder), folder / "cache", vocab_size=VOCAB)
 

@@ -121,9 +121,7 @@ def test_any_failing_call_leaves_the_checkpoint_before(call, tmp_path, monkeypat
 
 def test_the_command_on_a_full_disk(tmp_path, monkeypatch, capsys):
     tiny_benchmarks.tiny_corpus(tmp_path)
-    words = ["train", "--optimizer=adamw", "--lr=1e-3", "--model=tiny", "--steps=9"]
-    words += ["--batch-size=4", "--seq-len=16", "--out=run", "--eval-tokens=64", "--save-every=1"]
-    words += tiny_benchmarks.text_words(tmp_path)
+    words = tiny_benchmarks.train_words(tmp_path, steps=9, out="run", save_every=1)
     save = Checkpoints.save
 
     def filling(self, step, *rest):
@@ -195,9 +193,7 @@ def test_the_one_before_is_taken_when_asked_for(saved, corpus, monkeypatch):
 
 def test_the_command_refuses_in_one_line_and_takes_its_own_advice(saved, tmp_path, capsys):
     damage(saved.path(4), "half")
-    words = ["train", "--optimizer=sgd", "--lr=0.5", "--model=tiny", "--steps=9", "--seq-len=16"]
-    words += ["--batch-size=4", "--eval-tokens=256", "--out", str(saved.folder.parent)]
-    words += tiny_benchmarks.text_words(tmp_path)
+    words = tiny_benchmarks.train_words(tmp_path, lr=0.5, steps=9, out=saved.folder.parent)
     assert main(words) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: {saved.path(4)} is damaged") and "--skip-damaged" in error

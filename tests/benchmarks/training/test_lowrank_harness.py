@@ -130,10 +130,8 @@ def test_a_run_that_cannot_be(lowrank, message, corpus):
 
 
 def test_the_command_line(tmp_path, capsys):
-    tiny_benchmarks.tiny_corpus(tmp_path)
-    words = ["train", "--optimizer=adamw", "--lr=1e-2", "--model=tiny", "--steps=3"]
-    words += ["--batch-size=2", "--seq-len=16", "--eval-tokens=64"]
-    words += [*tiny_benchmarks.text_words(tmp_path), "--out", str(tmp_path / "run")]
+    words = tiny_benchmarks.train_words(tmp_path, optimizer="adamw", lr=1e-2)
+    words += ["--out", str(tmp_path / "run")]
     assert main([*words, "--lowrank", json.dumps(CASES["restarts"])]) == 0
     row = json.loads((tmp_path / "run" / "row.json").read_text())
     assert row["config"]["lowrank"] == CASES["restarts"]

@@ -37,9 +37,8 @@ def test_interrupted_and_clipped_it_goes_on_to_the_same_bits(corpus, tmp_path):
 
 
 def test_what_cannot_be_clipped_is_refused_in_one_line(tmp_path, capsys):
-    words = ["train", "--optimizer=adamw", "--lr=1e-2", "--model=tiny", "--steps=2", "--seq-len=16"]
-    words += ["--eval-tokens=256", *tiny_benchmarks.text_words(tmp_path)]
-    assert main([*words, "--clip=1", "--release"]) == 2
+    words = tiny_benchmarks.train_words(tmp_path, optimizer="adamw", clip=1)
+    assert main([*words, "--release"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]  # after the tokenizer's
     assert "AdamW cannot clip what it releases" in line
 

@@ -120,9 +120,8 @@ def test_a_signal_during_the_last_evaluation_is_not_lost(corpus, tmp_path, monke
 def test_sigterm_saves_and_leaves_with_one_line(tmp_path):
     tiny_benchmarks.tiny_corpus(tmp_path)  # so that the process has only to open it
     out = tmp_path / "run"
-    words = ["train", "--optimizer=scale", "--lr=1e-3", "--model=tiny", "--steps=30000"]
-    words += ["--batch-size=2", "--seq-len=16", "--save-every=1", f"--out={out}"]
-    process = tiny_benchmarks.start(tmp_path, words + tiny_benchmarks.text_words(tmp_path))
+    options = {"optimizer": "scale", "lr": 1e-3, "steps": 30_000, "save_every": 1, "out": out}
+    process = tiny_benchmarks.start(tmp_path, tiny_benchmarks.train_words(tmp_path, **options))
     try:
         while process.poll() is None and not (out / "checkpoints" / "latest").exists():
             time.sleep(0.01)
