@@ -226,7 +226,7 @@ def _train_in_worker(
 
 
 def slim(row: Row, *without: str) -> Row:
-    """Return a row as it is stored: without its curves and the folder of its weights."""
+    """Return a row as it is stored: without some values, and the folder of its weights."""
     config = row["config"] | {"weights": Path(row["config"]["weights"]).name}
     return {k: v for k, v in row.items() if k not in without} | {"config": config}
 
@@ -259,7 +259,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, out: str, seeds: int) -> 
     parser.add_argument("--out", type=Path, default=Path(out))
     parser.add_argument("--store", action="store_true", help="also keep the rows in the repository")
     add_corpus_arguments(parser)
-    parser.set_defaults(committed=False)  # no rows of the repository instead of runs
+    parser.set_defaults(committed=False)  # what has a committed row is run, too
 
 
 def settle_run_arguments(args: argparse.Namespace) -> None:
