@@ -85,6 +85,20 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture
+def corpus_file(tmp_path: Path) -> Path:
+    """A file of documents that differ."""
+    import data_helpers
+
+    return data_helpers.write_jsonl(tmp_path / "small.jsonl", data_helpers.make_texts())
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    """Where the tokens of such files are kept: there is nothing yet."""
+    return tmp_path / "cache" / "tokens"
+
+
+@pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The benchmarks have the model `tiny`, and what they write lands in a folder of the test's."""
     import tiny_benchmarks

@@ -46,6 +46,11 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def read_json(path: Path) -> Any:
+    """Return the value of a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as JSON, atomically."""
     write_atomic(path, json.dumps(value, indent=1, sort_keys=True) + "\n")

@@ -45,10 +45,6 @@ class Batches:
         rows = self._order[1][batch * self.batch_size : (batch + 1) * self.batch_size]
         return _gather(self._tokens, rows, self.seq_len)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterate over the first epoch."""
-        return (self[step] for step in range(len(self)))
-
 
 def iterate_eval(
     tokens: np.ndarray, batch_size: int, seq_len: int, max_tokens: int | None = None

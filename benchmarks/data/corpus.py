@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,6 @@ def _text_recipe(source: Source, vocab_size: int, bars: Bars, tokenized_as: Path
     import tokenizers
 
     reused_tokenizer = None if tokenized_as is None else _tokenizer_of(tokenized_as, vocab_size)
-
     with bars.bar("reading", None, "characters") as advance:
         surveyed = survey(source, advance)
     identity = {
@@ -179,15 +179,13 @@ def _text_recipe(source: Source, vocab_size: int, bars: Bars, tokenized_as: Path
         "tokenizers": tokenizers.__version__,
     }
     if reused_tokenizer is not None:
-        identity["tokenizer_sha256"] = hashlib.sha256(
-            reused_tokenizer.to_str().encode()
-        ).hexdigest()
+        text = reused_tokenizer.to_str().encode()
+        identity["tokenizer_sha256"] = hashlib.sha256(text).hexdigest()
 
     def fill(folder: Path) -> None:
         tokenizer = reused_tokenizer or train_tokenizer(source, surveyed, vocab_size, bars)
-        writer = TokenWriter(folder, _dtype(vocab_size))
         total = sum(surveyed.characters.values())
-        try:
+        with closing(TokenWriter(folder, _dtype(vocab_size))) as writer:
             with bars.bar("encoding", total, "characters") as advance:
                 sha256 = encode(
                     source.documents(),
@@ -202,8 +200,6 @@ def _text_recipe(source: Source, vocab_size: int, bars: Bars, tokenized_as: Path
                 raise ValueError(f"{source.name} has changed while it was read; run again")
             facts = {"characters": surveyed.characters, "documents": surveyed.documents}
             writer.finish(tokenizer.to_str(), identity, source=source.name, **facts)
-        finally:
-            writer.close()
 
     return _Recipe(source.name, identity, fill)
 
@@ -244,9 +240,8 @@ def _c4_recipe(vocab_size: int, max_tokens: int, dataset: str, name: str, bars: 
         if end is None:
             raise ValueError(f"tokenizer {name!r} has no end-of-text token; take one that has")
         limits = dict.fromkeys(SPLITS, C4_EVAL_TOKENS) | {"train": max_tokens}
-        writer = TokenWriter(folder, _dtype(vocab_size), limits)
-        source = c4_source(dataset, writer.full)
-        try:
+        with closing(TokenWriter(folder, _dtype(vocab_size), limits)) as writer:
+            source = c4_source(dataset, writer.full)
             with bars.bar("encoding train", max_tokens, "tokens") as advance:
                 sha256 = encode(
                     source.documents(),
@@ -260,8 +255,6 @@ def _c4_recipe(vocab_size: int, max_tokens: int, dataset: str, name: str, bars: 
             if not writer.counts["train"]:
                 raise ValueError(f"dataset {dataset!r} has no training text; check the dataset")
             writer.finish(tokenizer.to_str(), identity, sha256=sha256, source=source.name)
-        finally:
-            writer.close()
 
     return _Recipe("c4", identity, fill)
 

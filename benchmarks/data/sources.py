@@ -9,15 +9,16 @@ import hashlib
 import os
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 SPLITS = ("train", "valid", "test")
 HELD_OUT_PERCENT = 5  # each of valid and test
 EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+T = TypeVar("T")
 
 
 class Document(NamedTuple):
@@ -53,27 +54,33 @@ class Survey:
         return self.owner.get(digest, document.split) == document.split
 
 
-class Fingerprint:
-    """Running sha256 over documents: path, split and text of each, with their lengths."""
+def hash_document(sha256: hashlib._Hash, document: Document) -> None:
+    """Add path, split and text of a document, with their lengths, to a running sha256."""
+    for part in (document.path, document.split, document.text):
+        data = part.encode()
+        sha256.update(len(data).to_bytes(8, "big"))
+        sha256.update(data)
 
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
 
-    def add(self, document: Document) -> None:
-        for part in (document.path, document.split, document.text):
-            data = part.encode()
-            self._hash.update(len(data).to_bytes(8, "big"))
-            self._hash.update(data)
-
-    def hexdigest(self) -> str:
-        return self._hash.hexdigest()
+def grouped(items: Iterable[T], size: Callable[[T], int], least: int) -> Iterator[list[T]]:
+    """Yield the items in lists that have at least a total size, except the last one."""
+    group: list[T] = []
+    total = 0
+    for item in items:
+        group.append(item)
+        total += size(item)
+        if total >= least:
+            yield group
+            group, total = [], 0
+    if group:
+        yield group
 
 
 def survey(source: Source, advance: Callable[[int], None]) -> Survey:
     """Read the source once and return its statistics; `advance` gets each document's length."""
-    result, fingerprint = Survey(), Fingerprint()
+    result, sha256 = Survey(), hashlib.sha256()
     for document in source.documents():
-        fingerprint.add(document)
+        hash_document(sha256, document)
         result.characters[document.split] += len(document.text)
         result.documents[document.split] += 1
         if document.split != "train":
@@ -81,7 +88,7 @@ def survey(source: Source, advance: Callable[[int], None]) -> Survey:
             if result.owner.get(digest) != "test":
                 result.owner[digest] = document.split
         advance(len(document.text))
-    result.sha256 = fingerprint.hexdigest()
+    result.sha256 = sha256.hexdigest()
     if not result.characters["train"]:
         count = result.documents["valid"] + result.documents["test"]
         raise ValueError(
@@ -119,9 +126,9 @@ def limited(source: Source, max_chars: int | None) -> Source:
     return replace(source, documents=documents)
 
 
-def stdlib_source(root: Path | None = None) -> Source:
+def stdlib_source() -> Source:
     """Return the running Python's standard library: .py files except tests, split by path."""
-    folder = Path(sysconfig.get_path("stdlib")) if root is None else root
+    folder = Path(sysconfig.get_path("stdlib"))
 
     def documents() -> Iterator[Document]:
         paths = []

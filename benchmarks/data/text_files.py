@@ -10,20 +10,20 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, cast
+from typing import Any
 
 if sys.version_info >= (3, 14):
     from compression import zstd
 else:
     from backports import zstd
 
-from benchmarks.data.sources import Document, Source, split_of
+from benchmarks.data.sources import Document, Source, grouped, split_of
 
-BLOCK_CHARS = 10_000  # the size of a document cut from a .txt file
+BLOCK_CHARS = 10_000  # of a document cut from a .txt file, at least
 TEXT_SUFFIXES = (".txt", ".jsonl")
-PACKED_SUFFIXES = (".gz", ".xz", ".zst")
+_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".zst": zstd.open}
 NAMED_SPLITS = {"valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
 
 
@@ -64,7 +64,7 @@ def _check_file(path: Path) -> None:
 
 def _kind(path: Path) -> str:
     name, suffix = os.path.splitext(path.name)
-    return os.path.splitext(name)[1] if suffix in PACKED_SUFFIXES else suffix
+    return os.path.splitext(name)[1] if suffix in _OPENERS else suffix
 
 
 def _named_split(path: Path) -> str | None:
@@ -76,11 +76,13 @@ def _read_texts(path: Path) -> Iterator[str]:
     """Yield the non-empty documents of one file; an error is one line that names the file."""
     number = 0
     try:
-        with _open_binary(path) as binary:
+        with _OPENERS.get(path.suffix, open)(path, "rb") as binary:
             # newline="\n" keeps the text exact; utf-8-sig drops the mark that some editors add.
             handle = io.TextIOWrapper(binary, encoding="utf-8-sig", newline="\n")
             if _kind(path) == ".txt":
-                yield from _blocks(handle)
+                # Cut at line ends, or inside a longer line.
+                pieces = iter(lambda: handle.readline(BLOCK_CHARS), "")
+                yield from map("".join, grouped(pieces, len, BLOCK_CHARS))
                 return
             for line in handle:
                 number += 1
@@ -111,27 +113,3 @@ def _parse_line(line: str) -> str:
     except UnicodeEncodeError as error:
         raise _BadLineError("the text has a lone surrogate, which UTF-8 cannot hold") from error
     return text
-
-
-def _blocks(handle: IO[str]) -> Iterator[str]:
-    """Yield documents of at least BLOCK_CHARS, cut at line ends (or inside a longer line)."""
-    lines: list[str] = []
-    size = 0
-    while line := handle.readline(BLOCK_CHARS):
-        lines.append(line)
-        size += len(line)
-        if size >= BLOCK_CHARS:
-            yield "".join(lines)
-            lines, size = [], 0
-    if lines:
-        yield "".join(lines)
-
-
-def _open_binary(path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
-        return cast(IO[bytes], gzip.open(path, "rb"))
-    if path.suffix == ".xz":
-        return lzma.open(path, "rb")
-    if path.suffix == ".zst":
-        return cast(IO[bytes], zstd.open(path, "rb"))
-    return path.open("rb")

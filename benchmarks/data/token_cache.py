@@ -7,21 +7,20 @@ ends with its process; who finds it taken waits, and takes what was built.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import lzma
 import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
 
-from benchmarks.common.files import sync_folder, write_atomic, write_json
+from benchmarks.common.files import read_json, sync_folder, write_atomic, write_json
 from benchmarks.data.sources import SPLITS
 
 log = logging.getLogger(__name__)
@@ -135,7 +134,7 @@ def open_copied(
 
 def _description(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     with _reasons():
-        meta = json.loads((folder / "meta.json").read_text("utf-8"))
+        meta = read_json(folder / "meta.json")
         for key, value in identity.items():
             if meta[key] != value:
                 raise StaleCacheError(f"meta.json has {key} {meta[key]!r}, expected {value!r}")
@@ -186,15 +185,11 @@ def build(folder: Path, fill: Callable[[Path], None], identity: Mapping[str, Any
         sync_folder(folder.parent)
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> AbstractContextManager[Any]:
+    """Acquire a lock, and return the context at whose end it is released."""
     lock = FileLock(path)
     try:
-        lock.acquire(blocking=False)
+        return lock.acquire(blocking=False)
     except Timeout:
         log.warning("another process is building the tokens that %s is for; waiting", path)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()

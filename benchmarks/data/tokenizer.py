@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
 from benchmarks.common.progress import Bars
-from benchmarks.data.sources import Document, Fingerprint, Source, Survey
+from benchmarks.data.sources import Document, Source, Survey, grouped, hash_document
 from benchmarks.data.token_cache import TokenWriter
 
 END_OF_TEXT = "<|endoftext|>"
@@ -59,15 +60,15 @@ def encode(
     writer: TokenWriter,
     advance: Callable[[Document, int], None],
 ) -> str:
-    """Write the tokens of the documents that `keep` selects. Return the sha256 of all documents."""
+    """Write the tokens of the documents that `is_wanted`. Return the sha256 of all documents."""
     # Without a setting of its own, the library warns whenever a process forks after this.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # Text that happens to spell a special token must stay text.
     tokenizer.encode_special_tokens = True
-    fingerprint = Fingerprint()
-    for group in _groups(documents):
+    sha256 = hashlib.sha256()
+    for group in grouped(documents, lambda document: len(document.text), GROUP_CHARS):
         for document in group:
-            fingerprint.add(document)
+            hash_document(sha256, document)
         selected = [document for document in group if is_wanted(document)]
         encodings = tokenizer.encode_batch_fast(
             [document.text for document in selected], add_special_tokens=False
@@ -80,17 +81,4 @@ def encode(
                     f"{largest}; take {tokenizer.get_vocab_size()}"
                 )
             advance(document, writer.write(document.split, ids))
-    return fingerprint.hexdigest()
-
-
-def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    group: list[Document] = []
-    size = 0
-    for document in documents:
-        group.append(document)
-        size += len(document.text)
-        if size >= GROUP_CHARS:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
+    return sha256.hexdigest()

@@ -2,23 +2,22 @@
 
 import argparse
 import contextlib
-import json
 import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.common.files import RESULTS, write_atomic, write_json
+from benchmarks.common.files import RESULTS, read_json, write_atomic, write_json
 from benchmarks.common.provenance import made_on
 from benchmarks.common.tables import Table
 from benchmarks.experiments import pictures
 from benchmarks.experiments.plan import Entry, Plan, Row, choose, settings, tried
-from benchmarks.experiments.run_queue import Session, add_jobs_argument, settle_counts
-from benchmarks.experiments.significance import mean_loss, paired
+from benchmarks.experiments.run_queue import Session, add_run_arguments, settle_run_arguments, slim
+from benchmarks.experiments.significance import by_method, mean_loss, paired
 from benchmarks.experiments.sparse_run import Method, SparseRun, sparse_config
 from benchmarks.experiments.tuning import Search, Values
-from benchmarks.training.cli import add_corpus_arguments, corpus_from, refuse_cache
+from benchmarks.training.cli import corpus_from
 from benchmarks.training.config import RunConfig
 from benchmarks.training.metrics import perplexity
 from optimzoo.options import refuse
@@ -66,7 +65,7 @@ class Comparison:
 
     def __init__(self, model: str) -> None:
         self.path = RESULTS / f"{model}-cast.json"
-        record = json.loads(self.path.read_text("utf-8")) if self.path.exists() else {}
+        record = read_json(self.path) if self.path.exists() else {}
         self.rows: list[Row] = record.get("rows", [])
         self.searched: list[Row] = record.get("search", [])
 
@@ -121,36 +120,19 @@ def entry(name: str, values: Values, args: argparse.Namespace, weights: Path, se
 def tune(args: argparse.Namespace, session: Session, weights: Path) -> list[Row]:
     """Search each method's values with seed 0; return the rows, without their curves."""
     names = [name for name in args.methods if METHODS[name].trained]
-    while True:
-        searches = {name: search_of(name) for name in names}
-        entries = [
-            entry(name, point, args, weights, 0)
-            for name, search in searches.items()
-            for point in search.next(tried(session.rows, name, PROTOCOL, search))
-        ]
-        if not entries:
-            break
+    searches = {name: search_of(name) for name in names}
+    while entries := [
+        entry(name, point, args, weights, 0)
+        for name, search in searches.items()
+        for point in search.next(tried(session.rows, name, PROTOCOL, search))
+    ]:
         session.run(entries, test=False)
     rows, session.rows = session.rows, []
-    return [_stored(row, "curve", "valid_curve", "masked_curve") for row in rows]
-
-
-def _stored(row: Row, *without: str) -> Row:
-    """Return a row as it is kept: without the place of the dense weights."""
-    config = row["config"] | {"weights": Path(row["config"]["weights"]).name}
-    return {k: v for k, v in row.items() if k not in without} | {"config": config}
+    return [slim(row, "curve", "valid_curve", "masked_curve") for row in rows]
 
 
 def _others(rows: list[Row], args: argparse.Namespace) -> list[Row]:
     return [row for row in rows if row["method"] not in args.methods]
-
-
-def by_method(rows: list[Row]) -> dict[str, list[Row]]:
-    """Return each method's rows, one a seed."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row["method"], []).append(row)
-    return groups
 
 
 def cells(rows: list[Row], dense: list[Row]) -> list[str]:
@@ -227,17 +209,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--eval-tokens", type=int, default=65536)
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1")
     parser.add_argument("--eta", type=float, default=1 / 3, help="the teacher's share of the loss")
     parser.add_argument("--tune", action="store_true", help="search rates and decay with seed 0")
     parser.add_argument("--lr", type=float, help="of hidden weights; default: each method's")
     parser.add_argument("--other-lr", type=float, help="of the others; default: each method's")
     parser.add_argument("--l1", type=float, help="decay, of the methods that have one")
-    add_jobs_argument(parser)
-    parser.add_argument("--out", type=Path, default=Path("runs/cast"))
-    parser.add_argument("--store", action="store_true", help="also keep the rows in the repository")
     parser.add_argument("--fresh", action="store_true", help="forget the finished runs in --out")
-    add_corpus_arguments(parser)
+    add_run_arguments(parser, "runs/cast", seeds=1)
 
 
 def _refuse_dropped(args: argparse.Namespace) -> None:
@@ -254,14 +232,12 @@ def _refuse_dropped(args: argparse.Namespace) -> None:
         elif without and name in args.given:
             option = f"--{name.replace('_', '-')} {getattr(args, name):g}"
             print(f"note: {option} is without effect on {', '.join(without)}")
-    refuse_cache(args)
 
 
 def main(args: argparse.Namespace) -> int:
     """Run what is missing; print the table and write results.json, table.md and the pictures."""
     _refuse_dropped(args)
-    settle_counts(args)
-    args.committed = False
+    settle_run_arguments(args)
     if args.fresh:
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(args.out)
@@ -279,7 +255,7 @@ def main(args: argparse.Namespace) -> int:
         for seed, weights in enumerate(starts)
     ]
     places = {(e.method, e.config.seed): place for place, e in enumerate(entries)}
-    rows = [_stored(row, "valid_curve") for row in session.run(entries, test=True)]
+    rows = [slim(row, "valid_curve") for row in session.run(entries, test=True)]
     rows.sort(key=lambda row: places[row["method"], row["config"]["seed"]])
     if diverged := [row["method"] for row in rows if row["diverged"]]:
         raise ValueError(f"the loss of {diverged[0]} is not finite; lower the rates")

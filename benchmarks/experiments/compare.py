@@ -15,9 +15,14 @@ from benchmarks.experiments.own import (
     write_comparison,
     write_csv,
 )
-from benchmarks.experiments.plan import PROTOCOLS, Plan
-from benchmarks.experiments.run_queue import Session, add_jobs_argument, merged, settle_counts
-from benchmarks.training.cli import add_corpus_arguments, corpus_from, refuse_cache
+from benchmarks.experiments.plan import PROTOCOLS, Plan, read_rows
+from benchmarks.experiments.run_queue import (
+    Session,
+    add_run_arguments,
+    merged,
+    settle_run_arguments,
+)
+from benchmarks.training.cli import corpus_from
 from optimzoo.options import refuse
 
 
@@ -34,7 +39,7 @@ def tune(session: Session, methods: list[str], protocols: list[str]) -> int:
         _write(paths, session, ended=False)
     _write(paths, session, ended=True)
     for path in paths:
-        rows = [row for row in summary.read_rows(path) if row["method"] in plan.methods]
+        rows = [row for row in read_rows(path) if row["method"] in plan.methods]
         print(summary.tuning_text(plan, rows))
     for method, protocol in pairs:
         for rate in plan.edges(method, protocol, plan.tuning_rows(method)):
@@ -60,19 +65,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--optimizers", nargs="+", metavar="NAME", help="of the plan, or all; default: its four"
     )
     parser.add_argument("--protocol", choices=[*PROTOCOLS, "both"], default="both")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1")
     parser.add_argument(
         "--tune", action="store_true", help="search for the best rates, store the rows"
     )
-    add_jobs_argument(parser)
-    parser.add_argument("--out", type=Path, default=Path("runs/compare"))
-    parser.add_argument("--store", action="store_true", help="also keep the rows in the repository")
     parser.add_argument(
         "--committed", action="store_true", help="take rows of the repository that fit, not run"
     )
     parser.add_argument("--fresh", action="store_true", help="forget the finished runs in --out")
     add_own_arguments(parser)
-    add_corpus_arguments(parser)
+    add_run_arguments(parser, "runs/compare", seeds=1)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -84,8 +85,7 @@ def main(args: argparse.Namespace) -> int:
     if args.optimizer or args.model:
         reason = "what is stored is of the plan's methods and model; leave {option} out"
         refuse(args, ["store"], args.given, reason)
-    refuse_cache(args)
-    settle_counts(args)
+    settle_run_arguments(args)
     plan = Plan(args.plan)
     if args.model:
         set_model(plan, args.model, args.out)

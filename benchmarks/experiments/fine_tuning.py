@@ -1,7 +1,6 @@
 """Fine-tuning: what each method learns of a second text, and what it forgets of the first."""
 
 import argparse
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -9,17 +8,17 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.files import RESULTS, make_folder, write_json
+from benchmarks.common.files import RESULTS, make_folder, read_json, write_json
 from benchmarks.common.progress import RunProgress
 from benchmarks.common.provenance import made_on
 from benchmarks.common.tables import Table
 from benchmarks.data.corpus import Corpus
-from benchmarks.experiments.plan import Entry, Row, choose, role_rates, settings, tried
-from benchmarks.experiments.run_queue import Session, add_jobs_argument, settle_counts
-from benchmarks.experiments.significance import mean_loss, paired
+from benchmarks.experiments.plan import Entry, Row, choose, settings, tried
+from benchmarks.experiments.run_queue import Session, add_run_arguments, settle_run_arguments, slim
+from benchmarks.experiments.significance import by_method, mean_loss, paired
 from benchmarks.experiments.start_check import PROTOCOL, Check, stored
-from benchmarks.experiments.tuning import Search
-from benchmarks.training.cli import add_corpus_arguments, corpus_from, refuse_cache
+from benchmarks.experiments.tuning import Search, role_rates
+from benchmarks.training.cli import corpus_from
 from benchmarks.training.loop import train
 from benchmarks.training.metrics import perplexity
 from benchmarks.training.run import Run
@@ -92,13 +91,12 @@ def on_text(entry: Entry, corpus: Corpus, weights: Path) -> tuple[float | None, 
 def table(record: Row) -> Table:
     """Return the table: both texts' perplexities, differences from AdamW's, state."""
     rows = record["rows"]
-    adamw = [row for row in rows if row["method"] == "adamw"]
+    adamw = by_method(rows)["adamw"]
     check = Check(TASK)
     check.plan.methods["lora"] = LORA
     before = record["before"]
     body = [(before["test_loss"], ["not fine-tuned", "", *_cells([before]), "", "", "", ""])]
-    for method in dict.fromkeys(row["method"] for row in rows):
-        mine = [row for row in rows if row["method"] == method]
+    for method, mine in by_method(rows).items():
         second, first = paired(mine, adamw), paired(_on_first(mine), _on_first(adamw))
         assert second is not None and first is not None
         rates = [f"{rate:g}" for rate in role_rates(settings(mine[0]))]
@@ -142,17 +140,13 @@ def caption(record: Row) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `python -m benchmarks fine-tuning`."""
-    add_run_arguments(parser, Path("runs/fine-tuning"))
+    add_task_arguments(parser, "runs/fine-tuning")
 
 
-def add_run_arguments(parser: argparse.ArgumentParser, out: Path) -> None:
-    """Add what a task's runs need: methods, seeds, folder and texts."""
+def add_task_arguments(parser: argparse.ArgumentParser, out: str) -> None:
+    """Add what a task's runs need: methods, and a second text."""
     parser.add_argument("--optimizers", nargs="+", metavar="NAME", help="of plan nano")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1")
-    add_jobs_argument(parser)
-    parser.add_argument("--out", type=Path, default=out)
-    parser.add_argument("--store", action="store_true", help="also keep the rows in the repository")
-    add_corpus_arguments(parser)
+    add_run_arguments(parser, out, seeds=3)
     parser.add_argument(
         "--then", nargs="+", metavar="SOURCE", help="fine-tuning: the text after that of --data"
     )
@@ -160,9 +154,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, out: Path) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run what is missing and print the table."""
-    refuse_cache(args)
-    settle_counts(args)
-    args.committed = False
+    settle_run_arguments(args)
     tasks = {check.name: (check, rows) for check, rows in stored()}
     if TASK not in tasks:
         raise ValueError(f"{Check(TASK).path} is missing; run starting-values {TASK} --store first")
@@ -182,9 +174,8 @@ def main(args: argparse.Namespace) -> int:
     for entry in runs:
         row = by_key[entry.method, entry.config.seed]
         loss, trained = on_text(entry, first, session.folder(entry) / "weights.pt")
-        config = row["config"] | {"weights": Path(row["config"]["weights"]).name}
-        row = {k: v for k, v in row.items() if k not in ("curve", "valid_curve")}
-        slim_rows.append(row | {"config": config, "first_loss": loss, "trained": trained})
+        row = slim(row, "curve", "valid_curve")
+        slim_rows.append(row | {"first_loss": loss, "trained": trained})
     pretrained = Path(check.plan.values["weights"])
     losses = [on_text(runs[0], corpus, pretrained)[0] for corpus in (first, second)]
     record = {
@@ -207,5 +198,4 @@ def read() -> Row:
     """
     if not PATH.exists():
         raise ValueError(f"{PATH} is missing; run fine-tuning --store first")
-    record: Row = json.loads(PATH.read_text(encoding="utf-8"))
-    return record
+    return read_json(PATH)

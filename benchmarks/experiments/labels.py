@@ -33,7 +33,7 @@ def place(sizes: Array, points: Array, radius: float, lines: Array, frame: Array
         before = boxes.copy()
         for i in range(len(points)):
             others = np.arange(len(points)) != i
-            obstacles = [marks, _grown(boxes[others], _GAP), lines]
+            obstacles = [marks, boxes[others] + np.multiply((-1, -1, 1, 1), _GAP), lines]
             obstacles.append(_leaders(points[others], boxes[others]).reshape(-1, 4))
             weights = np.repeat((_ON_POINT, _ON_NAME, _ON_LINE, _ON_NAME), [*map(len, obstacles)])
             tried, distance = _places(points[i], sizes[i])
@@ -66,10 +66,6 @@ def _places(point: Array, size: Array) -> tuple[Array, Array]:
     sides = np.tile(_SIDES, (len(_DISTANCES), 1))
     centers = point + sides * (size / 2 + distance[:, None])
     return np.hstack([centers - size / 2, centers + size / 2]), distance
-
-
-def _grown(boxes: Array, by: float) -> Array:
-    return boxes + np.array([-by, -by, by, by])
 
 
 def _leaders(points: Array, boxes: Array) -> Array:

@@ -12,9 +12,7 @@ things differ from nanoGPT, neither in expectation:
 
 import argparse
 import contextlib
-import json
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -28,7 +26,6 @@ from benchmarks.data.corpus import Corpus
 from benchmarks.training.config import RunConfig
 from benchmarks.training.loop import train
 from benchmarks.training.models import CHARACTERS
-from optimzoo.options import refuse
 
 Row = dict[str, Any]
 
@@ -48,54 +45,25 @@ SETTING: Row = {
     "clip": 1.0,
     "precision": "fp32",
 }
-LEGEND = "valid loss: per character, the mean over seeds. MB: of the optimizer's state."
-RATES = ("lr", "embedding_lr", "head_lr", "vector_lr")
+ADAMW: Row = {"betas": [0.9, 0.99], "weight_decay": 0.1}
 
 
-@dataclass(frozen=True)
-class Method:
-    """Optimizer with its learning rates by role and its other hyperparameters.
-
-    The embedding is tied to the head and has its role; `embedding_lr` is that of the positions.
-    """
-
-    label: str
-    rates: dict[str, float]
-    hyper: Row = field(default_factory=dict)
-
-
-METHODS = {
-    "adamw": Method("AdamW", {"lr": 1e-3}, {"betas": [0.9, 0.99], "weight_decay": 0.1}),
-}
-
-
-def make_config(name: str, rates: dict[str, float], seed: int, corpus: Corpus) -> RunConfig:
-    """Return the configuration of a method's run; it evaluates on the whole validation split."""
-    rates = METHODS[name].rates | rates
-    lr = rates.pop("lr")
-    hyper = METHODS[name].hyper | rates
-    whole_split = len(corpus.valid)
-    return RunConfig(name, lr, hyper=hyper, seed=seed, eval_tokens=whole_split, **SETTING)
-
-
-def rates_of(row: Row) -> list[float]:
-    """Return a row's learning rates in the order of `RATES`."""
-    config = row["config"]
-    return [config["lr"], *(config["hyper"].get(name, config["lr"]) for name in RATES[1:])]
+def make_config(seed: int, corpus: Corpus) -> RunConfig:
+    """Return the configuration of a run; it evaluates on the whole validation split."""
+    options: Any = {"hyper": ADAMW, "seed": seed, "eval_tokens": len(corpus.valid)}
+    return RunConfig("adamw", 1e-3, **options, **SETTING)
 
 
 def table(rows: list[Row]) -> Table:
-    """Return the table of all methods: learning rates, mean loss over seeds and range, state."""
-    body = []
-    for name in dict.fromkeys(row["method"] for row in rows):
-        mine = [row for row in rows if row["method"] == name]
-        losses = [row["valid_loss"] for row in mine]
-        rates = [f"{rate:g}" for rate in rates_of(mine[0])]
-        state = f"{mine[0]['state_bytes'] / 1e6:.2f}"
-        body.append([METHODS[name].label, *rates, mean_text(losses), range_text(losses), state])
-    headers = ("method", "lr", "position lr", "head lr", "vector lr", "valid loss", "range", "MB")
-    notes = [f"{rows[0]['corpus']['name']}; {made_on(rows[0]['provenance'])}", LEGEND]
-    return Table(headers, body, notes=notes)
+    """Return the table: the mean loss over seeds and its range, the optimizer's state."""
+    losses = [row["valid_loss"] for row in rows]
+    state = f"{rows[0]['state_bytes'] / 1e6:.2f}"
+    notes = [
+        f"{rows[0]['corpus']['name']}; {made_on(rows[0]['provenance'])}",
+        "valid loss: per character, the mean over seeds. MB: of the optimizer's state.",
+    ]
+    body = [["AdamW", f"{rows[0]['config']['lr']:g}", mean_text(losses), range_text(losses), state]]
+    return Table(("method", "lr", "valid loss", "range", "MB"), body, notes=notes)
 
 
 def mean_text(losses: list[float | None]) -> str:
@@ -123,44 +91,20 @@ def verdict(losses: list[float | None]) -> tuple[str, bool]:
     )
 
 
-def store(path: Path, rows: list[Row]) -> None:
-    """Write the rows into a results file, in place of those of the same methods."""
-    methods = {row["method"] for row in rows}
-    old = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    others = [row for row in old if row["method"] not in methods]
-    write_json(path, {"published": PUBLISHED, "rows": others + rows})
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `python -m benchmarks oracle`."""
     parser.add_argument("name", choices=["shakespeare"], help="the published run")
     parser.add_argument(
         "--data", type=Path, required=True, help="tiny Shakespeare: .txt, plain or .gz, .xz, .zst"
     )
-    parser.add_argument(
-        "--optimizers",
-        nargs="+",
-        choices=[*METHODS, "all"],
-        default=["adamw"],
-        help="default: adamw, the published one",
-    )
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1")
-    for name in RATES:
-        option = "--" + name.replace("_", "-")
-        parser.add_argument(option, type=float, help="of one method beside adamw")
     parser.add_argument("--out", type=Path, default=Path("runs/oracle"))
     parser.add_argument("--store", action="store_true", help="also keep the rows in the repository")
     parser.add_argument("--fresh", action="store_true", help="forget the finished runs in --out")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run what is missing, print the table and the verdict. Return 1 if AdamW's loss differs."""
-    methods = list(METHODS) if args.optimizers == ["all"] else list(dict.fromkeys(args.optimizers))
-    if "all" in methods:
-        raise ValueError("--optimizers takes all or some, not both")
-    if methods == ["adamw"] or len(methods) > 1:
-        reason = "it is for one method beside adamw, of which it is published; leave {option} out"
-        refuse(args, RATES, args.given, reason)
+    """Run what is missing, print the table and the verdict. Return 1 if the loss differs."""
     if args.seeds < 1:
         raise ValueError(f"--seeds is {args.seeds}; it must be at least 1")
     corpus = character_corpus(args.data, SETTING["seq_len"])
@@ -172,35 +116,19 @@ def main(args: argparse.Namespace) -> int:
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(args.out)
     make_folder(args.out, "--out")
-    rates = {name: getattr(args, name) for name in RATES if getattr(args, name) is not None}
-    runs = [(name, seed) for name in methods for seed in range(args.seeds)]
-    with RunProgress(len(runs) * SETTING["steps"]) as bar:
-        rows = [_run(name, rates, seed, args, corpus, bar) for name, seed in runs]
-    write_json(args.out / "results.json", {"published": PUBLISHED, "rows": rows})
-    if args.store:
-        store(RESULTS / "shakespeare.json", rows)
+    with RunProgress(args.seeds * SETTING["steps"]) as bar:
+        rows = [_run(seed, args.out, corpus, bar) for seed in range(args.seeds)]
+    for path in [args.out / "results.json", *[RESULTS / "shakespeare.json"] * args.store]:
+        write_json(path, {"published": PUBLISHED, "rows": rows})
     table(rows).print()
-    if "adamw" not in methods:
-        return 0
-    text, agrees = verdict([row["valid_loss"] for row in rows if row["method"] == "adamw"])
+    text, agrees = verdict([row["valid_loss"] for row in rows])
     print(text)
     return 0 if agrees else 1
 
 
-def _run(
-    name: str,
-    rates: dict[str, float],
-    seed: int,
-    args: argparse.Namespace,
-    corpus: Corpus,
-    bar: RunProgress,
-) -> Row:
-    config = make_config(name, rates, seed, corpus)
-    label = f"{METHODS[name].label} seed {seed}"
-    shown = "-".join(f"{value:g}" for value in rates_of({"config": vars(config)}))
-    out = args.out / f"{name}-lr{shown}-seed{seed}"
-    progress = bar.start(label, config.steps)
-    options: Any = {"save_every": 500, "test": False, "progress": progress}
-    row = train(config, corpus, out=out, **options)
+def _run(seed: int, out: Path, corpus: Corpus, bar: RunProgress) -> Row:
+    config, label = make_config(seed, corpus), f"AdamW seed {seed}"
+    options: Any = {"save_every": 500, "test": False, "progress": bar.start(label, config.steps)}
+    row = train(config, corpus, out=out / f"adamw-seed{seed}", **options)
     bar.finish(f"{label}: validation loss {mean_text([row['valid_loss']])}")
-    return {**row, "method": name}
+    return {**row, "method": "adamw"}

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.files import write_atomic, write_json
+from benchmarks.common.files import read_json, write_atomic, write_json
 from benchmarks.experiments.plan import PROTOCOLS, TUNED, Plan, Row, near
 from benchmarks.experiments.tuning import is_rate
 from benchmarks.training.cli import MODEL, as_json
@@ -174,7 +174,7 @@ def read_comparison(out: Path) -> tuple[Plan, list[Row]]:
         ValueError: the folder has no results.json of `compare`.
     """
     try:
-        values = json.loads((out / "results.json").read_text(encoding="utf-8"))
+        values = read_json(out / "results.json")
         plan = Plan(values["name"])
         plan.values, plan.methods = values["plan"], values["plan"]["methods"]
         plan.base.methods = {**plan.methods, **plan.base.methods}

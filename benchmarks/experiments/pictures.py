@@ -75,13 +75,11 @@ def pareto_front(points: list[Point]) -> list[int]:
     return front
 
 
-def memory(plan: Plan, records: list[Row], **options: Any) -> bytes:
-    """Return a picture of perplexity against the bytes of parameters and state at 60M."""
-    return saved(memory_figure(plan, records), **options)
-
-
 def memory_figure(plan: Plan, records: list[Row]) -> Any:
-    """Return the figure of `memory`: points, their names, and the front of the best ones."""
+    """Return the figure of perplexity against the bytes of parameters and state at 60M.
+
+    It has points, their names, and the front of the best ones.
+    """
     canvas, axes = figure()
     colors = method_colors(record["method"] for record in records)
     records = [r for r in records if math.isfinite(r["perplexity"] + r["bytes_60m"])]

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class Plan:
     def __init__(self, name: str) -> None:
         self.name = name
         self.size, file = _size_of(name)
-        self.values: Row = json.loads(file.read_text(encoding="utf-8"))
+        self.values: Row = files.read_json(file)
         self.methods: Row = self.values["methods"]
         self.base = Plan(file.stem) if self.size else self
         if self.size:
@@ -87,10 +88,7 @@ class Plan:
     def tuning_rows(self, method: str) -> list[Row]:
         """Return the rows of the file that keeps a method's search, if there is one."""
         path = self.tune_path_of(method)
-        rows: list[Row] = []
-        if path.exists():
-            rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        return rows
+        return read_rows(path) if path.exists() else []
 
     @property
     def batch_tokens(self) -> int:
@@ -121,7 +119,6 @@ class Plan:
 
     def pairs(self, methods: Iterable[str], protocols: Iterable[str]) -> list[tuple[str, str]]:
         """Return the pairs of method and protocol that the plan has."""
-        protocols = list(protocols)
         return [(m, p) for p in protocols for m in methods if p in self.methods[m]]
 
     def entry(self, method: str, protocol: str, seed: int, **values: Any) -> Entry:
@@ -201,8 +198,7 @@ class Plan:
 
     def centre(self, method: str, protocol: str) -> Row:
         """Return the tuned values where there are any, else the start of their search."""
-        rows = self.tuning_rows(method)
-        if any((r["method"], r["protocol"]) == (method, protocol) for r in rows):
+        if rows := rows_of(self.tuning_rows(method), method, protocol):
             return settings(choose(rows, method, protocol))
         return self.search(method, protocol).start
 
@@ -243,13 +239,28 @@ def run_key(fingerprint: Row) -> str:
     return json.dumps(fingerprint, sort_keys=True)
 
 
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a results file, which is read once as long as it stays the same."""
+    stat = path.stat()
+    return _read_rows(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(16)
+def _read_rows(path: Path, *_: int) -> list[Row]:
+    return files.read_json(path)["rows"]
+
+
+def rows_of(rows: list[Row], method: str, protocol: str) -> list[Row]:
+    """Return the rows of a method and protocol."""
+    return [r for r in rows if (r["method"], r["protocol"]) == (method, protocol)]
+
+
 def committed_rows() -> dict[str, Row]:
     """Return the committed rows by `run_key`; a tested row replaces an untested one."""
     rows: dict[str, Row] = {}
     for pattern in ("*-tune.json", "*-compare.json"):
         for path in sorted(_RESULTS.glob(pattern)):
-            for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
-                rows[run_key(row["fingerprint"])] = row
+            rows |= {run_key(row["fingerprint"]): row for row in read_rows(path)}
     return rows
 
 
@@ -259,23 +270,14 @@ def settings(row: Row, names: Iterable[str] = TUNED) -> Row:
     return {name: config[name] for name in names if config.get(name) is not None}
 
 
-def role_rates(values: Row) -> list[float]:
-    """Return the learning rates of the hidden weights, the embedding and the head."""
-    other = values.get("other_lr", values["lr"])
-    return [values["lr"], *(values.get(f"{role}_lr", other) for role in ("embedding", "head"))]
-
-
 def tried(
     rows: list[Row], method: str, protocol: str, search: Search
 ) -> list[tuple[Values, float]]:
     """Return the points of a search that have rows, each with its validation loss."""
     points = []
-    for row in rows:
-        values = settings(row, search.start)
-        if (row["method"], row["protocol"]) == (method, protocol) and len(values) == len(
-            search.start
-        ):
-            loss = row["valid_loss"]
+    for row in rows_of(rows, method, protocol):
+        values, loss = settings(row, search.start), row["valid_loss"]
+        if len(values) == len(search.start):
             points.append((values, math.inf if loss is None else float(loss)))
     return points
 
@@ -286,7 +288,7 @@ def choose(rows: list[Row], method: str, protocol: str) -> Row:
     Raises:
         ValueError: there is no row, or all diverged.
     """
-    mine = [r for r in rows if r["method"] == method and r["protocol"] == protocol]
+    mine = rows_of(rows, method, protocol)
     finite = [r for r in mine if r["valid_loss"] is not None]
     if not finite:
         problem = "diverged everywhere" if mine else "has no tuning row"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from benchmarks.common.progress import SideBySide
 from benchmarks.data.corpus import Corpus
@@ -23,13 +23,12 @@ from benchmarks.experiments.plan import (
     Plan,
     Row,
     committed_rows,
+    read_rows,
     run_key,
     settings,
     tuned_text,
 )
-from benchmarks.experiments.run_lock import lock_run
-from benchmarks.experiments.summary import read_rows
-from benchmarks.training.cli import corpus_from
+from benchmarks.training.cli import add_corpus_arguments, corpus_from, refuse_cache
 from benchmarks.training.config import fingerprint
 from benchmarks.training.loop import finished, train
 from benchmarks.training.metrics import perplexity
@@ -80,7 +79,7 @@ class Session:
                 self.rows.append(row)
                 c, loss = entry.config, row["test_loss"] if test else row["valid_loss"]
                 bar.finish(
-                    f"[{done}/{len(entries)}] {self.plan.label(entry.method)} {entry.protocol}"
+                    f"[{done}/{len(entries)}] {self._name(entry)}"
                     f" {tuned_text(settings(row))} seed {c.seed}:"
                     f" {'test' if test else 'validation'} perplexity {perplexity(loss):.2f}"
                 )
@@ -132,9 +131,9 @@ class Session:
         return train(entry.config, self.corpus, progress=progress, **options)
 
     def _options(self, entry: Entry, test: bool) -> dict[str, Any]:
-        options: dict[str, Any] = {"out": self.folder(entry), "save_every": _save_every(entry)}
+        options: dict[str, Any] = {"out": self.folder(entry), "test": test}
         options |= {"keep_weights": self.keep_weights, "make_run": self.make_run}
-        return options | {"test": test}
+        return options | {"save_every": max(100, entry.config.steps // 5)}
 
     def _many(self, entries: list[Entry], jobs: int, bar: SideBySide, test: bool) -> Pairs:
         threads = threads_each(jobs)
@@ -170,14 +169,19 @@ class Session:
                 raise
 
 
-def _save_every(entry: Entry) -> int:
-    """Return the steps between two checkpoints: a fifth of the run, at least 100."""
-    return max(100, entry.config.steps // 5)
+def lock_run(folder: Path) -> FileLock | None:
+    """Lock the run of a folder until `release`. Return None if another process holds it.
 
-
-def default_jobs() -> int:
-    """Return 1 on a GPU, else the number of threads up to 8: small models scale badly."""
-    return 1 if torch.cuda.is_available() else min(8, torch.get_num_threads())
+    The kernel releases the lock of a process that ends, however it ends; on a network file system
+    its server does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "run.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return None
+    return lock
 
 
 def threads_each(jobs: int) -> int:
@@ -221,6 +225,12 @@ def _train_in_worker(
         os._exit(130)  # else the pool would give this worker the next run
 
 
+def slim(row: Row, *without: str) -> Row:
+    """Return a row as it is stored: without some values, and the folder of its weights."""
+    config = row["config"] | {"weights": Path(row["config"]["weights"]).name}
+    return {k: v for k, v in row.items() if k not in without} | {"config": config}
+
+
 def merged(path: Path, rows: list[Row], *, ended: bool = True) -> list[Row]:
     """Return a results file's rows with those of the same methods and protocols replaced.
 
@@ -238,21 +248,28 @@ def merged(path: Path, rows: list[Row], *, ended: bool = True) -> list[Row]:
     return [row for row in stored if stays(row)] + rows
 
 
-def add_jobs_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the option `--jobs`."""
+def add_run_arguments(parser: argparse.ArgumentParser, out: str, seeds: int) -> None:
+    """Add what every command of several runs takes: seeds, processes, folder and texts."""
+    parser.add_argument("--seeds", type=int, default=seeds, metavar="N", help="seeds 0 to N-1")
     parser.add_argument(
         "--jobs",
         type=int,
         help="runs side by side, in processes; on a CPU as many as threads, to eight",
     )
+    parser.add_argument("--out", type=Path, default=Path(out))
+    parser.add_argument("--store", action="store_true", help="also keep the rows in the repository")
+    add_corpus_arguments(parser)
+    parser.set_defaults(committed=False)  # what has a committed row is run, too
 
 
-def settle_counts(args: argparse.Namespace) -> None:
-    """Set the default of `--jobs`, and check the counts.
+def settle_run_arguments(args: argparse.Namespace) -> None:
+    """Set the default of `--jobs`, and check the counts and the `--cache-dir`.
 
     Raises:
-        ValueError: the number of jobs or seeds is below 1.
+        ValueError: the number of jobs or seeds is below 1, or a `--cache-dir` without effect.
     """
-    args.jobs = default_jobs() if args.jobs is None else args.jobs
+    refuse_cache(args)
+    if args.jobs is None:  # small models scale badly over threads
+        args.jobs = 1 if torch.cuda.is_available() else min(8, torch.get_num_threads())
     if args.seeds < 1 or args.jobs < 1:
         raise ValueError("--seeds and --jobs must be at least 1")

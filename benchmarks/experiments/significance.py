@@ -65,6 +65,14 @@ def paired(ours: list[Row], theirs: list[Row]) -> Difference | None:
     return Difference(mean, abs(mean / float(test.statistic)), float(test.pvalue), len(seeds))
 
 
+def by_method(rows: list[Row]) -> dict[str, list[Row]]:
+    """Return each method's rows, one a seed."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["method"], []).append(row)
+    return groups
+
+
 def mean_loss(rows: list[Row]) -> float:
     """Return the mean test loss of a method's rows; infinity if one diverged."""
     return math.fsum(map(_loss, rows)) / len(rows)

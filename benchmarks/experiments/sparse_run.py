@@ -58,11 +58,6 @@ class Method:
     distill: bool = True
     trained: bool = True
 
-    @property
-    def dense(self) -> bool:
-        """Return whether the model stays dense."""
-        return self.decay is None and not self.prune
-
 
 class MaskedForward(nn.Module):
     """Parametrization that masks a weight in the forward, with a straight-through gradient."""
@@ -136,21 +131,13 @@ class SparseRun(Run):
         schedule = self.scheduler.lr_lambdas[0]
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
 
-    def accumulate_gradients(self) -> Tensor:
-        """Run forward and backward over one step's batch, with the teacher if there is one."""
-        if not self.eta:
-            return super().accumulate_gradients()
-        inputs, labels = self.batches[self.step]
-        total, parts = torch.zeros((), device=self.device), self.config.accumulate
-        for x, y in zip(inputs.chunk(parts), labels.chunk(parts), strict=True):
-            x, y = self._moved(x), self._moved(y)
-            with self.autocast():
-                with torch.no_grad():
-                    target = self.teacher(x)
-                loss = distillation_loss(self.forward(x), target, y, self.eta) / parts
-            loss.backward()
-            total += loss.detach()
-        return total
+    def _loss(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        if not self.eta or not torch.is_grad_enabled():  # no teacher, or an evaluation
+            return super()._loss(inputs, labels)
+        x, y = self._moved(inputs), self._moved(labels)
+        with torch.no_grad():
+            target = self.teacher(x)
+        return distillation_loss(self.forward(x), target, y, self.eta)
 
     def train_step(self, log: bool, *, read: bool = True) -> tuple[float, dict[str, float]]:
         """Take one optimizer step; return the loss and, with ``log``, scalars with mask shares."""
@@ -201,7 +188,8 @@ class SparseRun(Run):
             if parametrize.is_parametrized(module, "weight"):
                 parametrize.remove_parametrizations(module, "weight")
         layers: list[Any] = list(linear_targets(self.model).values())
-        if not self.method.dense and not all(is_nm(m.weight, N, M) for m in layers):
+        sparse = self.method.decay or self.method.prune
+        if sparse and not all(is_nm(m.weight, N, M) for m in layers):
             raise RuntimeError(f"{self.method.label}: a weight is not {N}:{M}")
         zeros = sum(int((m.weight == 0).sum()) for m in layers)
         facts["zeros"] = zeros / sum(m.weight.numel() for m in layers)

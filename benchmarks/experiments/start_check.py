@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 
-from benchmarks.common.files import RESULTS
+from benchmarks.common.files import RESULTS, read_json
 from benchmarks.experiments.plan import Entry, Plan, Row, choose, settings, tried, tuned_text
 from benchmarks.experiments.run_queue import Session
 from benchmarks.experiments.start_tasks import TASKS
@@ -46,11 +46,10 @@ class Check:
 
     def methods(self) -> list[str]:
         """Return the plan's methods that have starting values: tuned, to the end, and not SGD."""
-        return [m for m, r in self.plan.methods.items() if PROTOCOL in r and self._has_start(m)]
-
-    def _has_start(self, method: str) -> bool:
         records = [r for setting in tuned_settings().values() for r in setting["methods"]]
-        return self._call(method) in [(r["optimizer"], r["variant"]) for r in records]
+        calls = [(r["optimizer"], r["variant"]) for r in records]
+        methods = self.plan.methods.items()
+        return [m for m, r in methods if PROTOCOL in r and self._call(m) in calls]
 
     def _call(self, method: str) -> tuple[str, Values]:
         """Return the optimizer's name and the options with which it is tuned apart."""
@@ -63,13 +62,8 @@ class Check:
         if method in self.starts:
             return self.starts[method]
         name, variant = self._call(method)
-        start = starting_values(
-            name,
-            self.groups,
-            adamw_lr=self.adamw_lr,
-            batch_tokens=self.task.batch_tokens,
-            **variant,
-        )
+        options = {"adamw_lr": self.adamw_lr, "batch_tokens": self.task.batch_tokens, **variant}
+        start = starting_values(name, self.groups, **options)
         return {"clip": start.clip or 0.0, "warmup": start.warmup, **start.options}
 
     def moved(self) -> list[str]:
@@ -135,7 +129,7 @@ def stored() -> Iterator[tuple[Check, list[Row]]]:
     for name in TASKS:
         path = Check(name).path
         if path.exists():
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = read_json(path)
             yield Check(name, record["adamw_lr"], record["starts"]), record["rows"]
 
 

@@ -1,22 +1,20 @@
 """Starting values beside each method's own best, on tasks that they were not fitted to."""
 
 import argparse
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
-from benchmarks.common.files import make_folder, write_json
+from benchmarks.common.files import make_folder, read_json, write_json
 from benchmarks.common.provenance import made_on
 from benchmarks.common.tables import Table
-from benchmarks.experiments.fine_tuning import add_run_arguments, pretrain
-from benchmarks.experiments.plan import Row, choose, role_rates, settings, tuned_text
-from benchmarks.experiments.run_queue import Session, merged, settle_counts
-from benchmarks.experiments.significance import Difference, mean_loss, paired
+from benchmarks.experiments.fine_tuning import add_task_arguments, pretrain
+from benchmarks.experiments.plan import Row, choose, settings, tuned_text
+from benchmarks.experiments.run_queue import Session, merged, settle_run_arguments, slim
+from benchmarks.experiments.significance import Difference, by_method, mean_loss, paired
 from benchmarks.experiments.start_check import PROTOCOL, Check
 from benchmarks.experiments.start_tasks import TASKS
-from benchmarks.experiments.tuning import WITHIN
-from benchmarks.training.cli import corpus_from, refuse_cache
+from benchmarks.experiments.tuning import WITHIN, role_rates
+from benchmarks.training.cli import corpus_from
 from optimzoo.options import refuse
 from optimzoo.tuned_rates import ROLE_RATES
 
@@ -40,8 +38,7 @@ class Outcome:
 def outcomes(check: Check, rows: list[Row]) -> list[Outcome]:
     """Return what came out for each method, that with the lowest perplexity first."""
     results = []
-    for method in dict.fromkeys(row["method"] for row in rows):
-        mine = [row for row in rows if row["method"] == method]
+    for method, mine in by_method(rows).items():
         best = settings(choose([r for r in mine if r["config"]["seed"] == 0], method, PROTOCOL))
         at_best = [row for row in mine if tuned_text(settings(row)) == tuned_text(best)]
         at_start = [row for row in mine if check.is_start(row)]
@@ -59,32 +56,21 @@ def table(check: Check, rows: list[Row]) -> Table:
         error = outcome.difference.error
         percent = f"{100 * math.expm1(outcome.difference.mean):+.1f}"
         percent += "" if error is None else f" ±{100 * error:.1f}"
-        body.append(
-            [
-                check.plan.label(outcome.method),
-                "/".join(f"{rate:g}" for rate in role_rates(settings(outcome.start))),
-                f"{outcome.perplexities[0]:.3f}",
-                f"{outcome.perplexities[1]:.3f}",
-                _moved(outcome),
-                f"{percent} %" + ("" if outcome.within else ", far"),
-            ]
-        )
+        percent += " %" if outcome.within else " %, far"
+        rates = "/".join(f"{rate:g}" for rate in role_rates(settings(outcome.start)))
+        both = [f"{value:.3f}" for value in outcome.perplexities]
+        label = check.plan.label(outcome.method)
+        body.append([label, rates, *both, _moved(outcome), percent])
     headers = ("method", "hidden / embedding / head", "start", "best", "best at", "difference")
     return Table(headers, body)
 
 
 def _moved(outcome: Outcome) -> str:
     """Return how the best point of the grid differs from the start, as ``head x 2``."""
-    ratios = {
-        role: best / start
-        for role, best, start in zip(
-            (role for role in ROLE_RATES if role != "vector"),
-            role_rates(settings(outcome.best)),
-            role_rates(settings(outcome.start)),
-            strict=True,
-        )
-        if best != start
-    }
+    roles = [role for role in ROLE_RATES if role != "vector"]
+    rates = [role_rates(settings(row)) for row in (outcome.best, outcome.start)]
+    pairs = zip(roles, *rates, strict=True)
+    ratios = {role: best / start for role, best, start in pairs if best != start}
     if not ratios:
         return "start"
     which = next(iter(ratios)) if len(ratios) == 1 else "all"
@@ -118,14 +104,12 @@ def moved_text(check: Check) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `python -m benchmarks starting-values`."""
     parser.add_argument("task", choices=list(TASKS))
-    add_run_arguments(parser, Path("runs/starting-values"))
+    add_task_arguments(parser, "runs/starting-values")
 
 
 def main(args: argparse.Namespace) -> int:
     """Run what is missing and print the table."""
-    refuse_cache(args)
-    settle_counts(args)
-    args.committed = False
+    settle_run_arguments(args)
     check = Check(args.task)
     methods = check.plan.select(args.optimizers) if args.optimizers else check.methods()
     if "sgd" in methods:
@@ -137,16 +121,12 @@ def main(args: argparse.Namespace) -> int:
         refuse(args, ["then"], args.given, "the task has one text; leave {option} out")
     session = Session(args, check.plan, corpus_from(args, check.task.sizes["model"]))
     rows = check.run(session, methods, args.seeds)
-    slim_rows = [{k: v for k, v in r.items() if k not in ("curve", "valid_curve")} for r in rows]
-    for row in slim_rows:
-        row["config"] = row["config"] | {"weights": Path(row["config"]["weights"]).name}
+    slim_rows = [slim(row, "curve", "valid_curve") for row in rows]
     starts = {method: check.start(method) for method in methods}
     record = {"adamw_lr": check.adamw_lr, "starts": starts, "rows": slim_rows}
     write_json(args.out / f"{args.task}.json", record)
     if args.store:
-        before = (
-            json.loads(check.path.read_text("utf-8")) if check.path.exists() else {"starts": {}}
-        )
+        before = read_json(check.path) if check.path.exists() else {"starts": {}}
         both = {"starts": before["starts"] | starts, "rows": merged(check.path, slim_rows)}
         write_json(check.path, record | both)
     table(check, rows).print()

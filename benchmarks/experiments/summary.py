@@ -15,9 +15,9 @@ from benchmarks.common.provenance import made_on
 from benchmarks.common.tables import Table
 from benchmarks.experiments import pictures
 from benchmarks.experiments.model_sizes import MODEL_SIZES, rescaled
-from benchmarks.experiments.plan import Plan, Row, choose, role_rates, settings, tuned_text
+from benchmarks.experiments.plan import Plan, Row, choose, read_rows, rows_of, settings, tuned_text
 from benchmarks.experiments.significance import paired
-from benchmarks.experiments.tuning import is_rate
+from benchmarks.experiments.tuning import is_rate, role_rates
 from benchmarks.training.low_rank_model import on_meta
 from benchmarks.training.metrics import perplexity
 from benchmarks.training.own import create_own, is_own
@@ -27,11 +27,6 @@ from optimzoo.memory import account
 
 MIB = 1024**2
 REFERENCE = "adamw"  # of the differences
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a results file."""
-    return json.loads(path.read_text(encoding="utf-8"))["rows"]
 
 
 @cache
@@ -77,10 +72,7 @@ def summarise(plan: Plan, rows: list[Row]) -> list[Row]:
     records = []
     pairs = dict.fromkeys((r["method"], r["protocol"]) for r in rows)
     for method, protocol in pairs:
-        mine, reference = (
-            [r for r in rows if (r["method"], r["protocol"]) == (name, protocol)]
-            for name in (method, REFERENCE)
-        )
+        mine, reference = (rows_of(rows, name, protocol) for name in (method, REFERENCE))
         losses = [perplexity(r["test_loss"]) for r in mine]
         finite = all(map(math.isfinite, losses))
         times = [r["optimizer_ms"] for r in mine if r["optimizer_ms"] is not None]
@@ -90,7 +82,6 @@ def summarise(plan: Plan, rows: list[Row]) -> list[Row]:
                 "label": plan.label(method),
                 "protocol": protocol,
                 "rates": role_rates(settings(mine[0])),
-                "settings": settings(mine[0]),
                 "edges": _edges(plan, mine[0]),
                 "perplexity": statistics.fmean(losses),
                 "spread": statistics.stdev(losses) if len(losses) > 1 and finite else None,
@@ -119,17 +110,14 @@ def _edges(plan: Plan, row: Row) -> list[str]:
     return [name for name in values if is_rate(name)]
 
 
-def _short(rates: list[float]) -> list[float]:
-    return rates if len(set(rates)) > 1 else rates[:1]
-
-
 def cells(record: Row) -> list[str]:
     """Format a record as table cells, in the order of `HEADERS`."""
     spread = f" ±{record['spread']:.2f}" if record["spread"] is not None else ""
+    rates = record["rates"] if len(set(record["rates"])) > 1 else record["rates"][:1]
     return [
         record["label"],
         record["protocol"],
-        "/".join(f"{r:g}" for r in _short(record["rates"])) + " edge" * bool(record["edges"]),
+        "/".join(f"{r:g}" for r in rates) + " edge" * bool(record["edges"]),
         f"{record['perplexity']:.2f}{spread}",
         f"{record['held_bytes'] / MIB:.1f}",
         f"{record['bytes_60m'] / 1e6:.0f}" if math.isfinite(record["bytes_60m"]) else "-",
@@ -182,11 +170,10 @@ def tuning_text(plan: Plan, rows: list[Row]) -> str:
     lines = []
     for method, protocol in dict.fromkeys((r["method"], r["protocol"]) for r in rows):
         best = choose(rows, method, protocol)
-        tried = sum((r["method"], r["protocol"]) == (method, protocol) for r in rows)
         values = tuned_text(settings(best))
         lines.append(
             f"{plan.label(method):<12} {protocol:<6} {values}: validation perplexity "
-            f"{perplexity(best['valid_loss']):.2f} (best of {tried})"
+            f"{perplexity(best['valid_loss']):.2f} (best of {len(rows_of(rows, method, protocol))})"
         )
     return "\n".join(lines)
 
@@ -198,4 +185,4 @@ def write_report(plan: Plan, rows: list[Row], out: Path) -> None:
     write_atomic(out / "table.md", f"{text}\n")
     records = summarise(plan, rows)
     write_atomic(out / "loss.png", pictures.losses(plan, rows, records))
-    write_atomic(out / "memory.png", pictures.memory(plan, records))
+    write_atomic(out / "memory.png", pictures.saved(pictures.memory_figure(plan, records)))

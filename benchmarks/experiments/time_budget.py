@@ -1,8 +1,6 @@
 """Reduction of seeds, tuning and steps to a time budget, decided once per folder of runs."""
 
-import json
 import os
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,7 +8,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.files import write_json
+from benchmarks.common.files import read_json, write_json
+from benchmarks.common.timing import timed
 from benchmarks.data.corpus import Corpus
 from benchmarks.experiments.plan import Entry
 from benchmarks.training.run import Run
@@ -37,29 +36,21 @@ def seconds_of(entry: Entry, step_seconds: float) -> float:
     return step_seconds * (config.steps + evaluated)
 
 
-def measure(
-    entries: list[Entry], corpus: Corpus, *, threads: int, steps: int = 3
-) -> dict[str, float]:
-    """Return each method's seconds per step: the fastest of ``steps``, after a warm-up step."""
+def measure(entries: list[Entry], corpus: Corpus, *, threads: int) -> dict[str, float]:
+    """Return each method's seconds per step: the fastest of three, after a warm-up step."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         each = {e.method: e for e in entries}
-        return {method: _measured(entry, corpus, steps) for method, entry in each.items()}
+        return {method: _fastest(entry, corpus) for method, entry in each.items()}
     finally:
         torch.set_num_threads(before)
 
 
-def _measured(entry: Entry, corpus: Corpus, steps: int) -> float:
+def _fastest(entry: Entry, corpus: Corpus) -> float:
     run = Run(replace(entry.config, compile=False), corpus)
-    times = []
-    for _ in range(steps + 1):
-        start = time.perf_counter()
-        run.train_step(log=False)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+    times = [timed(lambda: run.train_step(log=False)) for _ in range(4)]
+    return min(times[1:]) / 1000
 
 
 def fit(
@@ -112,7 +103,7 @@ def refuse_other(path: Path, asked: dict[str, Any]) -> None:
     """
     if not path.exists():
         return
-    before = json.loads(path.read_text(encoding="utf-8")).get("asked", {})
+    before = read_json(path).get("asked", {})
     for option, value in asked.items():
         if option in before and before[option] != value:
             raise ValueError(
@@ -135,6 +126,6 @@ def load_or_decide(path: Path, asked: dict[str, Any], decide: Callable[[], Cut])
             pass
         finally:
             temporary.unlink()
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_json(path)
     values.pop("asked", None)  # older files have none
     return Cut(**{**values, "notes": tuple(values["notes"])})

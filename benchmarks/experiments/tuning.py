@@ -16,6 +16,12 @@ def is_rate(name: str) -> bool:
     return name == "lr" or name.endswith("_lr")
 
 
+def role_rates(values: Values) -> list[float]:
+    """Return the learning rates of the hidden weights, the embedding and the head."""
+    other = values.get("other_lr", values["lr"])
+    return [values["lr"], *(values.get(f"{role}_lr", other) for role in ("embedding", "head"))]
+
+
 @dataclass(frozen=True)
 class Search:
     """Coordinate search over options, then over learning rates.

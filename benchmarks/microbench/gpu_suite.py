@@ -10,20 +10,19 @@ which runs what a CPU can, at small sizes.
 import argparse
 import importlib.util
 import itertools
-import json
 import os
 import shutil
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common.files import ROOT, write_json
+from benchmarks.common.files import ROOT, read_json, write_json
 from benchmarks.common.provenance import provenance
 from benchmarks.microbench.step_time import DEFAULT
 
@@ -52,12 +51,25 @@ class Stage:
     beside: bool = False  # may run concurrently with others
 
 
-def step_time(out: Path, model: str, dtype: str, *more: str, label: str = "") -> Stage:
-    """Return the stage that times steps on a model's shapes; ``label`` names part of it."""
-    words = [model, dtype, label] if label else [model, dtype]
-    rows = out / f"step-{'-'.join(words)}.json"
-    command = [PYTHON, "-m", "benchmarks", "step-time", "--model", model, "--dtype", dtype]
-    return Stage(f"steps {' '.join(words)}", [*command, "--out", str(rows), *more], 90, rows)
+def measured(
+    out: Path,
+    command: str,
+    *more: str,
+    name: str | None = None,
+    seconds: int = 60,
+    environment: dict[str, str] | None = None,
+) -> Stage:
+    """Return the stage of a command of `python -m benchmarks` that writes rows."""
+    name = name or command
+    rows = out / f"{name.replace(' ', '-')}.json"
+    words = [PYTHON, "-m", "benchmarks", command, "--out", str(rows), *more]
+    return Stage(name, words, seconds, rows, environment or {})
+
+
+def step_time(out: Path, model: str, dtype: str, *more: str) -> Stage:
+    """Return the stage that times steps on a model's shapes."""
+    words = ["--model", model, "--dtype", dtype, *more]
+    return measured(out, "step-time", *words, name=f"steps {model} {dtype}", seconds=90)
 
 
 def methods(dtype: str) -> list[str]:
@@ -68,35 +80,25 @@ def methods(dtype: str) -> list[str]:
 def captured(out: Path, dtype: str) -> Stage:
     """Return the stage that times every method's step as a replayed CUDA graph."""
     names = [f"{name}-captured" for name in methods(dtype) if name not in ("sgd", "adamw")]
-    more = ["--no-refresh", "--no-peers", "--optimizers", "adamw", *names, "--repeats", "50"]
-    return replace(step_time(out, "60m", dtype, *more, label="captured"), seconds=60)
+    words = ["--model", "60m", "--dtype", dtype, "--no-refresh", "--no-peers"]
+    words += ["--optimizers", "adamw", *names, "--repeats", "50"]
+    return measured(out, "step-time", *words, name=f"steps 60m {dtype} captured")
 
 
 def shapes(out: Path, model: str, *more: str, native: bool = True) -> Stage:
     """Return the stage that times SCALE in bfloat16 with CUDA or Triton kernels, and others."""
-    kernels = "cuda" if native else "triton"
-    rows = out / f"step-{model}-{kernels}.json"
+    kernels, environment = ("cuda", {}) if native else ("triton", {"OPTIMZOO_NATIVE": "0"})
     names = ["sgd", "adamw", "scale", "scale-captured"]
     names += ["scale-loop", "scale-compiled"] if native else []
-    command = [PYTHON, "-m", "benchmarks", "step-time", "--model", model, "--dtype", "bfloat16"]
-    command += ["--optimizers", *names, "--repeats", "50", "--no-refresh", "--no-peers", *more]
-    environment = {} if native else {"OPTIMZOO_NATIVE": "0"}
+    words = ["--model", model, "--dtype", "bfloat16", "--optimizers", *names, "--repeats", "50"]
+    words += ["--no-refresh", "--no-peers", *more]
     name = f"steps {model} {kernels}"
-    return Stage(name, [*command, "--out", str(rows)], 60, rows, environment)
-
-
-def measured(out: Path, command: str, *more: str, seconds: int = 60) -> Stage:
-    """Return the stage of another command of `python -m benchmarks` that writes rows."""
-    rows = out / f"{command}.json"
-    words = [PYTHON, "-m", "benchmarks", command, "--out", str(rows), *more]
-    return Stage(command, words, seconds, rows)
+    return measured(out, "step-time", *words, name=name, environment=environment)
 
 
 def memory(out: Path, *more: str) -> Stage:
     """Return the stage that compares simulated peaks with the allocator's, and steps a 7B model."""
-    rows = out / "memory.json"
-    command = [PYTHON, "-m", "benchmarks", "memory", "--checks", "simulate", "plan"]
-    return Stage("memory", [*command, "--out", str(rows), *more], 150, rows)
+    return measured(out, "memory", "--checks", "simulate", "plan", *more, seconds=150)
 
 
 def tests(name: str, *words: str) -> Stage:
@@ -133,8 +135,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
             memory(out, "--models", "nano", "--optimizers", "scale", "--plan-model", "9m"),
         ]
     contract = ("tests/contract/test_torch_contract.py", "tests/contract/test_torch_state.py")
-    rows = out / "release.json"
-    released = [PYTHON, "-m", "benchmarks", "release-memory", "--model=350m", "--dtype=bfloat16"]
+    released = ["release-memory", "--model=350m", "--dtype=bfloat16"]
     return [
         Stage("build", [PYTHON, "csrc/build.py", "--require"], 150),
         tests("kernels", *KERNELS),
@@ -154,7 +155,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         captured(out, "bfloat16"),
         measured(out, "utilisation", "--steps", "30", seconds=150),
         measured(out, "sparse-time"),
-        Stage("released bytes", [*released, "--out", str(rows)], 60, rows),
+        measured(out, *released, name="released bytes"),
         memory(out, "--models", "60m", "1b"),
     ]
 
@@ -184,7 +185,7 @@ def run(stage: Stage, log: Path, end: float) -> dict[str, Any]:
     result: dict[str, Any] = {"stage": stage.name, "ended": ended}
     result["seconds"] = round(time.perf_counter() - start, 1)
     if stage.rows is not None and stage.rows.exists():
-        result["rows"] = json.loads(stage.rows.read_text(encoding="utf-8"))
+        result["rows"] = read_json(stage.rows)
         stage.rows.unlink()  # it is in gpu.json now
     print(f"{stage.name}: {ended} ({result['seconds']} s)", flush=True)
     return result

@@ -104,24 +104,21 @@ def main(args: argparse.Namespace) -> int:
     """Print both comparisons, and write them to `--out`."""
     balance = measure_refactorization(args.shape, args.rank, args.repeats)
     sparse = measure_sparse(args.layer, args.rank, args.tokens, args.repeats)
-    console = Console()
+    console = Console(highlight=False)
     rows, columns = balance["shape"]
     console.print(
         f"refactorization of {rows} x {columns}, rank {args.rank}: {balance['ms']:.1f} ms; SVD of "
         f"the product {balance['svd_ms']:.0f} ms ({balance['svd_ms'] / balance['ms']:.0f}x); "
-        f"the product changes by {balance['difference']:.1e}",
-        highlight=False,
+        f"the product changes by {balance['difference']:.1e}"
     )
     rows, columns = sparse["shape"]
     console.print(
-        f"forward and backward of {rows} x {columns}, rank {args.rank}, {args.tokens} tokens:",
-        highlight=False,
+        f"forward and backward of {rows} x {columns}, rank {args.rank}, {args.tokens} tokens:"
     )
     for name, ms in sparse["ms"].items():
         console.print(
             f"  {name:<9}{ms:8.1f} ms {ms / sparse['ms']['naive']:6.2f} of naive, "
-            f"{sparse['kept_bytes'][name] / MIB:6.1f} MiB kept for the backward",
-            highlight=False,
+            f"{sparse['kept_bytes'][name] / MIB:6.1f} MiB kept for the backward"
         )
     if args.out:
         facts = {"provenance": provenance(), "refactorization": balance, "layer": sparse}

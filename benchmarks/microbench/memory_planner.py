@@ -85,11 +85,8 @@ def held_after_a_step(
     optimizer.step()
     state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
     grads = [p.grad for p in weights.parameters() if p.grad is not None]
-    params, grad, states = (
-        sum(t.numel() * t.element_size() for t in tensors)
-        for tensors in (list(weights.parameters()), grads, state)
-    )
-    return params, grad, states
+    params = sum(p.nbytes for p in weights.parameters())
+    return params, sum(grad.nbytes for grad in grads), sum(t.nbytes for t in state)
 
 
 def simulate_rows(
@@ -196,12 +193,12 @@ def main(args: argparse.Namespace) -> int:
         ),
         "plan": lambda: iter([one_peak(args.plan_model, "scale", "bfloat16", device, PLAN)]),
     }
-    console, rows, good = Console(), [], True
+    console, rows, good = Console(highlight=False), [], True
     for check in args.checks:
         for row in makers[check]():
             rows.append(row)
             good &= row.get("same", True) and abs(row.get("difference") or 0) < 0.02
-            console.print(line(row), highlight=False)
+            console.print(line(row))
             if args.out:
                 write_json(args.out, {"rows": rows, "provenance": provenance()})
     return 0 if good else 1

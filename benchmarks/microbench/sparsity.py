@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         reason = "it is of 2:4 layers, which are not measured on a CPU; leave {option} out"
         refuse(args, ["tokens"], args.given, reason)
-    console = Console()
+    console = Console(highlight=False)
     masks = {}
     for dtype in (torch.float32, torch.bfloat16):
         ms = masks[str(dtype).removeprefix("torch.")] = measure_mask(
@@ -77,8 +77,7 @@ def main(args: argparse.Namespace) -> int:
         console.print(
             f"2:4 masks of {args.model}'s hidden weights, {dtype}: {ms['mask']:.2f} ms, "
             f"{ms['mask'] / ms['read']:.2f} reads of them ({ms['read']:.2f} ms), "
-            f"{ms['mask'] / ms['copy']:.2f} copies ({ms['copy']:.2f} ms)",
-            highlight=False,
+            f"{ms['mask'] / ms['copy']:.2f} copies ({ms['copy']:.2f} ms)"
         )
     layers = []
     if torch.cuda.is_available():
@@ -90,8 +89,7 @@ def main(args: argparse.Namespace) -> int:
         console.print(
             f"{rows} x {columns}, {row['tokens']} tokens, bfloat16: dense {ms['dense']:.3f} ms, "
             f"2:4 {ms['sparse']:.3f} ms ({ms['dense'] / ms['sparse']:.2f}x), "
-            f"error {row['error']:.1e}",
-            highlight=False,
+            f"error {row['error']:.1e}"
         )
     if args.out:
         write_json(args.out, {"provenance": provenance(), "masks": masks, "layers": layers})

@@ -24,8 +24,8 @@ from benchmarks.common.provenance import provenance
 from benchmarks.common.tables import Table
 from benchmarks.common.timing import timed
 from benchmarks.microbench.operations import operations
-from benchmarks.microbench.refresh import REFRESHES, measure_refresh
-from benchmarks.microbench.third_party import peers
+from benchmarks.microbench.refresh import REFRESH_SHAPES, REFRESHES, measure_refresh
+from benchmarks.microbench.third_party import Make, peers
 from optimzoo.models.llama import Llama, get_config
 from optimzoo.roles import ROLES
 
@@ -50,7 +50,6 @@ EXECUTION_MODES: dict[str, dict[str, Any]] = {
     "compiled": {},
 }
 LOW_RANK = ("galore", "natural_galore", "fira", "apollo")
-Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 
 def ours(name: str, rank: int, gap: int) -> Make:
@@ -232,7 +231,7 @@ def main(args: argparse.Namespace) -> int:
         name = name.partition("-")[0]
         optimzoo.get_info(VARIANTS.get(name, (name,))[0])
     steps = measure_steps(args)
-    console = Console()
+    console = Console(highlight=False)
     base = steps[0]
     cells = [
         [
@@ -248,19 +247,15 @@ def main(args: argparse.Namespace) -> int:
         for row in steps
     ]
     headers = (
-        "method",
-        "step ms",
-        "ratio",
-        "operations",
-        "of stream",
-        "first ms",
-        "amortised ms",
-        "ratio",
+        *("method", "step ms", "ratio", "operations", "of stream"),
+        *("first ms", "amortised ms", "ratio"),
     )
     Table(headers, cells, title=f"{args.model}, {args.dtype}, rank {args.rank}", gap=2).print()
-    refreshes = (
-        measure_refresh(args.rank, min(args.repeats, REFRESHES)) if not args.no_refresh else []
-    )
+    refreshes = [
+        measure_refresh(*shape, args.rank, min(args.repeats, REFRESHES))
+        for shape in REFRESH_SHAPES
+        if not args.no_refresh
+    ]
     for row in refreshes:
         ms = row["ms"]
         m, n = row["shape"]
@@ -270,16 +265,12 @@ def main(args: argparse.Namespace) -> int:
                 f"{k} {ms[k]:.1f} ms ({ms['svd'] / ms[k]:.1f}x faster, "
                 f"{100 * row['captured'][k]:.2f} % of the best energy)"
                 for k in ("cold", "warm")
-            ),
-            highlight=False,
+            )
         )
     if args.out:
+        plain = {k: v for k, v in vars(args).items() if k not in ("given", "out")}
         write_json(
             args.out,
-            {"rows": steps, "refresh": refreshes, "provenance": provenance(), "args": _plain(args)},
+            {"rows": steps, "refresh": refreshes, "provenance": provenance(), "args": plain},
         )
     return 0
-
-
-def _plain(args: argparse.Namespace) -> dict[str, Any]:
-    return {k: v for k, v in vars(args).items() if k != "given" and not isinstance(v, Path)}

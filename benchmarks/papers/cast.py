@@ -5,9 +5,9 @@ from pathlib import Path
 
 from benchmarks.common.files import write_atomic, write_json
 from benchmarks.common.tables import Table
-from benchmarks.experiments.cast import Comparison, by_method
+from benchmarks.experiments.cast import Comparison
 from benchmarks.experiments.plan import Row
-from benchmarks.experiments.significance import mean_loss
+from benchmarks.experiments.significance import by_method, mean_loss
 from benchmarks.papers.published import published
 
 HEADERS = ("method", "zeros", "paper", "ratio", "ours", "ratio", "tokens")
@@ -32,10 +32,8 @@ def records(rows: list[Row]) -> list[Row]:
             "method": method,
             "label": mine[0]["label"],
             "zeros": mine[0]["zeros"],
-            "paper": paper_perplexities.get(method),
-            "paper_ratio": paper_perplexities[method] / paper_perplexities["continued"]
-            if method in paper_perplexities
-            else None,
+            "paper": (theirs := paper_perplexities.get(method)),
+            "paper_ratio": theirs and theirs / (sparse - increase),
             "perplexity": math.exp(mean_loss(mine)),
             "ratio": math.exp(mean_loss(mine)) / dense,
             "tokens": mine[0]["tokens"],

@@ -134,9 +134,6 @@ TABLES = {
         {**_SCALE, "natural_galore": None, "low_rank_restarts": None, "sltrain": None},
         protocol="paper",
         version="v1",
-        notes=(
-            _SCALE_V1,
-            "Published rates and steps; of Adam, whose rate is not known, 1e-3.",
-        ),
+        notes=(_SCALE_V1, "Published rates and steps; of Adam, whose rate is not known, 1e-3."),
     ),
 }

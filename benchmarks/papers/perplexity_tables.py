@@ -8,8 +8,8 @@ from typing import Any
 
 from benchmarks.common.files import write_atomic, write_json
 from benchmarks.common.tables import Table
-from benchmarks.experiments.plan import Plan, Row
-from benchmarks.experiments.summary import MIB, read_rows, summarise
+from benchmarks.experiments.plan import Plan, Row, read_rows, rows_of
+from benchmarks.experiments.summary import MIB, summarise
 from benchmarks.papers.comparisons import TABLES, PaperComparison
 from benchmarks.papers.published import published
 
@@ -19,35 +19,24 @@ WARNING = (
 )
 
 
-def paper_values(
-    table: PaperComparison, names: dict[str, str | None]
-) -> dict[str, dict[str, float]]:
+def paper_values(table: PaperComparison) -> dict[str, dict[str, float]]:
     """Return published perplexities by size and our method, all of the table's version."""
     values: dict[str, dict[str, float]] = {}
     for record in published():
-        if _is_of(record, table):
-            for method, name in names.items():
+        key = (record["paper"].rsplit(" ", 1)[0], record.get("version"), record["metric"])
+        if key == (table.paper, table.version, table.metric):
+            for method, name in table.methods.items():
                 for size, value in record["values"].get(name, {}).items():
                     number = math.exp(value) if table.log else float(value)
                     values.setdefault(size, {})[method] = number
     return values
 
 
-def _is_of(record: dict[str, Any], table: PaperComparison) -> bool:
-    key = (record["paper"].rsplit(" ", 1)[0], record.get("version"), record["metric"])
-    return key == (table.paper, table.version, table.metric)
-
-
-def plans_at(table: PaperComparison, size: str) -> list[Plan]:
-    """Return the table's plans at a model size."""
-    if table.plans == ("full",):
-        return [Plan(f"{size}-full")]
-    return [Plan(name.replace("nano", size, 1)) for name in table.plans]
-
-
-def methods_of(table: PaperComparison, plans: list[Plan]) -> list[tuple[Plan, str]]:
-    """Return each method of the table with the first plan that has it."""
-    pairs = []
+def methods_at(table: PaperComparison, size: str) -> list[tuple[Plan, str]]:
+    """Return each method of the table with the first plan at a model size that has it."""
+    full = table.plans == ("full",)
+    names = [f"{size}-full"] if full else [p.replace("nano", size, 1) for p in table.plans]
+    plans, pairs = [Plan(name) for name in names], []
     for method in table.methods:
         plan = next((p for p in plans if table.protocol in p.methods.get(method, {})), None)
         if plan is not None:
@@ -58,21 +47,21 @@ def methods_of(table: PaperComparison, plans: list[Plan]) -> list[tuple[Plan, st
 def stored_rows(table: PaperComparison, size: str) -> dict[str, list[Row]]:
     """Return the committed rows of a table by method."""
     by_method: dict[str, list[Row]] = {}
-    for plan, method in methods_of(table, plans_at(table, size)):
+    for plan, method in methods_at(table, size):
         rows = read_rows(plan.results_path) if plan.results_path.exists() else []
-        mine = [r for r in rows if (r["method"], r["protocol"]) == (method, table.protocol)]
-        if mine:
+        if mine := rows_of(rows, method, table.protocol):
             by_method[method] = mine
     return by_method
 
 
 def records(table: PaperComparison, size: str, rows: dict[str, list[Row]]) -> list[Row]:
     """Return one record per method: the paper's figure and ours, with their ratios and ranks."""
-    plans = dict[str, Plan]((m, plan) for plan, m in methods_of(table, plans_at(table, size)))
+    plans = {method: plan for plan, method in methods_at(table, size)}
     summaries = {m: summarise(plans[m], mine)[0] for m, mine in rows.items()}
-    by_size = paper_values(table, table.methods)
+    by_size = paper_values(table)
     paper_size = size.upper() if size.upper() in by_size else table.size
     paper = by_size.get(paper_size, {})
+    ours = {method: record["perplexity"] for method, record in summaries.items()}
     compared = []
     for method, record in summaries.items():
         compared.append(
@@ -80,12 +69,11 @@ def records(table: PaperComparison, size: str, rows: dict[str, list[Row]]) -> li
                 **record,
                 "size": paper_size,
                 "tokens": rows[method][0]["tokens"],
-                "tried": _tried(plans[method], method, table.protocol),
+                # Runs from which the method's rates were chosen.
+                "tried": len(rows_of(plans[method].tuning_rows(method), method, table.protocol)),
                 "paper": paper.get(method),
                 "paper_ratio": _ratio(paper, method, table.reference),
-                "ratio": _ratio(
-                    {m: r["perplexity"] for m, r in summaries.items()}, method, table.reference
-                ),
+                "ratio": _ratio(ours, method, table.reference),
             }
         )
     both = [r for r in compared if r["paper"] is not None]
@@ -93,12 +81,6 @@ def records(table: PaperComparison, size: str, rows: dict[str, list[Row]]) -> li
         for place, record in enumerate(sorted(both, key=lambda r: r[key]), start=1):
             record[name] = place
     return sorted(compared, key=lambda r: r["perplexity"])
-
-
-def _tried(plan: Plan, method: str, protocol: str) -> int:
-    """Return the number of committed runs from which a method's rates were chosen."""
-    rows = plan.tuning_rows(method)
-    return sum((row["method"], row["protocol"]) == (method, protocol) for row in rows)
 
 
 def _ratio(values: dict[str, float], method: str, reference: str) -> float | None:
@@ -112,7 +94,7 @@ def taus(table: PaperComparison, made: list[Row]) -> list[Row]:
     from scipy.stats import kendalltau
 
     results = []
-    for size, values in paper_values(table, table.methods).items():
+    for size, values in paper_values(table).items():
         pairs = [(values[r["method"]], r["perplexity"]) for r in made if r["method"] in values]
         if len(pairs) > 2:
             tau, p = kendalltau(*zip(*pairs, strict=True))
@@ -147,18 +129,13 @@ def cells(record: Row) -> list[str]:
 
 def lines_below(table: PaperComparison, made: list[Row]) -> list[str]:
     """Return the notes below a table: tau, how to read it, seeds, tuning runs."""
-    lines = (
-        [
-            "Kendall's tau with the paper's order: "
-            + "; ".join(
-                f"{t['size']} {t['tau']:+.2f} (p {t['p']:.2f}, {t['methods']} methods)"
-                for t in taus(table, made)
-            )
-            + "."
-        ]
-        if taus(table, made)
-        else ["Too few methods in common for an order."]
-    )
+    texts = [
+        f"{t['size']} {t['tau']:+.2f} (p {t['p']:.2f}, {t['methods']} methods)"
+        for t in taus(table, made)
+    ]
+    lines = ["Too few methods in common for an order."]
+    if texts:
+        lines = [f"Kendall's tau with the paper's order: {'; '.join(texts)}."]
     size = made[0]["size"] if made else table.size
     seeds = sorted({r["seeds"] for r in made})
     version = f"{table.version}, " if table.version else ""

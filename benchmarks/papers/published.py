@@ -1,9 +1,10 @@
 """Published figures, each with its provenance."""
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from benchmarks.common.files import read_json
 
 
 @cache
@@ -12,5 +13,4 @@ def published() -> list[dict[str, Any]]:
 
     ``version`` is the paper's on arXiv, where more than one of them is at hand.
     """
-    path = Path(__file__).with_name("published.json")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(Path(__file__).with_name("published.json"))

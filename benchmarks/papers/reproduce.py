@@ -1,14 +1,12 @@
 """`python -m benchmarks reproduce`: a paper's table beside ours."""
 
 import argparse
-from pathlib import Path
 
 from benchmarks.experiments.model_sizes import MODEL_SIZES
-from benchmarks.experiments.run_queue import add_jobs_argument, settle_counts
+from benchmarks.experiments.run_queue import add_run_arguments, settle_run_arguments
 from benchmarks.papers import cast, memory_columns, perplexity_tables
 from benchmarks.papers.memory_columns import print_memory
 from benchmarks.papers.table_runs import run_tables
-from benchmarks.training.cli import add_corpus_arguments, refuse_cache
 from optimzoo.options import refuse
 
 
@@ -21,7 +19,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sizes = ("nano", *MODEL_SIZES)
     parser.add_argument("--size", default="nano", choices=sizes, metavar="SIZE")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="some of the table's methods")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1")
     parser.add_argument(
         "--budget-minutes", type=float, help="cut seeds, tuning and steps so that all runs finish"
     )
@@ -31,21 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--galore-eval", action="store_true", help="losses of the table times n / (n + 1)"
     )
-    add_jobs_argument(parser)
-    parser.add_argument("--out", type=Path, default=Path("runs/reproduce"))
-    parser.add_argument("--store", action="store_true", help="also keep the rows in the repository")
     parser.add_argument(
         "--fresh",
         action="store_true",
         help="run what has a committed row too; finished runs in --out stay",
     )
-    add_corpus_arguments(parser)
+    add_run_arguments(parser, "runs/reproduce", seeds=3)
 
 
 def main(args: argparse.Namespace) -> int:
     """Print the tables. Return 1 if a computed memory cell differs from the paper's."""
     _refuse_dropped(args)
-    settle_counts(args)
+    settle_run_arguments(args)
     args.committed = not args.fresh
     limits = {"budget-minutes": args.budget_minutes, "stop-after": args.stop_after}
     for option, minutes in limits.items():
@@ -71,4 +65,3 @@ def _refuse_dropped(args: argparse.Namespace) -> None:
     if set(args.table) == {"cast"}:
         reason = "the table cast shows the rows of `benchmarks cast --store`; leave {option} out"
         refuse(args, names, args.given, reason, but="out")
-    refuse_cache(args)

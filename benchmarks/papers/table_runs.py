@@ -13,8 +13,9 @@ import torch
 from benchmarks.common.files import make_folder, write_json
 from benchmarks.data.corpus import Corpus
 from benchmarks.experiments import time_budget as budget
-from benchmarks.experiments.plan import Entry, Plan, Row, choose, near, settings, tried
+from benchmarks.experiments.plan import Entry, Plan, Row, choose, near, rows_of, settings, tried
 from benchmarks.experiments.run_queue import Session, merged, threads_each
+from benchmarks.experiments.significance import by_method
 from benchmarks.experiments.time_budget import Cut
 from benchmarks.papers import perplexity_tables
 from benchmarks.papers.perplexity_tables import PaperComparison
@@ -26,23 +27,11 @@ class TableRuns:
 
     def __init__(self, args: argparse.Namespace, table: PaperComparison) -> None:
         self.args, self.table = args, table
-        self.pairs = perplexity_tables.methods_of(
-            table, perplexity_tables.plans_at(table, args.size)
-        )
-        if args.methods:
-            self.pairs = [(plan, m) for plan, m in self.pairs if m in args.methods]
+        pairs = perplexity_tables.methods_at(table, args.size)
+        self.pairs = [(p, m) for p, m in pairs if not args.methods or m in args.methods]
         make_folder(args.out, "--out")
         model = self.pairs[0][0].values["model"]
         self.corpus: Corpus = corpus_from(args, model)
-
-    def tuning(self) -> list[Entry]:
-        """Return the first tuning runs of each method without committed rates."""
-        missing = [(p, m) for p, m in self.pairs if not self._committed(p, m)]
-        return [e for p, m in missing for e in self._tuning_runs(p, [m], [])]
-
-    def final(self) -> list[Entry]:
-        """Return one run per method, where its search starts if its rates are not committed."""
-        return [self._final(p, m, 0, None) for p, m in self.pairs]
 
     def run(self) -> tuple[dict[str, list[Row]], list[str]]:
         """Train all runs. Return each method's rows, and notes on what was cut."""
@@ -64,8 +53,7 @@ class TableRuns:
             finals = [self._final(plan, m, s, chosen[m]) for s in range(cut.seeds) for m in methods]
             with self._stored(plan.results_path, session, {"plan": plan.values}):
                 session.run(finals, test=True)
-            for row in session.rows:
-                rows.setdefault(row["method"], []).append(row)
+            rows |= by_method(session.rows)
         return rows, list(cut.notes)
 
     def _cut(self) -> Cut:
@@ -74,7 +62,9 @@ class TableRuns:
             return Cut(args.seeds, tune=True, share=1.0)
 
         def decide() -> Cut:
-            final, tuning = self.final(), self.tuning()
+            missing = [(p, m) for p, m in self.pairs if not self._committed(p, m)]
+            tuning = [e for p, m in missing for e in self._tuning_runs(p, [m], [])]
+            final = [self._final(p, m, 0, None) for p, m in self.pairs]
             seconds = budget.measure(final, self.corpus, threads=threads_each(args.jobs))
             workers = args.jobs * int(os.environ.get("WORLD_SIZE", "1"))
             return budget.fit(
@@ -92,8 +82,7 @@ class TableRuns:
         search = plan.search(method, protocol)
         if not search.axes or "tuned_by" in plan.values:
             return True
-        rows = plan.tuning_rows(method)
-        mine = [r for r in rows if (r["method"], r["protocol"]) == (method, protocol)]
+        mine = rows_of(plan.tuning_rows(method), method, protocol)
         begun = tried(mine, method, protocol, search)
         return bool(mine) and not (begun and self._tuning_runs(plan, [method], mine))
 
@@ -144,12 +133,7 @@ def _refuse_early(args: argparse.Namespace) -> None:
     has = {}
     for name in args.table:
         table = perplexity_tables.TABLES[name]
-        has[name] = [
-            m
-            for _, m in perplexity_tables.methods_of(
-                table, perplexity_tables.plans_at(table, args.size)
-            )
-        ]
+        has[name] = [m for _, m in perplexity_tables.methods_at(table, args.size)]
     known = list(dict.fromkeys(m for methods in has.values() for m in methods))
     for method in args.methods or []:
         if method not in known:

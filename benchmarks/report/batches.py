@@ -30,7 +30,7 @@ def differences(name: str) -> dict[str, dict[int, Difference]]:
 def published() -> dict[str, float]:
     """Return the paper's perplexities over AdamW's, by our method."""
     table, size = TABLES[PAPER[0]], PAPER[1]
-    values = paper_values(table, table.methods)[size]
+    values = paper_values(table)[size]
     return {m: values[m] / values[REFERENCE] for m in values if m != REFERENCE}
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.common.files import RESULTS
 from benchmarks.common.tables import Table
-from benchmarks.experiments.plan import Plan
+from benchmarks.experiments.plan import Plan, read_rows
 from benchmarks.experiments.summary import bytes_60m, bytes_at, stored_records, tuned_records
 from optimzoo import get_info
 
@@ -105,6 +105,6 @@ def _large(optimizer: str, hyper: dict[str, Any], size: str = "7b") -> str:
 
 def _step(method: str) -> str:
     """Return the time of a step at 60M, float32, on a CPU, relative to fused AdamW's."""
-    record = json.loads((RESULTS / "step-time-60m-cpu.json").read_text(encoding="utf-8"))
-    times = {row["method"]: row["amortised_ms"] for row in record["rows"]}
+    rows = read_rows(RESULTS / "step-time-60m-cpu.json")
+    times = {row["method"]: row["amortised_ms"] for row in rows}
     return f"{times[method] / times['adamw']:.2f}" if method in times else "not measured"

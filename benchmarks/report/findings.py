@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 
 from benchmarks.common.tables import Table
-from benchmarks.experiments.cast import Comparison, by_method
-from benchmarks.experiments.plan import Plan, Row
-from benchmarks.experiments.significance import Difference, paired
-from benchmarks.experiments.summary import read_rows
+from benchmarks.experiments.cast import Comparison
+from benchmarks.experiments.plan import Plan, Row, read_rows, rows_of
+from benchmarks.experiments.significance import Difference, by_method, paired
 from benchmarks.training.config import RunConfig
 
 
@@ -113,16 +112,9 @@ def table() -> Table:
         config = RunConfig(**question.rows()[0][0]["config"])
         p = "-" if difference.p is None else f"{max(difference.p, 0.001):.3f}"
         p = f"< {p}" if difference.p is not None and difference.p < 0.001 else p
-        lines.append(
-            [
-                question.text,
-                difference.text(),
-                f"{difference.seeds}",
-                p,
-                f"{config.tokens_per_step:,}",
-                f"{config.steps * config.tokens_per_step / 1e6:.1f} M",
-            ]
-        )
+        batch = config.tokens_per_step
+        cells = [question.text, difference.text(), f"{difference.seeds}", p]
+        lines.append([*cells, f"{batch:,}", f"{config.steps * batch / 1e6:.1f} M"])
     headers = ("question", "difference in perplexity", "seeds", "p", "batch", "tokens")
     return Table(headers, lines, left=2)
 
@@ -131,8 +123,7 @@ def _rows(plan: str, method: str) -> list[Row]:
     if plan == _CAST:
         return by_method(Comparison("nano").rows)[method]
     path = Plan(plan).results_path
-    rows = read_rows(path) if path.exists() else []
-    return [row for row in rows if (row["method"], row["protocol"]) == (method, "tuned")]
+    return rows_of(read_rows(path) if path.exists() else [], method, "tuned")
 
 
 def _edges(name: str, method: str) -> list[str]:

@@ -1,6 +1,5 @@
 """Text between marks in the README and the pages, from the committed rows."""
 
-import json
 import math
 import re
 import textwrap
@@ -9,20 +8,20 @@ from functools import partial
 from typing import Any
 
 import optimzoo
-from benchmarks.common.files import RESULTS
+from benchmarks.common.files import RESULTS, read_json
 from benchmarks.common.tables import Table
 from benchmarks.experiments import cast, fine_tuning
-from benchmarks.experiments.plan import Plan, role_rates
+from benchmarks.experiments.plan import Plan, read_rows
 from benchmarks.experiments.significance import LEVEL
 from benchmarks.experiments.summary import (
     LEGEND,
     REFERENCE,
     caption,
     comparison,
-    read_rows,
     stored_records,
     tuned_records,
 )
+from benchmarks.experiments.tuning import role_rates
 from benchmarks.papers import perplexity_tables
 from benchmarks.report import batches, choosing, findings, start_checks, tuned_rates
 from benchmarks.training.flops import speed_text
@@ -97,20 +96,10 @@ def _methods(name: str) -> str:
         rates = "-"
         if method in plan.methods and not plan.edges(method, "tuned", tuning):
             rates = " / ".join(f"{r:g}" for r in role_rates(plan.best(method, "tuned")))
-        rows.append(
-            [
-                f"`{method}`",
-                info.description,
-                source_link(info.source, short=True),
-                info.state,
-                rates,
-            ]
-        )
-    table = Table(
-        ("name", "method", "source", "state", f"lr: hidden / embedding / head, on {name}"),
-        rows,
-        left=5,
-    )
+        link = source_link(info.source, short=True)
+        rows.append([f"`{method}`", info.description, link, info.state, rates])
+    headers = ("name", "method", "source", "state", f"lr: hidden / embedding / head, on {name}")
+    table = Table(headers, rows, left=5)
     note = (
         "`adamw`, `sgd`, `adafactor` and torch's others have the same names as in torch. state: in "
         "weights of that role; rest: embedding, head and vectors; r: the rank, s: the history. "
@@ -167,7 +156,7 @@ def _gradients(name: str) -> str:
 
 def _steps(name: str) -> str:
     """Return the step times by method, from ``step-time-NAME.json``."""
-    record = json.loads((RESULTS / f"step-time-{name}.json").read_text(encoding="utf-8"))
+    record = read_json(RESULTS / f"step-time-{name}.json")
     rows, host = record["rows"], record["provenance"]
     times = {row["method"]: row["amortised_ms"] for row in rows}
     headers = ("method", "step", "to fused SGD", "to fused AdamW")
@@ -203,8 +192,7 @@ def _on_gpu(name: str) -> str:
     for key, (kernels, label) in _ON_GPU.items():
         cells = []
         for shape in shapes:
-            path = RESULTS / f"step-time-{shape}-{name}-{kernels}.json"
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = read_json(RESULTS / f"step-time-{shape}-{name}-{kernels}.json")
             row = next(r for r in record["rows"] if r["method"] == key.split()[0])
             share = f" ({row['share_of_stream']:.0%})" if "scale" in key else ""
             cells.append(f"{row['step_ms']:.2f} ms{share}")

@@ -9,8 +9,8 @@ from typing import Any
 from benchmarks.common.files import ROOT, write_atomic
 from benchmarks.experiments import pictures
 from benchmarks.experiments.own import read_comparison, write_csv
-from benchmarks.experiments.plan import Plan
-from benchmarks.experiments.summary import read_rows, tuned_records, write_report
+from benchmarks.experiments.plan import Plan, read_rows
+from benchmarks.experiments.summary import tuned_records, write_report
 from benchmarks.report import batches, results_page, tuned_rates
 from benchmarks.report.marks import filled
 from optimzoo.options import refuse

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.experiments import summary
-from benchmarks.experiments.cast import Comparison, by_method
+from benchmarks.experiments.cast import Comparison
 from benchmarks.experiments.colors import method_colors
 from benchmarks.experiments.model_sizes import MODEL_SIZES
 from benchmarks.experiments.pictures import pareto_front
-from benchmarks.experiments.plan import Plan, Row
+from benchmarks.experiments.plan import Plan, Row, read_rows, rows_of
+from benchmarks.experiments.significance import by_method
 from benchmarks.papers import cast, perplexity_tables
 from benchmarks.papers.memory_columns import published_value
 from benchmarks.papers.perplexity_tables import PaperComparison
@@ -40,7 +41,7 @@ def sections(own: tuple[Plan, list[Row]] | None = None) -> list[Row]:
             if len(rows) > 1:
                 result.append(_beside_section(name, table, size, rows))
     if plan := stored.get("nano"):
-        rows_of_plan = summary.read_rows(plan.results_path)
+        rows_of_plan = read_rows(plan.results_path)
         title = "Every method under both protocols"
         result.append(_protocols(plan, rows_of_plan, "protocols", title))
     if rows_of_cast := Comparison("nano").rows:
@@ -78,8 +79,7 @@ def _beside_section(
 def _protocols(plan: Plan, rows: list[Row], name: str, title: str) -> Row:
     body = []
     for record in summary.summarise(plan, rows):
-        key = (record["method"], record["protocol"])
-        mine = [row for row in rows if (row["method"], row["protocol"]) == key]
+        mine = rows_of(rows, record["method"], record["protocol"])
         values = [None, None, record["rates"][0], record["perplexity"], record["held_bytes"]]
         size = record["bytes_60m"] if math.isfinite(record["bytes_60m"]) else None
         values += [size, record["optimizer_ms"]]

@@ -6,13 +6,7 @@ from benchmarks.common.provenance import made_on
 from benchmarks.common.tables import Table
 from benchmarks.experiments.plan import Row
 from benchmarks.experiments.start_check import Check, stored
-from benchmarks.experiments.starting_values import (
-    adamw_text,
-    moved_text,
-    outcomes,
-    summary,
-    table,
-)
+from benchmarks.experiments.starting_values import adamw_text, moved_text, outcomes, summary, table
 
 
 def text(task: str) -> str:

@@ -16,6 +16,7 @@ from optimzoo.tuned_rates import (
     StartingValues,
     model_width,
     starting_values,
+    tuned_settings,
 )
 
 PATH = ROOT / "optimzoo" / "tuned_rates.json"
@@ -43,27 +44,18 @@ def text() -> str:
     return json.dumps(by_plan, indent=1) + "\n"
 
 
-def stored() -> str:
-    """Return the file as it is, empty if there is none."""
-    return PATH.read_text(encoding="utf-8") if PATH.exists() else ""
-
-
 def table() -> Table:
     """Return the table of the shipped methods: rates over AdamW's, options, comparisons."""
     lines = {}
-    for comparison in json.loads(stored()).values():
+    for comparison in tuned_settings().values():
         for record in comparison["methods"]:
             name, variant = record["optimizer"], record["variant"]
             label = ", ".join([f"`{name}`", *(f"`{k}={v!r}`" for k, v in variant.items())])
             lines[label] = _line(label, starting_values(name, adamw_lr=1.0, **variant))
     headers = ("method", "hidden", "embedding", "head", "vectors", "clip", "β or momentum")
-    return Table(
-        (*headers, "decay", "from"), [lines[label] for label in sorted(lines, key=_by_name)]
-    )
-
-
-def _by_name(label: str) -> str:
-    return label.replace("`", "")  # apollo before apollo_mini
+    # Without the quotes apollo comes before apollo_mini.
+    labels = sorted(lines, key=lambda label: label.replace("`", ""))
+    return Table((*headers, "decay", "from"), [lines[label] for label in labels])
 
 
 def example(name: str) -> str:

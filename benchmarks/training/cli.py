@@ -99,36 +99,27 @@ def as_json(text: str) -> Any:
         raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error}); see --help") from None
 
 
+# Fields of `RunConfig` whose option is more than a value of their type.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "optimizer": {"required": True, "help": OPTIMIZER},
+    "lr": {"type": float, "required": True, "help": "of the method's own weights"},
+    "other_lr": {"type": float, "help": "of the rest (see optimzoo.get_info)"},
+    "hyper": {"type": as_json, "help": "JSON, e.g. '{\"eps\": 1e-6}'"},
+    "model": {"help": MODEL},
+    "precision": {"choices": PRECISIONS},
+    "compile": {"action": "store_true", "help": "torch.compile the model"},
+    "lowrank": {"type": as_json, "help": "JSON, e.g. '{\"rank\": 32}' (see RunConfig)"},
+    "groups": {"type": as_json, "help": "JSON, further options of a role's weights"},
+    "release": {"action": "store_true", "help": "step weights in the backward"},
+    "weights": {"metavar": "FILE", "help": "weights.pt to start from"},
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `python -m benchmarks train`: `RunConfig`'s fields, and the output."""
-    parser.add_argument("--optimizer", required=True, help=OPTIMIZER)
-    parser.add_argument("--lr", type=float, required=True, help="of the method's own weights")
-    parser.add_argument("--hyper", type=as_json, default={}, help="JSON, e.g. '{\"eps\": 1e-6}'")
-    parser.add_argument(
-        "--lowrank", type=as_json, default={}, help="JSON, e.g. '{\"rank\": 32}' (see RunConfig)"
-    )
-    parser.add_argument(
-        "--groups", type=as_json, default={}, help="JSON, further options of a role's weights"
-    )
-    added = {"optimizer", "lr", "hyper", "lowrank", "groups"}
-    for option in fields(RunConfig):
-        if option.name in added:
-            continue
-        name = "--" + option.name.replace("_", "-")
-        if option.name == "compile":
-            parser.add_argument(name, action="store_true", help="torch.compile the model")
-        elif option.name == "release":
-            parser.add_argument(name, action="store_true", help="step weights in the backward")
-        elif option.name == "weights":
-            parser.add_argument(name, default="", metavar="FILE", help="weights.pt to start from")
-        elif option.name == "model":
-            parser.add_argument(name, default=option.default, help=MODEL)
-        elif option.name == "other_lr":
-            parser.add_argument(name, type=float, help="of the rest (see optimzoo.get_info)")
-        else:
-            choices = PRECISIONS if option.name == "precision" else None
-            kind = type(option.default)
-            parser.add_argument(name, type=kind, default=option.default, choices=choices)
+    for name, default in vars(RunConfig("", 0.0)).items():
+        options = _OPTIONS.get(name, {"type": type(default)})
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default, **options)
     add_corpus_arguments(parser)
     parser.add_argument("--out", type=Path, help="folder of checkpoints, TensorBoard and row.json")
     parser.add_argument("--save-every", type=int, default=100, metavar="STEPS")

@@ -57,8 +57,7 @@ class Parallel:
             for block in model.model.layers:
                 fully_shard(block, mp_policy=policy)
             fully_shard(model, mp_policy=policy)
-        forward: Callable[..., Any] = model
-        return forward
+        return model
 
     def rows(self, count: int) -> tuple[slice, float]:
         """Return this rank's slice of ``count`` rows, and the weight of their mean in `mean`.

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from torch import nn
-
 from optimzoo.models.llama import LlamaConfig
 
 # Dense bfloat16 products, 1e12 operations a second, from the vendors' data sheets.
@@ -29,7 +27,7 @@ def speed_text(row: dict[str, Any], config: LlamaConfig) -> str:
     run = row["config"]
     tokens = run["batch_size"] * run["accumulate"] * run["seq_len"]
     seconds = row["step_ms"] / 1000
-    flops = flops_per_token(config, run["seq_len"], causal=True) * tokens / seconds
+    flops = flops_per_token(config, run["seq_len"]) * tokens / seconds
     share = row["optimizer_ms"] / row["step_ms"]
     text = f"step {row['step_ms']:.1f} ms, the optimizer {share:.1%} of it; "
     text += f"{flops / 1e12:.1f} model Tflop/s"
@@ -37,20 +35,15 @@ def speed_text(row: dict[str, Any], config: LlamaConfig) -> str:
     return text + (f", {flops / peak:.1%} of the GPU's peak in bf16" if peak else "")
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of parameters, including frozen ones; a tied weight counts once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def flops_per_token(config: LlamaConfig, seq_len: int, *, causal: bool = False) -> int:
+def flops_per_token(config: LlamaConfig, seq_len: int) -> int:
     """Return the floating-point operations of one training step, forward and backward, per token.
 
-    flops = 6 N + 12 L d T with N = L (4 d^2 + 3 d f) + V d, for L layers, hidden size d,
+    flops = 6 N + 6 L d T with N = L (4 d^2 + 3 d f) + V d, for L layers, hidden size d,
     intermediate size f, vocabulary V, sequence length T. N is the weights in a product: the head
-    counts, tied or not; the embedding, a lookup, does not. Attention is counted in full (PaLM's
-    convention); with ``causal`` the half of it that the mask leaves: 6 L d T. Norms, RoPE and
-    softmax are left out, and so is what is computed again.
+    counts, tied or not; the embedding, a lookup, does not. Attention is counted by the half of it
+    that the causal mask leaves. Norms, RoPE and softmax are left out, and so is what is computed
+    again.
     """
     d, layers = config.hidden_size, config.num_hidden_layers
     weights = layers * (4 * d * d + 3 * d * config.intermediate_size) + config.vocab_size * d
-    return 6 * weights + (6 if causal else 12) * layers * d * seq_len
+    return 6 * weights + 6 * layers * d * seq_len

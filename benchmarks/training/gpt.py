@@ -36,8 +36,7 @@ class Attention(nn.Module):
         heads = self.qkv(x).unflatten(2, (3, self.heads, -1))
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # each [B, heads, T, head_dim]
         x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = self.out(x.transpose(1, 2).flatten(2))
-        return x
+        return self.out(x.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -49,8 +48,7 @@ class MLP(nn.Module):
         self.out = nn.Linear(4 * config.width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.out(F.gelu(self.up(x)))
-        return x
+        return self.out(F.gelu(self.up(x)))
 
 
 class Block(nn.Module):
@@ -65,8 +63,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x))
-        x = x + self.mlp(self.mlp_norm(x))
-        return x
+        return x + self.mlp(self.mlp_norm(x))
 
 
 class GPT(nn.Module):

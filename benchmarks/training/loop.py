@@ -1,6 +1,5 @@
 """The training loop of all commands."""
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -8,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.files import write_json
+from benchmarks.common.files import read_json, write_json
 from benchmarks.common.provenance import provenance
 from benchmarks.common.timing import Spans, step_spans
 from benchmarks.data.corpus import Corpus
@@ -157,7 +156,7 @@ def finished(
     if path is None or not path.exists():
         return {}
     try:
-        row = json.loads(path.read_text(encoding="utf-8"))
+        row = read_json(path)
         same = row["fingerprint"] == fingerprint(config, corpus)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} cannot be read ({error}); delete it to run again") from None

@@ -27,8 +27,7 @@ def vocab_size(name: str) -> int:
     if not is_config(name):
         return get_config(name).vocab_size
     model: Any = from_config(name, "meta")
-    size: int = model.config.get_text_config().vocab_size
-    return size
+    return model.config.get_text_config().vocab_size
 
 
 def config_sha256(name: str) -> str:

@@ -81,7 +81,7 @@ class Run:
             raise ValueError(f"release is for one process; leave out --parallel {parallel.kind}")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.precision = resolve_precision(config)
-        self.model = self.make_model()
+        self.model = make_model(config.model, corpus.vocab_size, seed=config.seed)
         if config.weights:
             load_weights(self.model, Path(config.weights))
         convert_model(self.model, config.lowrank, config.seed)
@@ -114,10 +114,6 @@ class Run:
         self.seconds = 0.0
         self.curve: list[tuple[int, float]] = []
         self.valid_curve: list[tuple[int, float]] = []
-
-    def make_model(self) -> nn.Module:
-        """Return the model that the configuration names, drawn from the seed."""
-        return make_model(self.config.model, self.corpus.vocab_size, seed=self.config.seed)
 
     def autocast(self) -> Any:
         """Return the autocast context of this run's precision."""
@@ -180,8 +176,7 @@ class Run:
     def _loss(self, inputs: Tensor, labels: Tensor) -> Tensor:
         if self.graphed:
             torch.compiler.cudagraph_mark_step_begin()
-        loss: Tensor = self.forward(self._moved(inputs), self._moved(labels))
-        return loss
+        return self.forward(self._moved(inputs), self._moved(labels))
 
     def _moved(self, tokens: Tensor) -> Tensor:
         """Copy tokens to the device without synchronizing."""

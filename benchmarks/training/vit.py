@@ -13,10 +13,9 @@ class ViT(nn.Module):
     Patches of 4 x 4 pixels, learned positions, the mean of the patches, a linear head.
     """
 
-    def __init__(
-        self, *, width: int = 96, layers: int = 4, heads: int = 4, patch: int = 4, seed: int = 0
-    ) -> None:
+    def __init__(self, *, seed: int = 0) -> None:
         super().__init__()
+        width, layers, heads, patch = 96, 4, 4, 4
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.patches = nn.Conv2d(1, width, patch, stride=patch)

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import tiny_benchmarks
+from tiny_benchmarks import text_words, train_words
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from benchmarks.__main__ import main
@@ -20,23 +21,8 @@ from optimzoo.models.llama import CONFIGS
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """The tiny text, model and plan, and an empty folder of results."""
-    monkeypatch.setitem(CONFIGS, "tiny", tiny_benchmarks.TINY)
-    monkeypatch.setattr(plan, "_CONFIGS", tmp_path / "configs")
-    monkeypatch.setattr(plan, "_RESULTS", tmp_path / "results")
-    monkeypatch.chdir(tmp_path)
     tiny_benchmarks.tiny_corpus(tmp_path)
-    return tmp_path
-
-
-def text(folder) -> list[str]:
-    names = [str(folder / f"{split}.txt") for split in ("valid", "test", "train")]
-    return ["--data", *names, "--cache-dir", str(folder / "cache")]
-
-
-def train_words(folder, **options) -> list[str]:
-    sizes = {"model": "tiny", "steps": 4, "batch-size": 4, "seq-len": 16, "eval-tokens": 256}
-    values = {"optimizer": "sgd", "lr": 0.1, **sizes, **options}
-    return ["train", *(f"--{name}={value}" for name, value in values.items()), *text(folder)]
+    return tiny_benchmarks.patched(monkeypatch, tmp_path)
 
 
 def test_a_loss_beyond_exp_has_diverged(folder, capsys):
@@ -79,7 +65,7 @@ def test_missing_values_are_found_before_anything_is_read_or_deleted(folder, cap
     kept = folder / "out" / "runs" / "some" / "row.json"
     kept.parent.mkdir(parents=True)
     kept.write_text("{}")
-    words = ["compare", "--plan=tiny", "--fresh", "--out=out", *text(folder)]
+    words = ["compare", "--plan=tiny", "--fresh", "--out=out", *text_words(folder)]
     assert main(words) == 2
     error = "error: plan tiny has no tuned values; run compare --tune first\n"
     assert capsys.readouterr().err == error
@@ -135,7 +121,7 @@ def test_every_worker_saves_however_long_its_step(folder, monkeypatch, capsys):
 
     monkeypatch.setattr(run_queue, "wait", stopped)
     only = ["--optimizers", "scale", "--protocol", "paper", "--jobs=2", "--out=out"]
-    assert main(["compare", "--plan=tiny", "--tune", *only, *text(folder)]) == 130
+    assert main(["compare", "--plan=tiny", "--tune", *only, *text_words(folder)]) == 130
     assert "Traceback" not in capsys.readouterr().err
     saved = sorted(runs.glob("*/checkpoints/latest"))
     assert ["lr-0.01-" in str(saved[0]), "lr-0.02-" in str(saved[1])] == [True, True]

@@ -91,3 +91,10 @@ def assert_same(one: Corpus, other: Corpus) -> None:
     assert one.sha256 == other.sha256
     for split in SPLITS:
         np.testing.assert_array_equal(getattr(one, split), getattr(other, split))
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle of a file."""
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)

@@ -70,6 +70,22 @@ def write_text(folder: Path) -> list[Path]:
     return [folder / name for name in cuts]
 
 
+def text_words(folder: Path) -> list[str]:
+    """The options for these files, which are written if they are not there."""
+    names = [folder / f"{split}.txt" for split in ("valid", "test", "train")]
+    if not names[0].exists():
+        write_text(folder)
+    return ["--data", *map(str, names), "--cache-dir", str(folder / "cache")]
+
+
+def train_words(folder: Path, **options: object) -> list[str]:
+    """`train` with the model `tiny` on the text of a folder, by default with SGD."""
+    sizes = {"model": "tiny", "steps": 4, "batch_size": 4, "seq_len": 16, "eval_tokens": 256}
+    values = {"optimizer": "sgd", "lr": 0.1, **sizes, **options}
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+    return ["train", *words, *text_words(folder)]
+
+
 def tiny_corpus(folder: Path) -> Corpus:
     return load(write_text(folder), folder / "cache", vocab_size=VOCAB)
 
@@ -80,6 +96,13 @@ def saved_step(out: Path) -> int:
     step = checkpoints.steps()[-1]
     assert json.loads(checkpoints.load(step)[0]["progress"])[0] == step
     return step
+
+
+def assert_same_bits(row: dict[str, Any], straight: dict[str, Any]) -> None:
+    """Compare the rows of a run that went on and of one that was not interrupted."""
+    for key in ("curve", "valid_curve", "valid_loss", "test_loss", "state_bytes", "diverged"):
+        assert row[key] == straight[key], key
+    assert not row["diverged"]
 
 
 def stop_at(last: int) -> Callable[[int, float, float], None]:

@@ -30,17 +30,6 @@ from benchmarks.data import tokenizer as tokens
 from benchmarks.data.batches import Batches, iterate_eval
 from benchmarks.data.sources import SPLITS, split_of, stdlib_source
 
-
-@pytest.fixture
-def corpus_file(tmp_path: Path) -> Path:
-    return write_jsonl(tmp_path / "small.jsonl", make_texts())
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "cache" / "tokens"
-
-
 # Splits and tokens
 
 
@@ -188,14 +177,13 @@ def test_batches_cover_every_window_once_an_epoch(dtype: type) -> None:
     assert all(sorted(epoch) == list(range(0, 60_000, 100)) for epoch in epochs)
     assert all(epoch != sorted(epoch) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-    assert windows_of(batches) == epochs[0]
 
 
 @pytest.mark.parametrize(("tokens", "windows"), [(700, 99), (701, 100), (702, 100), (707, 100)])
 def test_batches_drop_what_fills_no_batch(tokens: int, windows: int) -> None:
     batches = Batches(np.arange(tokens, dtype=np.uint16), batch_size=8, seq_len=7, seed=0)
     assert len(batches) == 12
-    found = windows_of(batches)
+    found = windows_of(batches[step] for step in range(12))
     assert len(set(found)) == len(found) == 96
     assert set(found) <= set(range(0, 7 * windows, 7))
     later = windows_of(batches[step] for step in range(120))

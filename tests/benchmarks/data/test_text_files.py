@@ -12,16 +12,6 @@ from benchmarks.data import corpus as data
 from benchmarks.data import text_files
 
 
-@pytest.fixture
-def corpus_file(tmp_path: Path) -> Path:
-    return write_jsonl(tmp_path / "small.jsonl", make_texts())
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "cache" / "tokens"
-
-
 @pytest.mark.parametrize("packed", PACK)
 @pytest.mark.parametrize("kind", [".txt", ".jsonl"])
 def test_formats(tmp_path: Path, cache: Path, kind: str, packed: str) -> None:

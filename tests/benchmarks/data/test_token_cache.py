@@ -25,6 +25,7 @@ from data_helpers import (
     VOCAB,
     assert_same,
     entries,
+    flip,
     load,
     make_texts,
     unfinished,
@@ -37,16 +38,6 @@ from benchmarks.data.sources import SPLITS
 from benchmarks.training.cli import add_corpus_arguments, corpus_from
 from benchmarks.training.config import RunConfig, fingerprint
 from optimzoo.models import llama
-
-
-@pytest.fixture
-def corpus_file(tmp_path: Path) -> Path:
-    return write_jsonl(tmp_path / "small.jsonl", make_texts())
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "cache" / "tokens"
 
 
 def forbid_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,12 +255,6 @@ def test_copied_tokens_are_unpacked_once(
     assert {path.name for path in copied.iterdir()} == names | packed
     monkeypatch.setattr(lzma, "decompress", None)
     assert_same(text, load([str(copied)], copied))
-
-
-def flip(path: Path) -> None:
-    raw = bytearray(path.read_bytes())
-    raw[len(raw) // 2] ^= 1
-    path.write_bytes(raw)
 
 
 COPY_DAMAGE = {

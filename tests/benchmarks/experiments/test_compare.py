@@ -17,7 +17,7 @@ from benchmarks.__main__ import main
 from benchmarks.common.progress import RunProgress, SideBySide
 from benchmarks.common.provenance import made_on
 from benchmarks.experiments import plan, run_queue, summary
-from benchmarks.experiments.plan import Plan
+from benchmarks.experiments.plan import Plan, rows_of
 from benchmarks.experiments.run_queue import merged
 from benchmarks.report import readme as report
 from benchmarks.report import tuned_rates
@@ -29,9 +29,8 @@ PAIRS = [(m, p) for m in ("adamw", "scale") for p in ("tuned", "paper")]
 
 
 def run(folder: Path, *options: object) -> int:
-    text = [folder / f"{name}.txt" for name in ("valid", "test", "train")]
-    words = ["compare", "--plan=tiny", "--jobs=1", "--out=out", *options]
-    return main([*map(str, [*words, "--data", *text, "--cache-dir", folder / "cache"])])
+    words = ["compare", "--plan=tiny", "--jobs=1", "--out=out", *map(str, options)]
+    return main([*words, *tiny_benchmarks.text_words(folder)])
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +70,7 @@ def test_tuning_runs_the_search_and_stores_its_rows(folder):
     assert not any("curve" in row for row in rows) and all("provenance" in row for row in rows)
     tiny = Plan("tiny")
     for method, protocol in PAIRS:
-        mine = [r for r in rows if (r["method"], r["protocol"]) == (method, protocol)]
+        mine = rows_of(rows, method, protocol)
         assert all(r["config"]["seed"] == 0 and r["test_loss"] is None for r in mine)
         assert tiny.tuning_runs(method, protocol, mine) == []
         assert tiny.edges(method, protocol, mine) == []
@@ -79,11 +78,11 @@ def test_tuning_runs_the_search_and_stores_its_rows(folder):
         chosen = tiny.chosen(method, protocol, 7).config
         assert point({"config": vars(chosen)}) == point(best)
         assert (chosen.seed, chosen.steps, chosen.model) == (7, 6, "tiny")
-    tuned = [point(r) for r in rows if (r["method"], r["protocol"]) == ("adamw", "tuned")]
+    tuned = [point(r) for r in rows_of(rows, "adamw", "tuned")]
     assert len({p["embedding_lr"] for p in tuned}) >= 3 and len({p["lr"] for p in tuned}) >= 3
     assert {p["clip"] for p in tuned} == {0.0, 1.0}
     assert {tuple(p["betas"]) for p in tuned} == {(0.9, 0.95), (0.9, 0.99)}
-    scale = [r["config"] for r in rows if (r["method"], r["protocol"]) == ("scale", "paper")]
+    scale = [r["config"] for r in rows_of(rows, "scale", "paper")]
     assert {c["other_lr"] for c in scale} == {0.02} and {c["clip"] for c in scale} == {0.0}
 
 
@@ -105,7 +104,7 @@ def test_a_search_that_was_stopped_keeps_the_rows_it_had_not_come_to(folder, tmp
     rows = tuning_rows(folder)
     path = tmp_path / "tune.json"
     path.write_text(json.dumps({"rows": rows}))
-    first, *later = [r for r in rows if (r["method"], r["protocol"]) == ("adamw", "tuned")]
+    first, *later = rows_of(rows, "adamw", "tuned")
     again = first | {"seconds": 1e6}
     others = [r for r in rows if (r["method"], r["protocol"]) != ("adamw", "tuned")]
     stopped = merged(path, [again], ended=False)
@@ -131,10 +130,7 @@ def test_the_committed_plan_searches_alike_for_every_method():
     nano = Plan("nano")
     assert set(nano.select(None)) == {"sgd", "adamw", "muon", "scale"} <= set(nano.methods)
     configs = []
-    for protocol, axes in (
-        ("tuned", (*((name,) for name in RATES), RATES)),
-        ("paper", (("lr",),)),
-    ):
+    for protocol, axes in (("tuned", (*((name,) for name in RATES), RATES)), ("paper", (("lr",),))):
         pairs = nano.pairs(nano.methods, [protocol])
         for method, _ in pairs:
             search = nano.search(method, protocol)
@@ -165,22 +161,11 @@ def test_compare_prints_the_table_and_writes_the_files(tuned, folder, capsys):
         (m, p) for p in ("tuned", "paper") for m in ("adamw", "scale")
     ]
     for row in rows:
-        assert point(row) == point(
-            min(
-                (
-                    r
-                    for r in tuning_rows(folder)
-                    if r["method"] == row["method"] and r["protocol"] == row["protocol"]
-                ),
-                key=lambda r: r["valid_loss"],
-            )
-        )
+        mine = rows_of(tuning_rows(folder), row["method"], row["protocol"])
+        assert point(row) == point(min(mine, key=lambda r: r["valid_loss"]))
         label = PLAN["methods"][row["method"]]["label"]
-        cell = f"{math.exp(row['test_loss']):.2f}"
-        assert any(
-            line.split()[:2] == [label, row["protocol"]] and line.split()[3] == cell
-            for line in printed
-        )
+        cells = [label, row["protocol"], f"{math.exp(row['test_loss']):.2f}"]
+        assert any([*words[:2], *words[3:4]] == cells for words in map(str.split, printed))
     markdown = (folder / "out" / "table.md").read_text()
     assert markdown.startswith("# tiny\n\n| method | protocol |")
     assert sum(line.startswith(("| AdamW", "| SCALE")) for line in markdown.splitlines()) == 4

@@ -19,23 +19,21 @@ pytestmark = [
 ]
 
 
+def tuned_folder(folder: Path, *, steps: int) -> Path:
+    """The tiny text and plan, and tuning rows made up for it."""
+    tiny_benchmarks.tiny_corpus(folder)
+    write_plan(folder, steps=steps)
+    row = {"protocol": "tuned", "valid_loss": 1.0}
+    row["config"] = {"lr": 1e-2, "other_lr": 2e-2, "clip": 1.0}
+    rows = [row | {"method": method} for method in ("adamw", "scale")]
+    (folder / "results").mkdir()
+    (folder / "results" / "tiny-tune.json").write_text(json.dumps({"rows": rows}))
+    return folder
+
+
 @pytest.fixture
 def folder(tmp_path):
-    """The tiny text and plan, and tuning rows made up for it."""
-    tiny_benchmarks.tiny_corpus(tmp_path)
-    write_plan(tmp_path, steps=6)
-    rows = [
-        {
-            "method": method,
-            "protocol": "tuned",
-            "valid_loss": 1.0,
-            "config": {"lr": 1e-2, "other_lr": 2e-2, "clip": 1.0},
-        }
-        for method in ("adamw", "scale")
-    ]
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "tiny-tune.json").write_text(json.dumps({"rows": rows}))
-    return tmp_path
+    return tuned_folder(tmp_path, steps=6)
 
 
 def write_plan(folder: Path, *, steps: int) -> None:
@@ -46,8 +44,7 @@ def write_plan(folder: Path, *, steps: int) -> None:
 
 def compare(folder: Path, jobs: int, out: str, *options: str) -> list[str]:
     words = ["compare", "--plan=tiny", "--protocol=tuned", f"--jobs={jobs}", f"--out={out}"]
-    text = [str(folder / f"{name}.txt") for name in ("valid", "test", "train")]
-    return [*words, *options, "--data", *text, "--cache-dir", str(folder / "cache")]
+    return [*words, *options, *tiny_benchmarks.text_words(folder)]
 
 
 def session_of(leader: int) -> list[str]:

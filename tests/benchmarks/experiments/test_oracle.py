@@ -196,7 +196,7 @@ def test_the_batches_are_the_text_and_the_next_character(text):
 
 def test_the_loss_is_that_of_the_whole_validation_split(text):
     corpus = character_corpus(text, seq_len=64)
-    config = oracle.make_config("adamw", {}, 0, corpus)
+    config = oracle.make_config(0, corpus)
     run = Run(config, corpus)
     weights, losses = weights_of(run.model), []
     for start in range(0, len(corpus.valid) - 64, 64):
@@ -227,7 +227,7 @@ def test_a_text_that_will_not_do_is_refused(tmp_path, capsys, name, size, messag
 
 
 def test_the_learning_rate_is_nanogpts(text):
-    config = oracle.make_config("adamw", {}, 0, character_corpus(text, 64))
+    config = oracle.make_config(0, character_corpus(text, 64))
 
     def published(step):  # after its warm-up, which reaches 1e-3 a step later than ours
         decay = (step - 100) / (2000 - 100)
@@ -241,7 +241,7 @@ def test_the_learning_rate_is_nanogpts(text):
 
 
 def test_matrices_decay_and_vectors_do_not(text):
-    config = oracle.make_config("adamw", {}, 0, character_corpus(text, 64))
+    config = oracle.make_config(0, character_corpus(text, 64))
     model = GPT(PUBLISHED)
     optimizer = make_optimizer(config, model)
     assert type(optimizer) is torch.optim.AdamW
@@ -263,15 +263,6 @@ def test_the_tied_weight_is_the_head_also_of_few_characters(config):
     assert roles["norm.weight"] == "vector"
 
 
-@pytest.mark.parametrize("name", oracle.METHODS)
-def test_each_method_takes_its_rates_by_role(text, name):
-    config = oracle.make_config(name, {}, 0, character_corpus(text, 64))
-    groups = make_optimizer(config, GPT(PUBLISHED)).param_groups
-    lr, *others = oracle.rates_of({"config": vars(config)})
-    expected = dict(zip(("hidden", "embedding", "head", "vector"), [lr, *others], strict=True))
-    assert {group["role"]: group["lr"] for group in groups} == expected
-
-
 # The verdict.
 
 
@@ -285,10 +276,7 @@ def test_each_method_takes_its_rates_by_role(text, name):
             [1.92, 1.89, 1.9],
             "validation loss 1.903 (3 seeds: 1.890 to 1.920), published 1.88 ± 0.03: agrees",
         ),
-        (
-            [1.88, None],
-            "validation loss diverged (2 seeds: -), published 1.88 ± 0.03: differs",
-        ),
+        ([1.88, None], "validation loss diverged (2 seeds: -), published 1.88 ± 0.03: differs"),
         ([None], "validation loss diverged, published 1.88 ± 0.03: differs"),
     ],
 )
@@ -339,18 +327,9 @@ def test_a_run_is_the_same_again(text, tmp_path, short):
 
 
 def test_a_run_that_diverges_differs(text, tmp_path, capsys, monkeypatch, short):
-    method = oracle.Method("AdamW", {"lr": 1e30}, {"weight_decay": 0.0})
-    monkeypatch.setitem(oracle.METHODS, "adamw", method)
+    monkeypatch.setitem(oracle.ADAMW, "weight_decay", 1e30)
     assert run(text, tmp_path / "out") == 1
     assert capsys.readouterr().out.splitlines()[-1].startswith("validation loss diverged, ")
-
-
-def test_stored_rows_of_other_methods_stay(tmp_path):
-    path = tmp_path / "shakespeare.json"
-    for method, loss in (("adamw", 1), ("scale", 2), ("adamw", 3)):
-        oracle.store(path, [{"method": method, "valid_loss": loss}])
-    rows = json.loads(path.read_text())["rows"]
-    assert [(row["method"], row["valid_loss"]) for row in rows] == [("scale", 2), ("adamw", 3)]
 
 
 def test_another_text_is_named_and_not_stored(text, tmp_path, capsys, short):
@@ -360,14 +339,9 @@ def test_another_text_is_named_and_not_stored(text, tmp_path, capsys, short):
     assert "--store: " in capsys.readouterr().err
 
 
-def test_options_without_effect_are_refused(text, tmp_path, capsys):
-    for words, message in [
-        (["--lr", "0.1"], "--lr 0.1: it is for one method beside adamw"),
-        (["--optimizers", "all", "adamw"], "--optimizers takes all or some, not both"),
-        (["--seeds", "0"], "--seeds is 0; it must be at least 1"),
-    ]:
-        assert run(text, tmp_path / "out", *words) == 2
-        assert message in capsys.readouterr().err
+def test_no_seed_is_refused(text, tmp_path, capsys):
+    assert run(text, tmp_path / "out", "--seeds", 0) == 2
+    assert "--seeds is 0; it must be at least 1" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -375,7 +349,7 @@ def test_the_committed_run_agrees():
     path = oracle.RESULTS / "shakespeare.json"
     stored = json.loads(path.read_text(encoding="utf-8"))
     assert stored["published"] == oracle.PUBLISHED
-    rows = [row for row in stored["rows"] if row["method"] == "adamw"]
+    rows = stored["rows"]
     assert [row["config"]["seed"] for row in rows] == [0, 1, 2]
     for row in rows:
         assert row["corpus"]["sha256"] == oracle.PUBLISHED["sha256"]
@@ -384,9 +358,9 @@ def test_the_committed_run_agrees():
     assert oracle.verdict([row["valid_loss"] for row in rows])[1]
 
 
-def test_the_model_of_a_run_is_a_method_of_it(text):
+def test_a_run_has_the_model_that_its_seed_draws(text):
     corpus = character_corpus(text, 64)
-    run = Run(oracle.make_config("adamw", {}, 4, corpus), corpus)
+    run = Run(oracle.make_config(4, corpus), corpus)
     assert isinstance(run.model, GPT)
     expected = GPT(GPTConfig(corpus.vocab_size), seed=4)
     assert all(map(torch.equal, run.model.parameters(), expected.parameters()))

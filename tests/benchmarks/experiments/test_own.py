@@ -92,9 +92,7 @@ def folder(monkeypatch, tmp_path):
 
 
 def run(folder: Path, command: str, *options: object) -> int:
-    text = [folder / f"{name}.txt" for name in ("valid", "test", "train")]
-    words = [command, *options, "--data", *text, "--cache-dir", folder / "cache"]
-    return main([*map(str, words)])
+    return main([command, *map(str, options), *tiny_benchmarks.text_words(folder)])
 
 
 def compare(folder: Path, *options: object) -> int:
@@ -197,19 +195,10 @@ def test_the_search_is_that_of_the_others(folder):
     assert mine["tuned"]["choices"] == adamw["tuned"]["choices"]
     assert mine["paper"] == {"start": adamw["paper"]["start"], "hyper": {"weight_decay": 0.0}}
     sign = record(folder, "mine.py:Sign")["tuned"]
-    assert sign["choices"] == {
-        "clip": [1.0, 0.0],
-        "momentum": [0.8, 0.9],
-        "weight_decay": [0.0, 0.1],
-    }
-    assert list(sign["start"]) == [
-        "lr",
-        "embedding_lr",
-        "head_lr",
-        "clip",
-        "momentum",
-        "weight_decay",
-    ]
+    choices = {"clip": [1.0, 0.0], "momentum": [0.8, 0.9], "weight_decay": [0.0, 0.1]}
+    assert sign["choices"] == choices
+    names = ["lr", "embedding_lr", "head_lr", "clip", "momentum", "weight_decay"]
+    assert list(sign["start"]) == names
     # What is given is fixed; a start moves the search, and is in it.
     given = {"hyper": {"momentum": 0.7}, "start": {"lr": 0.5, "weight_decay": 0.05}}
     sign = record(folder, "mine.py:Sign", **given)

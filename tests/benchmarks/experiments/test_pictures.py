@@ -12,8 +12,8 @@ import pytest
 from benchmarks.common.files import ROOT
 from benchmarks.experiments import labels, pictures
 from benchmarks.experiments.colors import COLORS, OTHERS, method_colors
-from benchmarks.experiments.plan import Plan
-from benchmarks.experiments.summary import read_rows, summarise
+from benchmarks.experiments.plan import Plan, read_rows
+from benchmarks.experiments.summary import summarise
 
 PLANS = {plan.name: plan for plan in Plan.stored()}
 
@@ -90,7 +90,7 @@ def test_a_diverged_run_is_not_drawn():
     assert len(extents(pictures.memory_figure(PLANS["nano"], records))) == len(records) - 1
     for record in records:
         record["perplexity"] = math.nan
-    assert pictures.memory(PLANS["nano"], records).startswith(b"\x89PNG")
+    assert pictures.saved(pictures.memory_figure(PLANS["nano"], records)).startswith(b"\x89PNG")
 
 
 def test_names_of_one_point_are_set_apart():

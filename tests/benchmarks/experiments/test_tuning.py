@@ -9,9 +9,7 @@ from benchmarks.experiments.tuning import FACTOR, Search, is_rate, middle, scale
 START = {"embedding_lr": 0.08, "head_lr": 0.02, "lr": 0.01, "clip": 1.0, "betas": [0.9, 0.99]}
 BETAS = [[0.9, 0.95], [0.9, 0.98], [0.9, 0.99], [0.9, 0.999]]
 SEARCH = Search(
-    START,
-    (("embedding_lr",), ("head_lr",), ("lr",)),
-    {"clip": [1.0, 0.0], "betas": BETAS},
+    START, (("embedding_lr",), ("head_lr",), ("lr",)), {"clip": [1.0, 0.0], "betas": BETAS}
 )
 
 

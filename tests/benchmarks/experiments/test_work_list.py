@@ -1,17 +1,15 @@
 """One list of runs, several processes: each run once, and a dead process's runs go on."""
 
-import json
 import os
 import signal
 import time
 from pathlib import Path
 
 import pytest
-import tiny_benchmarks
-from test_compare_jobs import compare, rows_of, write_plan
+from test_compare_jobs import compare, rows_of, tuned_folder
 from tiny_benchmarks import start
 
-from benchmarks.experiments.run_lock import lock_run
+from benchmarks.experiments.run_queue import lock_run
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
 
@@ -41,16 +39,7 @@ def test_a_dead_process_loses_its_run_at_once(tmp_path):
 @pytest.fixture
 def folder(tmp_path):
     """A plan of two runs, each longer than one process may start behind the other."""
-    tiny_benchmarks.tiny_corpus(tmp_path)
-    write_plan(tmp_path, steps=1500)
-    rows = [
-        {"method": m, "protocol": "tuned", "config": {"lr": 1e-2, "other_lr": 2e-2, "clip": 1.0}}
-        for m in ("adamw", "scale")
-    ]
-    (tmp_path / "results").mkdir()
-    text = json.dumps({"rows": [{**row, "valid_loss": 1.0} for row in rows]})
-    (tmp_path / "results" / "tiny-tune.json").write_text(text)
-    return tmp_path
+    return tuned_folder(tmp_path, steps=1500)
 
 
 @pytest.mark.distributed

@@ -1,18 +1,14 @@
 """Model flops: the formula beside a count of the operations that torch makes."""
 
 import json
-from functools import partial
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.__main__ import main
-from benchmarks.training import flops
-from benchmarks.training.flops import peak_flops, speed_text
+from benchmarks.training.flops import flops_per_token, peak_flops, speed_text
 from optimzoo.models.llama import Llama, LlamaConfig, get_config
-
-flops_per_token = partial(flops.flops_per_token, causal=True)
 
 
 @pytest.mark.parametrize("config", [LlamaConfig(96, 32, 80, 3, 4), LlamaConfig(64, 16, 24, 1, 2)])

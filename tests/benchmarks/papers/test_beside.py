@@ -25,20 +25,12 @@ SCALE = TABLES["scale-main"]
 
 def test_every_method_of_a_table_is_published_or_ours_alone():
     for name, table in TABLES.items():
-        values = perplexity_tables.paper_values(table, table.methods)
+        values = perplexity_tables.paper_values(table)
         known = {method for by_size in values.values() for method in by_size}
         assert known == {m for m, paper in table.methods.items() if paper}, name
         assert table.size in values and table.reference in values[table.size]
-        found = (
-            [
-                m
-                for _, m in perplexity_tables.methods_of(
-                    table, perplexity_tables.plans_at(table, "nano")
-                )
-            ]
-            if (table.plans != ("full",))
-            else [m for _, m in perplexity_tables.methods_of(table, [Plan("full")])]
-        )
+        size = "60m" if table.plans == ("full",) else "nano"
+        found = [method for _, method in perplexity_tables.methods_at(table, size)]
         assert set(found) >= known - {"muon", "swan", "stable_spam"}, name
 
 
@@ -54,7 +46,7 @@ def test_ratios_ranks_and_tau_are_those_of_the_rows():
     assert made["scale_spectral"]["paper"] is None and "rank" not in made["scale_spectral"]
     common = [m for m in made if SCALE.methods[m]]
     assert sorted(made[m]["rank"] for m in common) == list(range(1, len(common) + 1))
-    paper = perplexity_tables.paper_values(SCALE, SCALE.methods)["60M"]
+    paper = perplexity_tables.paper_values(SCALE)["60M"]
     assert made[min(common, key=lambda m: paper[m])]["paper_rank"] == 1
     agree = [
         math.copysign(1, (paper[a] - paper[b]) * (means[a] - means[b]))
@@ -68,9 +60,9 @@ def test_ratios_ranks_and_tau_are_those_of_the_rows():
 
 def test_a_table_takes_its_figures_from_one_version_of_the_paper():
     """Both versions of SCALE's main table are there, and differ at 1B alone."""
-    methods = {m: name for m, name in SCALE.methods.items() if name}
+    methods = {method for method, name in SCALE.methods.items() if name}
     by_version = {
-        version: perplexity_tables.paper_values(replace(SCALE, version=version), methods)
+        version: perplexity_tables.paper_values(replace(SCALE, version=version))
         for version in ("v1", "v3")
     }
     five = ("adamw", "muon", "galore", "apollo_mini", "scale")
@@ -80,13 +72,13 @@ def test_a_table_takes_its_figures_from_one_version_of_the_paper():
     }
     for version, column in columns.items():
         assert by_version[version]["1B"].items() >= column.items()
-    assert by_version["v3"]["1B"] == columns["v3"] and set(by_version["v1"]["1B"]) == set(methods)
+    assert by_version["v3"]["1B"] == columns["v3"] and set(by_version["v1"]["1B"]) == methods
     for size in ("60M", "130M", "350M"):
         assert by_version["v1"][size].items() >= by_version["v3"][size].items()
 
     used = {name: table.version for name, table in TABLES.items() if table.paper == "SCALE"}
     assert used == {"scale-main": "v1", "scale-ablation": "v3", "full": "v1"}
-    assert perplexity_tables.paper_values(SCALE, methods) == by_version["v1"]
+    assert perplexity_tables.paper_values(SCALE) == by_version["v1"]
     for name, version in used.items():
         notes = perplexity_tables.lines_below(TABLES[name], [])
         assert any(line.startswith(f"paper: {version}, C4 at 60M.") for line in notes)
@@ -94,19 +86,15 @@ def test_a_table_takes_its_figures_from_one_version_of_the_paper():
 
 
 def test_the_order_of_the_records_does_not_matter(monkeypatch):
-    values = {
-        name: perplexity_tables.paper_values(table, table.methods) for name, table in TABLES.items()
-    }
+    values = {name: perplexity_tables.paper_values(table) for name, table in TABLES.items()}
     backwards = published()[::-1]
     monkeypatch.setattr(perplexity_tables, "published", lambda: backwards)
     for name, table in TABLES.items():
-        assert perplexity_tables.paper_values(table, table.methods) == values[name]
+        assert perplexity_tables.paper_values(table) == values[name]
 
 
 def test_log_perplexities_become_perplexities():
-    values = perplexity_tables.paper_values(
-        TABLES["natural-galore"], TABLES["natural-galore"].methods
-    )
+    values = perplexity_tables.paper_values(TABLES["natural-galore"])
     assert values["60M"]["galore"] == pytest.approx(math.exp(3.56))
     assert set(values) == {"60M", "130M", "350M", "1.1B"}
 
@@ -229,9 +217,8 @@ def test_the_first_decision_is_everyones(tmp_path):
 def words(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
-    texts = [str(path) for path in tiny_benchmarks.write_text(tmp_path)]
     few = ["--methods", "adamw", "galore", "--seeds", "1", "--jobs", "1", "--out", "out"]
-    return [*few, "--data", *texts, "--cache-dir", str(tmp_path / "cache")]
+    return [*few, *tiny_benchmarks.text_words(tmp_path)]
 
 
 def test_the_command_tunes_trains_and_writes(words, tmp_path, capsys, monkeypatch):

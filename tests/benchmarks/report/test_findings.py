@@ -6,9 +6,9 @@ import pytest
 
 from benchmarks.common.files import ROOT
 from benchmarks.experiments import cast
-from benchmarks.experiments.plan import Plan
+from benchmarks.experiments.plan import Plan, read_rows
 from benchmarks.experiments.significance import paired
-from benchmarks.experiments.summary import read_rows, summarise
+from benchmarks.experiments.summary import summarise
 from benchmarks.papers import perplexity_tables
 from benchmarks.report import findings
 

@@ -5,17 +5,16 @@ import math
 
 import pytest
 
-from benchmarks.experiments.plan import Plan
-from benchmarks.experiments.summary import read_rows
+from benchmarks.experiments.plan import Plan, read_rows
 from benchmarks.report import tuned_rates
 
 
 def test_the_file_is_made_from_the_committed_rows():
-    assert tuned_rates.stored() == tuned_rates.text()
+    assert tuned_rates.PATH.read_text(encoding="utf-8") == tuned_rates.text()
 
 
 def test_its_rates_are_the_middle_of_the_rows_within_2_percent_of_the_lowest_perplexity():
-    nano = json.loads(tuned_rates.stored())["nano"]
+    nano = json.loads(tuned_rates.PATH.read_text(encoding="utf-8"))["nano"]
     assert nano["batch_tokens"] == 1024 and nano["width"] == 128
     rows = [row for row in read_rows(Plan("nano").tune_path) if row["protocol"] == "tuned"]
     for record in nano["methods"]:

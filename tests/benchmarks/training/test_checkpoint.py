@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import tiny_benchmarks
 import torch
+from data_helpers import flip
+from tiny_benchmarks import assert_same_bits
 
 import benchmarks.training.run as run_module
 from benchmarks.__main__ import main
@@ -38,11 +40,6 @@ def saved(corpus, tmp_path) -> Checkpoints:
 
 def names(checkpoints: Checkpoints) -> list[str]:
     return sorted(path.name for path in checkpoints.folder.iterdir())
-
-
-def assert_same_row(row, straight) -> None:
-    for key in ("curve", "valid_loss", "test_loss", "state_bytes"):
-        assert row[key] == straight[key], key
 
 
 def test_the_last_few_are_kept_and_latest_names_the_newest(tmp_path):
@@ -124,10 +121,7 @@ def test_any_failing_call_leaves_the_checkpoint_before(call, tmp_path, monkeypat
 
 def test_the_command_on_a_full_disk(tmp_path, monkeypatch, capsys):
     tiny_benchmarks.tiny_corpus(tmp_path)
-    words = ["train", "--optimizer=adamw", "--lr=1e-3", "--model=tiny", "--steps=9"]
-    words += ["--batch-size=4", "--seq-len=16", "--out=run", "--eval-tokens=64", "--save-every=1"]
-    words += ["--data", *map(str, tiny_benchmarks.write_text(tmp_path))]
-    words += ["--cache-dir", str(tmp_path / "cache")]
+    words = tiny_benchmarks.train_words(tmp_path, steps=9, out="run", save_every=1)
     save = Checkpoints.save
 
     def filling(self, step, *rest):
@@ -144,54 +138,34 @@ def test_the_command_on_a_full_disk(tmp_path, monkeypatch, capsys):
     assert main(words) == 0
 
 
+SIZE, UNREADABLE = r"state.pt has bytes \d+, not \d+", r"manifest.json cannot be read: .*"
+DAMAGE = {
+    "short": (lambda s, _: s.write_bytes(s.read_bytes()[:-1]), SIZE),
+    "half": (lambda s, _: os.truncate(s, s.stat().st_size // 2), SIZE),
+    "long": (lambda s, _: s.write_bytes(s.read_bytes() + b"\0"), SIZE),
+    "bit": (lambda s, _: flip(s), r"state.pt has sha256 \w{64}, not \w{64}"),
+    "empty": (lambda s, _: s.write_bytes(b""), r"state.pt has bytes 0, not \d+"),
+    "gone": (lambda s, _: s.unlink(), r"state.pt is missing"),
+    "no manifest": (lambda _, m: m.unlink(), r"manifest.json is missing"),
+    "manifest half": (lambda _, m: os.truncate(m, 50), UNREADABLE),
+    "manifest bit": (
+        lambda _, m: m.write_text(m.read_text().replace('"lr": 0.5', '"lr": 0.4')),
+        r"manifest.json is not as it was written",
+    ),
+    "manifest list": (lambda _, m: m.write_text("[1]"), UNREADABLE),
+    "manifest bytes": (lambda _, m: m.write_bytes(b"\xff\xfe"), UNREADABLE),
+}
+
+
 def damage(path: Path, how: str) -> None:
     """Spoil a checkpoint's folder."""
-    state, manifest = path / "state.pt", path / "manifest.json"
-    whole = state.read_bytes()
-    if how == "short":
-        state.write_bytes(whole[:-1])
-    elif how == "half":
-        state.write_bytes(whole[: len(whole) // 2])
-    elif how == "long":
-        state.write_bytes(whole + b"\0")
-    elif how == "bit":
-        middle = len(whole) // 2
-        state.write_bytes(whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :])
-    elif how == "empty":
-        state.write_bytes(b"")
-    elif how == "gone":
-        state.unlink()
-    elif how == "no manifest":
-        manifest.unlink()
-    elif how == "manifest half":
-        manifest.write_bytes(manifest.read_bytes()[:50])
-    elif how == "manifest bit":
-        manifest.write_text(manifest.read_text().replace('"lr": 0.5', '"lr": 0.4'))
-    elif how == "manifest list":
-        manifest.write_text("[1]")
-    elif how == "manifest bytes":
-        manifest.write_bytes(b"\xff\xfe")
-
-
-DAMAGE = {
-    "short": r"state.pt has bytes \d+, not \d+",
-    "half": r"state.pt has bytes \d+, not \d+",
-    "long": r"state.pt has bytes \d+, not \d+",
-    "bit": r"state.pt has sha256 \w{64}, not \w{64}",
-    "empty": r"state.pt has bytes 0, not \d+",
-    "gone": r"state.pt is missing",
-    "no manifest": r"manifest.json is missing",
-    "manifest half": r"manifest.json cannot be read: .*",
-    "manifest bit": r"manifest.json is not as it was written",
-    "manifest list": r"manifest.json cannot be read: .*",
-    "manifest bytes": r"manifest.json cannot be read: .*",
-}
+    DAMAGE[how][0](path / "state.pt", path / "manifest.json")
 
 
 @pytest.mark.parametrize("how", DAMAGE)
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_offered(how, saved, corpus):
     damage(saved.path(4), how)
-    message = f"{re.escape(str(saved.path(4)))} is damaged: {DAMAGE[how]}; "
+    message = f"{re.escape(str(saved.path(4)))} is damaged: {DAMAGE[how][1]}; "
     offer = "--skip-damaged goes on from step-00000002, the one before it"
     with pytest.raises(ValueError, match=message + offer) as caught:
         train(SGD, corpus, out=saved.folder.parent)
@@ -208,26 +182,18 @@ def test_the_one_before_is_taken_when_asked_for(saved, corpus, monkeypatch):
     damage(saved.path(4), "bit")
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "clear", lambda self: None)
-        assert_same_row(train(SGD, corpus, out=out, save_every=2, skip_damaged=True), straight)
-    assert names(saved) == [
-        "damaged-step-00000004",
-        "latest",
-        "step-00000004",
-        "step-00000006",
-        "step-00000008",
-    ]
+        assert_same_bits(train(SGD, corpus, out=out, save_every=2, skip_damaged=True), straight)
+    whole = [f"step-0000000{step}" for step in (4, 6, 8)]
+    assert names(saved) == ["damaged-step-00000004", "latest", *whole]
     (out / "row.json").unlink()
     for step in saved.steps():
         damage(saved.path(step), "half")
-    assert_same_row(train(SGD, corpus, out=out, skip_damaged=True), straight)  # from the start
+    assert_same_bits(train(SGD, corpus, out=out, skip_damaged=True), straight)  # from the start
 
 
 def test_the_command_refuses_in_one_line_and_takes_its_own_advice(saved, tmp_path, capsys):
     damage(saved.path(4), "half")
-    text = map(str, tiny_benchmarks.write_text(tmp_path))
-    words = ["train", "--optimizer=sgd", "--lr=0.5", "--model=tiny", "--steps=9", "--seq-len=16"]
-    words += ["--batch-size=4", "--eval-tokens=256", "--out", str(saved.folder.parent)]
-    words += ["--data", *text, "--cache-dir", str(tmp_path / "cache")]
+    words = tiny_benchmarks.train_words(tmp_path, lr=0.5, steps=9, out=saved.folder.parent)
     assert main(words) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: {saved.path(4)} is damaged") and "--skip-damaged" in error
@@ -236,14 +202,8 @@ def test_the_command_refuses_in_one_line_and_takes_its_own_advice(saved, tmp_pat
 
 def test_a_checkpoint_of_other_settings_is_refused(saved, corpus, monkeypatch):
     out = saved.folder.parent
-    others = {
-        "lr": 0.25,
-        "clip": 1.0,
-        "seed": 3,
-        "optimizer": "adamw",
-        "hyper": {"momentum": 0.5},
-        "model": "tiny2",
-    }
+    others = {"lr": 0.25, "clip": 1.0, "seed": 3, "optimizer": "adamw", "model": "tiny2"}
+    others["hyper"] = {"momentum": 0.5}
     monkeypatch.setitem(CONFIGS, "tiny2", replace(tiny_benchmarks.TINY, hidden_size=24))
     before = {path: path.read_bytes() for path in saved.folder.rglob("*.*")}
     for name, value in others.items():
@@ -258,7 +218,7 @@ def test_a_checkpoint_of_other_settings_is_refused(saved, corpus, monkeypatch):
     with pytest.raises(ValueError, match=r"corpus='\w+', not 'other'"):
         train(SGD, replace(corpus, sha256="other"), out=out)
     assert {path: path.read_bytes() for path in saved.folder.rglob("*.*")} == before
-    assert_same_row(train(SGD, corpus, out=out), train(SGD, corpus))
+    assert_same_bits(train(SGD, corpus, out=out), train(SGD, corpus))
 
 
 def test_another_rank_role_or_version_is_refused_with_what_differs(corpus, tmp_path, monkeypatch):

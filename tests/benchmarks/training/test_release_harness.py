@@ -11,17 +11,8 @@ from benchmarks.training.config import RunConfig
 from benchmarks.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("tiny")
-SCALE = RunConfig(
-    "scale",
-    1e-2,
-    other_lr=2e-2,
-    model="tiny",
-    steps=9,
-    batch_size=4,
-    seq_len=16,
-    accumulate=2,
-    eval_tokens=256,
-)
+SIZES = {"steps": 9, "batch_size": 4, "seq_len": 16, "accumulate": 2, "eval_tokens": 256}
+SCALE = RunConfig("scale", 1e-2, other_lr=2e-2, model="tiny", **SIZES)
 SAME = ("curve", "valid_loss", "test_loss", "state_bytes", "tokens")
 
 
@@ -46,10 +37,8 @@ def test_interrupted_and_clipped_it_goes_on_to_the_same_bits(corpus, tmp_path):
 
 
 def test_what_cannot_be_clipped_is_refused_in_one_line(tmp_path, capsys):
-    text = map(str, tiny_benchmarks.write_text(tmp_path))
-    words = ["train", "--optimizer=adamw", "--lr=1e-2", "--model=tiny", "--steps=2", "--seq-len=16"]
-    words += ["--eval-tokens=256", "--cache-dir", str(tmp_path / "cache"), "--data", *text]
-    assert main([*words, "--clip=1", "--release"]) == 2
+    words = tiny_benchmarks.train_words(tmp_path, optimizer="adamw", clip=1)
+    assert main([*words, "--release"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]  # after the tokenizer's
     assert "AdamW cannot clip what it releases" in line
 

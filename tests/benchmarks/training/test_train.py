@@ -217,15 +217,9 @@ def test_a_run_that_diverges_says_so(corpus, tmp_path):
     assert row["diverged"] and row["valid_loss"] is None
 
 
-def command(tmp_path, *options: str) -> list[str]:
-    text = map(str, tiny_benchmarks.write_text(tmp_path))
-    sizes = {"model": "tiny", "steps": 6, "batch-size": 4, "seq-len": 16, "eval-tokens": 256}
-    sizes = [f"--{name}={value}" for name, value in sizes.items()]
-    return ["train", *options, *sizes, "--data", *text, "--cache-dir", str(tmp_path / "cache")]
-
-
 def test_the_command_prints_the_result(tmp_path, capsys):
-    words = command(tmp_path, "--optimizer", "scale", "--lr", "1e-2", "--hyper", '{"momentum": 0}')
+    options = {"optimizer": "scale", "lr": 1e-2, "hyper": '{"momentum": 0}'}
+    words = tiny_benchmarks.train_words(tmp_path, **options)
     assert main([*words, "--out", str(tmp_path / "run")]) == 0
     row = json.loads((tmp_path / "run" / "row.json").read_text())
     assert row["config"]["hyper"] == {"momentum": 0} and row["state_bytes"] < 5000
@@ -235,7 +229,7 @@ def test_the_command_prints_the_result(tmp_path, capsys):
 
 
 def test_the_command_fails_where_the_run_diverges(tmp_path, capsys):
-    assert main(command(tmp_path, "--optimizer", "sgd", "--lr", "1e6")) == 1
+    assert main(tiny_benchmarks.train_words(tmp_path, lr=1e6)) == 1
     assert capsys.readouterr().out == "sgd diverged; try a smaller --lr than 1e+06\n"
 
 

@@ -13,7 +13,7 @@ import pytest
 import tiny_benchmarks
 from processes import run_program
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_benchmarks import saved_step, stop_at
+from tiny_benchmarks import assert_same_bits, saved_step, stop_at
 from toy import run_config
 
 import benchmarks.training.loop as train_module
@@ -26,12 +26,6 @@ pytestmark = pytest.mark.usefixtures("tiny")
 METHODS = ("adamw", "muon", "scale", "galore", "natural_galore", "apollo", "stable_spam")
 HYPER = {name: run_config(name, gap=3) for name in METHODS}
 SGD = RunConfig("sgd", 0.5, model="tiny", steps=9, batch_size=4, seq_len=16, eval_tokens=256)
-
-
-def assert_same_bits(row, straight) -> None:
-    for key in ("curve", "valid_curve", "valid_loss", "test_loss", "state_bytes", "diverged"):
-        assert row[key] == straight[key], key
-    assert not row["diverged"]
 
 
 @pytest.mark.sampled(5)
@@ -126,11 +120,8 @@ def test_a_signal_during_the_last_evaluation_is_not_lost(corpus, tmp_path, monke
 def test_sigterm_saves_and_leaves_with_one_line(tmp_path):
     tiny_benchmarks.tiny_corpus(tmp_path)  # so that the process has only to open it
     out = tmp_path / "run"
-    words = ["train", "--optimizer=scale", "--lr=1e-3", "--model=tiny", "--steps=30000"]
-    words += ["--batch-size=2", "--seq-len=16", "--save-every=1", f"--out={out}"]
-    text = [str(tmp_path / f"{name}.txt") for name in ("valid", "test", "train")]
-    words += ["--data", *text, f"--cache-dir={tmp_path / 'cache'}"]
-    process = tiny_benchmarks.start(tmp_path, words)
+    options = {"optimizer": "scale", "lr": 1e-3, "steps": 30_000, "save_every": 1, "out": out}
+    process = tiny_benchmarks.start(tmp_path, tiny_benchmarks.train_words(tmp_path, **options))
     try:
         while process.poll() is None and not (out / "checkpoints" / "latest").exists():
             time.sleep(0.01)
