@@ -128,7 +128,10 @@ class Bars:
     def bar(
         self, description: str, total: int | None, unit: str
     ) -> Iterator[Callable[[int], None]]:
-        """Show one bar and yield the function that advances it; without a total it only counts."""
+        """Show a bar and yield the function that advances it; afterwards it stays, complete.
+
+        Without a total it only counts.
+        """
         task = self._progress.add_task(description, total=total, unit=unit)
         yield lambda amount: self._progress.advance(task, amount)
         done = self._progress.tasks[task].completed or 1

@@ -17,7 +17,11 @@ GROUP_CHARS = 2_000_000  # encoded at once: bounds the memory
 
 
 def train_tokenizer(source: Source, survey: Survey, vocab_size: int, bars: Bars) -> Any:
-    """Train a byte-level BPE of exactly `vocab_size` tokens on the train split."""
+    """Train and return a byte-level BPE of exactly `vocab_size` tokens, on the train split.
+
+    Raises:
+        ValueError: the text has not enough words for so many tokens.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

@@ -62,7 +62,7 @@ def fit(
     seeds: int,
     workers: int = 1,
 ) -> Cut:
-    """Return the largest cut that fits: all runs; one seed; no tuning; then fewer steps per run.
+    """Return the mildest cut that fits: all runs; one seed; no tuning; then fewer steps per run.
 
     ``final`` has one run per method, ``tuning`` the first runs of their searches (empty, if the
     rates are committed).

@@ -17,7 +17,7 @@ def is_rate(name: str) -> bool:
 
 
 def role_rates(values: Values) -> list[float]:
-    """Return the learning rates of the hidden weights, the embedding and the head."""
+    """Return the rates of the hidden weights, the embedding and the head, by default `other_lr`."""
     other = values.get("other_lr", values["lr"])
     return [values["lr"], *(values.get(f"{role}_lr", other) for role in ("embedding", "head"))]
 

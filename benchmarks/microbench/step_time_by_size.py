@@ -1,6 +1,7 @@
 """Step time by number of hidden weights, from 1 M to 1 G."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,24 @@ SIZES = [2**20, 2**22, 2**24, 2**26, 2**28, 2**30]
 SIDE = 4096  # of the largest matrix
 
 
-def matrices(size: int, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
-    """Return square matrices of at most 4096 rows with ``size`` elements in total."""
+def shape(size: int) -> tuple[int, int, int]:
+    """Return the shape of a stack of square matrices with at most ``size`` elements in total."""
     side = SIDE
     while side * side > size:
         side //= 2
-    return [torch.full((side, side), 0.5, dtype=dtype, device=device)] * (size // side**2)
+    return size // side**2, side, side
 
 
-def measure(size: int, names: list[str], dtype: torch.dtype, repeats: int) -> dict[str, float]:
-    """Return the median milliseconds of a step of each method on ``size`` hidden weights."""
+def measure(
+    matrices: tuple[int, int, int], names: list[str], dtype: torch.dtype, repeats: int
+) -> dict[str, float]:
+    """Return the median milliseconds of a step of each method on so many square matrices."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    grads = [torch.randn_like(w) for w in matrices(size, dtype, device)]
+    count, *square = matrices
+    grads = [torch.randn(square, dtype=dtype, device=device) for _ in range(count)]
     steps = {}
     for name in names:
-        params = [nn.Parameter(w.clone()) for w in matrices(size, dtype, device)]
+        params = [nn.Parameter(torch.full_like(grad, 0.5)) for grad in grads]
         for p, grad in zip(params, grads, strict=True):
             p.grad = grad
         steps[name] = ours(name, 128, 200)([{"params": params, "role": "hidden"}]).step
@@ -55,10 +59,11 @@ def main(args: argparse.Namespace) -> int:
             raise ValueError(f"--sizes {size}: a model has at least one weight")
     rows: list[dict[str, Any]] = []
     with RunProgress(len(args.sizes)) as bar:
-        for size in args.sizes:
-            bar.start(f"{size:,} weights", 1)
+        for size in map(shape, args.sizes):
+            weights = math.prod(size)
+            bar.start(f"{weights:,} weights", 1)
             ms = measure(size, args.optimizers, getattr(torch, args.dtype), args.repeats)
-            rows.append({"weights": size, "ms": ms})
+            rows.append({"weights": weights, "ms": ms})
     title = f"step of hidden weights, {args.dtype}: ms (ps a weight)"
     cells = [
         [

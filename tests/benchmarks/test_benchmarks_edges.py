@@ -156,10 +156,10 @@ def test_the_widest_table_fits(monkeypatch, capsys):
 
 def test_growth_writes_a_row_a_size(tmp_path, capsys):
     rows = tmp_path / "growth.json"
-    command = ["growth", "--sizes", "1024", "4096", "--repeats", "1", "--out", str(rows)]
+    command = ["growth", "--sizes", "1024", "5000", "--repeats", "1", "--out", str(rows)]
     assert main([*command, "--optimizers", "sgd", "scale"]) == 0
     found = json.loads(rows.read_text())["rows"]
-    assert [row["weights"] for row in found] == [1024, 4096]
+    assert [row["weights"] for row in found] == [1024, 4096]  # what is stepped, not 5,000
     assert all(set(row["ms"]) == {"sgd", "scale"} for row in found)
     assert main(["growth", "--sizes", "0"]) == 2
     assert "--sizes 0" in capsys.readouterr().err
