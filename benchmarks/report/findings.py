@@ -95,6 +95,8 @@ QUESTIONS = (
     ),
     _at("nano-lowrank-long", "restarts against none", "low_rank_restarts", "low_rank"),
     _at("nano-lowrank-long", "refactorization alone", "low_rank_refactorize", "low_rank"),
+    _at("nano-lowrank-long", "the same at its rates", "low_rank_refactorize", "low_rank_slow"),
+    _at("nano-lowrank-long", "restarts at these", "low_rank_restarts_slow", "low_rank_slow"),
     _at("nano-lowrank-long", "momentum reset alone", "low_rank_reset", "low_rank"),
     _at(_CAST, "2:4 by CAST against dense, trained as long", "cast", "continued"),
     _at(_CAST, "2:4 by CAST against a fixed mask", "cast", "fixed"),
