@@ -96,6 +96,17 @@ def test_what_scale_loses_to_adamw_is_lost_at_the_embedding_and_the_head():
     assert abs(whole.mean - roles.mean) < 2 * (whole.error + roles.error)
 
 
+def test_spectral_normalisation_gains_on_adamw_with_the_batch_and_muon_leads_at_each():
+    """docs/results.md says it."""
+    pairs = {(q.ours, q.theirs): q.difference() for q in findings.QUESTIONS}
+    verdicts = {"1k": "behind", "4k": "level", "16k": "ahead"}
+    for batch, verdict in verdicts.items():
+        plan = f"nano-{batch}"
+        spectral, adamw, muon = ((plan, m) for m in ("scale_spectral", "adamw", "muon"))
+        assert pairs[spectral, adamw].text().endswith(verdict)
+        assert "ahead" in pairs[muon, adamw].text() and "behind" in pairs[spectral, muon].text()
+
+
 def test_the_table_of_cast_is_whole_on_a_terminal_of_80_columns(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     cast.table(cast.Comparison("nano").rows).print()
