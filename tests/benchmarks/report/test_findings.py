@@ -115,10 +115,18 @@ def test_the_table_of_cast_is_whole_on_a_terminal_of_80_columns(monkeypatch, cap
     assert any(line.startswith(" CAST ") for line in lines)
 
 
-def test_refactorization_alone_is_ahead_and_the_momentum_reset_behind():
+def test_restarts_bring_nothing_and_their_reset_costs():
     """docs/weights.md says it of 1,600 steps."""
-    pairs = {q.ours: q.difference() for q in findings.QUESTIONS if q.theirs[1] == "low_rank"}
     plan = "nano-lowrank-long"
-    parts = [pairs[plan, f"low_rank_{part}"] for part in ("refactorize", "reset")]
-    both = pairs[plan, "low_rank_restarts"]
-    assert parts[0].mean < 0 < parts[1].mean and "level" in both.text()
+    pairs = {(q.ours[1], q.theirs[1]): q.difference() for q in findings.QUESTIONS}
+    verdicts = {
+        ("restarts", "low_rank"): "level",
+        ("reset", "low_rank"): "behind",
+        ("refactorize", "low_rank"): "ahead",
+        ("refactorize", "low_rank_slow"): "level",
+        ("restarts_slow", "low_rank_slow"): "behind",
+    }
+    for (ours, theirs), verdict in verdicts.items():
+        assert pairs[f"low_rank_{ours}", theirs].text().endswith(verdict), (ours, theirs)
+    rates = [Plan(plan).best(f"low_rank_{name}", "tuned") for name in ("slow", "reset")]
+    assert rates[1]["lr"] == 2 * rates[0]["lr"]
