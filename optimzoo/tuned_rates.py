@@ -70,10 +70,8 @@ class StartingValues:
         lines.append(f"# linear warm-up over {self.warmup:g} {unit}, then a cosine to a tenth")
         spread = max(self.spread.values(), default=1.0)
         rows = f"{len(self.settings)} comparison{'s' * (len(self.settings) > 1)}"
-        lines.append(
-            f"# from {rows} ({', '.join(self.settings)})"
-            + (f"; a rate differs by up to {spread:.1f} x" if spread > 1 else "")
-        )
+        lines.append(f"# from {rows} ({', '.join(self.settings)})")
+        lines += [f"# among which a rate differs by up to {spread:.1f} x"] * (spread > 1)
         return "\n".join(lines)
 
 
