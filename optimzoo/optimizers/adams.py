@@ -357,6 +357,7 @@ def _single_tensor_adams(
     group: dict[str, Any],
 ) -> None:
     (beta1, beta2), l1, weight_decay = group["betas"], group["l1"], signed_decay(group)
+    lr = scalar_lr(group)
     tensors = zip(params, grads, exp_avgs, exp_avg_sqs, masks, counts, ramp, strict=True)
     for theta, g, mu, v, bits, t, alpha in tensors:
         mu.lerp_(g, 1 - beta1)
@@ -370,7 +371,7 @@ def _single_tensor_adams(
         if weight_decay != 0:
             (decayed,) = decaying([update], [theta], weight_decay)
             update = update.add(decayed, alpha=abs(weight_decay))
-        theta.sub_(update * scalar_lr(group))
+        theta.sub_(update * lr)
 
 
 def _multi_tensor_adams(

@@ -456,7 +456,7 @@ def _single_tensor_scale(
     direction: Callable[[list[Tensor]], list[Tensor]],
     group: dict[str, Any],
 ) -> None:
-    momentum, weight_decay = group["momentum"], signed_decay(group)
+    lr, momentum, weight_decay = scalar_lr(group), group["momentum"], signed_decay(group)
     for p, g, m in zip(params, grads, exp_avgs, strict=True):
         if m is not None and momentum != 0:
             g = take_into_average(g.to(m.dtype), m, momentum, nesterov=group["nesterov"])
@@ -468,7 +468,7 @@ def _single_tensor_scale(
             # (bfloat16 would lose every decay factor above 0.998).
             (decayed,) = decaying([update], [p], weight_decay)
             update = update.add(decayed, alpha=abs(weight_decay))
-        p.sub_(update * scalar_lr(group))
+        p.sub_(update * lr)
 
 
 def _multi_tensor_scale(
