@@ -1,8 +1,9 @@
 /* The update kernels' plain C interface: pointers, sizes, a stream. No torch headers.
  *
- * One call takes every tensor of an optimizer, each with a learning rate and a decay of its own. The CPU library (csrc/cpu) and the CUDA library
- * (csrc/cuda) export the same functions, with the prefix oz_cpu_ or oz_cuda_; the Python side of
- * these structures is optimzoo/kernels/native.py, which checks OZ_ABI when it loads a library.
+ * One call takes every tensor of an optimizer, each with a learning rate and a decay of its own. The
+ * CPU library (csrc/cpu) and the CUDA library (csrc/cuda) export the same functions, with the prefix
+ * oz_cpu_ or oz_cuda_; the Python side of these structures is optimzoo/kernels/native.py. OZ_ABI is
+ * checked when a library is loaded, by optimzoo/kernels/library.py.
  *
  * Every tensor is a dense row-major matrix [rows, cols]; a vector is [1, n]. All arithmetic is in
  * float32; what is stored is rounded once, to nearest (ties to even) or stochastically. Any of the

@@ -15,7 +15,7 @@ from torch.optim.optimizer import _default_to_fused_or_foreach, _get_scalar_dtyp
 from optimzoo.core.update import decaying
 from optimzoo.distributed import local_part
 from optimzoo.kernels import dispatch
-from optimzoo.kernels.table import Rate
+from optimzoo.kernels.native import Rate
 from optimzoo.lowbit import LOW, RngKey, apply_with_rounding, widened
 
 _ONE = torch.ones(())

@@ -5,22 +5,27 @@ have one entry per tensor. Tensors are dense ``[rows, cols]``, by ``shapes``, an
 state that a tensor does not have is None.
 """
 
-import contextlib
 import ctypes
-import functools
-import os
+import itertools
+import struct
+from array import array
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from optimzoo.kernels.table import TYPES, Rate, Shapes, States, Table, Tensors
+from optimzoo.kernels.library import SharedLibrary
 
-_ABI = 10
 _ROWS, _COLUMNS, _SIGN, _ADAM = range(4)
+_TENSOR = struct.Struct("=8Q2q2f4i")
+_GRAD, _STEP, _LR_TENSOR, _LR_AND_DECAY = 1, 5, 7, 10  # indices of its 8-byte words
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+Shapes = Sequence[tuple[int, int]]
+Tensors = Sequence[Tensor]
+States = Sequence[Tensor | None]
+Rate = float | Tensor  # a tensor is float32, on the weights' device
 
 
 class _Options(ctypes.Structure):
@@ -40,97 +45,48 @@ class _Options(ctypes.Structure):
     ]
 
 
-class Library:
-    """Kernels of one type of device, ``cpu`` or ``cuda``; loaded at the first use."""
+class Table:
+    """Array of `oz_tensor`; a cached one gets the gradients, counts and rates of each step."""
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-        # Another build, such as one with sanitizers, may be named.
-        named = os.environ.get(f"OPTIMZOO_{kind.upper()}_LIBRARY")
-        self.path = Path(named or Path(__file__).with_name(f"_{kind}.so"))
+    def __init__(
+        self, columns: tuple[Sequence[Any], ...], shapes: Shapes, kinds: Sequence[int]
+    ) -> None:
+        self.size = len(shapes)
+        self.bytes = bytearray(_TENSOR.size * self.size)
+        self.buffer = (ctypes.c_char * len(self.bytes)).from_buffer(self.bytes)
+        self._words = memoryview(self.bytes).cast("Q")
+        self._extras = columns[6]  # keeps the scratch memory alive
+        pointers = [[0 if t is None else t.data_ptr() for t in column] for column in columns]
+        types = [
+            (TYPES[p.dtype], TYPES[g.dtype], 0 if m is None else TYPES[m.dtype])
+            for p, g, m in zip(*columns[:3], strict=True)
+        ]
+        rows = zip(zip(*pointers, strict=True), shapes, types, kinds, strict=True)
+        for i, (row, shape, kind_of, kind) in enumerate(rows):
+            row = (*row, 0, *shape, 0.0, 0.0, *kind_of, kind)
+            _TENSOR.pack_into(self.bytes, i * _TENSOR.size, *row)
 
-    @functools.cached_property
-    def _loaded(self) -> tuple[ctypes.CDLL | None, str]:
-        if os.environ.get("OPTIMZOO_NATIVE", "1") == "0":
-            return None, "OPTIMZOO_NATIVE=0 switches them off; unset it"
-        if self.kind == "cuda" and torch.version.hip is not None:
-            return None, "the native CUDA kernels are NVIDIA's alone, and this torch is ROCm's"
-        if self.kind == "cuda" and self.path.exists():
-            if not torch.cuda.is_available():
-                return None, "torch finds no CUDA device"
-            if torch.cuda.get_device_capability() < (8, 0):
-                return None, "the CUDA kernels need a GPU of compute capability 8.0 or more"
-        library, why = self._opened
-        if library is not None and self.kind == "cuda":
-            # A driver runs what a toolkit of its own major version has built, and of older ones.
-            toolkit, driver = library.oz_cuda_toolkit(), library.oz_cuda_driver()
-            if driver // 1000 < toolkit // 1000:
-                return None, (
-                    f"{self.path.name} was built with CUDA {_dotted(toolkit)}, the NVIDIA driver "
-                    f"is for CUDA {_dotted(driver)}; update the driver, or build optimzoo on this "
-                    "machine: pip install --no-binary optimzoo optimzoo"
-                )
-        return library, why
+    def set(self, grads: Tensors, steps: States) -> None:
+        """Set the gradients, of the same dtypes as before, and the step counts."""
+        for word, tensors in ((_GRAD, grads), (_STEP, steps)):
+            self._write(word, array("Q", [0 if t is None else t.data_ptr() for t in tensors]))
 
-    @functools.cached_property
-    def _opened(self) -> tuple[ctypes.CDLL | None, str]:
-        """The library, whether or not the machine has its device; None with the reason."""
-        if not self.path.exists():
-            return None, self._why_not_built()
-        if self.kind == "cpu":
-            _share_openmp()
-        try:
-            library = ctypes.CDLL(str(self.path))
-            abi = getattr(library, f"oz_{self.kind}_abi")()
-            if self.kind == "cuda":
-                library.oz_cuda_toolkit  # noqa: B018 - of the same ABI, and not in its first builds
-        except (OSError, AttributeError) as error:
-            return None, f"{self.path.name} cannot be loaded ({error}); install optimzoo again"
-        if abi != _ABI:
-            return None, f"{self.path.name} has ABI {abi}, not {_ABI}; install optimzoo again"
-        return library, ""
+    def set_rates(self, lr: Rate | list[Rate], weight_decay: float | list[float]) -> None:
+        """Set the learning rate and the decay: a list with one per tensor, or one for all."""
+        lrs = lr if isinstance(lr, list) else [lr] * self.size
+        decays = weight_decay if isinstance(weight_decay, list) else [weight_decay] * self.size
+        away = [rate.data_ptr() if isinstance(rate, Tensor) else 0 for rate in lrs]
+        numbers = [0.0 if isinstance(rate, Tensor) else rate for rate in lrs]
+        self._write(_LR_TENSOR, array("Q", away))
+        pairs = itertools.chain.from_iterable(zip(numbers, decays, strict=True))
+        self._write(_LR_AND_DECAY, array("f", pairs))
 
-    def _why_not_built(self) -> str:
-        """Return the reason that csrc/build.py has written beside the library, and the way out."""
-        tool = "g++ or clang++" if self.kind == "cpu" else "nvcc"
-        report = self.path.with_suffix(".failure.txt")
-        reason = f" ({report.read_text(encoding='utf-8').strip()})" if report.exists() else ""
-        return f"{self.path.name} was not built{reason}; install {tool}, then optimzoo again"
+    def _write(self, word: int, values: "array[Any]") -> None:
+        self._words[word :: _TENSOR.size // 8] = memoryview(values).cast("B").cast("Q")
 
-    def available(self) -> bool:
-        """Return whether the library was built and can be loaded here."""
-        return self._loaded[0] is not None
 
-    def why_not(self) -> str:
-        """Return why the library is not available; empty if it is."""
-        return self._loaded[1]
-
-    def built_for(self) -> str:
-        """Return the architectures and toolkit of the CUDA library; empty if it cannot be opened.
-
-        It needs no GPU: this is how to see what a wheel holds.
-        """
-        unused = self.kind == "cpu" or torch.version.hip is not None
-        library = None if unused else self._opened[0]
-        if library is None:
-            return ""
-        architectures = (ctypes.c_int * library.oz_cuda_architectures(None, 0))()
-        library.oz_cuda_architectures(architectures, len(architectures))
-        names = ", ".join(f"sm_{number}" for number in architectures)
-        return f"built for {names} with CUDA {_dotted(library.oz_cuda_toolkit())}"
-
-    def variant(self) -> str:
-        """Return the instruction set that the CPU library has chosen; empty for CUDA."""
-        library = self._loaded[0]
-        if library is None or self.kind == "cuda":
-            return ""
-        library.oz_cpu_isa.restype = ctypes.c_char_p
-        return str(library.oz_cpu_isa().decode())
-
-    def threaded(self) -> bool:
-        """Return whether calls run in several threads; on the CPU that takes OpenMP at build."""
-        library = self._loaded[0]
-        return library is not None and (self.kind == "cuda" or bool(library.oz_cpu_threaded()))
+class Library(SharedLibrary):
+    """Kernels of one type of device."""
 
     def scale_(
         self,
@@ -382,7 +338,7 @@ class Library:
             raise RuntimeError(
                 f"the {self.kind} kernel {operation} failed with CUDA error {status}"
             )
-        if operation not in ("reduce",):
+        if operation != "reduce":
             torch.autograd.graph.increment_version(_written(columns))
 
     def scale_table(
@@ -413,28 +369,6 @@ class Library:
                 size = library.oz_cuda_scale_scratch(*map(ctypes.c_int64, shape))
                 scratch[i] = torch.empty(size // 4 + 1, dtype=torch.float32, device=p.device)
         return scratch
-
-
-@functools.cache
-def _share_openmp() -> None:
-    """Make torch's OpenMP runtime the one in which a library's symbols are found.
-
-    Two runtimes in a process keep two pools of threads on the same cores, one spinning while the
-    other works. The library of a wheel links none, one that was built here links its compiler's:
-    both take what is visible to all first. torch itself shows its runtime on x86-64, but not on
-    aarch64, where the runtime also has a name of its own.
-    """
-    torch_folder = Path(torch.__file__).parent
-    folders = (torch_folder / "lib", torch_folder.with_name("torch.libs"))
-    paths = [path for folder in folders for path in folder.glob("libgomp*.so*")]
-    for path in paths or [Path("libgomp.so.1")]:  # torch is not of a wheel: the system's
-        with contextlib.suppress(OSError):
-            ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-
-
-def _dotted(version: int) -> str:
-    """Return CUDA's version number as people write it: 13.0 for 13000."""
-    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def _written(columns: tuple[Sequence[Any], ...]) -> Iterable[Tensor]:

@@ -1,6 +1,8 @@
 """SCALE keeps its calls of the kernels: what changes between steps changes no result."""
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -196,3 +198,25 @@ def test_a_gradient_scaler_leaves_unscaling_and_skipping_to_the_kernels(clip):
 def test_a_scaler_unscales_by_itself_where_steps_may_be_eager():
     _, optimizer = make()
     assert not optimizer._step_supports_amp_scaling
+
+
+def test_a_replayed_step_is_in_six_files():
+    model, optimizer = make()
+    for step in range(2):
+        give_grads(model, step)
+        optimizer.step()
+    files = set()
+    package = Path(optimzoo.__file__).parent
+
+    def record(frame, event, argument):
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(package):
+            files.add(str(path.relative_to(package)))
+
+    sys.setprofile(record)
+    try:
+        optimizer.step()
+    finally:
+        sys.setprofile(None)
+    kernels = {f"kernels/{name}.py" for name in ("dispatch", "launch_cache", "native")}
+    assert files == kernels | {"core/group_rates.py", "core/optimizer.py", "optimizers/scale.py"}

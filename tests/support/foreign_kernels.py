@@ -17,7 +17,8 @@ from collections import Counter
 import pytest
 from kernel_differences import disagreement
 
-from optimzoo.kernels import native, table
+from optimzoo.kernels import native
+from optimzoo.kernels.library import ABI
 
 OPERATIONS = ("scale", "adam", "reduce", "apply", "center", "sinkhorn")
 ARRAYS = ("history_dot", "history_combine", "nm_mask")
@@ -123,7 +124,7 @@ class Foreign:
     def __getattr__(self, name):
         operation = name.removeprefix("oz_cpu_")
         if operation in ("isa", "abi", "threaded"):
-            answer = {"isa": b"baseline", "abi": native._ABI, "threaded": 1}[operation]
+            answer = {"isa": b"baseline", "abi": ABI, "threaded": 1}[operation]
             return Entry(lambda: answer)
         run = self.on_tensors if operation in OPERATIONS else self.on_arrays
         return Entry(lambda *arguments: run(operation, *arguments))
@@ -131,12 +132,12 @@ class Foreign:
     def on_tensors(self, operation, buffer, count, options, _stream):
         """`oz_cpu_scale` and those of its form."""
         regions, rows, packed = Regions(), [], []
-        for row in table._TENSOR.iter_unpack(bytes(buffer)):
+        for row in native._TENSOR.iter_unpack(bytes(buffer)):
             sizes, numbers = sizes_of(row, operation), []
             for i, name in enumerate(POINTERS):
                 address = 0 if name in UNUSED.get(operation, ()) else row[i]
                 numbers.append(regions.number(address, sizes[name], name in WRITTEN[operation]))
-            packed.append(table._TENSOR.pack(*numbers, *row[8:]))
+            packed.append(native._TENSOR.pack(*numbers, *row[8:]))
             rows.append((numbers, row))
         assert len(rows) == count.value
         copy = native._Options.from_buffer_copy(options._obj)

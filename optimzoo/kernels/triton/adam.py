@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimzoo.kernels.table import Rate
+from optimzoo.kernels.native import Rate
 from optimzoo.kernels.triton import table as T
 from optimzoo.kernels.triton.element import (
     clipped,

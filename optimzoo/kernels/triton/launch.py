@@ -11,7 +11,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from optimzoo.kernels.table import Rate
+from optimzoo.kernels.native import Rate
 from optimzoo.kernels.triton import table as T
 from optimzoo.kernels.triton.table import Record
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from optimzoo.kernels.dispatch import ADAM, COLUMNS, ROWS, SIGN
-from optimzoo.kernels.table import Rate
+from optimzoo.kernels.native import Rate
 from optimzoo.kernels.triton import table as T
 from optimzoo.kernels.triton.adam import add_vectors, numbers
 from optimzoo.kernels.triton.apply import add_steps
