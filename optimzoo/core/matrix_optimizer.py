@@ -219,12 +219,6 @@ class MatrixOptimizer(RoleOptimizer, Rule):
         rates: Any = {"size": size, "lr": lr, "weight_decay": signed_decay(group)}
         subtract_each_(weights, dense.unbind(), numbers, **rates)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for p in group["params"]:
-                step_as_tensor(self.state.get(p, {}), p, capturable=group["capturable"])
-
     def _update(self) -> None:
         self._check_graph_capture()
         first = self.first_index

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
+from optimzoo.core.adam import step_as_tensor
 from optimzoo.core.compile import register, traced_step
 from optimzoo.core.group_rates import GroupRates
 from optimzoo.core.role_options import (
@@ -175,6 +176,8 @@ class RoleOptimizer(Optimizer):
                     group[new] = group.pop(old)
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
+            for p in group["params"]:  # a converted checkpoint may count the steps with a number
+                step_as_tensor(self.state.get(p, {}), p, capturable=group.get("capturable", False))
         if "_rates" not in self.__dict__:  # a copy: it has the groups alone
             for index, group in enumerate(self.param_groups):
                 self._group_rates().add(index, group)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, _default_to_fused_or_foreach
 
-from optimzoo.core.adam import adam, count_up, init_adam_state, read_counts, step_as_tensor
+from optimzoo.core.adam import adam, count_up, init_adam_state, read_counts
 from optimzoo.core.matrix_optimizer import REST_DEFAULTS, local_params
 from optimzoo.core.optimizer import RoleOptimizer, copy_group, options_of, scalar_lr, signed_decay
 from optimzoo.core.record import register
@@ -173,12 +173,6 @@ class AdamS(RoleOptimizer):
             raise ValueError(
                 f"{name} {list(weight.shape)}: {error}, with sparse=False in its group"
             ) from None
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for p in group["params"]:
-                step_as_tensor(self.state.get(p, {}), p, capturable=group["capturable"])
 
     def _init_group(self, group: dict[str, Any]) -> tuple[dict[Tensor, Any], list[Tensor]]:
         """Create state and masks of the parameters that have a gradient.

@@ -15,7 +15,7 @@ from torch.optim.optimizer import (
     _use_grad_for_differentiable,
 )
 
-from optimzoo.core.adam import adam_step, init_adam_state, step_as_tensor
+from optimzoo.core.adam import adam_step, init_adam_state
 from optimzoo.core.optimizer import RoleOptimizer, copy_group, options_of, scalar_lr, signed_decay
 from optimzoo.core.record import register
 from optimzoo.core.role_options import RoleRates
@@ -213,9 +213,6 @@ class SCALE(RoleOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._launch_cache = LaunchCache(_launch, LAYOUT, SHARED)
-        for group in self.param_groups:
-            for p in group["params"]:  # a converted checkpoint may count the steps with a number
-                step_as_tensor(self.state.get(p, {}), p, capturable=group["capturable"])
 
     def _init_group(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
         """Create missing state; return the group's matrices and vectors that have a gradient."""
