@@ -83,7 +83,8 @@ class StableSPAM(MatrixOptimizer):
         reset_step: `authors`, as in their code, makes the step of a reset with the old moments
             under a fresh bias correction; `clean` (ours) starts the moments anew before it.
         options: shared options; `foreach`, in which all weights are stepped together, is of the
-            rule itself here: :class:`~optimzoo.core.role_options.SharedOptions`.
+            rule itself here, and the default on a GPU and where kernels step them:
+            :class:`~optimzoo.core.role_options.SharedOptions`.
 
     Raises:
         ValueError: a hyperparameter out of range; `state_bits` with `capturable`.
@@ -154,7 +155,8 @@ class StableSPAM(MatrixOptimizer):
         if not params:
             return
         weights = [p for _, p in params]
-        foreach, coded = group["foreach"], group["state_bits"] == 8
+        coded, foreach = group["state_bits"] == 8, group["foreach"]
+        by_kernels = foreach is None  # they take all weights in three calls, without memory
         if foreach is None:
             foreach = _default_to_fused_or_foreach([local_part(p) for p in weights], False)[1]
         lr: Any = group["lr"] if group["capturable"] else float(scalar_lr(group))
@@ -172,7 +174,7 @@ class StableSPAM(MatrixOptimizer):
             if group["capturable"] and group["total_steps"] is not None:
                 kernels = None  # they take β₁ from the host
             exact = kernels or not (rng_key or weight.dtype in LOW or dtype in LOW)
-            together = foreach and not coded and exact
+            together = (foreach or (by_kernels and kernels)) and not coded and exact
             with nullcontext(self._open) if together else ExitStack() as stack:
                 if coded:
                     stack.enter_context(dequantized_moments(state, 8, rng_key))

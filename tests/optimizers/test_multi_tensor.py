@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from optimzoo import create_optimizer
-from optimzoo.kernels import dispatch
+from optimzoo.kernels import dispatch, native
 from optimzoo.models.llama import Llama, LlamaConfig
 from optimzoo.optimizers import adams, stable_spam
 
@@ -130,6 +130,27 @@ def test_kernels_take_all_at_once(dtype, rounding):
     options = {"rounding": rounding, "seed": 3}
     runs = [trajectory("stable_spam", dtype, foreach=f, **options) for f in (True, False)]
     assert_alike(*runs, rtol=1e-5, atol=1e-6)
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("foreach", [None, False])
+def test_the_kernels_are_called_three_times_on_a_cpu_too(foreach, monkeypatch):
+    calls = []
+    for name in ("reduce_", "adam_"):
+        kernel = getattr(native.CPU, name)
+
+        def counted(*lists, kernel=kernel, **options):
+            calls.append(len(lists[0]))
+            kernel(*lists, **options)
+
+        monkeypatch.setattr(native.CPU, name, counted)
+    params = [nn.Parameter(torch.ones(4, 8 + i)) for i in range(5)]
+    groups = [{"params": params, "role": "hidden"}]
+    optimizer = create_optimizer("stable_spam", groups, lr=0.01, foreach=foreach)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert calls == ([5] * 3 if foreach is None else [1] * 15)
 
 
 def operations(case, layers, **options):
