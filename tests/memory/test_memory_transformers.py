@@ -15,6 +15,8 @@ from memory_steps import training_step
 from optimzoo import create_optimizer, list_optimizers
 from optimzoo.cli import main
 from optimzoo.memory import account, measure, simulate
+from optimzoo.memory.sharded import pretended_mesh, shard_model
+from optimzoo.memory.simulate import blocks_of
 from optimzoo.memory.sources import convert_model
 
 transformers = pytest.importorskip("transformers")
@@ -130,14 +132,23 @@ def test_adapters_alone_by_a_module(tmp_path, monkeypatch, capsys):
     assert sum(found["state"]["hidden"].values()) == 4 * (2 * adapters + tensors)
 
 
-@pytest.mark.thorough
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", MODELS)
-def test_shards_of_a_model(kind):
-    """Half the weights and state on each of two; the peak is less, and more than half."""
-    whole, half = (simulate(make(kind, "meta"), "adamw", seq=8, shards=n).peak for n in (1, 2))
-    assert 0.5 < half.bytes / whole.bytes < 0.8
-    counted = account(make(kind, "meta"), "adamw", shards=2)
-    assert half.by_category["optimizer state"] == counted.state_total
+@pytest.mark.parametrize("name", ("adamw", "scale", "muon"))
+def test_peaks_of_shards_are_those_of_fully_shard(name, kind):
+    simulated = simulate(make(kind, "meta"), name, batch=2, seq=33, shards=3).peak
+    with pretended_mesh(3) as mesh:
+
+        def sharded():
+            model = make(kind)
+            shard_model(model, blocks_of(model), mesh)
+            return model
+
+        found = really(sharded, name, 2, 33)
+    assert simulated.bytes == pytest.approx(found.bytes, rel=0.002)
+    assert simulated.phase == found.phase
+    counted = account(make(kind, "meta"), name, shards=3)
+    assert simulated.by_category["optimizer state"] == counted.state_total
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
