@@ -212,7 +212,7 @@ UNFROZEN = "A layer that was unfrozen does not move"
 
 @section(UNFROZEN)
 def test_unfrozen_weights():
-    model = with_head("head", nn.Linear(8, 32, bias=False).requires_grad_(False))
+    model = with_head("head", nn.Linear(8, 32).requires_grad_(False))
     optimizer = optimzoo.create_optimizer("scale", model, lr=1e-3)
     model.head.requires_grad_(True)
 
@@ -255,12 +255,22 @@ def test_groups_made_before_sharding(tmp_path):
         destroy_process_group()
 
 
-@section("A checkpoint of another optimizer does not load")
+@section("A checkpoint of another optimizer")
 def test_another_optimizer_s_checkpoint():
     model = tiny_llama()
-    adamw = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    train(model, adamw, 1)
+    one_group = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    adamw = optimzoo.create_optimizer("adamw", model, lr=1e-3)
+    for optimizer in (one_group, adamw):
+        train(model, optimizer, 1)
     muon = optimzoo.create_optimizer("muon", model, lr=1e-2)
     with pytest.raises(ValueError, match="group"):
-        muon.load_state_dict(adamw.state_dict())
+        muon.load_state_dict(one_group.state_dict())
+    muon.load_state_dict(adamw.state_dict())
     train(model, muon, 1)
+    hidden = muon.param_groups[0]
+    assert hidden["role"] == "hidden" and hidden["lr"] == 1e-3
+    assert {"exp_avg", "exp_avg_sq"} <= muon.state[hidden["params"][0]].keys()
+    galore = optimzoo.create_optimizer("galore", model, lr=1e-2, rank=2)
+    galore.load_state_dict(adamw.state_dict())
+    with pytest.raises(RuntimeError, match="size"):
+        train(model, galore, 1)
