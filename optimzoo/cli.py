@@ -2,6 +2,7 @@
 
 import argparse
 import fnmatch
+import io
 import os
 import sys
 import textwrap
@@ -120,6 +121,8 @@ def main(argv: list[str] | None = None) -> int:
     text = "code to start a run with: learning rates by role, clipping, warm-up"
     _add_start_arguments(commands.add_parser("start", help=text, description=text))
     args = parser.parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a console of Windows may lack a character
+        sys.stdout.reconfigure(errors="replace")
     try:
         status = _run(args)
         sys.stdout.flush()  # report a failed write here, not from the interpreter's shutdown

@@ -63,7 +63,7 @@ def release(
         A :class:`Release`, whose ``remove()`` undoes this; it is a context manager, too.
 
     Raises:
-        TypeError: not a torch optimizer.
+        TypeError: not a torch optimizer, or a wrapper around one.
         ValueError: LBFGS; parameters that are released already; `max_norm` for a method none of
             whose parameters are scale-invariant, or for an optimizer that is stabilized.
         RuntimeError: parameters of DistributedDataParallel or of FSDP1 (FSDP2's are fine); in a
@@ -206,7 +206,10 @@ class Release:
         """Clip the waiting gradients to ``max_norm`` by the norm of all, the released included."""
         groups = self._optimizer.param_groups
         grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        norms = self._norms + [_norm(g) for g in grads]
+        # A scaler leaves unscaling to an optimizer that says so: these gradients are scaled.
+        scale = getattr(self._optimizer, "grad_scale", None)
+        waiting = [_norm(g) if scale is None else _norm(g) / scale.to(g.device) for g in grads]
+        norms = self._norms + waiting
         if self.max_norm is None or not norms:
             return
         device = norms[0].device
@@ -303,6 +306,8 @@ def _check(optimizer: Optimizer, max_norm: float | None) -> None:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"release takes a torch.optim.Optimizer, not {type(optimizer).__name__}")
     name = type(optimizer).__name__
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise TypeError(f"{name} wraps an optimizer; release that one, before it is wrapped")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("LBFGS steps all parameters together: they cannot be released one by one")
     params = [(p, group) for group in optimizer.param_groups for p in group["params"]]

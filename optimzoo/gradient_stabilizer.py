@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer
 from optimzoo.core.validation import check_betas
 from optimzoo.distributed import UNSHARDED, Shards, local_part, sum_packed
 from optimzoo.flattened import refuse_flattened
-from optimzoo.lowbit import at_least_float32
+from optimzoo.lowbit import LOW, at_least_float32
 
 # Names in an optimizer's state; Stable-SPAM has its own `norm_avg`.
 MOMENTS = ("grad_norm_avg", "grad_norm_avg_sq", "grad_norm_step")
@@ -61,7 +61,8 @@ class GradientStabilizer:
     Raises:
         TypeError: not a torch optimizer, or a wrapper around one.
         ValueError: LBFGS, ``differentiable=True``, an optimizer that is stabilized already,
-            parameters of FSDP1 or DeepSpeed, an option out of range.
+            parameters of FSDP1 or DeepSpeed, an option out of range, a state that was loaded before
+            into 16 bits.
         RuntimeError: a sparse gradient, at ``step``.
 
     Source: arXiv 2502.17055v3; formula, order and defaults are those of the authors' code,
@@ -82,6 +83,12 @@ class GradientStabilizer:
         check_betas((gamma2,), "gamma2")
         if not eps > 0:
             raise ValueError(f"Invalid eps value: {eps}; it must be > 0")
+        for state in optimizer.state.values():
+            if MOMENTS[0] in state and state[MOMENTS[0]].dtype in LOW:
+                raise ValueError(
+                    f"the norms in the state are in {state[MOMENTS[0]].dtype}, to which torch has "
+                    "cast them; stabilize the optimizer before load_state_dict"
+                )
         self.gamma1, self.gamma2, self.eps = gamma1, gamma2, eps
         self._fresh: dict[Tensor, dict[str, Tensor]] = {}
         self._loading: dict[str, Any] = {}

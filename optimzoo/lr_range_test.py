@@ -144,6 +144,11 @@ class _Snapshot:
         tensors += [] if model is None else list(model.buffers())
         self.tensors = [(tensor, tensor.detach().clone()) for tensor in tensors]
         self.state = copy.deepcopy(optimizer.state_dict())
+        self.values = {  # a load casts some to their parameter's dtype
+            p: {key: v.detach().clone() for key, v in state.items() if isinstance(v, Tensor)}
+            for p, state in optimizer.state.items()
+        }
+        self.stepped = getattr(optimizer, "_opt_called", None)  # torch's schedulers set it
         self.rates = [(group["lr"], float(group["lr"])) for group in optimizer.param_groups]
         self.random = torch.get_rng_state()
         self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
@@ -154,6 +159,12 @@ class _Snapshot:
             for tensor, value in self.tensors:
                 tensor.copy_(value)
         self.optimizer.load_state_dict(copy.deepcopy(self.state))
+        for param, values in self.values.items():
+            self.optimizer.state[param].update({key: v.clone() for key, v in values.items()})
+        if self.stepped is None:
+            vars(self.optimizer).pop("_opt_called", None)
+        else:
+            self.optimizer._opt_called = self.stepped  # type: ignore[attr-defined]
         for group, (lr, value) in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = lr.fill_(value) if isinstance(lr, Tensor) else lr
         self.optimizer.zero_grad()
@@ -178,11 +189,11 @@ def _curve(optimizer: Optimizer, closure: Callable[[], Any], role: str, factors:
             raise ValueError("the closure returned None; it must return the loss")
         number = float(loss.detach() if isinstance(loss, Tensor) else loss)
         curve.append((first * factor, number))
+        optimizer.step()  # of a released optimizer it ends the round, so before a break
         mean = _smoothed(curve)[-1]
         if not math.isfinite(mean) or mean > lowest + (RISE - 1) * abs(lowest):
             break
         lowest = min(lowest, mean)
-        optimizer.step()
     return curve
 
 

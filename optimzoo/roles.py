@@ -256,8 +256,12 @@ def _find_head(model: nn.Module) -> nn.Parameter | None:
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear) or is_conv1d(module)
     ]
-    tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
-    vocabulary = max(tables, default=0)  # the others are positions, token types
+    tables = [
+        module.num_embeddings
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and not is_position_name(path)
+    ]
+    vocabulary = max(tables, default=0)
     by_shape = [m for _, m in linears if getattr(m, "out_features", None) == vocabulary]
     by_name = [m for path, m in linears if _HEAD_NAMES.search(path)]
     candidates: Sequence[nn.Module] = [m for m in by_shape if m in by_name] or by_name or by_shape

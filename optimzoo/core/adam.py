@@ -18,7 +18,7 @@ from optimzoo.kernels import dispatch
 from optimzoo.kernels.native import Rate
 from optimzoo.lowbit import LOW, RngKey, apply_with_rounding, widened
 
-_ONE = torch.ones(())
+_ONE = torch.ones((), device="cpu")
 
 
 def init_adam_state(

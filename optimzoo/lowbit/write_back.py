@@ -33,7 +33,9 @@ def next_rng_key(state: MutableMapping[str, Any], *, seed: int, index: int) -> R
     The count is a parameter's own, so the bits do not depend on which others are stepped, or when.
     """
     step = int(state.get(STEP, 0)) + 1
-    state[STEP] = torch.tensor(step)  # a load may have brought the last one to another device
+    # A new one: a load may have brought the last to another device.
+    # A new one: a load may have brought the last to another device.
+    state[STEP] = torch.tensor(step, device="cpu")
     return RngKey(seed, step, index)
 
 

@@ -166,7 +166,10 @@ def _targets(model: nn.Module, pattern: str | None) -> dict[str, nn.Module]:
     hidden = {p for group in groups if group["role"] == "hidden" for p in group["params"]}
     linear: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        plain = isinstance(module, nn.Linear) or is_conv1d(module)
+        # Of a subclass with a forward of its own, W x is not what it computes.
+        plain = is_conv1d(module) or (
+            isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        )
         if plain and name and not parametrize.is_parametrized(module):
             linear |= {name: module} if module.weight in hidden else {}
     try:

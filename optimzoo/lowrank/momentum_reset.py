@@ -90,7 +90,7 @@ class MomentumReset(Clock):
 
         Raises:
             ValueError: it does not have a name of ``what``; or, without ``what``, it has unknown
-                names (then name those to reset), or no moments.
+                names (then name those to reset), no moments, or AdamS's ramp in its step count.
         """
         self._names(self._states())
 
@@ -135,6 +135,11 @@ class MomentumReset(Clock):
                 f"{method} has the state {', '.join(state_names)}, in which "
                 f"{', '.join(unknown) or 'no moment'} is not recognised; name what to reset: "
                 "what=['NAME', ...]"
+            )
+        if self.what == "all" and "mask" in state_names:
+            raise ValueError(
+                f"{method} counts its moments and its ramp in one, and the ramp would begin anew; "
+                "take MomentumReset(what='moments')"
             )
         return (_MOMENTS | set(_COUNTS)) if self.what == "all" else _MOMENTS
 

@@ -76,6 +76,12 @@ class _Restarting(Clock):
         super().__init__(every)
         quick_recovery(_constant, every, recovery_steps)  # refuses what does not fit
         self.layers = factored_layers(model)
+        stepped = {p for group in optimizer.param_groups for p in group["params"]}
+        if not any(layer.A in stepped for layer in self.layers.values()):
+            raise ValueError(
+                f"{type(optimizer).__name__} has no factor of the model's low-rank layers; make it "
+                "after convert(model)"
+            )
         self.model, self.optimizer, self.recovery_steps = model, optimizer, recovery_steps
         self.reset: MomentumReset | None = None
 
@@ -121,7 +127,8 @@ class Restarts(_Restarting):
         recovery_steps: steps of 3; the authors' code: 10.
 
     Raises:
-        ValueError: a model without low-rank layers, an option out of range.
+        ValueError: a model without low-rank layers, an optimizer without their factors, an
+            option out of range.
     """
 
     def __init__(
@@ -166,7 +173,8 @@ class ReLoRA(_Restarting):
         seed: seed of the draws.
 
     Raises:
-        ValueError: a model without LoRA layers, an option out of range.
+        ValueError: a model without LoRA layers, an optimizer without their factors, an
+            option out of range.
     """
 
     def __init__(

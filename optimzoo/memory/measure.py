@@ -1,7 +1,6 @@
 """Live peak of real code: tensors by category, the process, and the CUDA allocator."""
 
 import os
-import resource
 import runpy
 import sys
 import time
@@ -15,6 +14,11 @@ from typing import Any
 import torch
 
 from optimzoo.memory.tracker import Peak, Tracker
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 
 @dataclass
@@ -143,6 +147,8 @@ def _reset_rss() -> int:
 
 def _peak_rss() -> int:
     unit = 1 if sys.platform == "darwin" else 1024
+    if resource is None:
+        return 0
     return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 

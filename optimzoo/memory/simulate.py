@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -269,7 +270,5 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    return run
+    # A partial, not a closure: a copy of the model then runs its own forward.
+    return partial(checkpoint, forward, use_reentrant=False)

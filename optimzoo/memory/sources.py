@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -113,9 +114,13 @@ def load_function(where: str) -> tuple[nn.Module, Step | None]:
     path, _, name = where.rpartition(":")
     if not path or not Path(path).is_file():
         raise ValueError(f"--module takes FILE.py:FUNCTION, and {where!r} is not that of a file")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec is not None and spec.loader is not None
+    spec = importlib.util.spec_from_file_location(f"optimzoo_module_{Path(path).stem}", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"--module takes FILE.py:FUNCTION, and {path!r} does not end in .py")
     module = importlib.util.module_from_spec(spec)
+    # As of a script: its neighbours can be imported, and it finds itself, as dataclasses ask.
+    sys.path.insert(0, str(Path(path).resolve().parent))
+    sys.modules[spec.name] = module
     with _explained(path):
         spec.loader.exec_module(module)
     function = getattr(module, name, None)

@@ -128,15 +128,21 @@ class _FromLogits(torch.autograd.Function):
             loss, slope = _losses(student[part], teacher[part], labels[part], eta)
             total += loss
             if grad is not None:
-                grad[part] = slope / number
+                grad[part] = slope
         ctx.save_for_backward(grad)
+        ctx.number, ctx.chunk = number, chunk
         return total / number
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
-        (grad,) = ctx.saved_tensors
-        return grad * grad_loss.to(grad.dtype), None, None, None, None
+        (slope,) = ctx.saved_tensors
+        # In float16 a loss scale is infinite, and a slope over the number of labels underflows.
+        factor, grad = grad_loss / ctx.number, torch.empty_like(slope)
+        for start in range(0, len(slope), ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            grad[part] = slope[part].to(factor.dtype) * factor
+        return grad, None, None, None, None
 
 
 class _FromHidden(torch.autograd.Function):
@@ -161,14 +167,20 @@ class _FromHidden(torch.autograd.Function):
             student = hidden[part] @ head.mT
             loss, slope = _losses(student, other[part] @ other_head.mT, labels[part], eta)
             total += loss
-            slope = (slope / number).to(student.dtype)
+            slope = slope.to(student.dtype)
             grad_hidden[part] = (slope @ head.to(slope.dtype)).to(hidden.dtype)
-            grad_head += slope.mT @ hidden[part].to(slope.dtype)
-        ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype))
+            grad_head += slope.mT @ hidden[part].to(slope.dtype) / number
+        if head.dtype != torch.float16:  # which does not hold it before the loss scale
+            grad_head = grad_head.to(head.dtype)
+        ctx.save_for_backward(grad_hidden, grad_head)
+        ctx.number, ctx.dtype = number, head.dtype
         return total / number
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
-        grads = [grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors]
-        return (*grads, None, None, None, None, None)
+        grad_hidden, grad_head = ctx.saved_tensors
+        factor = grad_loss / ctx.number
+        grad_hidden = (grad_hidden.to(factor.dtype) * factor).to(grad_hidden.dtype)
+        grad_head = (grad_head * grad_loss.to(grad_head.dtype)).to(ctx.dtype)
+        return (grad_hidden, grad_head, None, None, None, None, None)

@@ -1,6 +1,7 @@
 """Choice of the weights that become sparse, their groups, and CAST's weight scaling."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -102,8 +103,8 @@ def prepare(
         The paths of the target layers.
 
     Raises:
-        ValueError: no target; a target whose inputs are not a multiple of m or of the blocks, or
-            that is scaled already. The model is then as it was.
+        ValueError: no target; a target whose inputs are not a multiple of m or of the blocks, that
+            is scaled already, or whose weight another layer has too. The model is then as it was.
     """
     check_nm(n, m)
     if scale_blocks < 0:
@@ -120,12 +121,28 @@ def prepare(
             raise ValueError(f"{path} has {inputs} inputs, not a multiple of {scale_blocks} blocks")
         if scale_of(module) is not None:
             raise ValueError(f"{path} is scaled already; prepare a model once")
+    if scale_blocks:
+        _refuse_shared(model, layers)
     for module in layers.values() if scale_blocks else ():
         weight = weight_of(module)
         assert weight is not None
         scale = WeightScale(weight.detach(), scale_blocks, transposed=is_conv1d(module))
         parametrize.register_parametrization(module, "weight", scale)
     return list(layers)
+
+
+def _refuse_shared(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Refuse a target whose weight has a second owner: its factors would be folded into both."""
+    names: dict[Tensor, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(p, []).append(name)
+    for path, module in layers.items():
+        owners = names[weight_of(module)]  # type: ignore[index]
+        if len(owners) > 1:
+            raise ValueError(
+                f"{path} shares its weight ({', '.join(owners)}); leave it out with targets, or "
+                "take scale_blocks=0"
+            )
 
 
 def scale_of(module: nn.Module) -> Tensor | None:

@@ -21,7 +21,10 @@ Number = float | Tensor
 # Odd multipliers of a multiplicative hash, as signed 64-bit integers.
 _GOLDEN, _ODD = 0x9E3779B97F4A7C15 - (1 << 64), 0xD6E8FEB86659FD93 - (1 << 64)
 # Half the distance of two uniform numbers. A tensor: with a number, torch's default dtype decides.
-_HALF = {dtype: torch.tensor(2.0**-24, dtype=dtype) for dtype in (torch.float32, torch.float64)}
+_HALF = {
+    dtype: torch.tensor(2.0**-24, dtype=dtype, device="cpu")
+    for dtype in (torch.float32, torch.float64)
+}
 SIDES = ("auto", "left", "right", "both")
 
 

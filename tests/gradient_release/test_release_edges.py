@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
+from needs import needs_cpu_kernels
 from release_runs import DEVICE, assert_equal, distance, llama, loss_of, make, train
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -279,3 +280,32 @@ def test_without_its_optimizer_a_backward_says_so():
     loss_of(model, 0).backward()
     after = values(model)
     assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@needs_cpu_kernels
+def test_clipping_where_the_optimizer_unscales_by_itself():
+    """With `fused=True` the scaler leaves unscaling to the kernels; the norm is unscaled."""
+    norms = []
+    for fused in (None, True):
+        model = llama()
+        optimizer = make("scale", model, fused=fused)
+        scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**12)
+        with release(optimizer, max_norm=0.3, scaler=scaler) as released:
+            scaler.scale(loss_of(model, 0)).backward()
+            scaler.step(optimizer)
+            norms.append(float(released.grad_norm))
+        assert optimizer.state[model.lm_head.weight]["exp_avg"].norm() > 1e-4
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+
+
+def test_a_wrapper_of_an_optimizer_is_refused_and_nothing_is_left():
+    model = llama()
+
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+            self.param_groups = optimizer.param_groups
+
+    with pytest.raises(TypeError, match="Wrapper wraps an optimizer; release that one"):
+        release(Wrapper(make("scale", model)))
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())

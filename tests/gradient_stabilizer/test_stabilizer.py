@@ -413,3 +413,22 @@ def test_a_captured_step_is_the_same(name):
         assert {optimizer.state[p]["grad_norm_step"].item() for p in model.parameters()} == {6.0}
     for p, q in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_a_state_that_was_loaded_into_16_bits_is_refused():
+    """Without the hooks of the stabilizer torch has cast its norms to the weights' dtype."""
+
+    def made():
+        weight = nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
+        weight.grad = torch.ones_like(weight)
+        return torch.optim.AdamW([weight], lr=1e-3)
+
+    saved = stabilize(made())
+    saved.step()
+    loaded = made()
+    loaded.load_state_dict(saved.state_dict())
+    with pytest.raises(ValueError, match="stabilize the optimizer before load_state_dict"):
+        stabilize(loaded)
+    first = stabilize(made())
+    first.load_state_dict(saved.state_dict())
+    first.step()

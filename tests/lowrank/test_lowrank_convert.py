@@ -219,3 +219,16 @@ def test_at_rank_1_the_factors_are_lines_and_vectors():
     convert(model, 1)
     roles = {n: g["role"] for g in param_groups(model) for n in g["param_names"]}
     assert {role for n, role in roles.items() if n.endswith((".A", ".B"))} == {"vector"}
+
+
+def test_a_layer_with_a_forward_of_its_own_stays():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(nn.Linear(8, 8), Doubled(8, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    before = model(x)
+    audit = convert(model, 2, "lora")
+    assert type(model[1]) is Doubled and "1" not in {record.name for record in audit}
+    torch.testing.assert_close(model(x), before)

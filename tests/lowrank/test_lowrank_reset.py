@@ -275,3 +275,18 @@ def test_moments_of_eight_bits_are_reset_too(name, options):
     MomentumReset(optimizer, every=1).fire()
     for key, codes in coded.items():
         assert optimizer.state[model.weight][key] is codes and not codes.any()
+
+
+def test_the_ramp_of_adams_goes_on():
+    """Its step count is the ramp's too: it is refused to begin anew."""
+    weight = nn.Parameter(torch.ones(4, 8))
+    groups = [{"params": [weight], "role": "hidden"}]
+    optimizer = create_optimizer("adams", groups, lr=1e-2, l1=1e-3, total_steps=10)
+    resets = [MomentumReset(optimizer, 1), MomentumReset(optimizer, 1, what="moments")]
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"AdamS counts its moments and its ramp in one"):
+        resets[0].fire()
+    resets[1].fire()
+    state = optimizer.state[weight]
+    assert int(state["step"]) == 1 and not state["exp_avg"].any()

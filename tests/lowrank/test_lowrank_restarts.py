@@ -235,3 +235,14 @@ def test_bad_input():
     assert torch.equal(net[0].B, before)  # neither half of the restart was done
     assert Restarts(net, optimizer, reset=False).step() is False
     assert refactorize_(net) == 1
+
+
+@pytest.mark.parametrize("kind", [Restarts, ReLoRA])
+def test_an_optimizer_of_the_weights_before_is_refused(kind):
+    model = Llama(LlamaConfig(32, 16, 24, 1, 2, 64), seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    convert(model, 2, "lora")
+    with pytest.raises(
+        ValueError, match=r"no factor of the model's low-rank layers; make it after"
+    ):
+        kind(model, optimizer, every=20)

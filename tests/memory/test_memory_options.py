@@ -161,3 +161,27 @@ def test_exact_bytes_heed_it(runs, other):
 )
 def test_a_refusal_names_the_option_its_value_and_the_way_out(runs, pair, message):
     assert message in runs(*pair)
+
+
+def test_a_module_s_file_is_imported_as_a_script_is(tmp_path, monkeypatch, capsys):
+    """It finds its neighbours, and itself, as dataclasses do with annotations that are text."""
+    (tmp_path / "neighbour_of_own.py").write_text(OWN, encoding="utf-8")
+    text = "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+    text += "import neighbour_of_own\n\n@dataclass\nclass Size:\n    width: int = 1\n\n"
+    text += "def make():\n    return neighbour_of_own.make()\n"
+    (tmp_path / "mine.py").write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend("")
+    options = ["--optimizer", "adamw", "--account"]
+    assert main(["memory", "--module", str(tmp_path / "mine.py:make"), *options]) == 0
+    (tmp_path / "net.txt").write_text(text, encoding="utf-8")
+    capsys.readouterr()
+    assert main(["memory", "--module", str(tmp_path / "net.txt:make"), *options]) == 2
+    assert "does not end in .py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("hyper", ["betas=(0.9,)", "capturable=True"])
+def test_options_that_torch_refuses_by_other_errors_are_one_line(hyper, capsys):
+    command = ["memory", "--model", "pico", "--account", "--optimizer", "adamw", "--hyper", hyper]
+    assert main(command) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ") and shown.count("\n") == 1

@@ -226,3 +226,18 @@ def test_a_module_that_cannot_be_faked_is_one_line():
         simulate(nn.Linear(4, 4), "sgd", checkpointing=True)
     with pytest.raises(ValueError, match="unknown optimizer 'scal'; did you mean scale"):
         simulate(on_meta(), "scal")
+
+
+def test_a_copy_of_a_checkpointed_model_runs_its_own_blocks():
+    import copy
+
+    model = Llama(CONFIG)
+    checkpoint_blocks(model)
+    other = copy.deepcopy(model)
+    tokens = torch.arange(6).view(1, 6)
+    other(tokens, tokens).backward()
+    assert all(p.grad is not None for p in other.parameters())
+    assert all(p.grad is None for p in model.parameters())
+    peak = simulate(model, "adamw", batch=1, seq=6).peak.bytes
+    assert peak == simulate(on_meta(), "adamw", batch=1, seq=6, checkpointing=True).peak.bytes
+    assert all(p.grad is None for p in model.parameters())

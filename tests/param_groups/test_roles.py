@@ -287,3 +287,12 @@ def test_describe_of_bare_parameters():
     text = describe(torch.optim.SGD(Model().parameters(), lr=1.0))
     assert "by shape" in text
     assert "no output head" not in text
+
+
+def test_a_table_of_positions_is_no_vocabulary():
+    """As many positions as a hidden layer has outputs: that layer is not the head."""
+    model = nn.Module()
+    model.pos_embed = nn.Embedding(64, 64)
+    model.up, model.down, model.fc = nn.Linear(64, 256), nn.Linear(256, 64), nn.Linear(64, 10)
+    roles = {n: g["role"] for g in param_groups(model) for n in g["param_names"]}
+    assert roles["down.weight"] == "hidden"

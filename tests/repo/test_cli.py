@@ -104,3 +104,31 @@ def test_it_runs_as_a_module():
     )
     assert run.returncode == 0
     assert run.stdout.startswith("scale ")
+
+
+def test_the_command_line_needs_no_module_of_unix_alone():
+    code = (
+        "import sys; sys.modules['resource'] = None; from optimzoo.cli import main; main(['list'])"
+    )
+    assert (
+        b"scale"
+        in subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout
+    )
+
+
+def test_a_default_device_at_the_import_changes_nothing():
+    code = (
+        "import torch; torch.set_default_device('meta'); import optimzoo\n"
+        "torch.set_default_device('cpu')\n"
+        "w = torch.nn.Parameter(torch.ones(8, 16)); w.grad = torch.ones(8, 16)\n"
+        "groups = [{'params': [w], 'role': 'hidden'}]\n"
+        "o = optimzoo.create_optimizer('adams', groups, lr=1e-2, l1=1e-3, total_steps=10)\n"
+        "o.step()\n"
+        "print(int(o.state[w]['step']))\n"
+        "optimzoo.create_optimizer('apollo', groups, lr=1e-2, rank=2).step()\n"
+        "optimzoo.create_optimizer('galore', groups, lr=1e-2, rank=2).step()\n"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout
+        == b"1\n"
+    )

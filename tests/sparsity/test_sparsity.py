@@ -217,6 +217,17 @@ def test_prepare_refuses_in_one_line_and_changes_nothing(arguments, message):
     assert not any(parametrize.is_parametrized(module) for module in model.modules())
 
 
+def test_prepare_refuses_to_scale_a_weight_that_another_layer_has():
+    model = small()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    with pytest.raises(
+        ValueError, match=r"lm_head shares its weight \(.*leave it out with targets"
+    ):
+        prepare(model, targets="lm_head|layers")
+    assert not any(parametrize.is_parametrized(module) for module in model.modules())
+    assert "lm_head" in prepare(model, targets="lm_head|layers", scale_blocks=0)
+
+
 def test_prepare_is_done_once():
     model = small()
     prepare(model)

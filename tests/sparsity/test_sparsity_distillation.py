@@ -152,3 +152,23 @@ def test_refuses_in_one_line(change, message):
     with pytest.raises(ValueError, match=message) as caught:
         distillation_loss(**{**good, **change})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**12, 2.0**16])
+def test_a_loss_scale_in_float16(scale):
+    """Gradients in float16 of a scaled loss, against those of the formula in float64."""
+    hidden, head = draw(64, 8), 0.2 * draw(33, 8, seed=1)
+    other, labels = draw(64, 33, seed=2), tokens(64, vocab=33)
+    exact = [t.half().double().requires_grad_() for t in (hidden, head)]
+    logits = (exact[0] @ exact[1].mT).detach().half().double().requires_grad_()
+    half = [t.detach().half().requires_grad_() for t in (*exact, logits)]
+    teacher = (torch.eye(8, dtype=torch.float16).repeat(8, 1), 0.2 * draw(33, 8, seed=3).half())
+    naive(logits, other.half().double(), labels, 0.4).backward()
+    rule = {"rtol": 0.02, "atol": 2e-6}
+    (distillation_loss(half[2], other.half(), labels, 0.4, chunk=7) * scale).backward()
+    torch.testing.assert_close(half[2].grad.double() / scale, logits.grad, **rule)
+    naive(exact[0] @ exact[1].mT, (teacher[0] @ teacher[1].mT).double(), labels, 0.4).backward()
+    student = (half[0], half[1])
+    (linear_distillation_loss(student, teacher, labels, 0.4, chunk=7) * scale).backward()
+    for own, wanted in zip(student, exact, strict=True):
+        torch.testing.assert_close(own.grad.double() / scale, wanted.grad, rtol=0.05, atol=2e-4)

@@ -205,3 +205,31 @@ def test_a_rate_of_zero_and_a_closure_without_a_loss_are_refused(model):
         optimzoo.lr_range_test(optimizer, closure)
     with pytest.raises(ValueError, match="returned None; it must return the loss"):
         optimzoo.lr_range_test(optimizer, lambda: None, roles=["hidden"])
+
+
+def test_a_released_optimizer_trains_on_after_a_curve_that_ended_early(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimzoo.release(optimizer)
+    closure = closure_of(model, optimizer)
+    test = optimzoo.lr_range_test(optimizer, closure, low=1e-3, high=1e6, steps=20)
+    assert min(len(curve) for curve in test.curves.values()) < 20
+    closure()
+    optimizer.step()
+
+
+def test_states_that_a_load_casts_and_the_flag_of_the_schedulers_are_restored(model):
+    model.bfloat16()
+    optimizer = torch.optim.NAdam(model.parameters(), lr=1e-4)
+    closure = closure_of(model, optimizer)
+    for _ in range(3):
+        closure()
+        optimizer.step()
+    products = [state["mu_product"].clone() for state in optimizer.state.values()]
+    optimzoo.lr_range_test(optimizer, closure, steps=4)
+    after = [state["mu_product"] for state in optimizer.state.values()]
+    assert all(
+        a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(products, after, strict=True)
+    )
+    fresh = optimzoo.create_optimizer("scale", model, lr=1e-3)
+    optimzoo.lr_range_test(fresh, closure_of(model, fresh), steps=3)
+    assert not getattr(fresh, "_opt_called", False)
