@@ -169,7 +169,7 @@ class MatrixOptimizer(RoleOptimizer, Rule):
         self, rule: Rule, matrix: Matrix, group: dict[str, Any], rng_keys: dict[Tensor, RngKey]
     ) -> None:
         shards, rng_key = matrix.shards, rng_keys.get(matrix.param)
-        grad = descent(matrix.grad, group)
+        grad = descent(matrix.grad, group, matrix.weight.dtype)
         dims = rule.state_dims(group, shards.shape(grad.shape))
         with (
             matrix.opened_state(dims, group, rng_key) as state,
@@ -202,9 +202,15 @@ class MatrixOptimizer(RoleOptimizer, Rule):
                     codes.enter_context(dequantized_moments(matrix.state, 8, number))
             if _is_due(rule, batch[0], batch[0].state, group):  # so all are: of one age
                 for matrix in batch:
-                    _refresh(rule, matrix, descent(matrix.grad, group), matrix.state, group)
+                    _refresh(
+                        rule,
+                        matrix,
+                        descent(matrix.grad, group, matrix.weight.dtype),
+                        matrix.state,
+                        group,
+                    )
             stack = stacks.StateStack([matrix.state for matrix in batch], rule.numbers)
-            grad = descent(torch.stack([matrix.grad for matrix in batch]), group)
+            grad = descent(torch.stack([m.grad for m in batch]), group, batch[0].weight.dtype)
             update = rule.direction(grad, stack, group, context)
             stack.write_back()
         dense = update.dense()
@@ -390,11 +396,12 @@ def as_matrix(tensor: Tensor, group: dict[str, Any]) -> Tensor:
     return oriented(matrix, group) if matrix.ndim == tensor.ndim else matrix
 
 
-def descent(grad: Tensor, group: dict[str, Any]) -> Tensor:
-    """Return the direction of descent.
+def descent(grad: Tensor, group: dict[str, Any], dtype: torch.dtype) -> Tensor:
+    """Return the direction of descent, at least in the weight's ``dtype``, as the moments are.
 
     A float16 gradient in float32: products of it, its ratios and its moments leave float16's range.
     """
+    grad = grad if grad.dtype == dtype else grad.to(torch.promote_types(grad.dtype, dtype))
     grad = grad.float() if grad.dtype == torch.float16 else grad
     return -grad if group["maximize"] else grad
 
@@ -424,6 +431,11 @@ def adam_direction(state: State, grad: Tensor, group: dict[str, Any], step: Any)
         state["exp_avg"] = torch.zeros_like(grad, dtype=dtype)
         state["exp_avg_sq"] = torch.zeros_like(grad, dtype=dtype)
     m, v = stacks.moments_of(state)
+    if m.shape != grad.shape:
+        raise ValueError(
+            f"rank={group['rank']} in mid-run: the moments are {list(m.shape)}, the gradient is "
+            f"{list(grad.shape)}; a new rank takes a new optimizer"
+        )
     most = max_direction(step, group["betas"]) if group["state_bits"] else math.inf
     direction = None if isinstance(most, Tensor) else _fused_direction(m, v, grad, group, most)
     if direction is not None:

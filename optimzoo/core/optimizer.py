@@ -28,6 +28,8 @@ from optimzoo.roles import MATRIX_ROLES, check_role
 
 # Python reads these: on a GPU each read would synchronize.
 _ON_CPU = ("moment_step", "projector_seed")
+# State that its rule computes in float32 at least.
+_FLOAT32 = ("gram", "row_var", "col_var", "singular_vector")
 # Values before the first step of what a step with a zero gradient changes: its counts, and the
 # second moment, into which AdamS's decay goes. An infinite norm limits no update.
 _UNTOUCHED = {"step": 0, "moment_step": 0, "exp_avg_sq": 0, "update_norm": math.inf}
@@ -109,7 +111,8 @@ class RoleOptimizer(Optimizer):
 
         torch casts each state tensor to its parameter's dtype, which ruins masks, seeds, integer
         codes and float32 moments under bfloat16 weights. A state of float16 weights that is in
-        float16 itself becomes float32 (Natural GaLore's history stays): it would underflow.
+        float16 itself becomes float32 (Natural GaLore's history stays): it would underflow. So does
+        one of a model in float64, under weights of 32 and 16 bits.
 
         Raises:
             ValueError: the groups differ in number, in size or in role from those of the state.
@@ -139,8 +142,7 @@ class RoleOptimizer(Optimizer):
                     continue
                 on_cpu = key in _ON_CPU and not group.get("capturable")
                 device = torch.device("cpu") if on_cpu else loaded.device
-                narrow = {param.dtype, value.dtype} == {torch.float16} and key != "history"
-                dtype = torch.float32 if narrow else value.dtype
+                dtype = _loaded_dtype(key, value.dtype, param.dtype)
                 if loaded.dtype != dtype or loaded.device != device:
                     self.state[param][key] = value.detach().to(device, dtype, copy=True)
 
@@ -282,6 +284,14 @@ class RoleOptimizer(Optimizer):
                 f"{type(self).__name__} does not support sparse gradients; "
                 "build the embedding with sparse=False"
             )
+
+
+def _loaded_dtype(key: str, saved: torch.dtype, param: torch.dtype) -> torch.dtype:
+    """Return the dtype in which a loaded state goes on, beside a parameter of dtype ``param``."""
+    narrow = {param, saved} == {torch.float16} and key != "history"
+    wide = saved == torch.float64 and param in (torch.float32, *LOW)  # of a model in float64
+    coarse = saved in LOW and key in _FLOAT32
+    return torch.float32 if narrow or wide or coarse else saved
 
 
 def options_of(values: Mapping[str, Any], without: Iterable[str] = ()) -> dict[str, Any]:

@@ -113,6 +113,7 @@ def averaged(
         group: the options.
         nesterov: look ahead by taking the gradient in once more.
     """
-    oriented_grad = (grad.mT if group["transposed"] else grad).reshape(mean.shape).to(mean.dtype)
+    turned = group["transposed"] and mean.ndim == grad.ndim  # a convolution's has more
+    oriented_grad = (grad.mT if turned else grad).reshape(mean.shape).to(mean.dtype)
     update = take_into_average(oriented_grad, mean, beta, nesterov=nesterov)
-    return (update.mT if group["transposed"] else update).reshape(grad.shape)
+    return (update.mT if turned else update).reshape(grad.shape)

@@ -60,6 +60,13 @@ class LowRankOptimizer(MatrixOptimizer):
     def refresh(self, grad: Tensor, state: State, group: dict[str, Any], context: Context) -> None:
         """Renew the subspace, and rotate the moments into it."""
         step, shards = context.step, context.shards
+        rank = min(group["rank"], *shards.shape(grad.shape)[-2:])
+        for key in ("projector_left", "projector_right"):
+            if key in state and state[key].shape[-1] != rank:
+                raise ValueError(
+                    f"rank={group['rank']} in mid-run: the state is of rank "
+                    f"{state[key].shape[-1]}; a new rank takes a new optimizer"
+                )
         if step == 1:  # drop the subspace of a step whose gradient was zero
             for key in ("projector_left", "projector_right"):
                 state.pop(key, None)

@@ -195,7 +195,8 @@ class Muon(MomentumOptimizer):
         momenta = []
         for matrix in matrices:
             with matrix.opened_state(FACTORS, group, rng_keys.get(matrix.param)) as state:
-                momenta.append(_momentum(descent(matrix.grad, group), state, group, matrix.shards))
+                grad = descent(matrix.grad, group, matrix.weight.dtype)
+                momenta.append(_momentum(grad, state, group, matrix.shards))
         lr = step_lr(group)
         rates: Any = {"lr": lr, "weight_decay": signed_decay(group)}
         for i, update in map_whole_matrices(partial(orthogonal, group=group), momenta, shards):

@@ -84,7 +84,8 @@ class RMNP(MomentumOptimizer):
         adjust_lr_fn: str | None = None,
         **options: Unpack[MomentumOptions],
     ) -> None:
-        options.setdefault("other_lr", 1e-3)
+        if options.get("other_lr") is None:
+            options["other_lr"] = 1e-3
         super().__init__(params, options_of(locals()), **options)
 
     def direction(

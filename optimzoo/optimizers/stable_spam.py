@@ -169,7 +169,8 @@ class StableSPAM(MatrixOptimizer):
         for p, state, count in zip(weights, states, counts, strict=True):
             weight, rng_key = oriented(local_part(p), group), rng_keys.get(p)
             grad = as_matrix(local_part(p.grad, like=p), group)  # type: ignore[arg-type]
-            shards, dtype = Shards.of(p, **layout), moment_dtype(grad, group)
+            wider = grad.dtype in LOW and weight.dtype not in LOW
+            shards, dtype = Shards.of(p, **layout), moment_dtype(weight if wider else grad, group)
             kernels = _kernels(weight, grad, state, shards, rng_key)
             if group["capturable"] and group["total_steps"] is not None:
                 kernels = None  # they take β₁ from the host
@@ -352,7 +353,7 @@ class _Batch:
             sums[:, 2:] = torch.stack((bounds, bounds / _positive(sums[:, 0])), 1)
             self.kernels.reduce_(*call)
             factors = self._factors(sums[:, 1].sqrt(), mean, square)
-        clips = torch.cat((sums[:, 2:], factors.unsqueeze(1)), 1).unbind()
+        clips = torch.cat((sums[:, 2:], factors.float().unsqueeze(1)), 1).unbind()
         device, count = grads[0].device, self.count
         if isinstance(count, Tensor):
             counts = count.float().unbind()

@@ -106,7 +106,7 @@ class SWAN(MatrixOptimizer):
     def _step_sharded(
         self, matrices: list[Matrix], group: dict[str, Any], rng_keys: dict[Tensor, RngKey]
     ) -> None:
-        grads = [descent(matrix.grad, group) for matrix in matrices]
+        grads = [descent(matrix.grad, group, matrix.weight.dtype) for matrix in matrices]
         rule = partial(direction, group=group)
         lr = step_lr(group)
         rates: Any = {"lr": lr, "weight_decay": signed_decay(group)}

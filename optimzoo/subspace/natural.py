@@ -235,7 +235,7 @@ def _solve_one(
     pivots = factor.diagonal().tolist()
     if info.item() or any(not p * p > precision * d for p, d in zip(pivots, diagonal, strict=True)):
         return None
-    unit = torch.zeros(len(diagonal), 1, dtype=torch.float64)
+    unit = torch.zeros(len(diagonal), 1, dtype=torch.float64, device="cpu")
     unit[index] = (1 + damping) * mean if relative else 1.0
     return torch.cholesky_solve(unit, factor).squeeze(-1)
 

@@ -35,12 +35,14 @@ def orthogonalize(
     if dtype is None:
         dtype = torch.promote_types(matrix.dtype, torch.float32)
         dtype = torch.bfloat16 if stacks.on_gpu(matrix) and dtype == torch.float32 else dtype
-    x = matrix.to(dtype)
+    # float16 would lose small and large matrices before the division.
+    first = torch.promote_types(matrix.dtype, torch.float32) if dtype == torch.float16 else dtype
+    x = matrix.to(first)
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(eps)
-    x = x / norm if dtype == matrix.dtype else x.div_(norm)  # of a copy
+    x = (x / norm if first == matrix.dtype else x.div_(norm)).to(dtype)  # in place in a copy
     one = isinstance(coefficients[0], int | float)
     triples: Any = [coefficients] * steps if one else coefficients
     if dtype.itemsize >= 4 and x.shape[-1] > _GRAM_PAYS * x.shape[-2]:
