@@ -1,7 +1,7 @@
 """Optimizers with a rule of their own for the hidden weights; Adam trains the rest."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, ClassVar, Unpack
 
@@ -231,7 +231,7 @@ class MatrixOptimizer(RoleOptimizer, Rule):
         others: dict[Any, list[tuple[Tensor, RngKey | None, float | Tensor]]] = {}
         for group in self.param_groups:
             if group["capturable"]:  # the device has the weights' counts
-                group["calls"] = _calls(group)
+                group["calls"] = _calls(group, self.state)
             with dispatch.fused(group["fused"], local_params(group)):
                 rng_keys = self._count(group, first)
                 params = self._update_group(group, first, rng_keys)
@@ -328,8 +328,11 @@ def _refresh(rule: Rule, matrix: Matrix, grad: Tensor, state: State, group: dict
     rule.refresh(grad, state, group, context)
 
 
-def _calls(group: dict[str, Any]) -> int:
+def _calls(group: dict[str, Any], states: Mapping[Tensor, State]) -> int:
     """Return how many steps outside of CUDA graphs the group has had, with this one if it is."""
+    if "calls" not in group and not is_capturing():  # `capturable` since this step, maybe
+        steps = [states[p]["step"] for p in group["params"] if "step" in states.get(p, {})]
+        group["calls"] = int(max(read_counts(steps), default=0))
     calls: int = group.get("calls", 0)
     if not is_capturing():
         return calls + 1

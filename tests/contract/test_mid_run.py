@@ -146,3 +146,17 @@ def test_rmnp_has_its_own_rate_for_the_others_unless_one_is_given():
         optimizer = create_optimizer("rmnp", model, **options)
         rates.append({group["role"]: group["lr"] for group in optimizer.param_groups})
     assert rates[0] == rates[1] and rates[0]["vector"] == 1e-3
+
+
+@pytest.mark.parametrize("name", ["galore", "fira", "natural_galore"])
+def test_a_subspace_stays_where_steps_become_capturable(name):
+    weight = hidden(24, 16)
+    optimizer = stepped(name, weight, drawn((24, 16), 3), rank=4, update_proj_gap=100)
+    before = optimizer.state[weight]["projector_right"].clone()
+    group = optimizer.param_groups[0]
+    group["capturable"] = True
+    for grad in drawn((24, 16), 2):
+        weight.grad = grad
+        optimizer.step()
+    assert torch.equal(optimizer.state[weight]["projector_right"], before)
+    assert group["calls"] == int(optimizer.state[weight]["step"]) == 5
