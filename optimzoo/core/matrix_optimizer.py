@@ -202,13 +202,8 @@ class MatrixOptimizer(RoleOptimizer, Rule):
                     codes.enter_context(dequantized_moments(matrix.state, 8, number))
             if _is_due(rule, batch[0], batch[0].state, group):  # so all are: of one age
                 for matrix in batch:
-                    _refresh(
-                        rule,
-                        matrix,
-                        descent(matrix.grad, group, matrix.weight.dtype),
-                        matrix.state,
-                        group,
-                    )
+                    grad = descent(matrix.grad, group, matrix.weight.dtype)
+                    _refresh(rule, matrix, grad, matrix.state, group)
             stack = stacks.StateStack([matrix.state for matrix in batch], rule.numbers)
             grad = descent(torch.stack([m.grad for m in batch]), group, batch[0].weight.dtype)
             update = rule.direction(grad, stack, group, context)

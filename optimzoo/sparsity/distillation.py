@@ -169,7 +169,8 @@ class _FromHidden(torch.autograd.Function):
             total += loss
             slope = slope.to(student.dtype)
             grad_hidden[part] = (slope @ head.to(slope.dtype)).to(hidden.dtype)
-            grad_head += slope.mT @ hidden[part].to(slope.dtype) / number
+            grad_head += slope.mT @ hidden[part].to(slope.dtype)
+        grad_head /= number
         if head.dtype != torch.float16:  # which does not hold it before the loss scale
             grad_head = grad_head.to(head.dtype)
         ctx.save_for_backward(grad_hidden, grad_head)
