@@ -105,6 +105,6 @@ def _large(optimizer: str, hyper: dict[str, Any], size: str = "7b") -> str:
 
 def _step(method: str) -> str:
     """Return the time of a step at 60M, float32, on a CPU, relative to fused AdamW's."""
-    rows = read_rows(RESULTS / "step-time-60m-cpu.json")
+    rows = read_rows(RESULTS / "step-time-60m-amx-cpu.json")
     times = {row["method"]: row["amortised_ms"] for row in rows}
     return f"{times[method] / times['adamw']:.2f}" if method in times else "not measured"

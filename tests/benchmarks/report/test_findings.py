@@ -8,6 +8,8 @@ from benchmarks.common.files import ROOT
 from benchmarks.experiments import cast
 from benchmarks.experiments.plan import Plan, read_rows
 from benchmarks.experiments.significance import paired
+from benchmarks.experiments.start_check import stored
+from benchmarks.experiments.starting_values import outcomes
 from benchmarks.experiments.summary import summarise
 from benchmarks.papers import perplexity_tables
 from benchmarks.report import findings
@@ -130,3 +132,16 @@ def test_restarts_bring_nothing_and_their_reset_costs():
         assert pairs[f"low_rank_{ours}", theirs].text().endswith(verdict), (ours, theirs)
     rates = [Plan(plan).best(f"low_rank_{name}", "tuned") for name in ("slow", "reset")]
     assert rates[1]["lr"] == 2 * rates[0]["lr"]
+
+
+def test_two_of_three_start_at_twice_the_best_rate_of_a_tied_head_by_scale_s_rule():
+    """What docs/starting_values.md says of the small GPT."""
+    [(check, rows)] = [pair for pair in stored() if pair[0].name == "script"]
+    found = {o.method: o for o in outcomes(check, rows)}
+    ratios = {
+        name: found[name].start["config"]["hyper"]["head_lr"]
+        / found[name].best["config"]["hyper"]["head_lr"]
+        for name in ("scale", "sinkgd_scale", "muon_8bit_scale")
+    }
+    assert ratios == {"scale": 2.0, "sinkgd_scale": 2.0, "muon_8bit_scale": 1.0}
+    assert [o.method for o in found.values() if not o.within] == ["sinkgd_scale", "scale"]
