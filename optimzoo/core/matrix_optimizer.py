@@ -431,8 +431,8 @@ def adam_direction(state: State, grad: Tensor, group: dict[str, Any], step: Any)
     m, v = stacks.moments_of(state)
     if m.shape != grad.shape:
         raise ValueError(
-            f"moments of {list(m.shape)} for a gradient of {list(grad.shape)}, rank={group['rank']}: "
-            "the state is of another rank or method; begin with a new optimizer"
+            f"moments of {list(m.shape)} for a gradient of {list(grad.shape)}, rank={group['rank']}"
+            ": the state is of another rank or method; begin with a new optimizer"
         )
     most = max_direction(step, group["betas"]) if group["state_bits"] else math.inf
     direction = None if isinstance(most, Tensor) else _fused_direction(m, v, grad, group, most)

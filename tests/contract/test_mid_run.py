@@ -50,7 +50,7 @@ def test_another_rank_in_mid_run_is_an_error_that_names_it(name):
     weight = hidden(24, 16)
     optimizer = stepped(name, weight, drawn((24, 16), 2), rank=4, update_proj_gap=2)
     optimizer.param_groups[0]["rank"] = 3
-    with pytest.raises(ValueError, match="rank=3.*a new (rank takes a new )?optimizer"):
+    with pytest.raises(ValueError, match=r"rank=3.*a new (rank takes a new )?optimizer"):
         for grad in drawn((24, 16), 2):
             weight.grad = grad
             optimizer.step()
