@@ -144,10 +144,6 @@ class _Snapshot:
         tensors += [] if model is None else list(model.buffers())
         self.tensors = [(tensor, tensor.detach().clone()) for tensor in tensors]
         self.state = copy.deepcopy(optimizer.state_dict())
-        self.values = {  # a load casts some to their parameter's dtype
-            p: {key: v.detach().clone() for key, v in state.items() if isinstance(v, Tensor)}
-            for p, state in optimizer.state.items()
-        }
         self.stepped = getattr(optimizer, "_opt_called", None)  # torch's schedulers set it
         self.rates = [(group["lr"], float(group["lr"])) for group in optimizer.param_groups]
         self.random = torch.get_rng_state()
@@ -159,8 +155,10 @@ class _Snapshot:
             for tensor, value in self.tensors:
                 tensor.copy_(value)
         self.optimizer.load_state_dict(copy.deepcopy(self.state))
-        for param, values in self.values.items():
-            self.optimizer.state[param].update({key: v.clone() for key, v in values.items()})
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for number, values in self.state["state"].items():  # a load casts some to another dtype
+            tensors = {key: v.clone() for key, v in values.items() if isinstance(v, Tensor)}
+            self.optimizer.state[params[number]].update(tensors)
         if self.stepped is None:
             vars(self.optimizer).pop("_opt_called", None)
         else:

@@ -327,7 +327,8 @@ def _calls(group: dict[str, Any], states: Mapping[Tensor, State]) -> int:
     """Return how many steps outside of CUDA graphs the group has had, with this one if it is."""
     if "calls" not in group and not is_capturing():  # `capturable` since this step, maybe
         steps = [states[p]["step"] for p in group["params"] if "step" in states.get(p, {})]
-        group["calls"] = int(max(read_counts(steps), default=0))
+        released = all(p.grad is None for p in group["params"])  # this step is in the counts
+        group["calls"] = int(max(read_counts(steps), default=0)) - released
     calls: int = group.get("calls", 0)
     if not is_capturing():
         return calls + 1

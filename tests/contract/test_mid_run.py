@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from optimzoo import create_optimizer, param_groups
+from optimzoo import create_optimizer, param_groups, release
 
 RANKED = ("galore", "fira", "natural_galore", "apollo")
 
@@ -160,3 +160,22 @@ def test_a_subspace_stays_where_steps_become_capturable(name):
         optimizer.step()
     assert torch.equal(optimizer.state[weight]["projector_right"], before)
     assert group["calls"] == int(optimizer.state[weight]["step"]) == 5
+
+
+def test_a_released_step_renews_its_subspace_when_an_unreleased_one_does():
+    """The round's last call has no gradients left: its steps are counted already."""
+    runs = []
+    for released in (False, True):
+        layer = nn.Linear(16, 24, bias=False)
+        layer.weight.data = hidden(24, 16).data
+        groups = [{"params": [layer.weight], "role": "hidden"}]
+        options = {"rank": 4, "update_proj_gap": 3, "capturable": True}
+        optimizer = create_optimizer("galore", groups, lr=0.01, **options)
+        if released:
+            release(optimizer)
+        for x in drawn((8, 16), 8):
+            layer(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append((layer.weight.detach(), optimizer.param_groups[0]["calls"]))
+    assert torch.equal(runs[0][0], runs[1][0]) and runs[0][1] == runs[1][1] == 8

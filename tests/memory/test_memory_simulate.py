@@ -1,5 +1,6 @@
 """Simulated peaks against real steps: against our tracker, and against torch's own allocator."""
 
+import copy
 import gc
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -229,8 +230,6 @@ def test_a_module_that_cannot_be_faked_is_one_line():
 
 
 def test_a_copy_of_a_checkpointed_model_runs_its_own_blocks():
-    import copy
-
     model = Llama(CONFIG)
     checkpoint_blocks(model)
     other = copy.deepcopy(model)
